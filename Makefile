@@ -1,0 +1,56 @@
+# Every command a person or a machine needs; `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install demo test test-slow check wheel clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv with the tested versions (GPU nodes: CONSTRAINTS=constraints-cuda.txt)
+
+# The stamp makes a second call instant; a change of the pins or of the project's needs installs again.
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+# PYTHON=... chooses another interpreter; else the first of the usual names that is a supported version.
+$(BIN)/pip:
+	@for python in $(PYTHON) python3.11 python3 python3.12; do \
+		$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2> /dev/null || continue; \
+		echo "creating .venv with $$($$python --version)"; \
+		if $$python -m venv --clear .venv; then exit 0; fi; \
+		rm -rf .venv; \
+		echo "error: $$python can't create a virtual environment; on Debian or Ubuntu install python3-venv (as root: apt-get install python3-venv), then run make again" >&2; \
+		exit 1; \
+	done; \
+	echo "error: no Python 3.11 or 3.12 found; install one, or name it: make install PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+demo: install ## train, evaluate and sample a small model; TEXT=path for a text of your own
+	@$(BIN)/infini-train demo $${TEXT:+--text "$$TEXT"}
+
+test: install ## the test suite
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: install ## the tests that take long
+	$(BIN)/python -m pytest -q -m slow
+
+check: install ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: install ## build dist/infini_train-*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## remove caches and build output; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

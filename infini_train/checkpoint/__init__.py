@@ -1,0 +1,1 @@
+"""Atomic, verified, layout-independent checkpoints: safetensors fragments and a JSON index."""

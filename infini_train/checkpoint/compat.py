@@ -1,0 +1,124 @@
+"""Which fields of the config may differ between a checkpoint and the run that uses it; all others are refused."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from infini_train.config import ConfigError, to_tree, validate
+
+Tree = Mapping[str, Any]
+
+# path (a section: all of its fields) -> why a resumed run may change it
+RESUMABLE: Mapping[str, str] = {
+    "name": "names the run only",
+    "run_dir": "names the run's folder only",
+    "log": "changes what is shown, not what is trained",
+    "eval": "validation has a memory of its own and no influence on training",
+    "checkpoint": "changes when states are saved, not the states",
+    "data.train": "a path; the shards' manifest is compared by its hash",
+    "data.validation": "no influence on training",
+    "train.max_steps": "the learning rates follow the schedule of the new length from here on",
+    "train.max_tokens": "the learning rates follow the schedule of the new length from here on",
+    "train.micro_batch_lanes": "sums are taken in another order: equal up to rounding",
+    "train.activation_checkpointing": "trades memory for time; the numbers are the same",
+    "train.init_from": "read only when a run starts anew",
+    "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
+    "model.init_std": "for initial values; the checkpoint's weights are used",
+}
+
+# paths below model -> why a model with the same weights may differ in them
+SAME_WEIGHTS: Mapping[str, str] = {
+    "model.attention.update": "both update rules share all weights",
+    "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
+    "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
+    "model.init_std": "for initial values; the checkpoint's weights are used",
+}
+
+
+def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
+    """One line for each harmless difference between a checkpoint's config and the run that resumes it.
+
+    Raises:
+        ConfigError: names the first field that a resumed run can't change, its two values, and what to do.
+    """
+    notes: list[str] = []
+    for path, old, new in _differences(saved_tree, new_tree):
+        reason = _lookup(RESUMABLE, path)
+        if reason is None:
+            raise ConfigError(
+                f"{path}: is {_show(new)} here and {_show(old)} in the checkpoint, and a resumed run can't change it;"
+                " set it back, or start a new run with train.init_from"
+            )
+        notes.append(f"{path}: {_show(old)} -> {_show(new)} ({reason})")
+    return notes
+
+
+def check_same_data(saved_hash: str, new_hash: str, path: str) -> None:
+    """Refuses to resume on other training data; data.train may move, its manifest must stay.
+
+    Raises:
+        ConfigError: the hashes of the two manifests differ.
+    """
+    if saved_hash != new_hash:
+        raise ConfigError(
+            f"data.train: {path} is not the data that the checkpoint was trained on (its manifest differs);"
+            " give the original shards, or start a new run with train.init_from"
+        )
+
+
+def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkpoint") -> None:
+    """Whether a checkpoint's weights (`source` names it in the message) fit the model of another run or evaluation.
+
+    Raises:
+        ConfigError: names the first field of the model that differs.
+    """
+    for path, old, new in _differences(saved_tree, new_tree):
+        if path.startswith("model.") and _lookup(SAME_WEIGHTS, path) is None:
+            raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")
+
+
+def _lookup(table: Mapping[str, str], path: str) -> str | None:
+    """The reason given for the field or for a section it lies in."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((table[prefix] for prefix in prefixes if prefix in table), None)
+
+
+def _differences(saved_tree: Tree, new_tree: Tree) -> list[tuple[str, Any, Any]]:
+    """(path, old, new) of the fields that differ, in the order of the schema; an attention's kind before its fields."""
+    saved_tree, new_tree = _complete(saved_tree, new_tree)
+    old, new = _flatten(saved_tree), _flatten(new_tree)
+    paths = [path for path in {**new, **old} if old.get(path, _ABSENT) != new.get(path, _ABSENT)]
+    paths.sort(key=lambda path: not path.endswith(".kind"))
+    return [(path, old.get(path, _ABSENT), new.get(path, _ABSENT)) for path in paths]
+
+
+_ABSENT = object()
+
+
+def _complete(*trees: Tree) -> tuple[Tree, ...]:
+    """The trees with defaults for fields that were added to the schema later, and the model's null sizes resolved."""
+    try:
+        runs = [validate(tree) for tree in trees]
+    except ConfigError:  # written for a schema that this one can't read: compare what is written
+        return trees
+    completed = []
+    for run in runs:
+        model = run.model
+        sizes = {"num_kv_heads": model.kv_heads, "head_dim": model.key_dim, "value_head_dim": model.value_dim}
+        tree = to_tree(run)
+        completed.append({**tree, "model": {**tree["model"], **sizes}})
+    return tuple(completed)
+
+
+def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _show(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value)

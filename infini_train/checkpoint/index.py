@@ -1,0 +1,135 @@
+"""The JSON index of a checkpoint: what is stored where, with hashes. Every field is checked when it is read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pydantic
+import torch
+
+from infini_train.checkpoint.fragments import CheckpointError, plan_moves, whole_wanted
+
+FORMAT_VERSION = 1
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS + _INTEGERS}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A safetensors file of the checkpoint."""
+
+    file: str  # a plain name inside the checkpoint's folder
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A fragment as it lies in a file: the fields of `Fragment`, with a place instead of values."""
+
+    name: str
+    kind: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    flat_start: int
+    numel: int
+    file: str
+    key: str  # the tensor's name inside the file; there it is one-dimensional
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote; `attempt_id` differs with every attempt, so that a rank can tell its own from an older one."""
+
+    attempt_id: str
+    files: tuple[StoredFile, ...]
+    fragments: tuple[Stored, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A whole checkpoint."""
+
+    format_version: int
+    step: int
+    world_size: int
+    attempt_ids: tuple[str, ...]  # of the ranks' parts
+    files: tuple[StoredFile, ...]
+    fragments: tuple[Stored, ...]
+    state: dict[str, Any]
+    config: dict[str, Any]
+
+
+def group_stored(fragments: tuple[Stored, ...]) -> dict[tuple[str, str], list[Stored]]:
+    """Entries by (kind, name), in the order of the index."""
+    groups: dict[tuple[str, str], list[Stored]] = {}
+    for entry in fragments:
+        groups.setdefault((entry.kind, entry.name), []).append(entry)
+    return groups
+
+
+def merge_parts(step: int, parts: list[Part], state: dict[str, Any], config: dict[str, Any]) -> Index:
+    """The index over all ranks' parts.
+
+    Raises:
+        CheckpointError: the fragments of some tensor leave a gap or overlap, so that nobody could read it back.
+    """
+    fragments = tuple(entry for part in parts for entry in part.fragments)
+    for (kind, name), group in group_stored(fragments).items():
+        plan_moves(whole_wanted(name, kind, group[0].global_shape), group)
+    files = tuple(file for part in parts for file in part.files)
+    return Index(
+        FORMAT_VERSION, step, len(parts), tuple(part.attempt_id for part in parts), files, fragments, state, config
+    )
+
+
+def dump_part(part: Part) -> str:
+    """The part as JSON."""
+    return json.dumps(asdict(part))
+
+
+def parse_part(text: str) -> Part:
+    """The inverse of `dump_part`."""
+    return pydantic.TypeAdapter(Part).validate_json(text, strict=True)
+
+
+def dump_index(index: Index) -> str:
+    """The index as JSON, with a checksum of itself."""
+    body = json.loads(json.dumps(asdict(index)))  # what a reader will see: tuples are lists, keys are text
+    return json.dumps({"checksum": _checksum(body), **body})
+
+
+def parse_index(text: str) -> Index:
+    """The inverse of `dump_index`.
+
+    Raises:
+        CheckpointError: torn, altered, or of another format; the message names the problem only, not the file.
+    """
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError("is torn or corrupt (not valid JSON)") from error
+    if not isinstance(body, dict) or "format_version" not in body:
+        raise CheckpointError("is not a checkpoint's index")
+    if body["format_version"] != FORMAT_VERSION:
+        version = json.dumps(body["format_version"])
+        raise CheckpointError(
+            f"has format version {version}; this program reads {FORMAT_VERSION}, use the one that wrote it"
+        )
+    if body.pop("checksum", None) != _checksum(body):
+        raise CheckpointError("is corrupt (its checksum differs)")
+    try:
+        return pydantic.TypeAdapter(Index).validate_json(json.dumps(body), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"is corrupt ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""An opened checkpoint: what it holds, and its tensors in whatever layout the reader wants."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from infini_train.checkpoint.fragments import CheckpointError, Move, Strided, Wanted, plan_moves, whole_wanted
+from infini_train.checkpoint.index import DTYPES, Index, Stored, StoredFile, group_stored, parse_index
+
+INDEX_FILE = "index.json"
+_OPEN_FILES = 64  # kept open while reading; far below the usual limit of 1024 descriptors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are all there."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]  # data position, generators, tokens seen, ...
+    config: dict[str, Any]  # the run's config tree
+    index: Index
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, str], list[Stored]]:
+        return group_stored(self.index.fragments)
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Global names of the tensors of this kind, in the order of writing."""
+        return tuple(name for group_kind, name in self._groups if group_kind == kind)
+
+    def whole(self, name: str, kind: str, dtype: torch.dtype | None = None) -> Wanted:
+        """All of a stored tensor, as a piece to pass to `read`."""
+        group = self._groups.get((kind, name))
+        if group is None:
+            raise CheckpointError(f"{self.path}: {name} ({kind}): is not in the checkpoint")
+        return whole_wanted(name, kind, group[0].global_shape, dtype)
+
+    def read(self, wanted: Iterable[Wanted]) -> Iterator[tuple[Wanted, torch.Tensor]]:
+        """Pairs of a wanted piece and its flat (numel,) CPU tensor, one after the other.
+
+        All pieces are looked up before the first one is read, so that a mismatch leaves nothing half loaded. Only the
+        pages of the files that hold wanted elements are read. Floating-point values convert to the wanted dtype.
+
+        Raises:
+            CheckpointError: a piece is missing, incomplete, stored twice, or of another shape or dtype.
+        """
+        pieces = tuple(wanted)
+        try:
+            plans = [plan_moves(piece, self._groups.get((piece.kind, piece.name), [])) for piece in pieces]
+            dtypes = [_choose_dtype(p, self._groups[p.kind, p.name]) for p in pieces]
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return self._fill(zip(pieces, plans, dtypes, strict=True))
+
+    def _fill(
+        self, plans: Iterable[tuple[Wanted, list[Move[Stored]], torch.dtype]]
+    ) -> Iterator[tuple[Wanted, torch.Tensor]]:
+        opened = lru_cache(_OPEN_FILES)(lambda file: safe_open(self.path / file, framework="pt"))
+        for piece, moves, dtype in plans:
+            tensor = torch.empty(piece.numel, dtype=dtype)
+            for move in moves:
+                try:
+                    source = _slice(opened(move.stored.file), move)
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{self.path}: {move.stored.file} is missing or corrupt ({error})") from error
+                tensor.as_strided(*move.target).copy_(source)
+            yield piece, tensor
+
+
+def _slice(file: Any, move: Move[Stored]) -> torch.Tensor:
+    """The wanted elements of a stored fragment. safetensors maps the run that holds them; unused pages stay on disk."""
+    first, stop = _run(move.source)
+    run = file.get_slice(move.stored.key)[first:stop]
+    return run.as_strided(move.source.extent, move.source.strides, run.storage_offset())
+
+
+def _run(view: Strided) -> tuple[int, int]:
+    """The flat range from the first to the last element of a view (never empty)."""
+    assert math.prod(view.extent)
+    span = sum((size - 1) * stride for size, stride in zip(view.extent, view.strides, strict=True))
+    return view.offset, view.offset + span + 1
+
+
+def _choose_dtype(wanted: Wanted, group: list[Stored]) -> torch.dtype:
+    label = f"{wanted.name} ({wanted.kind})"
+    names = {entry.dtype for entry in group}
+    unknown = names - DTYPES.keys()
+    if unknown or len(names) != 1:
+        raise CheckpointError(f"{label}: is stored as {', '.join(sorted(names))}; one known dtype is needed")
+    stored = DTYPES[names.pop()]
+    dtype = wanted.dtype or stored
+    if dtype != stored and not (dtype.is_floating_point and stored.is_floating_point):
+        raise CheckpointError(f"{label}: is stored as {stored} and can't become {dtype}")
+    return dtype
+
+
+def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """The checkpoint in this folder. Index and file sizes are always checked, with `verify` every file's sha256 too.
+
+    Hashing reads everything: with several ranks let one verify, and the others open without.
+
+    Raises:
+        CheckpointError: names the file and the problem (missing, torn, corrupt, another format version).
+    """
+    path = Path(path)
+    try:
+        index = _read_index(path)
+        for file in index.files:
+            _check_file(path / file.file, file, verify)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from error
+    return Checkpoint(path, index.step, index.state, index.config, index)
+
+
+def _read_index(path: Path) -> Index:
+    if not path.is_dir():
+        raise CheckpointError("no such checkpoint folder")
+    try:
+        index = parse_index((path / INDEX_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{INDEX_FILE} is missing") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{INDEX_FILE} is torn or corrupt (not UTF-8)") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{INDEX_FILE} {error}") from error
+    known = {file.file for file in index.files}
+    for name in (*known, *(entry.file for entry in index.fragments)):
+        if name not in known or Path(name).name != name:
+            raise CheckpointError(f"{INDEX_FILE} is corrupt (it names the unknown file {name})")
+    return index
+
+
+def _check_file(file: Path, entry: StoredFile, verify: bool) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{entry.file} is missing")
+    size_bytes = file.stat().st_size
+    if size_bytes != entry.size_bytes:
+        raise CheckpointError(f"{entry.file} is torn ({size_bytes} bytes instead of {entry.size_bytes})")
+    if verify and hash_file(file) != entry.sha256:
+        raise CheckpointError(f"{entry.file} is corrupt (its sha256 differs)")
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, as hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

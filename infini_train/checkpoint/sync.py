@@ -1,0 +1,50 @@
+"""Files that survive a power cut, and what to tell the user when they can't be written."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from infini_train.checkpoint.fragments import CheckpointError
+
+
+def sync_path(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a small text file and waits until its content is on disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def describe_failure(failure: Exception, folder: Path, step: int) -> Exception:
+    """The failure of a save as one line for the user; a programming error is returned as it is."""
+    if isinstance(failure, CheckpointError):
+        return CheckpointError(f"{folder}: the checkpoint of step {step} was not written: {failure}")
+    number = _error_number(failure)
+    if number is None:
+        return failure
+    problem = "no space left on device" if number == errno.ENOSPC else os.strerror(number).lower()
+    advice = {
+        errno.ENOSPC: "; free space or lower checkpoint.keep_last",
+        errno.EDQUOT: "; free space or lower checkpoint.keep_last",
+        errno.EFBIG: "; raise the limit on file sizes (ulimit -f)",
+    }.get(number, "")
+    return CheckpointError(f"{folder}: {problem}; the checkpoint of step {step} was not written{advice}")
+
+
+def _error_number(failure: Exception) -> int | None:
+    if isinstance(failure, OSError):
+        return failure.errno
+    match = re.search(r"os error (\d+)", str(failure)) if isinstance(failure, SafetensorError) else None
+    return int(match[1]) if match else None

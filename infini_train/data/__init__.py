@@ -1,0 +1,1 @@
+"""Documents on disk, tokenizers, and the lanes that the training loop reads."""

@@ -1,0 +1,264 @@
+"""Documents to lanes: rows of the global batch that read one document after the other. Imports no torch.
+
+Shapes: B lanes read by this rank, T window_tokens.
+
+A document of n content tokens x1..xn takes n + 1 positions: inputs bos, x1..xn; labels x1..xn, eos. The order of the
+documents is a pure function of their number and the seed; the lane whose document ends first takes the next one, so
+what a lane reads depends neither on the window nor on how many processes read.
+"""
+
+import heapq
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from infini_train.config import ConfigError
+from infini_train.data.shards import CorruptDocumentError, Dataset
+
+IGNORED = -100  # label of a position without a loss
+_FRESH, _ENDED = -1, -2  # a lane before its first document, and after its last one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One window of the lanes.
+
+    Attributes:
+        tokens_BT: int64 inputs.
+        labels_BT: int64, already shifted; -100 where there is no loss.
+        starts_BT: bool, True at the first position of a document (and of the padding behind the last one).
+        weights_BT: float32, 1 for text and 0 for padding.
+        document_B: int64, the document each lane ends in; -1 in padding.
+        n_bytes: bytes of text that the valid labels stand for.
+    """
+
+    tokens_BT: np.ndarray
+    labels_BT: np.ndarray
+    starts_BT: np.ndarray
+    weights_BT: np.ndarray
+    document_B: np.ndarray
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """Where all lanes stand (of every rank): enough to go on. `offset` counts positions of the lane's document."""
+
+    epoch: int
+    cursor: int  # documents of this epoch's order that are given out
+    document: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values for json.dumps."""
+        return {**vars(self), "document": list(self.document), "offset": list(self.offset)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The state of a `to_json`."""
+        return cls(int(tree["epoch"]), int(tree["cursor"]), tuple(tree["document"]), tuple(tree["offset"]))
+
+
+class Piece(NamedTuple):
+    """Positions [start, stop) of a document, at a column of a lane's window; document < 0 is padding."""
+
+    lane: int
+    column: int
+    document: int
+    start: int
+    stop: int
+
+
+def initial_state(n_lanes: int) -> LaneState:
+    """Before the first document."""
+    return LaneState(0, 0, (_FRESH,) * n_lanes, (0,) * n_lanes)
+
+
+def permute(documents: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: sorts raw random words, whose stream numpy keeps the same in all versions."""
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(documents)
+    return np.argsort(words, kind="stable")
+
+
+class LaneReader:
+    """Reads lanes of a dataset, window by window.
+
+    Args:
+        dataset: what to read.
+        n_lanes: lanes of the global batch.
+        window_tokens: positions of a lane in one batch.
+        seed: shuffles the documents; None keeps their natural order.
+        epochs: passes over the dataset, None for an endless stream. Lanes that ran out are padded.
+        rows: the lanes that this rank reads, default all.
+
+    Attributes:
+        corrupt_documents: how many documents met so far (in `rows`) have damaged data; masked, so that no lane shifts.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        n_lanes: int,
+        window_tokens: int,
+        seed: int | None,
+        *,
+        epochs: int | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        assert n_lanes > 0 and window_tokens > 0 and (epochs is None or epochs > 0)
+        self.dataset = dataset
+        self.n_lanes = n_lanes
+        self.window_tokens = window_tokens
+        self.rows = range(n_lanes)[rows if rows is not None else slice(None)]
+        self._seed = seed
+        self._epochs = epochs
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch used last
+        self._corrupt: set[int] = set()
+
+    @property
+    def corrupt_documents(self) -> int:
+        return len(self._corrupt)
+
+    def next(self, state: LaneState) -> tuple[Batch | None, LaneState]:
+        """The window behind `state` and the state behind the window: the same state gives the same batch, bit for bit.
+
+        Returns:
+            The batch (None when all lanes have ended) and the next state.
+
+        Raises:
+            ConfigError: the state belongs to another number of lanes or another dataset.
+        """
+        self._check(state)
+        if self._has_ended(state):
+            return None, state
+        pieces, after = self.plan(state)
+        return self._read(pieces, after), after
+
+    def plan(self, state: LaneState) -> tuple[list[Piece], LaneState]:
+        """What each lane reads in the window behind `state`; from lengths alone."""
+        window, epoch, cursor = self.window_tokens, state.epoch, state.cursor
+        document, begin = list(state.document), [-offset for offset in state.offset]  # begin: column of position 0
+        ends = [(begin[i] + self._positions(d), i) for i, d in enumerate(document) if d != _ENDED]
+        pieces = [Piece(i, 0, _ENDED, 1, 1 + window) for i, d in enumerate(document) if d == _ENDED]
+        pieces += [Piece(i, 0, document[i], -begin[i], min(end, window) - begin[i]) for end, i in ends if end > 0]
+        heapq.heapify(ends)
+        while ends and ends[0][0] < window:
+            column, lane = heapq.heappop(ends)
+            begin[lane] = column
+            if self._epochs is not None and epoch >= self._epochs:
+                document[lane] = _ENDED
+                pieces.append(Piece(lane, column, _ENDED, 0, window - column))
+                continue
+            document[lane] = self._document_at(epoch, cursor)
+            cursor += 1
+            if cursor == len(self.dataset):
+                epoch, cursor = epoch + 1, 0
+            end = column + self._positions(document[lane])
+            pieces.append(Piece(lane, column, document[lane], 0, min(end, window) - column))
+            heapq.heappush(ends, (end, lane))
+        offset = tuple(0 if d == _ENDED else window - b for d, b in zip(document, begin, strict=True))
+        return pieces, LaneState(epoch, cursor, tuple(document), offset)
+
+    def _check(self, state: LaneState) -> None:
+        if len(state.document) != self.n_lanes or len(state.offset) != self.n_lanes:
+            lanes = len(state.document)
+            raise ConfigError(
+                f"train.batch_lanes: the saved position has {lanes} lanes, not {self.n_lanes}; set it to {lanes}"
+            )
+        fits = all(
+            d in (_FRESH, _ENDED) or (0 <= d < len(self.dataset) and 0 <= offset <= self._positions(d))
+            for d, offset in zip(state.document, state.offset, strict=True)
+        )
+        if not fits or not 0 <= state.cursor < len(self.dataset):
+            raise ConfigError(
+                f"data: the saved position does not fit {self.dataset.folder}; give the dataset it was saved with"
+            )
+
+    def _has_ended(self, state: LaneState) -> bool:
+        if self._epochs is None or state.epoch < self._epochs:
+            return False
+        return all(d == _ENDED or o == self._positions(d) for d, o in zip(state.document, state.offset, strict=True))
+
+    def _positions(self, document: int) -> int:
+        return int(self.dataset.lengths_tokens[document]) + 1 if document >= 0 else 0
+
+    def _document_at(self, epoch: int, cursor: int) -> int:
+        if self._seed is None:
+            return cursor
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, permute(len(self.dataset), self._seed, epoch))
+        return int(self._order[1][cursor])
+
+    def _read(self, pieces: list[Piece], after: LaneState) -> Batch:
+        """The tokens of the pieces that lie in this rank's rows."""
+        shape = (len(self.rows), self.window_tokens)
+        tokens_BT = np.full(shape, self.dataset.manifest.pad_id, np.int64)
+        labels_BT = np.full(shape, IGNORED, np.int64)
+        starts_BT = np.zeros(shape, bool)
+        weights_BT = np.zeros(shape, np.float32)
+        n_bytes = 0.0
+        for lane, column, document, start, stop in sorted(p for p in pieces if p.lane in self.rows):
+            row = self.rows.index(lane)
+            if start == 0:
+                starts_BT[row, column] = True
+            text = self._text(document, start, stop) if document >= 0 else None
+            if text is None:
+                continue
+            columns = slice(column, column + stop - start)
+            tokens_BT[row, columns], labels_BT[row, columns], weights_BT[row, columns] = text[:-1], text[1:], 1
+            n_bytes += (stop - start) / self._positions(document) * int(self.dataset.lengths_bytes[document])
+        document_B = np.array([max(after.document[lane], -1) for lane in self.rows], np.int64)
+        return Batch(tokens_BT, labels_BT, starts_BT, weights_BT, document_B, n_bytes)
+
+    def _text(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Inputs and the last label of positions [start, stop): a cut of bos, x1..xn, eos; None if it is damaged."""
+        manifest, n_tokens = self.dataset.manifest, self._positions(document) - 1
+        try:
+            content = self.dataset.read(document, max(start - 1, 0), min(stop, n_tokens))
+        except CorruptDocumentError:
+            self._corrupt.add(document)
+            return None
+        bos = [manifest.bos_id] if start == 0 else []
+        eos = [manifest.eos_id] if stop == n_tokens + 1 else []
+        return np.concatenate([np.array(bos, np.int64), content.astype(np.int64), np.array(eos, np.int64)])
+
+
+def prefetch(reader: LaneReader, state: LaneState, depth: int = 2) -> Iterator[tuple[Batch, LaneState]]:
+    """Batches with the state behind each, read ahead by a thread; ends when the lanes end.
+
+    An exception of the reader is raised here. Closing the generator stops the thread.
+    """
+    ready: queue.Queue[tuple[Batch, LaneState] | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(item: tuple[Batch, LaneState] | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work(state: LaneState) -> None:
+        try:
+            while not stopped.is_set():
+                batch, state = reader.next(state)
+                offer(None if batch is None else (batch, state))
+                if batch is None:
+                    return
+        except BaseException as error:  # noqa: BLE001 (raised again in the reading thread)
+            offer(error)
+
+    thread = threading.Thread(target=work, args=(state,), name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,140 @@
+"""A dataset on disk: tar shards of token ids (WebDataset), an index of documents, and a manifest. Imports no torch.
+
+A shard holds two members a document: ``<key>.npy`` (1-D token ids without bos and eos) and ``<key>.json`` (metadata).
+``documents.idx`` tells where each document's ids begin, so any window of any document is one read of the file.
+"""
+
+import io
+import json
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infini_train.data.manifest import (
+    MANIFEST_FILE,
+    NPY_HEADER_BYTES,
+    Manifest,
+    check_sizes,
+    hash_file,
+    read_index,
+    read_manifest,
+)
+from infini_train.data.writer import ShardWriter
+
+__all__ = ["CorruptDocumentError", "Dataset", "Manifest", "ShardWriter"]
+
+_OPEN_FILES = 64  # shards kept open by one dataset
+
+
+class CorruptDocumentError(ValueError):
+    """The stored data of one document is damaged."""
+
+
+class Dataset:
+    """A dataset opened for reading; memory stays constant, whatever is read. Safe to share between threads.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it holds.
+        sha256: identifies the dataset and the order of its documents (hash of the manifest, which holds all others).
+        lengths_tokens: int64, content tokens of each document.
+        lengths_bytes: int64, bytes of each document's text.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.sha256 = hash_file(folder / MANIFEST_FILE)
+        self.lengths_tokens = index["n_tokens"].astype(np.int64)
+        self.lengths_bytes = index["n_bytes"].astype(np.int64)
+        self._index = index
+        self._dtype = np.dtype(manifest.dtype)
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Dataset":
+        """Open a dataset's folder, check it and its files' sizes (hashes: `infini-data inspect --verify`).
+
+        Raises:
+            ConfigError: what is missing, truncated, or of another version, in one line.
+        """
+        manifest = read_manifest(folder)
+        check_sizes(Path(folder), manifest)
+        return cls(Path(folder), manifest, read_index(Path(folder), manifest))
+
+    def __len__(self) -> int:
+        return self.manifest.documents
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Content tokens [start, stop) of a document, in the stored type; reads nothing else of it.
+
+        Raises:
+            CorruptDocumentError: the stored array is damaged, or holds ids outside of the vocabulary.
+        """
+        record = self._index[document]
+        n_tokens, offset = int(record["n_tokens"]), int(record["data_offset"])
+        assert 0 <= start <= stop <= n_tokens, f"document {document} has no tokens [{start}, {stop})"
+        shard, size = int(record["shard"]), self._dtype.itemsize
+        self._check_header(document, self._read_bytes(shard, offset - NPY_HEADER_BYTES, NPY_HEADER_BYTES), n_tokens)
+        data = self._read_bytes(shard, offset + start * size, (stop - start) * size)
+        tokens = np.frombuffer(data, self._dtype)
+        if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
+            raise CorruptDocumentError(f"{self.folder}: document {document} holds ids outside of the vocabulary")
+        return tokens
+
+    def metadata(self, document: int) -> dict[str, Any]:
+        """id, source, n_bytes, n_tokens of a document, and what else its source said.
+
+        Raises:
+            CorruptDocumentError: the stored metadata is damaged.
+        """
+        record = self._index[document]
+        data = self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
+        try:
+            metadata = json.loads(data)
+        except ValueError:
+            metadata = None
+        if not isinstance(metadata, dict):
+            raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
+        return metadata
+
+    def close(self) -> None:
+        """Close the shards; a later read opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def _check_header(self, document: int, data: bytes, n_tokens: int) -> None:
+        expected = {"shape": (n_tokens,), "fortran_order": False, "dtype": self._dtype}
+        try:
+            file = io.BytesIO(data)
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # parses a literal, never unpickles
+            found = {"shape": shape, "fortran_order": fortran_order, "dtype": dtype}
+        except ValueError:
+            found = None
+        if found != expected:
+            raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+
+    def _read_bytes(self, shard: int, offset: int, size: int) -> bytes:
+        with self._lock:  # pread needs no lock, but the file may be closed by another thread meanwhile
+            if shard not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    os.close(self._files.popitem(last=False)[1])
+                self._files[shard] = os.open(self.folder / self.manifest.shards[shard].file, os.O_RDONLY)
+            self._files.move_to_end(shard)
+            data = os.pread(self._files[shard], size, offset)
+        if len(data) != size:
+            raise CorruptDocumentError(
+                f"{self.folder / self.manifest.shards[shard].file}: ends before byte {offset + size}"
+            )
+        return data

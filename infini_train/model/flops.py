@@ -1,0 +1,40 @@
+"""Sizes and arithmetic of a model from its config alone."""
+
+from infini_train.config import FullConfig, InfiniConfig, ModelConfig
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters, tied embeddings counted once."""
+    hidden, heads, kv = config.hidden_size, config.num_heads, config.kv_heads
+    projected = heads * config.key_dim + kv * (config.key_dim + config.value_dim)
+    layer = hidden * projected + heads * config.value_dim * hidden + 3 * hidden * config.ffn_size + 2 * hidden
+    layer += projected if config.qkv_bias else 0
+    layer += 2 * config.key_dim if config.qk_norm else 0
+    layer += heads if isinstance(config.attention, InfiniConfig) else 0
+    embeddings = config.vocab_size * hidden * (1 if config.tied_embeddings else 2)
+    return embeddings + config.num_layers * layer + hidden
+
+
+def memory_numbers(config: ModelConfig) -> int:
+    """Numbers held by the compressive memories of one sequence: d_k (d_v + 1) K l (the paper's Table 2)."""
+    if not isinstance(config.attention, InfiniConfig):
+        return 0
+    return config.key_dim * (config.value_dim + 1) * config.kv_heads * config.num_layers
+
+
+def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
+    """Floating-point operations of forward and backward a token (backward is twice the forward; recomputation not counted).
+
+    Causal attention is counted at half of its square, as useful work. Delta's chain of D x D products is spread over the segment.
+    """
+    hidden, heads = config.hidden_size, config.num_heads
+    key, value = config.key_dim, config.value_dim
+    embeddings = config.vocab_size * hidden  # the look-up multiplies nothing
+    matrices = count_parameters(config) - (0 if config.tied_embeddings else embeddings)
+    attended = window_tokens if isinstance(config.attention, FullConfig) else config.attention.segment_tokens
+    mixing = heads * attended * (key + value)  # 2 flops x half of the square
+    if isinstance(config.attention, InfiniConfig):
+        mixing += 2 * heads * key * (value + 1) + 2 * config.kv_heads * key * (value + 1)
+        if config.attention.update == "delta":
+            mixing += 2 * config.kv_heads * key * key * (1 + value / config.attention.segment_tokens)
+    return 3 * (2 * matrices + config.num_layers * mixing)

@@ -1,0 +1,48 @@
+"""Infini-attention as a layer: shared projections, a gate a head, and the compressive memory as its state."""
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor
+
+from infini_train.config import InfiniConfig, ModelConfig
+from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter
+from infini_train.ops.attention import InfiniState, infini_attention
+from infini_train.ops.grid import Grid
+from infini_train.ops.memory import Ranks
+
+
+class InfiniAttention(SequenceMixer):
+    """Local attention and compressive memory, mixed by sigmoid(gate) (arXiv 2404.07143)."""
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
+        super().__init__()
+        assert isinstance(config.attention, InfiniConfig)
+        self.segment_tokens: int | None = config.attention.segment_tokens
+        self.overlap_tokens = config.attention.overlap_tokens
+        self.update = config.attention.update
+        self.rope_theta = config.rope_theta
+        self.ranks = ranks
+        self.projections = Projections(config, parallel)
+        local_heads = self.projections.linear_q.output_size_per_partition // config.key_dim
+        self.gate = head_parameter(local_heads, parallel.params_dtype)  # the paper's beta
+        set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
+
+    def forward(self, hidden_TBD: Tensor, state: InfiniState | None, grid: Grid) -> tuple[Tensor, InfiniState]:
+        """See `SequenceMixer.forward`."""
+        q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)
+        out_BHTE, state = infini_attention(
+            q_BHTD,
+            k_BKTD,
+            v_BKTE,
+            self.gate,
+            state,
+            grid,
+            update=self.update,
+            rope_theta=self.rope_theta,
+            ranks=self.ranks,
+        )
+        return self.projections.join(out_BHTE), state
+
+    def between_windows(self, state: InfiniState) -> InfiniState:
+        """The memory, the open segment and the overlap."""
+        return detach(state)

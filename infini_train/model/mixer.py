@@ -1,0 +1,76 @@
+"""The interface of all attention variants, and the projections that they share.
+
+A variant's state is a value: `forward` takes it and returns the next one; no tensor state hides on a module. States are
+(nested) NamedTuples of tensors, which autograd checkpointing and ZeRO's hooks can see into.
+
+Legend: T tokens, B lanes, D hidden size, H query heads, K key-value heads (of this tensor-parallel rank).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from infini_train.config import ModelConfig
+from infini_train.model.layers import Norm, column_linear, row_linear
+from infini_train.ops.grid import Grid
+
+State = Any  # a NamedTuple of tensors; each variant has its own
+
+
+def detach(state: State) -> State:
+    """The same values cut from the graph: gradients end at the window's edge."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, state)
+
+
+class SequenceMixer(nn.Module, ABC):
+    """What a decoder layer asks of its attention variant."""
+
+    segment_tokens: int | None  # None: one endless segment
+    overlap_tokens: int
+
+    @abstractmethod
+    def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
+        """Mixes along time; pure in the state. None is the state before the first token."""
+
+    @abstractmethod
+    def between_windows(self, state: State) -> State | None:
+        """What travels from one training window to the next, detached; of bounded size."""
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of a layer, and its output projection. Optional biases and per-head norms (QK-norm)."""
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
+        super().__init__()
+        key_dim, value_dim, bias = config.key_dim, config.value_dim, config.qkv_bias
+        self.key_dim, self.value_dim = key_dim, value_dim
+        self.linear_q = column_linear(config.hidden_size, config.num_heads * key_dim, parallel, bias=bias)
+        self.linear_k = column_linear(config.hidden_size, config.kv_heads * key_dim, parallel, bias=bias)
+        self.linear_v = column_linear(config.hidden_size, config.kv_heads * value_dim, parallel, bias=bias)
+        self.linear_o = row_linear(config.num_heads * value_dim, config.hidden_size, parallel)
+        dtype = parallel.params_dtype
+        self.norm_q = Norm(key_dim, config.norm_eps, dtype) if config.qk_norm else nn.Identity()
+        self.norm_k = Norm(key_dim, config.norm_eps, dtype) if config.qk_norm else nn.Identity()
+
+    def split(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BHTD, k_BKTD, v_BKTE; head counts follow from the local weights, whatever the tensor-parallel size."""
+
+        def heads(projected: Tensor, size: int) -> Tensor:
+            return projected.unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
+
+        q_BHTD = self.norm_q(heads(self.linear_q(hidden_TBD)[0], self.key_dim))
+        k_BKTD = self.norm_k(heads(self.linear_k(hidden_TBD)[0], self.key_dim))
+        return q_BHTD, k_BKTD, heads(self.linear_v(hidden_TBD)[0], self.value_dim)
+
+    def join(self, out_BHTE: Tensor) -> Tensor:
+        """Heads back to hidden_TBD."""
+        return self.linear_o(out_BHTE.permute(2, 0, 1, 3).flatten(2).contiguous())[0]
+
+
+def head_parameter(heads: int, dtype: torch.dtype) -> nn.Parameter:
+    """A number per query head, divided over the tensor-parallel ranks like the heads."""
+    return nn.Parameter(torch.empty(heads, dtype=dtype))

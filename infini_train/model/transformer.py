@@ -1,0 +1,125 @@
+"""The decoder: embedding, layers, final norm, head. Hidden states are (T, B, D), as megatron-core's sequence parallelism needs.
+
+Legend: T tokens, B lanes, D hidden size, V vocabulary.
+"""
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infini_train.config import ModelConfig
+from infini_train.model.layers import FeedForward, Norm, column_linear, parallel_config, vocab_embedding
+from infini_train.model.mixer import State
+from infini_train.model.variants import build_mixer
+from infini_train.ops.grid import Grid, make_grid
+from infini_train.ops.memory import Ranks
+
+IGNORED = -100  # label of a position without a target
+ModelState = tuple[State, ...]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> None:
+        super().__init__()
+        self.norm_attention = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
+        self.attention = build_mixer(config, parallel, ranks)
+        self.norm_feed_forward = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
+        self.feed_forward = FeedForward(config.hidden_size, config.ffn_size, parallel)
+
+    def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
+        """Hidden and state after the layer."""
+        mixed_TBD, state = self.attention(self.norm_attention(hidden_TBD), state, grid)
+        hidden_TBD = hidden_TBD + mixed_TBD
+        return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD)), state
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model whose attention is one of the variants.
+
+    Args:
+        config: shapes and attention variant.
+        parallel: megatron-core's layer settings; None: fp32 defaults.
+        ranks: how memory crosses ranks of one sequence; None: one rank.
+        recompute_layers: keep only each layer's input for backward and compute the layer again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ModelParallelConfig | None = None,
+        *,
+        ranks: Ranks | None = None,
+        recompute_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        parallel = parallel or parallel_config()
+        self.config = config
+        self.recompute_layers = recompute_layers
+        self.embedding = vocab_embedding(config.vocab_size, config.hidden_size, parallel)
+        self.layers = nn.ModuleList(DecoderLayer(config, parallel, ranks) for _ in range(config.num_layers))
+        self.norm_final = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
+        self.head = _head(config, parallel)
+
+    def make_grid(self, starts_BT: Tensor, weights_BT: Tensor, state: ModelState | None) -> Grid:
+        """The layout of this call, shared by all layers; cheapest with both marks on the host."""
+        mixer = self.layers[0].attention
+        recent = None if state is None or state[0] is None else getattr(state[0], "recent", state[0])
+        return make_grid(starts_BT, weights_BT, recent, mixer.segment_tokens, mixer.overlap_tokens)
+
+    def forward(
+        self, tokens_BT: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Runs the tokens of one call.
+
+        Args:
+            tokens_BT: int64 ids.
+            grid: of this call, on the parameters' device.
+            state: what earlier calls left, or None before the first token.
+            labels_BT: int64 targets, `IGNORED` where there is none.
+
+        Returns:
+            Without labels logits_BTV (fp32); with labels the cross-entropy in nats loss_BT (fp32, 0 where ignored).
+            And the state after the call.
+        """
+        hidden_TBD = self.embedding(tokens_BT.t().contiguous())
+        states = []
+        for layer, layer_state in zip(self.layers, state or (None,) * len(self.layers), strict=True):
+            if self.recompute_layers and torch.is_grad_enabled():
+                hidden_TBD, layer_state = checkpoint(
+                    layer, hidden_TBD, layer_state, grid, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_TBD, layer_state = layer(hidden_TBD, layer_state, grid)
+            states.append(layer_state)
+        tied = self.embedding.weight if self.config.tied_embeddings else None
+        logits_TBV = self.head(self.norm_final(hidden_TBD), weight=tied)[0].float()
+        if labels_BT is None:
+            return logits_TBV.transpose(0, 1), tuple(states)
+        labels_TB = labels_BT.t()
+        loss_TB = vocab_parallel_cross_entropy(logits_TBV, labels_TB.clamp_min(0).contiguous())
+        return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), tuple(states)
+
+    def between_windows(self, state: ModelState) -> ModelState | None:
+        """What travels from one window of training to the next, detached; None if the variant carries nothing."""
+        kept = tuple(
+            layer.attention.between_windows(layer_state) for layer, layer_state in zip(self.layers, state, strict=True)
+        )
+        return None if kept[0] is None else kept
+
+
+def _head(config: ModelConfig, parallel: ModelParallelConfig) -> ColumnParallelLinear:
+    if not config.tied_embeddings:
+        return column_linear(config.hidden_size, config.vocab_size, parallel)
+    return ColumnParallelLinear(  # its weight is the embedding's, handed in at each call
+        config.hidden_size,
+        config.vocab_size,
+        config=parallel,
+        init_method=lambda weight: weight,
+        bias=False,
+        skip_weight_param_allocation=True,
+    )

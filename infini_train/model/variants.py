@@ -1,0 +1,18 @@
+"""The table of attention variants: config kind -> class."""
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from infini_train.config import ModelConfig
+from infini_train.model.infini import InfiniAttention
+from infini_train.model.local import FullAttention, LocalAttention
+from infini_train.model.mixer import SequenceMixer
+from infini_train.ops.memory import Ranks
+
+VARIANTS = {"infini": InfiniAttention, "local": LocalAttention, "full": FullAttention}
+
+
+def build_mixer(config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> SequenceMixer:
+    """The layer's attention. `ranks` tells a variant with a memory how it crosses ranks; the others have none to send."""
+    if config.attention.kind == "infini":
+        return InfiniAttention(config, parallel, ranks)
+    return VARIANTS[config.attention.kind](config, parallel)

@@ -1,0 +1,140 @@
+"""Segment-local causal attention, and Infini-attention: its gated mixture with the compressive memory.
+
+Legend: B lanes, H query heads, K key-value heads (G = H / K query heads each), T tokens, L carried and new tokens padded to whole
+segments, S segments, Q queries a segment, J keys a segment, D key size, E value size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_train.ops.grid import Grid, Recent, carry_recent
+from infini_train.ops.memory import Memory, OneRank, Ranks, Update, empty_memory, read_memory, scan_memory
+from infini_train.ops.rope import rotate
+
+
+class InfiniState(NamedTuple):
+    """All that a layer remembers: the compressive memory, and the open segment's (and overlap's) keys and values."""
+
+    memory: Memory
+    recent: Recent
+
+
+def local_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, recent: Recent | None, grid: Grid, *, rope_theta: float = 10_000.0
+) -> tuple[Tensor, Recent]:
+    """Causal softmax attention inside each segment and document, rotary embedding by position in the segment.
+
+    Args:
+        q_BHTD: queries without rotary embedding; H a multiple of K.
+        k_BKTD: keys.
+        v_BKTE: values.
+        recent: carried tokens, or None.
+        grid: of this call (`make_grid`); one endless segment gives full attention.
+        rope_theta: base of the rotary frequencies.
+
+    Returns:
+        out_BHTE in the dtype of v, and the tokens to carry.
+    """
+    k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
+    out_BSHQE = _attend_segments(_fold_queries(q_BHTD, grid), k_BKLD, v_BKLE, grid, rope_theta)
+    return _unfold_queries(out_BSHQE, grid), following
+
+
+def infini_attention(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    beta_H: Tensor,
+    state: InfiniState | None,
+    grid: Grid,
+    *,
+    update: Update = "linear",
+    rope_theta: float = 10_000.0,
+    ranks: Ranks | None = None,
+) -> tuple[Tensor, InfiniState]:
+    """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
+
+    The memory is read before it is written; the gate is not applied where the memory is empty or belongs to another document.
+
+    Args:
+        q_BHTD: queries without rotary embedding.
+        k_BKTD: keys.
+        v_BKTE: values.
+        beta_H: gate of each query head.
+        state: what earlier calls left, or None for nothing.
+        grid: of this call (`make_grid`).
+        update: "linear" or "delta".
+        rope_theta: base of the rotary frequencies of the local attention.
+        ranks: how memory travels between ranks that hold parts of the sequence; None: all of it lies here.
+
+    Returns:
+        out_BHTE in the dtype of v, and the state after the call. A segment left open is carried in `state.recent`; if a document
+        started in it, the older memory is dropped at once, since nothing can read it any more.
+    """
+    lanes, kv_heads, _, key_dim = k_BKTD.shape
+    value_dim = v_BKTE.shape[-1]
+    memory = empty_memory(lanes, kv_heads, key_dim, value_dim, q_BHTD) if state is None else state.memory
+    recent = None if state is None else state.recent
+    k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
+    q_BSHQD = _fold_queries(q_BHTD, grid)
+    local_BSHQE = _attend_segments(q_BSHQD, k_BKLD, v_BKLE, grid, rope_theta)
+    scanned = scan_memory(
+        _closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks or OneRank()
+    )
+    visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
+    group = q_BSHQD.shape[2] // kv_heads
+    q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)  # X: the rows of all query heads of a key-value head
+    memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group))
+    memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
+    gate = torch.sigmoid(beta_H.float()).to(local_BSHQE.dtype)[:, None, None] * visible_BSQ[:, :, None, :, None]
+    out_BSHQE = torch.lerp(local_BSHQE, memory_BSHQE, gate)  # Eq. 10
+    return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following)
+
+
+def _fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:
+    if grid.segments == 1:
+        return q_BHTD[:, None]
+    if grid.open_tokens or grid.padding:
+        q_BHTD = F.pad(q_BHTD, (0, 0, grid.open_tokens, grid.padding))
+    return q_BHTD.unflatten(2, (grid.segments, grid.segment_tokens)).transpose(1, 2)
+
+
+def _unfold_queries(out_BSHQE: Tensor, grid: Grid) -> Tensor:
+    if grid.segments == 1:
+        return out_BSHQE[:, 0]
+    return out_BSHQE.transpose(1, 2).flatten(2, 3)[:, :, grid.open_tokens : grid.open_tokens + grid.tokens]
+
+
+def _closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
+    """(B, C, K, N, D): the tokens of the segments that this call closes."""
+    first = grid.overlap_tokens
+    inside = x_BKLD[:, :, first : first + grid.closed * grid.segment_tokens]
+    return inside.unflatten(2, (grid.closed, grid.segment_tokens)).transpose(1, 2)
+
+
+def _attend_segments(q_BSHQD: Tensor, k_BKLD: Tensor, v_BKLE: Tensor, grid: Grid, rope_theta: float) -> Tensor:
+    first_query = grid.open_tokens if grid.segments == 1 else 0
+    q_rotated = rotate(q_BSHQD, grid.overlap_tokens + first_query, rope_theta)
+    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
+    k_rotated = rotate(k_BSKJD, 0, rope_theta)
+    group = q_BSHQD.shape[2] // k_BSKJD.shape[2]
+    if group > 1:
+        k_rotated, v_BSKJE = (x.repeat_interleave(group, 2) for x in (k_rotated, v_BSKJE))
+    mask = None if grid.mask_BSQJ is None else grid.mask_BSQJ.flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(
+        q_rotated.flatten(0, 1), k_rotated.flatten(0, 1), v_BSKJE.flatten(0, 1), attn_mask=mask, is_causal=mask is None
+    )
+    return out.unflatten(0, q_BSHQD.shape[:2])
+
+
+def _key_windows(x_BKLD: Tensor, grid: Grid) -> Tensor:
+    """(B, S, K, J, D): each segment's tokens after the W tokens before it."""
+    if grid.segments == 1:
+        return x_BKLD[:, None]
+    if grid.overlap_tokens == 0:
+        return x_BKLD.unflatten(2, (grid.segments, grid.segment_tokens)).transpose(1, 2)
+    size = grid.overlap_tokens + grid.segment_tokens
+    return x_BKLD.unfold(2, size, grid.segment_tokens).permute(0, 2, 1, 4, 3)

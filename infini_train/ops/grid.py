@@ -1,0 +1,176 @@
+"""The segment grid of one call: which token lies in which segment, who sees whom, what is written and what is dropped.
+
+Segment edges lie on a fixed grid of N tokens, whatever the documents do. A call may continue an open segment: the state then
+holds that segment's keys and values ("recent" tokens), preceded by the overlap of the segment before it. Everything here
+follows from document numbers and write weights; it is computed once a forward and shared by all layers.
+
+Document numbers are relative: 0 is the document that was being read when the call began, each start mark adds one. Carried tokens
+of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
+
+Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padded to whole segments, S segments touched,
+C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NOTHING = -(2**30)
+
+
+class Recent(NamedTuple):
+    """Tokens that local attention or an open segment's write still needs: the last W before the open segment, then the segment.
+
+    k_BKRD and v_BKRE carry no rotary embedding. document_BR (int64) is relative to the document being read (0); weight_BR are
+    write weights (fp32, >= 0).
+    """
+
+    k_BKRD: Tensor
+    v_BKRE: Tensor
+    document_BR: Tensor
+    weight_BR: Tensor
+
+
+def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int, like: Tensor) -> Recent:
+    """The carried tokens before anything was read: W invisible places. k_shape is (B, K, D)."""
+    lanes, heads, key_dim = k_shape
+    return Recent(
+        like.new_zeros(lanes, heads, overlap_tokens, key_dim),
+        like.new_zeros(lanes, heads, overlap_tokens, value_dim),
+        torch.full((lanes, overlap_tokens), NOTHING, dtype=torch.int64, device=like.device),
+        torch.zeros(lanes, overlap_tokens, dtype=torch.float32, device=like.device),
+    )
+
+
+class Grid(NamedTuple):
+    """The layout of one call, shared by all layers.
+
+    mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was already
+    being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights of the closed
+    segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the segment, so the older
+    memory stays. keep_open_B: the same for the segment left open. count_BC: tokens written.
+    """
+
+    overlap_tokens: int
+    segment_tokens: int
+    open_tokens: int  # of the segment that the call continues
+    tokens: int  # T
+    segments: int  # S
+    closed: int  # C
+    document_BL: Tensor
+    weight_BL: Tensor
+    mask_BSQJ: Tensor | None
+    reads_BSQ: Tensor
+    write_BCN: Tensor
+    keep_BC: Tensor
+    keep_open_B: Tensor
+    count_BC: Tensor
+
+    @property
+    def padding(self) -> int:
+        """Invisible places after the last token that fill its segment; none when the call stays inside one segment."""
+        return 0 if self.segments == 1 else self.segments * self.segment_tokens - self.open_tokens - self.tokens
+
+    @property
+    def left_open(self) -> int:
+        """Tokens of the last segment, if the call leaves it open."""
+        return self.open_tokens + self.tokens - self.closed * self.segment_tokens
+
+    def to(self, device: torch.device) -> "Grid":
+        """The same grid on another device."""
+        return Grid(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+
+
+def make_grid(
+    starts_BT: Tensor, weights_BT: Tensor, recent: Recent | None, segment_tokens: int | None, overlap_tokens: int = 0
+) -> Grid:
+    """The grid of a call.
+
+    Args:
+        starts_BT: bool, True at the first token of a document.
+        weights_BT: fp32 write weights >= 0; 0 for padding.
+        recent: carried tokens, or None for none. The open segment holds its length minus W tokens.
+        segment_tokens: N, or None for one endless segment (full attention).
+        overlap_tokens: W <= N.
+    """
+    lanes, tokens = starts_BT.shape
+    device = starts_BT.device
+    if recent is None:
+        like = torch.empty(0, device=device)
+        recent = no_recent((lanes, 1, 1), 1, overlap_tokens, like)
+    open_tokens = recent.document_BR.shape[1] - overlap_tokens
+    size = open_tokens + tokens if segment_tokens is None else segment_tokens
+    assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
+    segments = -(-(open_tokens + tokens) // size)
+    closed = 0 if segment_tokens is None else (open_tokens + tokens) // size
+    document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
+    weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
+    if segments > 1:  # padding goes on with the last document but comes after every query and is never written
+        padding = segments * size - open_tokens - tokens
+        document_BL = torch.cat((document_BL, document_BL[:, -1:].expand(-1, padding)), 1)
+        weight_BL = F.pad(weight_BL, (0, padding))
+
+    inside_BX = document_BL[:, overlap_tokens:]
+    rows = inside_BX.shape[1] if segments == 1 else size
+    inside_BSN = inside_BX.unflatten(1, (segments, rows))
+    before_BS = torch.cat((torch.zeros_like(inside_BSN[:, :1, 0]), inside_BSN[:, :-1, -1]), 1)
+    first_query = open_tokens if segments == 1 else 0
+    query_BSQ = inside_BSN[:, :, first_query:]
+    keep_BS = inside_BSN[:, :, -1] == before_BS
+    last_BC1 = inside_BSN[:, :closed, -1:]
+    write_BCN = weight_BL[:, overlap_tokens:].unflatten(1, (segments, rows))[:, :closed]
+    write_BCN = torch.where(inside_BSN[:, :closed] == last_BC1, write_BCN, 0.0)
+    return Grid(
+        overlap_tokens=overlap_tokens,
+        segment_tokens=size,
+        open_tokens=open_tokens,
+        tokens=tokens,
+        segments=segments,
+        closed=closed,
+        document_BL=document_BL,
+        weight_BL=weight_BL,
+        mask_BSQJ=_local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
+        reads_BSQ=query_BSQ == before_BS[..., None],
+        write_BCN=write_BCN,
+        keep_BC=keep_BS[:, :closed],
+        keep_open_B=keep_BS[:, -1] if closed < segments else torch.ones_like(keep_BS[:, -1]),
+        count_BC=(write_BCN > 0).sum(-1),
+    )
+
+
+def _local_mask(document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int) -> Tensor | None:
+    """Query sees key: not later, same document. None where that is plain causal attention."""
+    if overlap_tokens == 0 and first_query == 0 and not _has_inner_start(query_BSQ):
+        return None
+    key_BSJ = document_BL.unfold(1, overlap_tokens + rows, rows)
+    queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]
+    causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=document_BL.device).tril(overlap_tokens + first_query)
+    return causal_QJ & (query_BSQ[..., None] == key_BSJ[..., None, :])
+
+
+def _has_inner_start(query_BSQ: Tensor) -> bool:
+    # Reads the data: free on the host, where batches are made. On the meta device take the general road.
+    return query_BSQ.is_meta or bool((query_BSQ[:, :, 1:] != query_BSQ[:, :, :-1]).any())
+
+
+def carry_recent(recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Recent]:
+    """Carried and new keys and values joined, and what the next call needs of them.
+
+    Returns:
+        k_BKLD and v_BKLE padded to whole segments (W + S N; W + open + T inside one segment), and the next `Recent`.
+    """
+    k_BKLD, v_BKLE = k_BKTD, v_BKTE
+    if recent is None and grid.overlap_tokens:
+        recent = no_recent((k_BKTD.shape[0], *k_BKTD.shape[1::2]), v_BKTE.shape[-1], grid.overlap_tokens, k_BKTD)
+    if recent is not None and recent.k_BKRD.shape[2]:
+        k_BKLD, v_BKLE = torch.cat((recent.k_BKRD, k_BKTD), 2), torch.cat((recent.v_BKRE, v_BKTE), 2)
+    stop = k_BKLD.shape[2]
+    tail = slice(stop - grid.overlap_tokens - grid.left_open, stop)
+    last_B1 = grid.document_BL[:, stop - 1 : stop]
+    document_BR = (grid.document_BL[:, tail] - last_B1).clamp_min(NOTHING)
+    following = Recent(k_BKLD[:, :, tail], v_BKLE[:, :, tail], document_BR, grid.weight_BL[:, tail])
+    if grid.padding:
+        k_BKLD, v_BKLE = F.pad(k_BKLD, (0, 0, 0, grid.padding)), F.pad(v_BKLE, (0, 0, 0, grid.padding))
+    return k_BKLD, v_BKLE, following

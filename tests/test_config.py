@@ -1,0 +1,293 @@
+"""The one edge where a user's YAML becomes frozen dataclasses: what it accepts, and what it says when it doesn't."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infini_train.config import (
+    ConfigError,
+    FullConfig,
+    InfiniConfig,
+    LocalConfig,
+    RunConfig,
+    dump,
+    load_model,
+    load_run,
+    override,
+    read_tree,
+    resolve,
+    to_tree,
+    validate,
+)
+
+BASE = """
+model: {vocab_size: 259, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160,
+        attention: {kind: infini, segment_tokens: 32}}
+data: {train: shards/train}
+train: {window_tokens: 128, batch_lanes: 4, max_steps: 20}
+optim: {warmup_steps: 5}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_filled_in(base: Path) -> None:
+    config = load_run(str(base))
+    assert config.model.kv_heads == 4
+    assert config.model.key_dim == config.model.value_dim == 16
+    assert config.train.micro_lanes == 4
+    assert config.train.tokens_per_step == 512
+    assert config.directory == Path("runs/run")
+
+
+WRONG = {
+    "unknown section": ("optimizer.lr=1", "optimizer: unknown key; did you mean optim?"),
+    "unknown field": ("train.max_step=3", "train.max_step: unknown key; did you mean max_steps?"),
+    "unknown field of a variant": (
+        "model.attention.segment_token=8",
+        "model.attention.segment_token: unknown key; did you mean segment_tokens?",
+    ),
+    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, validation"),
+    "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
+    "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
+    "variant without its kind": ("model.attention=null", "model.attention"),
+    "no variant": ("model.attention={kind: null}", "model.attention.kind: unknown value null; known: infini"),
+    "text for a number": ("train.batch_lanes=four", 'train.batch_lanes: must be a valid integer, not "four"'),
+    "quoted number": ("train.batch_lanes='4'", 'train.batch_lanes: must be a valid integer, not "4"'),
+    "fraction for a count": ("train.batch_lanes=1.5", "train.batch_lanes: must be a valid integer"),
+    "truth for a number": ("train.batch_lanes=true", "train.batch_lanes: must be a valid integer, not true"),
+    "number for text": ("name=3", "name: must be a valid string, not 3"),
+    "not a number": ("optim.lr=.nan", "optim.lr: must be a finite number"),
+    "infinite": ("model.rope_theta=.inf", "model.rope_theta: must be a finite number"),
+    "bad literal": ("train.precision=fp16", "train.precision: must be 'fp32' or 'bf16', not \"fp16\""),
+    "value for a section": ("model=3", "model: must be a mapping, not 3"),
+    "nothing for a section": ("train=", "train: must be a mapping, not null"),
+    "missing field": ("train={window_tokens: null}", "train.window_tokens: must be a valid integer, not null"),
+    "both budgets": (
+        "train.max_tokens=100",
+        "train.max_steps: give exactly one of train.max_steps and train.max_tokens",
+    ),
+    "window off the grid": (
+        "train.window_tokens=100",
+        "train.window_tokens: 100 is not a multiple of model.attention.segment_tokens (32); use 96 or 128",
+    ),
+    "window below a segment": ("eval.window_tokens=8", "eval.window_tokens: 8 is not a multiple"),
+    "heads that don't divide": ("model.num_heads=3", "model.num_heads: 3 heads don't divide hidden_size 64"),
+    "kv heads that don't divide": ("model.num_kv_heads=3", "model.num_kv_heads: 3 key-value heads can't share 4"),
+    "odd head": ("model.head_dim=7", "model.head_dim: rotary embedding needs an even size, not 7"),
+    "lanes that don't divide": ("train.micro_batch_lanes=3", "train.micro_batch_lanes: 4 lanes can't be cut"),
+    "validation without data": ("eval.every_steps=5", "data.validation: is needed because eval.every_steps is set"),
+    "endless warm-up": ("optim.warmup_steps=20", "optim.warmup_steps: 20 warm-up steps don't fit into a run of 20"),
+    "endless decay": (
+        "optim={schedule: wsd, decay_steps: 16}",
+        "optim.decay_steps: 16 steps after 5 of warm-up don't fit",
+    ),
+    "decay of a cosine": ("optim.decay_steps=5", "optim.decay_steps: is used by schedule: wsd only"),
+    "overlap beyond a segment": (
+        "model.attention.overlap_tokens=33",
+        "model.attention.overlap_tokens: must lie between",
+    ),
+    "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
+    "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),
+    "negative seed": ("seed=-1", "seed: must lie between"),
+}
+
+
+@pytest.mark.parametrize(("assignment", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_value_gets_one_line_that_names_its_field(base: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(base), [assignment])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.batch_lanes: is missing"):
+        load_run(write(tmp_path / "a.yaml", BASE.replace("batch_lanes: 4, ", "")))
+
+
+BROKEN = {
+    "duplicate key": ("seed: 1\nname: a\nseed: 2\n", "seed: given twice (line 3); keep one"),
+    "duplicate key inside": ("train:\n  max_steps: 1\n  max_steps: 2\n", "max_steps: given twice (line 3); keep one"),
+    "not YAML": ("model: [1, 2\nseed: 3\n", "not valid YAML (line 2)"),
+    "a list": ("- 1\n- 2\n", "must hold a mapping of sections"),
+    "empty": ("", "must hold a mapping of sections"),
+    "an object": ("model: !!python/object/apply:os.getcwd []\n", "not valid YAML (line 1)"),
+    "endless nesting": ("model: " + "[" * 5000, "not valid YAML"),
+    "include that isn't a list": ("include: model/demo.yaml\n", "include must be a list of files"),
+    "include of nothing": ("include: [model/none.yaml]\n", "include model/none.yaml: no such file"),
+    "include of itself": ("include: [broken.yaml]\n", "includes itself"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "broken.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="a.yaml: can't be read"):
+        load_run(str(tmp_path / "a.yaml"))
+
+
+def test_a_value_that_holds_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^config: "):
+        validate(override({}, ["model=&a [*a]"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3e-4", 3e-4), ("3E-4", 3e-4), ("1.5e3", 1500.0), ("1e3", 1000.0), (".5e-3", 5e-4), ("1.", 1.0), ("2", 2.0)],
+)
+def test_numbers_are_read_as_people_mean_them(base: Path, text: str, number: float) -> None:
+    assert load_run(str(base), [f"optim.lr={text}"]).optim.lr == number
+
+
+@pytest.mark.parametrize("text", ["2026-01-31", "2026-99-99", "e3", "1e", "3e-4x"])
+def test_what_only_looks_like_a_number_stays_text(base: Path, text: str) -> None:
+    assert load_run(str(base), [f"name={text}"]).name == text
+
+
+def test_an_include_is_overridden_by_later_ones_and_by_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "first.yaml", "seed: 1\nname: first\noptim: {lr: 1e-3, eps: 1e-6}\n")
+    write(tmp_path / "second.yaml", "name: second\noptim: {lr: 2e-3}\n")
+    tree = read_tree(Path(write(tmp_path / "own.yaml", "include: [first.yaml, second.yaml]\noptim: {beta1: 0.8}\n")))
+    assert tree == {"seed": 1, "name": "second", "optim": {"lr": 2e-3, "eps": 1e-6, "beta1": 0.8}}
+
+
+def test_an_include_is_found_beside_the_file_before_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = Path(write(tmp_path / "own.yaml", "include: [model/demo.yaml]\n"))
+    assert read_tree(path)["model"]["hidden_size"] > 1
+    write(tmp_path / "model/demo.yaml", "model: {hidden_size: 1}\n")
+    assert read_tree(path)["model"]["hidden_size"] == 1
+
+
+def test_another_kind_replaces_the_variant_whole(base: Path) -> None:
+    assert load_run(str(base), ["model.attention={kind: full}"]).model.attention == FullConfig()
+    assert load_run(str(base), ["model.attention.kind=full"]).model.attention == FullConfig()
+    local = load_run(str(base), ["model.attention={kind: local, segment_tokens: 64}"]).model.attention
+    assert local == LocalConfig(segment_tokens=64)
+
+
+def test_the_same_kind_keeps_its_other_fields(base: Path) -> None:
+    attention = load_run(str(base), ["model.attention={kind: infini, update: delta}"]).model.attention
+    assert attention == InfiniConfig(segment_tokens=32, update="delta")
+
+
+def test_overrides_apply_in_order_and_leave_the_tree_alone(base: Path) -> None:
+    tree = read_tree(base)
+    before = repr(tree)
+    assert override(tree, ["seed=1", "optim.lr=1", "seed=2"])["seed"] == 2
+    assert repr(tree) == before
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=3", "a..b=3", ".a=3", "a.=3", "seed=[", "seed={a: 1, a: 2}"])
+def test_a_malformed_override_is_quoted(assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override({}, [assignment])
+    assert str(caught.value).startswith(f"--set {assignment}: ")
+
+
+def test_a_name_close_to_a_shipped_one_gets_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^dmo: no run config of this name; did you mean demo?"):
+        resolve("dmo")
+    with pytest.raises(ConfigError, match="^zzz: no model config of this name; known: .*125m"):
+        resolve("zzz", "model")
+    with pytest.raises(ConfigError, match="no such file"):
+        resolve(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("attention", ["full", "null", "{kind: full, segment_tokens: 3}", "{segment_tokens: 8}"])
+def test_a_wrong_model_config_is_named(tmp_path: Path, attention: str) -> None:
+    text = "model: {vocab_size: 9, hidden_size: 8, num_layers: 1, num_heads: 1, ffn_size: 8, attention: %s}\n"
+    with pytest.raises(ConfigError, match=r"^model\.attention"):
+        load_model(write(tmp_path / "m.yaml", text % attention))
+
+
+def test_a_model_config_loads_without_a_run(tmp_path: Path) -> None:
+    text = "model: {vocab_size: 9, hidden_size: 8, num_layers: 1, num_heads: 1, ffn_size: 8, attention: {kind: full}}\n"
+    assert load_model(write(tmp_path / "m.yaml", text)).attention == FullConfig()
+    assert load_model("demo") == load_run("demo").model
+
+
+def leaves(value: Any) -> list[Any]:
+    """Every dataclass inside this one, itself included."""
+    inner = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    return [value] + [leaf for v in inner if dataclasses.is_dataclass(v) for leaf in leaves(v)]
+
+
+def test_everything_is_frozen(base: Path) -> None:
+    config = load_run(str(base))
+    sections = leaves(config)
+    assert len(sections) == 9
+    for section in sections:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, dataclasses.fields(section)[0].name, 1)
+    assert hash(config) == hash(load_run(str(base)))
+
+
+@given(
+    name=st.one_of(
+        st.text(), st.sampled_from(["3e-4", "1e5", "null", "no", "2026-01-31", "~", "0x1f", ".5e3", "1_0e2"])
+    ),
+    lr=st.floats(min_value=1e-30, max_value=1e30),
+    steps=st.lists(st.integers(min_value=0, max_value=10**9)),
+    attention=st.sampled_from(["{kind: full}", "{kind: local, segment_tokens: 16}", "{kind: infini, update: delta}"]),
+)
+def test_dump_and_load_give_the_same_config(
+    tmp_path_factory: Any, name: str, lr: float, steps: Any, attention: str
+) -> None:
+    base = validate(override(read_tree_of(BASE, tmp_path_factory), [f"model.attention={attention}"]))
+    config = dataclasses.replace(
+        base,
+        name=name,
+        optim=dataclasses.replace(base.optim, lr=lr),
+        log=dataclasses.replace(base.log, profile_steps=tuple(steps)),
+    )
+    assert validate(read_tree_of(dump(config), tmp_path_factory)) == config
+    assert validate(to_tree(config)) == config
+
+
+def read_tree_of(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.getbasetemp() / "tree.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_tree(path)
+
+
+def test_a_budget_in_tokens_rounds_up(base: Path) -> None:
+    config = load_run(str(base), ["train.max_steps=null", "train.max_tokens=10_241"])
+    assert isinstance(config, RunConfig)
+    assert config.train.total_steps == 21
+
+
+def test_configs_are_read_without_torch() -> None:
+    """Login nodes render jobs, and CI checks YAML, where no torch is installed."""
+    code = (
+        "import sys; from infini_train.config import load_run; load_run('demo'); "
+        "heavy = {'torch', 'deepspeed', 'megatron', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
