@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
-# PYTHON=... chooses another interpreter; else the first of the usual names that is a supported version.
+# PYTHON=... names the interpreter; else it is the first of the usual names that is a supported version.
 $(BIN)/pip:
-	@for python in $(PYTHON) python3.11 python3 python3.12; do \
+	@for python in $(or $(PYTHON),python3.11 python3 python3.12); do \
 		$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2> /dev/null || continue; \
 		echo "creating .venv with $$($$python --version)"; \
 		if $$python -m venv --clear .venv; then exit 0; fi; \

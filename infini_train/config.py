@@ -428,9 +428,11 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in later.items():
         old = result.get(key)
-        mergeable = isinstance(old, dict) and isinstance(value, dict)
-        same_kind = mergeable and value.get("kind", old.get("kind")) == old.get("kind")
-        result[key] = _merge(old, value) if same_kind else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
+            result[key] = _merge(old, value) if same_kind else value
+        else:
+            result[key] = value
     return result
 
 

@@ -45,7 +45,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank wrote; `attempt_id` differs with every attempt, so that a rank can tell its own from an older one."""
+    """What one rank wrote. The id differs with every attempt, so that a rank can tell its own from an older one."""
 
     attempt_id: str
     files: tuple[StoredFile, ...]
@@ -101,7 +101,9 @@ def parse_part(text: str) -> Part:
 
 def dump_index(index: Index) -> str:
     """The index as JSON, with a checksum of itself."""
-    body = json.loads(json.dumps(asdict(index)))  # what a reader will see: tuples are lists, keys are text
+    # `asdict` would copy every entry deeply; the round trip gives what a reader will see: lists, keys that are text
+    lists = {name: [vars(entry) for entry in getattr(index, name)] for name in ("files", "fragments")}
+    body = json.loads(json.dumps({**vars(index), **lists}))
     return json.dumps({"checksum": _checksum(body), **body})
 
 
@@ -125,7 +127,7 @@ def parse_index(text: str) -> Index:
     if body.pop("checksum", None) != _checksum(body):
         raise CheckpointError("is corrupt (its checksum differs)")
     try:
-        return pydantic.TypeAdapter(Index).validate_json(json.dumps(body), strict=True)
+        return pydantic.TypeAdapter(Index).validate_json(json.dumps(body), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"is corrupt ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error

@@ -8,6 +8,7 @@ A checkpoint appears under its name by one rename, complete and synced. A proces
 leaves under a temporary name is never taken for a checkpoint, and the next save removes it.
 """
 
+import contextlib
 import re
 import shutil
 import uuid
@@ -81,6 +82,8 @@ def save(
         attempt(lambda: _publish(aside, final, world_size, state, config_tree))
         if failure is not None:
             shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _pointer_aside(folder).unlink()
     barrier()
     if failure is None and rank != 0:
         attempt(lambda: _check_published(final, attempt_id))
@@ -92,6 +95,7 @@ def save(
 def _prepare(folder: Path, aside: Path) -> None:
     """An empty folder to write into; leftovers of killed processes are removed."""
     folder.mkdir(parents=True, exist_ok=True)
+    sync_path(folder.parent)
     for step, path in _stored(folder).items():
         if path.name.startswith("."):  # killed between the two renames of a replacement
             path.rename(folder / f"step-{step:08d}")
@@ -112,7 +116,7 @@ def _publish(aside: Path, final: Path, world_size: int, state: dict[str, Any], c
     for rank in range(world_size):
         part_file(aside, rank).unlink()
     sync_path(aside)
-    pointer = folder / f".{LATEST}.tmp"
+    pointer = _pointer_aside(folder)
     write_synced(pointer, f"{final.name}\n")
     replaced = _aside(final, _REPLACED)
     if final.exists():
@@ -138,6 +142,10 @@ def _check_published(final: Path, attempt_id: str) -> None:
 
 def _aside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
+
+
+def _pointer_aside(folder: Path) -> Path:
+    return folder / f".{LATEST}.tmp"
 
 
 def _stored(folder: Path) -> dict[int, Path]:

@@ -1,11 +1,11 @@
 """What one rank writes of a checkpoint: its fragments as safetensors files, and their description."""
 
+import math
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
@@ -49,16 +49,20 @@ def part_file(aside: Path, rank: int) -> Path:
 def _group_by_size(fragments: Iterable[Fragment], max_file_bytes: int) -> Iterator[dict[str, Fragment]]:
     """Fragments on the CPU by their key, in groups of at most `max_file_bytes` (or of a single larger fragment)."""
     group: dict[str, Fragment] = {}
-    size_bytes = 0
+    size_bytes, pointers = 0, set[int]()
     for fragment in fragments:
+        if fragment.numel == 0 and math.prod(fragment.global_shape):  # a ZeRO rank that owns nothing of this tensor
+            continue
         tensor = fragment.tensor.detach().cpu().contiguous()
         if group and size_bytes + tensor.nbytes > max_file_bytes:
             yield group
-            group, size_bytes = {}, 0
+            group, size_bytes, pointers = {}, 0, set()
         key = _key(fragment)
         if key in group:
             raise CheckpointError(f"{fragment.name} ({fragment.kind}): stored twice by one rank")
-        group[key] = replace(fragment, tensor=tensor)
+        # safetensors refuses one memory under two names in a file
+        group[key] = replace(fragment, tensor=tensor.clone() if tensor.data_ptr() in pointers else tensor)
+        pointers.add(tensor.data_ptr())
         size_bytes += tensor.nbytes
     if group:
         yield group
@@ -67,7 +71,7 @@ def _group_by_size(fragments: Iterable[Fragment], max_file_bytes: int) -> Iterat
 def _key(fragment: Fragment) -> str:
     """The tensor's name in its file; other tools see at once what a whole tensor is."""
     key = f"{fragment.kind}/{fragment.name}"
-    if fragment.shape == fragment.global_shape and fragment.numel == torch.Size(fragment.shape).numel():
+    if fragment.shape == fragment.global_shape and fragment.numel == math.prod(fragment.shape):
         return key
     return f"{key}@{','.join(map(str, fragment.start))}+{fragment.flat_start}"
 

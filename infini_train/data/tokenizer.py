@@ -83,6 +83,8 @@ class SentencePieceTokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         sentencepiece.set_min_log_level(2)  # it would print its C++ source lines over the user's screen
         try:
+            if not model:
+                raise ValueError("empty file")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size: int = self._model.vocab_size()
         except (RuntimeError, ValueError, TypeError) as error:

@@ -162,6 +162,11 @@ class ShardWriter:
         self._shard_documents += 1
         self._shard_tokens += tokens.size
 
+    @property
+    def documents(self) -> int:
+        """How many were added."""
+        return self._documents
+
     def finish(self) -> None:
         """Write all but the final rename; the end of the block does it too, but two datasets may want it at once."""
         if self._finished:

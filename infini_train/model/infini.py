@@ -7,8 +7,8 @@ from torch import Tensor
 from infini_train.config import InfiniConfig, ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter
 from infini_train.ops.attention import InfiniState, infini_attention
-from infini_train.ops.grid import Grid
-from infini_train.ops.memory import Ranks
+from infini_train.ops.grid import Grid, no_recent
+from infini_train.ops.memory import Ranks, empty_memory
 
 
 class InfiniAttention(SequenceMixer):
@@ -26,6 +26,11 @@ class InfiniAttention(SequenceMixer):
         local_heads = self.projections.linear_q.output_size_per_partition // config.key_dim
         self.gate = head_parameter(local_heads, parallel.params_dtype)  # the paper's beta
         set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
+
+    def initial_state(self, lanes: int, like: Tensor) -> InfiniState:
+        """An empty memory, and nothing seen yet."""
+        shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
+        return InfiniState(empty_memory(*shape, value_dim, like), no_recent(shape, value_dim, self.overlap_tokens, like))
 
     def forward(self, hidden_TBD: Tensor, state: InfiniState | None, grid: Grid) -> tuple[Tensor, InfiniState]:
         """See `SequenceMixer.forward`."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from infini_train.config import LocalConfig, ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach
 from infini_train.ops.attention import local_attention
-from infini_train.ops.grid import Grid, Recent
+from infini_train.ops.grid import Grid, Recent, no_recent
 
 
 class LocalAttention(SequenceMixer):
@@ -19,6 +19,10 @@ class LocalAttention(SequenceMixer):
         self.overlap_tokens = config.attention.overlap_tokens
         self.rope_theta = config.rope_theta
         self.projections = Projections(config, parallel)
+
+    def initial_state(self, lanes: int, like: Tensor) -> Recent | None:
+        """Nothing seen yet: the overlap's invisible places."""
+        return no_recent(self.projections.kv_shape(lanes), self.projections.value_dim, self.overlap_tokens, like)
 
     def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
         """See `SequenceMixer.forward`."""
@@ -42,6 +46,10 @@ class FullAttention(SequenceMixer):
         self.projections = Projections(config, parallel)
 
     forward = LocalAttention.forward
+
+    def initial_state(self, lanes: int, like: Tensor) -> Recent | None:
+        """None: windows stand alone."""
+        return None
 
     def between_windows(self, state: Recent) -> Recent | None:
         """Nothing: windows stand alone, or the cache would grow without bound."""

@@ -33,6 +33,13 @@ class SequenceMixer(nn.Module, ABC):
     overlap_tokens: int
 
     @abstractmethod
+    def initial_state(self, lanes: int, like: Tensor) -> State | None:
+        """The state before the first token, in the shapes that `between_windows` keeps; None if nothing travels.
+
+        `like` gives the device, and the dtype of activations.
+        """
+
+    @abstractmethod
     def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
         """Mixes along time; pure in the state. None is the state before the first token."""
 
@@ -65,6 +72,10 @@ class Projections(nn.Module):
         q_BHTD = self.norm_q(heads(self.linear_q(hidden_TBD)[0], self.key_dim))
         k_BKTD = self.norm_k(heads(self.linear_k(hidden_TBD)[0], self.key_dim))
         return q_BHTD, k_BKTD, heads(self.linear_v(hidden_TBD)[0], self.value_dim)
+
+    def kv_shape(self, lanes: int) -> tuple[int, int, int]:
+        """(lanes, K, D) of this rank's keys."""
+        return lanes, self.linear_k.output_size_per_partition // self.key_dim, self.key_dim
 
     def join(self, out_BHTE: Tensor) -> Tensor:
         """Heads back to hidden_TBD."""

@@ -65,6 +65,11 @@ class Transformer(nn.Module):
         self.norm_final = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
         self.head = _head(config, parallel)
 
+    def initial_state(self, lanes: int) -> ModelState | None:
+        """The state before the first token of these lanes; None if the variant carries nothing between windows."""
+        state = tuple(layer.attention.initial_state(lanes, self.norm_final.weight) for layer in self.layers)
+        return None if state[0] is None else state
+
     def make_grid(self, starts_BT: Tensor, weights_BT: Tensor, state: ModelState | None) -> Grid:
         """The layout of this call, shared by all layers; cheapest with both marks on the host."""
         mixer = self.layers[0].attention
@@ -72,9 +77,9 @@ class Transformer(nn.Module):
         return make_grid(starts_BT, weights_BT, recent, mixer.segment_tokens, mixer.overlap_tokens)
 
     def forward(
-        self, tokens_BT: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor | None = None
+        self, tokens_BT: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor
     ) -> tuple[Tensor, ModelState]:
-        """Runs the tokens of one call.
+        """Losses of the tokens of one call.
 
         Args:
             tokens_BT: int64 ids.
@@ -83,9 +88,15 @@ class Transformer(nn.Module):
             labels_BT: int64 targets, `IGNORED` where there is none.
 
         Returns:
-            Without labels logits_BTV (fp32); with labels the cross-entropy in nats loss_BT (fp32, 0 where ignored).
-            And the state after the call.
+            Cross-entropy in nats, loss_BT (fp32, 0 where ignored), and the state after the call.
         """
+        hidden_TBD, state = self.decode(tokens_BT, grid, state)
+        labels_TB = labels_BT.t()
+        loss_TB = vocab_parallel_cross_entropy(self.logits(hidden_TBD), labels_TB.clamp_min(0).contiguous())
+        return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), state
+
+    def decode(self, tokens_BT: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """hidden_TBD after the last layer (before the final norm), and the state after the call."""
         hidden_TBD = self.embedding(tokens_BT.t().contiguous())
         states = []
         for layer, layer_state in zip(self.layers, state or (None,) * len(self.layers), strict=True):
@@ -96,13 +107,12 @@ class Transformer(nn.Module):
             else:
                 hidden_TBD, layer_state = layer(hidden_TBD, layer_state, grid)
             states.append(layer_state)
+        return hidden_TBD, tuple(states)
+
+    def logits(self, hidden_TBD: Tensor) -> Tensor:
+        """logits_TBV in fp32 (this rank's part of the vocabulary)."""
         tied = self.embedding.weight if self.config.tied_embeddings else None
-        logits_TBV = self.head(self.norm_final(hidden_TBD), weight=tied)[0].float()
-        if labels_BT is None:
-            return logits_TBV.transpose(0, 1), tuple(states)
-        labels_TB = labels_BT.t()
-        loss_TB = vocab_parallel_cross_entropy(logits_TBV, labels_TB.clamp_min(0).contiguous())
-        return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), tuple(states)
+        return self.head(self.norm_final(hidden_TBD), weight=tied)[0].float()
 
     def between_windows(self, state: ModelState) -> ModelState | None:
         """What travels from one window of training to the next, detached; None if the variant carries nothing."""

@@ -89,7 +89,8 @@ def infini_attention(
     q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)  # X: the rows of all query heads of a key-value head
     memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group))
     memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
-    gate = torch.sigmoid(beta_H.float()).to(local_BSHQE.dtype)[:, None, None] * visible_BSQ[:, :, None, :, None]
+    share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)
+    gate = share_H[:, None, None] * visible_BSQ[:, :, None, :, None]
     out_BSHQE = torch.lerp(local_BSHQE, memory_BSHQE, gate)  # Eq. 10
     return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following)
 

@@ -70,6 +70,12 @@ class Window(NamedTuple):
         shape = self.shape._replace(tokens=q.shape[2])
         return Window(shape, q, k, v, self.beta_H, *marks, self.memory)
 
+    def rows(self, index: Tensor) -> "Window":
+        """Some rows of the batch, in any order."""
+        q, k, v, starts, weights = (x[index] for x in (*self[1:4], self.starts_BT, self.weights_BT))
+        memory = Memory(*(x[index] for x in self.memory))
+        return Window(self.shape._replace(batch=len(index)), q, k, v, self.beta_H, starts, weights, memory)
+
     def cut(self, *places: int) -> list["Window"]:
         edges = [0, *places, self.shape.tokens]
         return [self.take(slice(*pair)) for pair in zip(edges[:-1], edges[1:], strict=True)]

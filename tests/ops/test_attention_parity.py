@@ -172,11 +172,13 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share):
 
 def test_fp32_is_close_to_fp64(ops, update):
     window = ops.draw(ops.Shape(tokens=50, segment_tokens=8, key_size=16, value_size=16), start_share=0.05, seed=17)
-    window = window.to(torch.float32)
-    exact = ops.tensors(*window.to(torch.float64).attend_by_reference(update))
-    found = ops.tensors(*window.attend(update))
+    window = window.to(torch.float32).with_fresh_leaves()
+    twin = window.to(torch.float64).with_fresh_leaves()
+    found, exact = ops.tensors(*window.attend(update)), ops.tensors(*twin.attend_by_reference(update))
     assert all(x.dtype == torch.float32 for x in found.values())
     ops.assert_same({name: x.double() for name, x in found.items()}, exact, tolerance=1e-5)
+    slopes, exact_slopes = ops.gradients(window, found), ops.gradients(twin, exact)
+    ops.assert_same({name: x.double() for name, x in slopes.items()}, exact_slopes, tolerance=1e-5)
 
 
 def test_bf16_keeps_its_memory_in_fp32(ops, update):

@@ -1,0 +1,90 @@
+"""What a dataset holds, as text for people; and whether its files are what they were."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from infini_train.config import ConfigError
+from infini_train.data.manifest import TokenizerEntry, check_sizes, hash_file, read_manifest
+from infini_train.data.shards import CorruptDocumentError, Dataset
+from infini_train.data.tokenizer import tokenizer_of
+
+_SHOWN_TOKENS = 200
+_QUANTILES = {"shortest": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+
+
+def summarise(folder: Path | str) -> str:
+    """Counts, lengths and sources of a dataset.
+
+    Raises:
+        ConfigError: as `Dataset.open`.
+    """
+    dataset = Dataset.open(folder)
+    manifest, lengths = dataset.manifest, dataset.lengths_tokens
+    shard_bytes = sum(shard.bytes for shard in manifest.shards)
+    quantiles = np.quantile(lengths, list(_QUANTILES.values()), method="nearest")
+    lines = [
+        f"documents     {manifest.documents:,}",
+        f"tokens        {manifest.tokens:,} (without bos and eos)",
+        f"text          {manifest.bytes:,} bytes, {manifest.bytes / max(manifest.tokens, 1):.2f} bytes a token",
+        f"shards        {len(manifest.shards)}, {shard_bytes:,} bytes, {np.dtype(manifest.dtype).name}",
+        f"tokenizer     {describe(manifest.tokenizer)}, vocabulary {manifest.vocab_size:,}",
+        f"hash          {dataset.sha256}",
+        "tokens a document",
+        *(f"  {name:<11} {int(n):,}" for name, n in zip(_QUANTILES, quantiles, strict=True)),
+        f"  {'mean':<11} {lengths.mean():,.1f}",
+        "sources",
+    ]
+    for source in sorted(manifest.sources, key=lambda s: -s.tokens):
+        share = source.tokens / max(manifest.tokens, 1)
+        lines.append(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})")
+    return "\n".join(lines)
+
+
+def describe(tokenizer: TokenizerEntry) -> str:
+    """Kind and short hash."""
+    return f"{tokenizer.kind} {tokenizer.sha256[:12]}"
+
+
+def show_document(folder: Path | str, document: int) -> str:
+    """A document's metadata and the beginning of its text.
+
+    Raises:
+        ConfigError: as `Dataset.open`; no such document; its data is damaged.
+    """
+    dataset = Dataset.open(folder)
+    if not 0 <= document < len(dataset):
+        raise ConfigError(f"--document: {document} is not there; {folder} holds documents 0 to {len(dataset) - 1}")
+    n_tokens = int(dataset.lengths_tokens[document])
+    try:
+        metadata = dataset.metadata(document)
+        text = tokenizer_of(folder).decode(dataset.read(document, 0, min(n_tokens, _SHOWN_TOKENS)))
+    except CorruptDocumentError as error:
+        raise ConfigError(f"{error}; copy the dataset again, or encode it again") from error
+    more = f"\n... ({n_tokens - _SHOWN_TOKENS:,} more tokens)" if n_tokens > _SHOWN_TOKENS else ""
+    return f"{json.dumps(metadata, ensure_ascii=False, indent=1)}\n\n{text}{more}"
+
+
+def verify(folder: Path | str) -> str:
+    """Compare every file with its hash in the manifest.
+
+    Raises:
+        ConfigError: names the first file that differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    for entry in tqdm(manifest.files, unit="file", desc="verify", disable=None):
+        if hash_file(folder / entry.file) != entry.sha256:
+            raise ConfigError(f"{folder / entry.file}: is damaged (its hash differs); copy the dataset again")
+    Dataset.open(folder)
+    tokenizer_of(folder)
+    return f"{folder}: {len(manifest.files)} files and the tokenizer are as they were written"
+
+
+def to_json(folder: Path | str) -> str:
+    """The manifest for programs."""
+    return json.dumps(dataclasses.asdict(Dataset.open(folder).manifest), indent=1, ensure_ascii=False)

@@ -1,0 +1,217 @@
+"""infini-train: train, eval, generate, demo. Each command loads its config and calls one function."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from infini_train import __version__
+from infini_train.config import ConfigError, config_roots, load_run
+
+DESCRIPTION = "Pretrain and evaluate language models with compressive memory (Infini-attention)."
+EPILOG = """\
+examples:
+  infini-train demo                                      everything once: data, training, evaluation, a sample
+  infini-train train debug                               a config by its name below configs/run/, or by path
+  infini-train train 125m --set train.batch_lanes=4 --set model.attention.update=delta
+  infini-train eval runs/demo --data runs/demo/data/validation --stream
+  infini-train generate runs/demo --prompt "def main("
+
+A run goes on where it stopped: give the same command again. Corpora are prepared by infini-data.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Exit code 2: a mistake in what was given; 1: the run failed; 130: interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except ConfigError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output has gone
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infini-train", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"infini-train {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands.add_parser("train", help="train a model, or continue a run"))
+    _add_eval(commands.add_parser("eval", help="perplexity of held-out text, at any length in constant memory"))
+    _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
+    _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    names = sorted({path.stem for root in config_roots() for path in (root / "run").glob("*.yaml")})
+    parser.description = f"Train a model, or continue a run. Configs: {', '.join(names)}, or a .yaml file."
+    parser.add_argument("config", metavar="CONFIG", help="name below configs/run/, or path of a .yaml file")
+    parser.add_argument(
+        "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of the config (repeatable)"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_run(options.config, options.set)
+    if options.print_config:
+        from infini_train.config import dump
+
+        print(dump(config), end="")
+        return
+    _prepare()
+    from infini_train.train.loop import train
+    from infini_train.train.step import NonFiniteError
+
+    try:
+        train(config, notify=lambda line: print(line, flush=True))
+    except NonFiniteError as error:
+        sys.exit(_fail(f"{error}; the last checkpoint is as it was. Lower optim.lr, or look at these documents", 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Perplexity of held-out text beside the unigram entropy of the same tokens."
+    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
+    parser.add_argument("--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)")
+    parser.add_argument("--stream", action="store_true", help="one lane, few segments at a time: constant memory at any length")
+    parser.add_argument("--lanes", type=_positive, metavar="N", help="documents read side by side (default: as in training)")
+    parser.add_argument("--window-tokens", type=_positive, metavar="N", help="tokens of a lane in one forward")
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens")
+    parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    parser.set_defaults(command=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _prepare()
+    from infini_train.eval.loading import open_trained
+    from infini_train.eval.report import evaluate_run
+
+    trained = open_trained(options.model, options.precision)
+    values = evaluate_run(
+        trained,
+        options.data,
+        lanes=1 if options.stream else options.lanes,
+        window_tokens=options.window_tokens,
+        stream=options.stream,
+        max_tokens=options.max_tokens,
+        carry_memory=not options.forget,
+    )
+    if options.json:
+        print(json.dumps(values))
+        return
+    for name, value in values.items():
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        print(f"{name:<18}{shown}")
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write text from a prompt; memory use does not depend on the prompt's length."
+    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="the text to go on from (default: the beginning of a document)")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input")
+    parser.add_argument("--max-new-tokens", type=_positive, default=200, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likely tokens that reach this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="keep this many likely tokens; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore-end", action="store_true", help="go on after an end of document")
+    parser.set_defaults(command=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from infini_train.eval.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
+    )
+    prompt = _read_prompt(options)
+    _prepare()
+    from infini_train.data.tokenizer import decode_stream
+    from infini_train.eval.generate import generate
+    from infini_train.eval.loading import open_trained
+
+    trained = open_trained(options.model)
+    tokenizer = trained.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    stop = None if options.ignore_end else tokenizer.eos_id
+    stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
+    sys.stdout.write(prompt)
+    for piece in decode_stream(tokenizer, stream):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is None:
+        return options.prompt
+    try:
+        data = sys.stdin.buffer.read() if str(options.prompt_file) == "-" else options.prompt_file.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file: {options.prompt_file} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file: {options.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it learns from"
+        " the Python standard library's own sources."
+    )
+    parser.add_argument("--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of configs/run/demo.yaml (repeatable)"
+    )
+    parser.set_defaults(command=_demo)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from infini_train.demo import run_demo
+
+    sys.exit(run_demo(options.text, options.out, options.set))
+
+
+def _prepare() -> None:
+    from infini_train.parallel import device
+
+    device.prepare()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measurements of a trained model: perplexity, and text that it writes."""

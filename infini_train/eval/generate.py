@@ -1,0 +1,76 @@
+"""Text from a prompt of any length: the prompt streams into memory and open segment, then token after token comes out.
+
+Legend: B lanes (1), T tokens of a call, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from infini_train.eval.sampling import Sampling
+from infini_train.model.transformer import ModelState, Transformer
+from infini_train.parallel import device
+
+
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    ranked = (logits_V.float().cpu() / sampling.temperature).sort(descending=True, stable=True)
+    probability = ranked.values.softmax(0)
+    before = probability.cumsum(0) - probability
+    keep = before < sampling.top_p
+    if sampling.top_k:
+        keep[sampling.top_k :] = False
+    choice = torch.multinomial(probability * keep, 1, generator=generator)
+    return int(ranked.indices[choice])
+
+
+@torch.no_grad()
+def feed(
+    model: Transformer, tokens: list[int], state: ModelState | None, *, first: bool, chunk_tokens: int
+) -> tuple[Tensor, ModelState]:
+    """Reads tokens in chunks; returns logits_V after the last one, and the state.
+
+    Args:
+        model: any variant.
+        tokens: at least one.
+        state: what was read before, or None.
+        first: the first token begins a document.
+        chunk_tokens: tokens a forward; memory use depends on it, the result does not.
+    """
+    assert tokens
+    logits_V = torch.empty(0)
+    for begin in range(0, len(tokens), chunk_tokens):
+        chunk_BT = torch.tensor([tokens[begin : begin + chunk_tokens]])
+        starts_BT = torch.zeros(chunk_BT.shape, dtype=torch.bool)
+        starts_BT[0, 0] = first and begin == 0
+        grid = model.make_grid(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
+        hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
+        logits_V = model.logits(hidden_TBD[-1:])[0, 0]
+    assert state is not None
+    return logits_V, state
+
+
+def generate(
+    model: Transformer, prompt: list[int], *, max_new_tokens: int, stop_id: int | None, sampling: Sampling
+) -> Iterator[int]:
+    """Yields token ids until `stop_id` (not yielded) or `max_new_tokens`.
+
+    Args:
+        model: any variant; memory stays constant with `infini` and `local`.
+        prompt: token ids, the first of which begins a document.
+        max_new_tokens: at most this many.
+        stop_id: end of document, or None.
+        sampling: how to choose.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    chunk = 4 * (model.config.segment_tokens or 256)
+    logits_V, state = feed(model, prompt, None, first=True, chunk_tokens=chunk)
+    for _ in range(max_new_tokens):
+        token = choose_token(logits_V, sampling, generator)
+        if token == stop_id:
+            return
+        yield token
+        logits_V, state = feed(model, [token], state, first=False, chunk_tokens=chunk)

@@ -1,0 +1,48 @@
+"""A trained model, its config and its tokenizer, from a run's folder or a checkpoint."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from infini_train.checkpoint.reader import open_checkpoint
+from infini_train.checkpoint.store import resolve
+from infini_train.checkpoint.weights import load_weights
+from infini_train.config import ConfigError, RunConfig, validate
+from infini_train.data.tokenizer import Tokenizer, load_tokenizer
+from infini_train.model.transformer import Transformer
+from infini_train.parallel import device, mesh
+
+
+class Trained(NamedTuple):
+    """What a checkpoint gives to evaluation."""
+
+    model: Transformer
+    config: RunConfig
+    step: int
+    checkpoint: Path
+    tokenizer: Tokenizer
+
+
+def open_trained(path: Path, precision: str = "fp32") -> Trained:
+    """Loads a model for evaluation.
+
+    Args:
+        path: a run's folder (its newest checkpoint), or one checkpoint's.
+        precision: "fp32" or "bf16" weights and activations.
+
+    Raises:
+        ConfigError: there is no usable checkpoint or tokenizer.
+    """
+    checkpoint = open_checkpoint(resolve(path))
+    config = validate(checkpoint.config)
+    run_dir = checkpoint.path.parent.parent
+    tokenizer_file = run_dir / "tokenizer.model"
+    tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte")
+    if tokenizer.sha256 != checkpoint.state["tokenizer"]:
+        raise ConfigError(f"{tokenizer_file}: is not the tokenizer the model was trained with; put the right one there")
+    mesh.start()
+    model = Transformer(config.model)
+    load_weights(model, checkpoint)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Trained(model.to(device.current(), dtype).eval(), config, checkpoint.step, checkpoint.path, tokenizer)

@@ -1,0 +1,1 @@
+"""Training: sessions, steps, schedules, metrics, and the loop that reads as one page."""

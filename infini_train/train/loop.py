@@ -1,0 +1,193 @@
+"""The training loop."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from infini_train.config import RunConfig
+from infini_train.data.lanes import Batch
+from infini_train.eval.perplexity import Perplexity, evaluate_perplexity
+from infini_train.model.flops import training_flops_per_token
+from infini_train.parallel import device
+from infini_train.train.interrupt import StopRequest
+from infini_train.train.memory import gate_matrix, memory_norms
+from infini_train.train.metrics import Metrics, format_duration, step_line
+from infini_train.train.optim import gate_warning, learning_rates
+from infini_train.train.session import Session, open_session, save_session
+from infini_train.train.step import StepResult, train_step
+
+
+def train(config: RunConfig, notify: Callable[[str], None] = print) -> Session:
+    """Trains until the budget is spent or a signal asks to stop; saves in either case.
+
+    Raises:
+        ConfigError: something about data, checkpoint or config is wrong; nothing was trained.
+        NonFiniteError: the loss is no longer a number; the last checkpoint stays.
+    """
+    session = open_session(config, notify)
+    total, saved = config.train.total_steps, session.step
+    announce(session, notify)
+    with StopRequest() as stop, Metrics(config, session.step, total) as metrics:
+        clock = Clock(session)
+        for batch, lanes in session.batches() if session.step < total else ():
+            rates = learning_rates(session.step, total, config.optim)
+            clock.start_step()
+            with profiled(session):
+                result = train_step(session.model, session.engine, batch, session.carried, rates)
+            session.advance(result.states, lanes)
+            clock.end_step(result)
+            metrics.tick()
+            last = session.step == total or stop.received is not None
+            if last or session.step % config.log.every_steps == 0:
+                report_step(session, metrics, clock, result, batch, rates)
+            if config.eval.every_steps and (session.step == total or session.step % config.eval.every_steps == 0):
+                report_validation(session, metrics)
+            if last or session.step % config.checkpoint.every_steps == 0:
+                saved = session.step
+                metrics.say(f"saved {save_session(session)}")
+            clock.pause()
+            if last:
+                break
+    if stop.received and session.step < total:
+        notify(f"stopped by {stop.received} at step {saved} of {total}; the same command goes on from there")
+    return session
+
+
+class Clock:
+    """Time of steps and of their parts since the last report; validation and saving do not count."""
+
+    def __init__(self, session: Session) -> None:
+        train = session.config.train
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.peak_flops = device.matmul_peak_flops(dtype)
+        self.flops_per_step = train.tokens_per_step * training_flops_per_token(session.config.model, train.window_tokens)
+        self.tokens_per_step = train.tokens_per_step
+        self.pause()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new interval."""
+        self.steps, self.interval_s, self.parts_s = 0, 0.0, dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+
+    def pause(self) -> None:
+        """From now on the time belongs to the next step."""
+        self._begin = time.perf_counter()
+
+    def start_step(self) -> None:
+        """The batch is there."""
+        self.parts_s["data"] += time.perf_counter() - self._begin
+
+    def end_step(self, result: StepResult) -> None:
+        """The step is done."""
+        self.steps += 1
+        self.interval_s += time.perf_counter() - self._begin
+        for part, seconds in result.seconds.items():
+            self.parts_s[part] += seconds
+
+    def values(self) -> dict[str, float]:
+        """Speed and parts of a mean step since the last report."""
+        step_s = self.interval_s / self.steps
+        parts = {f"seconds/{part}": seconds / self.steps for part, seconds in self.parts_s.items()}
+        return {
+            "speed/step_s": step_s,
+            "speed/tokens_per_s": self.tokens_per_step / step_s,
+            "speed/mfu": self.flops_per_step / step_s / self.peak_flops,
+            "speed/peak_memory_bytes": device.peak_memory_bytes(),
+            **parts,
+        }
+
+
+def announce(session: Session, notify: Callable[[str], None]) -> None:
+    """What is about to happen, and the pre-flight warnings."""
+    config = session.config
+    parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    notify(
+        f"{config.name}: {parameters / 1e6:.2f}M parameters, {config.model.attention.kind} attention,"
+        f" {config.train.batch_lanes} lanes x {config.train.window_tokens} tokens a step,"
+        f" {config.train.total_steps} steps, {config.train.precision} -> {config.directory}"
+    )
+    warning = gate_warning(config.optim, config.train.total_steps) if config.model.attention.kind == "infini" else None
+    if warning:
+        notify(f"warning: {warning}")
+    if session.step >= config.train.total_steps:
+        notify(f"the run has done all of its {config.train.total_steps} steps; raise train.max_steps to go on")
+
+
+def report_step(
+    session: Session, metrics: Metrics, clock: Clock, result: StepResult, batch: Batch, rates: dict[str, float]
+) -> None:
+    """Numbers of the interval since the last report, and of the memory when it is due."""
+    config, step = session.config, session.step
+    values = {
+        "loss/train": result.loss,
+        "perplexity/train": Perplexity(result.loss, 0, result.labels, batch.n_bytes, 0).perplexity,
+        "bits_per_byte/train": Perplexity(result.loss, 0, result.labels, batch.n_bytes, 0).bits_per_byte,
+        "grad_norm": result.grad_norm,
+        "tokens": session.tokens,
+        **{f"lr/{group}": rate for group, rate in rates.items()},
+        **clock.values(),
+    }
+    gates_LH = gate_matrix(session.model)
+    extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
+    eta_s = (config.train.total_steps - step) * values["speed/step_s"]
+    metrics.write(step, values)
+    metrics.say(step_line(step, config.train.total_steps, {**values, **extremes}, eta_s))
+    clock.reset()
+    if gates_LH is not None and (step % config.log.memory_every_steps == 0 or step == config.train.total_steps):
+        metrics.write_gates(step, gates_LH)
+        metrics.write(step, memory_norms(result.states))
+
+
+def report_validation(session: Session, metrics: Metrics) -> None:
+    """Perplexity of held-out text, with a memory of its own."""
+    config = session.config
+    assert session.validation is not None
+    start = time.perf_counter()
+    found = evaluate_perplexity(
+        session.model,
+        session.validation,
+        lanes=config.eval.batch_lanes or config.train.micro_lanes,
+        window_tokens=config.eval.window_tokens or config.train.window_tokens,
+        max_tokens=config.eval.max_tokens,
+        carry_memory=config.train.carry_memory,
+    )
+    metrics.write(
+        session.step,
+        {
+            "loss/validation": found.loss,
+            "perplexity/validation": found.perplexity,
+            "bits_per_byte/validation": found.bits_per_byte,
+            "loss/validation_unigram_entropy": found.unigram_entropy,
+        },
+    )
+    metrics.say(
+        f"validation at step {session.step}: loss {found.loss:.4f}  ppl {found.perplexity:.2f}"
+        f"  bpb {found.bits_per_byte:.3f}  (unigram entropy {found.unigram_entropy:.4f}; {found.tokens:,} tokens"
+        f" in {format_duration(time.perf_counter() - start)})"
+    )
+
+
+class profiled:
+    """Records the next step with torch.profiler if the config asks for it; writes a Chrome trace and a table."""
+
+    def __init__(self, session: Session) -> None:
+        self.step = session.step + 1
+        self.folder = session.config.directory / "profile"
+        wanted = self.step in session.config.log.profile_steps
+        self.profiler: Any = profile(activities=list(ProfilerActivity.__members__.values())) if wanted else None
+
+    def __enter__(self) -> None:
+        if self.profiler is not None:
+            self.profiler.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.profiler is None:
+            return
+        self.profiler.__exit__(*error)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.profiler.export_chrome_trace(str(self.folder / f"step-{self.step:08d}.json"))
+        table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        (self.folder / f"step-{self.step:08d}.txt").write_text(table, encoding="utf-8")

@@ -1,0 +1,137 @@
+"""What a run tells: a console line, metrics.jsonl and TensorBoard, continued across restarts without overlap.
+
+Legend: L layers, H query heads.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from infini_train.config import RunConfig, dump
+from infini_train.train.plots import plot_gates
+
+LAYOUT = {
+    "Learning": {
+        "loss, training and validation": ["Multiline", ["loss/train", "loss/validation"]],
+        "bits per byte": ["Multiline", ["bits_per_byte/train", "bits_per_byte/validation"]],
+        "learning rates": ["Multiline", ["lr/matrices", "lr/gates"]],
+        "gradient norm": ["Multiline", ["grad_norm"]],
+    },
+    "Speed": {
+        "tokens a second": ["Multiline", ["speed/tokens_per_s"]],
+        "model FLOP utilisation": ["Multiline", ["speed/mfu"]],
+        "parts of a step (s)": ["Multiline", ["seconds/data", "seconds/forward", "seconds/backward", "seconds/optimizer"]],
+    },
+    "Memory of the model": {
+        "gates: mean, lowest, highest": ["Margin", ["gates/mean", "gates/lowest", "gates/highest"]],
+        "norm of M, by layer": ["Multiline", [r"memory/norm/.*"]],
+        "norm of z, by layer": ["Multiline", [r"memory/normaliser/.*"]],
+    },
+}
+
+
+class Metrics:
+    """Writes one run's metrics; a context manager.
+
+    Args:
+        config: the run.
+        step: steps already done; what an earlier process wrote beyond them is dropped.
+        total_steps: the run's length.
+    """
+
+    def __init__(self, config: RunConfig, step: int, total_steps: int) -> None:
+        directory = config.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        trim_metrics(self._path, step)
+        self._jsonl: IO[str] = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        if step == 0:
+            self._board.add_text("config", "```yaml\n" + dump(config) + "```", 0)
+            self._board.add_custom_scalars(LAYOUT)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc=config.name,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._board.close()
+        self._jsonl.close()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._bar.update(1)
+
+    def say(self, line: str) -> None:
+        """A line for the person at the console."""
+        with self._bar.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name into metrics.jsonl and TensorBoard."""
+        self._jsonl.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def write_gates(self, step: int, gates_LH: np.ndarray) -> None:
+        """sigmoid(beta) of each layer and head: heat map, histogram, and their extremes."""
+        self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step), step)
+        self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
+        extremes = {"gates/mean": gates_LH.mean(), "gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
+        self.write(step, {name: float(value) for name, value in extremes.items()})
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON knows no NaN
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops lines beyond a step (and a torn last line), which a killed process wrote after its last checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line)
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:
+    """The console line of a step."""
+    gates = f"  gates {values['gates/lowest']:.2f}-{values['gates/highest']:.2f}" if "gates/lowest" in values else ""
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {values['loss/train']:.4f}"
+        f"  ppl {values['perplexity/train']:.2f}  bpb {values['bits_per_byte/train']:.3f}"
+        f"  lr {values['lr/matrices']:.2e}  |g| {values['grad_norm']:.2f}  {values['speed/tokens_per_s']:,.0f} tok/s"
+        f"  mfu {values['speed/mfu']:.0%}{gates}  eta {format_duration(eta_s)}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """2h05m, 3m20s, 45s."""
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,62 @@
+"""Parameter groups and learning rates, as pure functions of the config and the step."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from infini_train.config import OptimConfig
+
+# How far a gate has to travel to become local (sigmoid(-4) = 0.02) or global (0.98).
+GATE_TRAVEL = 4.0
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay."""
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
+    for name, parameter in model.named_parameters():
+        kind = "gates" if name.endswith(".gate") else "matrices" if parameter.dim() > 1 else "vectors"
+        members[kind].append(parameter)
+    decay = {"matrices": optim.weight_decay, "vectors": 0.0, "gates": 0.0}
+    rates = peak_rates(optim)
+    return [
+        {"name": kind, "params": parameters, "weight_decay": decay[kind], "lr": rates[kind]}
+        for kind, parameters in members.items()
+        if parameters
+    ]
+
+
+def peak_rates(optim: OptimConfig) -> dict[str, float]:
+    """The highest learning rate of each group."""
+    return {"matrices": optim.lr, "vectors": optim.lr, "gates": optim.gate_lr}
+
+
+def learning_rates(step: int, total_steps: int, optim: OptimConfig) -> dict[str, float]:
+    """Learning rate of each group at a step (0 is the first)."""
+    factor = schedule_factor(step, total_steps, optim)
+    return {kind: rate * factor for kind, rate in peak_rates(optim).items()}
+
+
+def schedule_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
+    """The share of the peak learning rate: linear warm-up, then cosine, or stable and a linear decay (wsd)."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "cosine":
+        done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    else:
+        decay_steps = optim.decay_steps or max(1, total_steps // 5)
+        shape = min(1.0, max(0.0, (total_steps - step) / decay_steps))
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape
+
+
+def gate_warning(optim: OptimConfig, total_steps: int) -> str | None:
+    """A warning if the gates can't become local or global in this run: Adam moves a parameter by at most about lr a step."""
+    reach = optim.gate_lr * sum(schedule_factor(step, total_steps, optim) for step in range(total_steps))
+    if reach >= GATE_TRAVEL:
+        return None
+    needed = optim.gate_lr * GATE_TRAVEL / max(reach, 1e-12)
+    return (
+        f"optim.gate_lr: {optim.gate_lr:g} over {total_steps} steps moves a gate by at most {reach:.2f}, and it takes about"
+        f" {GATE_TRAVEL:g} to become local or global; raise it to {needed:.2g} or train longer"
+    )

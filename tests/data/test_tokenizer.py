@@ -1,0 +1,61 @@
+"""Tokenizers: bytes, model files, and text that comes token by token."""
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infini_train.config import ConfigError
+from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, decode_stream, load_tokenizer
+
+
+def train(path, **options) -> None:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat", "a cat, a mat"] * 9),
+            model_writer=file,
+            minloglevel=2,
+            **options,
+        )
+
+
+@given(text=st.text())
+def test_bytes_come_back(text) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text == "".join(decode_stream(tokenizer, ids))
+    assert tokenizer.decode([256, *ids.tolist(), 257, 258]) == text
+    assert tokenizer.encode_many([text, "é"])[1].tolist() == [0xC3, 0xA9]
+
+
+def test_byte_tokenizer_is_fixed() -> None:
+    tokenizer = load_tokenizer("byte")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (259, 256, 257, 258)
+    assert tokenizer.decode([0xC3, 65]) == "\ufffdA"
+    assert tokenizer.sha256 == ByteTokenizer().sha256 and len(tokenizer.sha256) == 64
+
+
+def test_a_stream_holds_a_character_back_until_it_is_whole() -> None:
+    tokenizer = ByteTokenizer()
+    assert list(decode_stream(tokenizer, tokenizer.encode("a🙂b"))) == ["a", "🙂", "b"]
+    assert list(decode_stream(tokenizer, [65, 0xF0, 0x9F])) == ["A", "\ufffd"]  # never finished: shown at the end
+
+
+def test_foreign_models_work_with_their_own_spaces(tmp_path) -> None:
+    train(tmp_path / "t.model", vocab_size=17)
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    ids = tokenizer.encode("the cat sat")
+    assert tokenizer.decode(ids) == "the cat sat" == "".join(decode_stream(tokenizer, ids))
+    assert tokenizer.pad_id == tokenizer.eos_id == 2  # the model has no pad
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="can't be read: No such file"):
+        load_tokenizer(tmp_path / "t.model")
+    for data in (b"", b"not a model", b"\0" * 100):
+        (tmp_path / "t.model").write_bytes(data)
+        with pytest.raises(ConfigError, match="is not a SentencePiece model"):
+            SentencePieceTokenizer(tmp_path / "t.model")
+    train(tmp_path / "t.model", vocab_size=16, bos_id=-1)
+    with pytest.raises(ConfigError, match="has no bos or eos"):
+        SentencePieceTokenizer(tmp_path / "t.model")
