@@ -42,7 +42,10 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="infini-train", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="infini-train",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"infini-train {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -90,9 +93,15 @@ def _train(options: argparse.Namespace) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.description = "Perplexity of held-out text beside the unigram entropy of the same tokens."
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
-    parser.add_argument("--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)")
-    parser.add_argument("--stream", action="store_true", help="one lane, few segments at a time: constant memory at any length")
-    parser.add_argument("--lanes", type=_positive, metavar="N", help="documents read side by side (default: as in training)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="one lane, few segments at a time: constant memory at any length"
+    )
+    parser.add_argument(
+        "--lanes", type=_positive, metavar="N", help="documents read side by side (default: as in training)"
+    )
     parser.add_argument("--window-tokens", type=_positive, metavar="N", help="tokens of a lane in one forward")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens")
     parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")
@@ -132,7 +141,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="the text to go on from (default: the beginning of a document)")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input")
+    prompt.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
+    )
     parser.add_argument("--max-new-tokens", type=_positive, default=200, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="keep the likely tokens that reach this probability")
@@ -145,9 +156,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from infini_train.eval.sampling import Sampling
 
-    sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
-    )
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
     prompt = _read_prompt(options)
     _prepare()
     from infini_train.data.tokenizer import decode_stream
@@ -175,7 +184,9 @@ def _read_prompt(options: argparse.Namespace) -> str:
     except OSError as error:
         raise ConfigError(f"--prompt-file: {options.prompt_file} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt-file: {options.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
+        raise ConfigError(
+            f"--prompt-file: {options.prompt_file} is not UTF-8 (byte {error.start}); convert it"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo
@@ -183,13 +194,19 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it learns from"
-        " the Python standard library's own sources."
+        "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it"
+        " learns from the Python standard library's own sources."
     )
-    parser.add_argument("--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file")
+    parser.add_argument(
+        "--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument(
-        "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of configs/run/demo.yaml (repeatable)"
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        help="override a field of configs/run/demo.yaml (repeatable)",
     )
     parser.set_defaults(command=_demo)
 

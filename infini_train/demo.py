@@ -1,4 +1,4 @@
-"""The whole road once, as the commands that a person would type: text, tokenizer, shards, training, evaluation, a sample."""
+"""The whole road once, as the commands that a person would type: text, shards, training, evaluation, a sample."""
 
 import json
 import shlex
@@ -53,9 +53,10 @@ def run_demo(text: str | None, out: Path, overrides: Sequence[str]) -> int:
             corpus = _corpus(source, text is None, out)
             vocab = str(config.model.vocab_size)
             _say("1/5  a tokenizer of this text")
-            _run([*DATA, "tokenizer", *corpus, "--vocab-size", vocab, "--sample-mb", "10", "--out", str(model), "--overwrite"])
+            _run([*DATA, "tokenizer", *corpus, "--vocab-size", vocab, "--out", str(model), "--overwrite"])
             _say("2/5  shards of token ids, 5 % of the documents held out")
-            _run([*DATA, "encode", *corpus, "--tokenizer", str(model), "--out", str(data), "--holdout", "0.05", "--overwrite"])
+            shards = ["--tokenizer", str(model), "--out", str(data), "--holdout", "0.05", "--overwrite"]
+            _run([*DATA, "encode", *corpus, *shards])
         else:
             _say(f"1/5  2/5  {data} is there already")
         _say("3/5  training (Ctrl-C saves; the same command goes on)")
@@ -74,7 +75,8 @@ def _corpus(source: Path, is_default: bool, out: Path) -> list[str]:
     """Arguments that name the text."""
     if not is_default:
         return [str(source), "--on-bad-text", "skip"]
-    # Installed packages lie below the standard library; without them every machine of a Python version has the same text.
+    # Installed packages lie below the standard library; without them every machine of a Python version has the same
+    # text.
     listing = sorted(path for path in source.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
     folder = out / "text"
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from infini_train.parallel import device
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Losses are in nats a token. `unigram_entropy` is that of the very same tokens: what knowing their frequencies gives."""
+    """Losses are in nats a token; `unigram_entropy` is that of the very same tokens, for comparison."""
 
     loss: float
     unigram_entropy: float

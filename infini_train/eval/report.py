@@ -26,14 +26,16 @@ def evaluate_run(
     """Evaluates and names the results.
 
     Raises:
-        ConfigError: the data can't be opened, was encoded with another tokenizer, or the window is no multiple of the segment.
+        ConfigError: the data can't be opened, was encoded with another tokenizer, or the window is no multiple of the
+            segment.
     """
     folder = data or trained.config.data.validation
     if folder is None:
         raise ConfigError("--data: the run has no validation data; name a folder written by infini-data encode")
     dataset = Dataset.open(folder)
     if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
-        raise ConfigError(f"--data: {folder} was encoded with another tokenizer than the model's; encode it with {trained.checkpoint.parent.parent / 'tokenizer.model'}")
+        own = trained.checkpoint.parent.parent / "tokenizer.model"
+        raise ConfigError(f"--data: {folder} was encoded with another tokenizer than the model's; use {own}")
     segment = trained.config.model.segment_tokens
     default = STREAM_SEGMENTS * segment if stream and segment else trained.config.train.window_tokens
     window = window_tokens or default

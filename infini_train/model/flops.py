@@ -23,9 +23,10 @@ def memory_numbers(config: ModelConfig) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
-    """Floating-point operations of forward and backward a token (backward is twice the forward; recomputation not counted).
+    """Floating-point operations of forward and backward (twice the forward) a token, without recomputation.
 
-    Causal attention is counted at half of its square, as useful work. Delta's chain of D x D products is spread over the segment.
+    Causal attention is counted at half of its square, as useful work. Delta's chain of D x D products is spread over
+    the segment.
     """
     hidden, heads = config.hidden_size, config.num_heads
     key, value = config.key_dim, config.value_dim

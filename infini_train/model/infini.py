@@ -30,7 +30,9 @@ class InfiniAttention(SequenceMixer):
     def initial_state(self, lanes: int, like: Tensor) -> InfiniState:
         """An empty memory, and nothing seen yet."""
         shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
-        return InfiniState(empty_memory(*shape, value_dim, like), no_recent(shape, value_dim, self.overlap_tokens, like))
+        return InfiniState(
+            empty_memory(*shape, value_dim, like), no_recent(shape, value_dim, self.overlap_tokens, like)
+        )
 
     def forward(self, hidden_TBD: Tensor, state: InfiniState | None, grid: Grid) -> tuple[Tensor, InfiniState]:
         """See `SequenceMixer.forward`."""

@@ -17,8 +17,8 @@ EMBEDDING_STD = 0.02
 def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
     """Fills all parameters in place.
 
-    Matrices are normal with std 1/sqrt(fan in) (or ``config.init_std``), those that write into the residual stream smaller by
-    1/sqrt(2 layers); embedding and head normal with std 0.02; norms 1, biases 0, gates ``gate_init``.
+    Matrices are normal with std 1/sqrt(fan in) (or ``config.init_std``), those that write into the residual stream
+    smaller by 1/sqrt(2 layers); embedding and head normal with std 0.02; norms 1, biases 0, gates ``gate_init``.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(_local_slice(_initial_value(name, _global_shape(parameter), config, seed), parameter))

@@ -1,4 +1,4 @@
-"""The small parts of a decoder layer over megatron-core's parallel linear layers (world size 1 is one of their layouts).
+"""The small parts of a decoder layer over megatron-core's parallel linear layers.
 
 Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def parallel_config(dtype: torch.dtype = torch.float32) -> ModelParallelConfig:
-    """megatron-core's layer settings: parameters on the current default device, filled by `init.initialise`, not by it."""
+    """megatron-core's layer settings: parameters on the default device, filled by `init.initialise`, not by it."""
     return ModelParallelConfig(
         params_dtype=dtype,
         use_cpu_initialization=True,
@@ -29,7 +29,9 @@ def _no_init(weight: Tensor) -> Tensor:
     raise AssertionError("parameters are filled by model.init.initialise")
 
 
-def column_linear(inputs: int, outputs: int, parallel: ModelParallelConfig, *, bias: bool = False) -> ColumnParallelLinear:
+def column_linear(
+    inputs: int, outputs: int, parallel: ModelParallelConfig, *, bias: bool = False
+) -> ColumnParallelLinear:
     """A linear layer whose outputs are divided over the tensor-parallel ranks."""
     linear = ColumnParallelLinear(inputs, outputs, config=parallel, init_method=_no_init, bias=bias)
     set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)

@@ -36,7 +36,7 @@ class LocalAttention(SequenceMixer):
 
 
 class FullAttention(SequenceMixer):
-    """Causal attention over all tokens of the document so far. Its state, the whole key-value cache, grows with the length."""
+    """Causal attention over the document so far. Its state, the whole key-value cache, grows with the length."""
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The decoder: embedding, layers, final norm, head. Hidden states are (T, B, D), as megatron-core's sequence parallelism needs.
+"""The decoder: embedding, layers, final norm, head.
+
+Hidden states are (T, B, D), as megatron-core's sequence parallelism needs.
 
 Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Segment-local causal attention, and Infini-attention: its gated mixture with the compressive memory.
 
-Legend: B lanes, H query heads, K key-value heads (G = H / K query heads each), T tokens, L carried and new tokens padded to whole
-segments, S segments, Q queries a segment, J keys a segment, D key size, E value size.
+Legend: B lanes, H query heads, K key-value heads (G = H / K query heads each), T tokens, L carried and new tokens
+padded to whole segments, S segments, Q queries a segment, J keys a segment, D key size, E value size.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def local_attention(
     return _unfold_queries(out_BSHQE, grid), following
 
 
-def infini_attention(
+def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of them would only hide them)
     q_BHTD: Tensor,
     k_BKTD: Tensor,
     v_BKTE: Tensor,
@@ -57,7 +57,8 @@ def infini_attention(
 ) -> tuple[Tensor, InfiniState]:
     """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
 
-    The memory is read before it is written; the gate is not applied where the memory is empty or belongs to another document.
+    The memory is read before it is written; the gate is not applied where the memory is empty or belongs to another
+    document.
 
     Args:
         q_BHTD: queries without rotary embedding.
@@ -71,8 +72,8 @@ def infini_attention(
         ranks: how memory travels between ranks that hold parts of the sequence; None: all of it lies here.
 
     Returns:
-        out_BHTE in the dtype of v, and the state after the call. A segment left open is carried in `state.recent`; if a document
-        started in it, the older memory is dropped at once, since nothing can read it any more.
+        out_BHTE in the dtype of v, and the state after the call. A segment left open is carried in `state.recent`; if a
+        document started in it, the older memory is dropped at once, since nothing can read it any more.
     """
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     value_dim = v_BKTE.shape[-1]
@@ -86,7 +87,8 @@ def infini_attention(
     )
     visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
     group = q_BSHQD.shape[2] // kv_heads
-    q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)  # X: the rows of all query heads of a key-value head
+    # X: the rows of all query heads of a key-value head
+    q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)
     memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group))
     memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
     share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)

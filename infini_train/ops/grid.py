@@ -1,14 +1,14 @@
 """The segment grid of one call: which token lies in which segment, who sees whom, what is written and what is dropped.
 
-Segment edges lie on a fixed grid of N tokens, whatever the documents do. A call may continue an open segment: the state then
-holds that segment's keys and values ("recent" tokens), preceded by the overlap of the segment before it. Everything here
-follows from document numbers and write weights; it is computed once a forward and shared by all layers.
+Segment edges lie on a fixed grid of N tokens, whatever the documents do. A call may continue an open segment: the state
+then holds that segment's keys and values ("recent" tokens), preceded by the overlap of the segment before it.
+Everything here follows from document numbers and write weights; it is computed once a forward and shared by all layers.
 
-Document numbers are relative: 0 is the document that was being read when the call began, each start mark adds one. Carried tokens
-of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
+Document numbers are relative: 0 is the document that was being read when the call began, each start mark adds one.
+Carried tokens of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
 
-Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padded to whole segments, S segments touched,
-C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N).
+Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padded to whole segments, S segments
+touched, C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N).
 """
 
 from typing import NamedTuple
@@ -21,10 +21,10 @@ NOTHING = -(2**30)
 
 
 class Recent(NamedTuple):
-    """Tokens that local attention or an open segment's write still needs: the last W before the open segment, then the segment.
+    """Tokens that are still needed: the last W before the open segment, then the open segment.
 
-    k_BKRD and v_BKRE carry no rotary embedding. document_BR (int64) is relative to the document being read (0); weight_BR are
-    write weights (fp32, >= 0).
+    k_BKRD and v_BKRE carry no rotary embedding. document_BR (int64) is relative to the document being read (0);
+    weight_BR are write weights (fp32, >= 0).
     """
 
     k_BKRD: Tensor
@@ -47,10 +47,10 @@ def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int
 class Grid(NamedTuple):
     """The layout of one call, shared by all layers.
 
-    mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was already
-    being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights of the closed
-    segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the segment, so the older
-    memory stays. keep_open_B: the same for the segment left open. count_BC: tokens written.
+    mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
+    already being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights
+    of the closed segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the
+    segment, so the older memory stays. keep_open_B: the same for the segment left open. count_BC: tokens written.
     """
 
     overlap_tokens: int
@@ -80,7 +80,8 @@ class Grid(NamedTuple):
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
-        return Grid(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+        moved = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 def make_grid(
@@ -140,13 +141,17 @@ def make_grid(
     )
 
 
-def _local_mask(document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int) -> Tensor | None:
+def _local_mask(
+    document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int
+) -> Tensor | None:
     """Query sees key: not later, same document. None where that is plain causal attention."""
     if overlap_tokens == 0 and first_query == 0 and not _has_inner_start(query_BSQ):
         return None
     key_BSJ = document_BL.unfold(1, overlap_tokens + rows, rows)
     queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]
-    causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=document_BL.device).tril(overlap_tokens + first_query)
+    causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=document_BL.device).tril(
+        overlap_tokens + first_query
+    )
     return causal_QJ & (query_BSQ[..., None] == key_BSJ[..., None, :])
 
 

@@ -1,10 +1,11 @@
 """The compressive memory for all segments of a call at once (arXiv 2404.07143, Eq. 7 to 9).
 
-Differs from the paper in form, not in value: the linear update is a segmented prefix sum, the delta update an affine chain
-M_s = A_s M_{s-1} + B_s whose parts are computed for all segments together. A memory is empty by visibility (nothing written
-since the document's start), never by testing a value. Equations as plain loops: reference.py.
+Differs from the paper in form, not in value: the linear update is a segmented prefix sum, the delta update an affine
+chain M_s = A_s M_{s-1} + B_s whose parts are computed for all segments together. A memory is empty by visibility
+(nothing written since the document's start), never by testing a value. Equations as plain loops: reference.py.
 
-Legend: B lanes, K key-value heads, D key size, E value size, S segments read, C segments closed (written), N tokens a segment,
+Legend: B lanes, K key-value heads, D key size, E value size, S segments read, C segments closed (written), N tokens a
+    segment,
 Q query rows a segment (all query heads of one key-value head), F any flattened features.
 """
 
@@ -27,7 +28,8 @@ SCAN_BLOCK = 64
 class Memory(NamedTuple):
     """What is left of everything older than the open segment: fixed size, fp32 (fp64 under fp64 activations).
 
-    memory_BKDE and normaliser_BKD are the paper's M and z; written_B counts tokens written since the document's start (0: empty).
+    memory_BKDE and normaliser_BKD are the paper's M and z; written_B counts tokens written since the document's start
+    (0: empty).
     """
 
     memory_BKDE: Tensor
@@ -38,7 +40,8 @@ class Memory(NamedTuple):
 class Ranks(Protocol):
     """How memories of consecutive runs of segments meet, when several ranks hold one sequence.
 
-    Each rank sums up its own run as an affine map of the memory entering it; `totals` is called only by who needs the map.
+    Each rank sums up its own run as an affine map of the memory entering it; `totals` is called only by who needs the
+    map.
     """
 
     def entering_sum(self, totals: Callable[[], tuple[Tensor, Tensor]], initial_BF: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def segmented_scan(initial_BF: Tensor, increment_BCF: Tensor, keep_BC: Tensor) -
 
 
 def _visible_items(keep_BC: Tensor) -> Tensor:
-    """(B, C + 1, C + 1): item j (0: the initial state, j: segment j's increment) is part of the state after i segments."""
+    """(B, C + 1, C + 1): item j (0: the initial state) is part of the state after i segments."""
     index = torch.arange(keep_BC.shape[1] + 1, device=keep_BC.device)
     oldest = torch.where(keep_BC, 0, index[1:]).cummax(1).values
     oldest = torch.cat((torch.zeros_like(oldest[:, :1]), oldest), 1)
@@ -125,9 +128,7 @@ class Scanned(NamedTuple):
     final: Memory
 
 
-def scan_memory(
-    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, update: Update, ranks: Ranks
-) -> Scanned:
+def scan_memory(k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, update: Update, ranks: Ranks) -> Scanned:
     """Writes the closed segments and returns the memory that entered each segment (Eq. 8 and 9).
 
     Args:
@@ -139,7 +140,9 @@ def scan_memory(
         ranks: how memory travels between ranks.
     """
     if grid.closed == 0:  # a few tokens of generation: nothing to write yet
-        return _leave(initial.memory_BKDE[:, None], initial.normaliser_BKD[:, None], initial.written_B[:, None], grid, ranks)
+        return _leave(
+            initial.memory_BKDE[:, None], initial.normaliser_BKD[:, None], initial.written_B[:, None], grid, ranks
+        )
     dtype = initial.memory_BKDE.dtype
     feature = sigma(k_BCKND)
     weight_BC1N1 = grid.write_BCN[:, :, None, :, None]
@@ -171,7 +174,7 @@ def _leave(m_states: Tensor, z_states: Tensor, count_states: Tensor, grid: Grid,
 
 
 def _scan_normaliser(written_feature: Tensor, initial: Memory, grid: Grid, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """z and the count of written tokens before, between and after the segments: (B, C + 1, K, D) and (B, C + 1)."""
+    """States of z, (B, C + 1, K, D), and of the count of written tokens, (B, C + 1), around the segments."""
     dtype = initial.normaliser_BKD.dtype
     z_increment = written_feature.sum(-2, dtype=dtype)
     increment = torch.cat((z_increment.flatten(2), grid.count_BC[..., None].to(dtype)), 2)
@@ -189,13 +192,14 @@ def _sum_totals(increment_BCF: Tensor, keep_BC: Tensor) -> tuple[Tensor, Tensor]
 def _delta_transition(
     feature_BCKND: Tensor, weight_BC1N1: Tensor, z_BCKD: Tensor, visible_BC: Tensor, keep_BC: Tensor
 ) -> Tensor:
-    """A_s = I - sigma(K)^T diag(w / (sigma(K) z_{s-1})) sigma(K): 0 where a document starts, I while the memory is empty."""
+    """I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K): 0 where a document starts, I while the memory is empty."""
     feature = feature_BCKND.to(z_BCKD.dtype)  # the chain multiplies errors: fp32 throughout
     visible = visible_BC[:, :, None, None, None]
     denominator = torch.where(visible, feature @ z_BCKD[..., None], 1.0).clamp_min(TINY)
-    share = feature * torch.where(visible, weight_BC1N1.to(feature.dtype), 0.0) / denominator
+    # Two square roots instead of one quotient: its gradient would divide by the denominator's square and overflow.
+    share = feature * torch.where(visible, weight_BC1N1.to(feature.dtype), 0.0).sqrt() / denominator.sqrt()
     identity = torch.eye(feature.shape[-1], dtype=feature.dtype, device=feature.device)
-    return (identity - share.transpose(-1, -2) @ feature) * keep_BC[:, :, None, None, None].to(feature.dtype)
+    return (identity - share.transpose(-1, -2) @ share) * keep_BC[:, :, None, None, None].to(feature.dtype)
 
 
 def _affine_chain(transition_BCKDD: Tensor, increment_BCKDE: Tensor, entering_BKDE: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ MATMUL_PROBE_SIZE = 2048
 
 
 def prepare() -> None:
-    """Settings that must stand before deepspeed and megatron-core are imported; keeps their notices off the user's screen."""
+    """Settings needed before deepspeed and megatron-core are imported; keeps their notices off the user's screen."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -56,7 +56,7 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_peak_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square product, measured now: the ceiling for model FLOP utilisation."""
+    """Floating-point operations a second of a large square product, measured now: the ceiling of utilisation."""
     size = MATMUL_PROBE_SIZE * (4 if torch.cuda.is_available() else 1)
     a = torch.randn(size, size, dtype=dtype, device=current())
     best_s = float("inf")

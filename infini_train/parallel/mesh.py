@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed and megatron-core's parallel state. One process is world size 1 of the same groups."""
+"""Process groups of torch.distributed and megatron-core. One process is world size 1 of the same groups."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO engine behind a small interface: forward, backward, step, gradient norm, and state as named fragments.
+"""DeepSpeed's ZeRO engine behind a small interface: forward, backward, step, and its state as named pieces.
 
 The only importer of deepspeed.
 """
@@ -11,7 +11,8 @@ import deepspeed.ops
 import torch
 from torch import Tensor, nn
 
-# On CPU DeepSpeed would compile a shared-memory collective with the machine's compiler at the first start; gloo does without.
+# On CPU DeepSpeed would compile a shared-memory collective with the machine's compiler at the first start; gloo does
+# without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, in fp32
@@ -20,7 +21,8 @@ STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter,
 class Shard(NamedTuple):
     """A contiguous piece of a parameter's optimizer state that lies on this rank.
 
-    Offsets count elements of the rank's (tensor-parallel) parameter, flattened row-major. `values` is a view: copy into it to load.
+    Offsets count elements of the rank's (tensor-parallel) parameter, flattened row-major. `values` is a view: copy into
+    it to load.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, lr_of_group: dict[str, float]) -> float:
-        """Clips, applies AdamW with these learning rates (by group name), clears gradients; returns the norm before clipping."""
+        """Clips, applies AdamW with these rates (by group name), clears gradients; returns the norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr_of_group[group["name"]]
         self._engine.step()
@@ -99,10 +101,12 @@ class Engine:
 
     def optimizer_steps(self) -> int:
         """AdamW's step counter (bias correction)."""
-        return max(int(self._adam_state(flat)["step"]) for flat in self._engine.optimizer.single_partition_of_fp32_groups)
+        return max(
+            int(self._adam_state(flat)["step"]) for flat in self._engine.optimizer.single_partition_of_fp32_groups
+        )
 
     def restore(self, fill: Iterable[tuple[Shard, Tensor]], optimizer_steps: int) -> None:
-        """Copies loaded values into the shards they belong to, sets the step counter, and refreshes the weights from the masters."""
+        """Copies loaded values into their shards, sets the step counter, and refreshes the weights from the masters."""
         zero = self._engine.optimizer
         for shard, values in fill:
             shard.values.copy_(values)

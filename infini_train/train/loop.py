@@ -63,14 +63,20 @@ class Clock:
         train = session.config.train
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.peak_flops = device.matmul_peak_flops(dtype)
-        self.flops_per_step = train.tokens_per_step * training_flops_per_token(session.config.model, train.window_tokens)
+        self.flops_per_step = train.tokens_per_step * training_flops_per_token(
+            session.config.model, train.window_tokens
+        )
         self.tokens_per_step = train.tokens_per_step
         self.pause()
         self.reset()
 
     def reset(self) -> None:
         """Begins a new interval."""
-        self.steps, self.interval_s, self.parts_s = 0, 0.0, dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        self.steps, self.interval_s, self.parts_s = (
+            0,
+            0.0,
+            dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0),
+        )
 
     def pause(self) -> None:
         """From now on the time belongs to the next step."""

@@ -29,7 +29,10 @@ LAYOUT = {
     "Speed": {
         "tokens a second": ["Multiline", ["speed/tokens_per_s"]],
         "model FLOP utilisation": ["Multiline", ["speed/mfu"]],
-        "parts of a step (s)": ["Multiline", ["seconds/data", "seconds/forward", "seconds/backward", "seconds/optimizer"]],
+        "parts of a step (s)": [
+            "Multiline",
+            ["seconds/data", "seconds/forward", "seconds/backward", "seconds/optimizer"],
+        ],
     },
     "Memory of the model": {
         "gates: mean, lowest, highest": ["Margin", ["gates/mean", "gates/lowest", "gates/highest"]],

@@ -51,12 +51,12 @@ def schedule_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
 
 
 def gate_warning(optim: OptimConfig, total_steps: int) -> str | None:
-    """A warning if the gates can't become local or global in this run: Adam moves a parameter by at most about lr a step."""
+    """A warning if the gates can't become local or global: Adam moves a parameter by at most about lr a step."""
     reach = optim.gate_lr * sum(schedule_factor(step, total_steps, optim) for step in range(total_steps))
     if reach >= GATE_TRAVEL:
         return None
     needed = optim.gate_lr * GATE_TRAVEL / max(reach, 1e-12)
     return (
-        f"optim.gate_lr: {optim.gate_lr:g} over {total_steps} steps moves a gate by at most {reach:.2f}, and it takes about"
-        f" {GATE_TRAVEL:g} to become local or global; raise it to {needed:.2g} or train longer"
+        f"optim.gate_lr: {optim.gate_lr:g} over {total_steps} steps moves a gate by at most {reach:.2f}, and it takes"
+        f" about {GATE_TRAVEL:g} to become local or global; raise it to {needed:.2g} or train longer"
     )

@@ -67,8 +67,8 @@ def open_dataset(folder: str, field: str, config: RunConfig) -> Dataset:
         raise ConfigError(f"{field}: {error}") from error
     if dataset.manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the {dataset.manifest.vocab_size} token ids of"
-            f" {folder} ({field}); set it to {dataset.manifest.vocab_size} or more"
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {dataset.manifest.vocab_size} token ids"
+            f" of {folder} ({field}); set it to {dataset.manifest.vocab_size} or more"
         )
     return dataset
 
@@ -137,7 +137,8 @@ def _open_origin(config: RunConfig) -> Checkpoint:
     return origin
 
 
-# ------------------------------------------------------------------------------------------------------ save and restore
+# ------------------------------------------------------------------------------------------------------ save and
+# restore
 
 
 def save_session(session: Session) -> Path:

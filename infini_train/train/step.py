@@ -50,7 +50,7 @@ class Stopwatch:
 
 
 def micro_batches(batch: Batch, lanes: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """tokens_bT, labels_bT, starts_bT and weights_bT of consecutive lanes; marks stay on the host, where grids are made."""
+    """tokens_bT, labels_bT, starts_bT, weights_bT of consecutive lanes; marks stay on the host, to make grids from."""
 
     def rows(array: np.ndarray, first: int) -> Tensor:
         return torch.from_numpy(array[first : first + lanes])
@@ -93,7 +93,9 @@ def train_step(
         raise NonFiniteError(f"the loss is {loss} (documents of the batch: {describe_documents(batch)})")
     grad_norm = engine.step(lr_of_group)
     if not np.isfinite(grad_norm):
-        raise NonFiniteError(f"the gradient's norm is {grad_norm} (documents of the batch: {describe_documents(batch)})")
+        raise NonFiniteError(
+            f"the gradient's norm is {grad_norm} (documents of the batch: {describe_documents(batch)})"
+        )
     watch.mark("optimizer")
     return StepResult(loss, labels, grad_norm, tuple(states), watch.seconds)
 
