@@ -11,7 +11,7 @@ Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padd
 touched, C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ class Grid(NamedTuple):
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
-        moved = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**moved)
 
 

@@ -33,7 +33,9 @@ class Shard(NamedTuple):
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO-1 with AdamW: fp32, or bf16 weights with fp32 masters, moments and gradient sums.
+    """A model under DeepSpeed ZeRO with AdamW: fp32, or bf16 weights with fp32 masters, moments and gradient sums.
+
+    A step whose gradients are not finite changes nothing; its norm tells.
 
     Args:
         model: with parameters in fp32 on the device; cast to bf16 here if `precision` says so.
@@ -64,8 +66,10 @@ class Engine:
             "managed_gradient_accumulation": False,  # the trainer decides when a step ends
             "gradient_clipping": clip_norm,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 1, "overlap_comm": False},
-            "bf16": {"enabled": precision == "bf16"},
+            # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
+            "zero_optimization": {"stage": 2 if precision == "bf16" else 1, "overlap_comm": False},
+            "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
         }
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
 

@@ -5,8 +5,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-# Beyond it the gradient of Eq. 9 divides by the square of a denominator that fp32 cannot hold.
-GRADIENT_REACH = 30.0
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
 
@@ -139,5 +137,5 @@ def test_extreme_numbers_stay_finite(ops, update, dtype, layout, reach):
     window = window.replace_leaves(q=q, k=k, v=100 * window.v_BKTE).to(dtype).with_fresh_leaves()
     results = ops.tensors(*window.attend(update))
     assert all(x.isfinite().all() for x in results.values())
-    if reach <= GRADIENT_REACH:
-        assert all(x.isfinite().all() for x in ops.gradients(window, results).values())
+    gradients = ops.gradients(window, results)
+    assert all(x.isfinite().all() for x in gradients.values())
