@@ -2,8 +2,9 @@
 
     python benchmarks/books.py --train books/train.jsonl.gz --validation books/validation.jsonl.gz
 
-Any long documents will do. Encodes them, trains configs/run/books.yaml once for each arm and seed, evaluates the held-out
-documents from their beginnings, and writes results.json, table.md and loss.png. Interrupted, it goes on where it was.
+Any long documents will do. Encodes them, trains configs/run/books.yaml once for each arm and seed, evaluates the
+held-out documents from their beginnings, and writes results.json, table.md and loss.png. Interrupted, it goes on where
+it was.
 """
 
 import argparse
@@ -131,8 +132,9 @@ def tabulate(rows: list[dict[str, Any]]) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         losses = [row["loss"] for row in rows if row["arm"] == arm]
         perplexities = [row["perplexity"] for row in rows if row["arm"] == arm]
+        spread = max(losses) - min(losses)
         lines.append(
-            f"| **{arm}** | mean of {len(losses)} | **{statistics.mean(losses):.4f}** (spread {max(losses) - min(losses):.4f})"
+            f"| **{arm}** | mean of {len(losses)} | **{statistics.mean(losses):.4f}** (spread {spread:.4f})"
             f" | **{statistics.mean(perplexities):.2f}** | | | | |"
         )
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ Q query rows a segment (all query heads of one key-value head), F any flattened 
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,9 +73,24 @@ class OneRank:
         return final
 
 
+class _Sigma(torch.autograd.Function):
+    """ELU + 1 keeping only its result for backward: the slope is min(sigma, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.clamp(max=0).exp_().add_(x.relu())
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return gradient * result.clamp(max=1)
+
+
 def sigma(x: Tensor) -> Tensor:
     """ELU + 1, written so that it has no floor: `elu(x) + 1` is 6e-8 in fp32 and 0 in bf16 for very negative x."""
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+    return _Sigma.apply(x)  # type: ignore[no-untyped-call]
 
 
 def empty_memory(lanes: int, kv_heads: int, key_dim: int, value_dim: int, like: Tensor) -> Memory:

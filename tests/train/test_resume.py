@@ -1,0 +1,219 @@
+"""A run that stopped and went on is the run that never stopped: bit for bit, in fp32 on one process."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infini_train.config import ConfigError
+from infini_train.train.loop import train
+from infini_train.train.session import open_session, save_session
+
+STEPS, STOP = 6, 3
+
+
+def ignore(line: str) -> None:
+    """Nobody reads what the run says."""
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def same_batch(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["linear", "delta", "local", "full"])
+def test_resuming_is_exact(attention, precision, configure, tools):
+    if precision == "bf16" and attention in ("local", "full"):
+        pytest.skip("bf16 adds nothing new to these")
+    settings = (f"model.attention={tools.attention[attention]}", f"train.precision={precision}")
+    whole = open_session(configure(*settings, run="whole"), ignore)
+    expected = tools.drive(whole, STEPS)
+    assert any(step.batch.starts_BT[:, 1:].any() for step in expected[STOP:]), "documents must begin inside windows"
+
+    config = configure(*settings, run="parts")
+    first = open_session(config, ignore)
+    found = tools.drive(first, STOP)
+    save_session(first)
+    del first
+    second = open_session(config, ignore)
+    assert second.step == STOP
+    found += tools.drive(second, STEPS - STOP)
+
+    assert [(step.loss, step.grad_norm) for step in found] == [(step.loss, step.grad_norm) for step in expected]
+    assert all(same_batch(a.batch, b.batch) for a, b in zip(found, expected, strict=True))
+    tools.assert_same(tools.capture(second), tools.capture(whole))
+    assert (second.lanes, second.step, second.tokens) == (whole.lanes, whole.step, whole.tokens)
+    assert second.engine.optimizer_steps() == whole.engine.optimizer_steps() == STEPS
+    assert second.tokens == STEPS * 32 * 4
+
+
+def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools):
+    attention = f"model.attention={tools.attention['delta']}"
+    whole = train(configure(attention, run="whole"), ignore)
+    config = configure(attention, run="parts")
+    metrics, lines = config.directory / "metrics.jsonl", []
+
+    def stop_after_a_step() -> None:
+        for _ in range(3000):
+            if metrics.exists() and metrics.read_text():
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=stop_after_a_step)
+    thread.start()
+    first = train(config, lines.append)
+    thread.join()
+    stopped_at = first.step
+    assert stopped_at < STEPS, "the signal came too late to test anything"
+    assert any(f"stopped by SIGTERM at step {stopped_at} of {STEPS}" in line for line in lines)
+
+    second = train(config, lines.append)
+    assert any("resumed from" in line and f"(step {stopped_at})" in line for line in lines)
+    tools.assert_same(tools.capture(second), tools.capture(whole))
+
+    def losses(path: Path) -> list[tuple]:
+        read = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss/train"], line["grad_norm"]) for line in read if "loss/train" in line]
+
+    assert [step for step, *_ in losses(config.directory)] == list(range(1, STEPS + 1))
+    assert losses(config.directory) == losses(whole.config.directory)
+
+
+def test_generators_go_on(configure):
+    config = configure()
+    session = open_session(config, ignore)
+    save_session(session)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    open_session(config, ignore)
+    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_resume_with_other_micro_batches(lanes, configure, tools):
+    config = configure(f"model.attention={tools.attention['delta']}")
+    session = open_session(config, ignore)
+    tools.drive(session, STOP)
+    save_session(session)
+    expected = tools.drive(session, STEPS - STOP)
+    lines: list[str] = []
+    changed = configure(f"model.attention={tools.attention['delta']}", f"train.micro_batch_lanes={lanes}")
+    other = open_session(changed, lines.append)
+    assert any("train.micro_batch_lanes: 2 -> " + str(lanes) in line for line in lines)
+    found = tools.drive(other, STEPS - STOP)
+    assert [step.loss for step in found] == pytest.approx([step.loss for step in expected], rel=1e-5)
+    assert [step.grad_norm for step in found] == pytest.approx([step.grad_norm for step in expected], rel=1e-3)
+    before, after = tools.capture(session), tools.capture(other)
+    for name, value in before.items():
+        if name.startswith("weight"):
+            torch.testing.assert_close(after[name], value, atol=2e-4, rtol=0)
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, tools):
+    config = configure()
+    session = open_session(config, ignore)
+    tools.drive(session, 2)
+    save_session(session)
+    expected = tools.drive(session, 2)
+    newest = save_session(session)
+    file = newest / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+    lines: list[str] = []
+    again = open_session(config, lines.append)
+    assert again.step == 2
+    problem = next(line for line in lines if "corrupt" in line)
+    assert "step-00000004" in problem and file.name in problem and "step-00000002 is used instead" in problem
+    assert [step.loss for step in tools.drive(again, 2)] == [step.loss for step in expected]
+    save_session(again)
+    assert open_session(config, lines.append).step == 4, "the torn checkpoint of the same step is replaced"
+
+
+def test_no_valid_checkpoint_is_an_error_not_a_new_run(configure):
+    config = configure()
+    folder = save_session(open_session(config, ignore))
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ConfigError, match="no valid checkpoint.*index.json"):
+        open_session(config, ignore)
+
+
+def test_init_from_takes_weights_only(configure, tools):
+    origin = open_session(configure(run="origin"), ignore)
+    tools.drive(origin, 3)
+    folder = save_session(origin)
+    lines: list[str] = []
+    new = open_session(configure(f"train.init_from={folder.parent.parent}", "optim.lr=1e-4", run="new"), lines.append)
+    assert any(str(folder) in line and "weights" in line for line in lines)
+    old, values = tools.capture(origin), tools.capture(new)
+    for name, value in values.items():
+        kind = name.split()[0]
+        expected = old[name] if kind in ("weight", "master") else torch.zeros_like(value)
+        if name.endswith("document_BR"):
+            continue  # no document was read yet: checked by the position below
+        assert torch.equal(value, expected), name
+    fresh = open_session(configure(run="fresh"), ignore)
+    assert (new.step, new.tokens, new.lanes) == (0, 0, fresh.lanes)
+    assert new.engine.optimizer_steps() == 0
+    save_session(new)
+    resumed = open_session(configure("train.init_from=nowhere", "optim.lr=1e-4", run="new"), ignore)
+    tools.assert_same(tools.capture(resumed), values)
+
+
+def test_init_from_another_model_is_refused(configure):
+    folder = save_session(open_session(configure(run="origin"), ignore))
+    config = configure(f"train.init_from={folder}", "model.ffn_size=64", run="new")
+    with pytest.raises(ConfigError, match=r"train\.init_from: .*model\.ffn_size is 48 there and 64 here"):
+        open_session(config, ignore)
+    assert not config.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field"),
+    [
+        ("seed=1", "seed"),
+        ("optim.lr=1e-3", "optim.lr"),
+        ("train.window_tokens=64", "train.window_tokens"),
+        ("train.batch_lanes=8", "train.batch_lanes"),
+        ("train.precision=bf16", "train.precision"),
+        ("model.attention.update=delta", "model.attention.update"),
+        ("model.num_layers=3", "model.num_layers"),
+    ],
+)
+def test_a_field_that_may_not_change_is_refused_by_name(assignment, field, configure):
+    save_session(open_session(configure(), ignore))
+    config = configure(assignment)
+    before = listing(config.directory)
+    with pytest.raises(ConfigError, match=rf"^{field}: .*resumed run can't change it"):
+        open_session(config, ignore)
+    assert listing(config.directory) == before
+
+
+def test_other_training_data_are_refused(configure, tools, tmp_path):
+    save_session(open_session(configure(), ignore))
+    other = tools.write_shards(tmp_path / "other", (50, 60), seed=5)
+    with pytest.raises(ConfigError, match=r"^data\.train: .*is not the data"):
+        open_session(configure(f"data.train={other}"), ignore)
+
+
+def test_a_longer_run_goes_on(configure, tools):
+    session = open_session(configure("train.max_steps=3"), ignore)
+    tools.drive(session, 3)
+    save_session(session)
+    lines: list[str] = []
+    longer = train(configure("train.max_steps=5"), lines.append)
+    assert longer.step == 5 and any("train.max_steps: 3 -> 5" in line for line in lines)
+    again = train(configure("train.max_steps=5"), lines.append)
+    assert again.step == 5 and any("has done all of its 5 steps" in line for line in lines)
