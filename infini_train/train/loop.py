@@ -166,7 +166,7 @@ def report_validation(session: Session, metrics: Metrics) -> None:
             "loss/validation": found.loss,
             "perplexity/validation": found.perplexity,
             "bits_per_byte/validation": found.bits_per_byte,
-            "loss/validation_unigram_entropy": found.unigram_entropy,
+            "loss/unigram_entropy": found.unigram_entropy,
         },
     )
     metrics.say(

@@ -21,7 +21,7 @@ from infini_train.train.plots import plot_gates
 
 LAYOUT = {
     "Learning": {
-        "loss, training and validation": ["Multiline", ["loss/train", "loss/validation"]],
+        "loss, training and validation": ["Multiline", ["loss/train", "loss/validation", "loss/unigram_entropy"]],
         "bits per byte": ["Multiline", ["bits_per_byte/train", "bits_per_byte/validation"]],
         "learning rates": ["Multiline", ["lr/matrices", "lr/gates"]],
         "gradient norm": ["Multiline", ["grad_norm"]],

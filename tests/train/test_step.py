@@ -1,0 +1,216 @@
+"""One step: how it divides into micro-batches, what the loss counts, where gradients flow, and what it refuses."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from infini_train.data.lanes import IGNORED, Batch
+from infini_train.train.optim import learning_rates
+from infini_train.train.session import open_session, save_session
+from infini_train.train.step import NonFiniteError, micro_batches, train_step
+
+LANES, WINDOW = 4, 32
+
+
+def ignore(line: str) -> None:
+    """Nobody reads what the run says."""
+
+
+def draw_batch(seed: int, valid_labels: tuple[int, ...] = (WINDOW,) * LANES) -> Batch:
+    """Random tokens; lane b keeps its first `valid_labels[b]` labels. Documents begin inside some windows."""
+    random = np.random.default_rng(seed)
+    tokens_BT = random.integers(0, 256, (LANES, WINDOW + 1))
+    labels_BT = tokens_BT[:, 1:].copy()
+    starts_BT = np.zeros((LANES, WINDOW), bool)
+    starts_BT[1, 13] = starts_BT[3, 16] = True
+    for lane, count in enumerate(valid_labels):
+        labels_BT[lane, count:] = IGNORED
+    return Batch(
+        tokens_BT=tokens_BT[:, :-1],
+        labels_BT=labels_BT,
+        starts_BT=starts_BT,
+        weights_BT=np.ones((LANES, WINDOW), np.float32),
+        document_B=np.arange(LANES),
+        n_bytes=float(LANES * WINDOW),
+    )
+
+
+def step(session, batch):
+    rates = learning_rates(session.step, session.config.train.total_steps, session.config.optim)
+    return train_step(session.model, session.engine, batch, session.carried, rates)
+
+
+def loss_by_hand(session, batch) -> float:
+    """Sum over valid labels of -log softmax, over their count, all lanes at once."""
+    model, everything = session.model, micro_batches(batch, LANES)
+    tokens, labels, starts, weights = next(everything)
+    with torch.no_grad():
+        hidden_TBD, _ = model.decode(tokens, model.make_grid(starts, weights, None), None)
+        log_p_BTV = model.logits(hidden_TBD).log_softmax(-1).transpose(0, 1)
+    valid = labels != IGNORED
+    picked = log_p_BTV.gather(2, labels.clamp_min(0)[..., None])[..., 0]
+    return -(picked[valid].double().sum() / valid.sum()).item()
+
+
+@pytest.mark.parametrize(
+    "valid_labels", [(32, 32, 32, 32), (32, 1, 7, 20), (32, 20, 0, 0), (0, 0, 0, 5)], ids="full ragged half few".split()
+)
+@pytest.mark.parametrize("attention", ["linear", "delta"])
+def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
+    batch, found = draw_batch(3, valid_labels), {}
+    for lanes in (4, 2, 1):
+        config = configure(
+            f"model.attention={tools.attention[attention]}", f"train.micro_batch_lanes={lanes}", run=f"lanes{lanes}"
+        )
+        session = open_session(config, ignore)
+        expected = loss_by_hand(session, batch)
+        result = step(session, batch)
+        assert result.loss == pytest.approx(expected, rel=1e-6)
+        assert result.labels == sum(valid_labels)
+        found[lanes] = result.grad_norm, tools.capture(session)
+    for lanes in (2, 1):
+        assert found[lanes][0] == pytest.approx(found[4][0], rel=1e-5)
+        for name, value in found[lanes][1].items():
+            if name.startswith("exp_avg "):  # (1 - beta1) x the clipped gradient: compares all gradients
+                torch.testing.assert_close(value, found[4][1][name], rtol=1e-4, atol=1e-7)
+            elif name.startswith("weight"):
+                # AdamW's first step is lr x sign(gradient) almost everywhere: look at the gradients above for the rest
+                close = (value - found[4][1][name]).abs() < 1e-5
+                assert close.float().mean() > 0.99, name
+
+
+def test_a_batch_without_labels_moves_nothing_but_decay(configure, tools):
+    session = open_session(configure("optim.weight_decay=0"), ignore)
+    before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
+    result = step(session, draw_batch(0, (0, 0, 0, 0)))
+    assert (result.loss, result.labels, result.grad_norm) == (0.0, 0, 0.0)
+    tools.assert_same(dict(session.model.named_parameters()), before)
+
+
+def test_padding_has_no_influence(configure, tools):
+    """Tokens of weight 0 without labels, behind a start mark as the reader leaves them, change neither loss nor state."""
+    found = []
+    for padding in (258, 7):
+        session = open_session(configure(run=f"padding{padding}"), ignore)
+        batch = draw_batch(1, (20, 20, 20, 20))
+        batch.starts_BT[:, 20] = True
+        batch.tokens_BT[:, 20:] = padding
+        batch.weights_BT[:, 20:] = 0
+        result = step(session, batch)
+        found.append((result.loss, result.grad_norm))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
+    session = open_session(configure(f"train.precision={precision}"), ignore)
+    tools.drive(session, 2)
+    with torch.no_grad():
+        session.model.embedding.weight[200] = math.nan  # the documents don't hold this byte
+    before, position = tools.capture(session), session.lanes
+    batch = draw_batch(0)
+    batch.tokens_BT[2, 5] = 200
+    with pytest.raises(NonFiniteError, match=r"loss is nan \(documents of the batch: 0, 1, 2, 3\)"):
+        step(session, batch)
+    after = tools.capture(session)
+    assert before.keys() == after.keys() and session.lanes == position and session.step == 2
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tools):
+    """All embeddings at 0 under a tiny norm_eps: the loss is ln V, and the gradients overflow."""
+    session = open_session(configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"), ignore)
+    with torch.no_grad():
+        session.model.embedding.weight.zero_()
+    before = tools.capture(session)
+    with pytest.raises(NonFiniteError, match="gradient's norm is (inf|nan|-1)"):
+        step(session, draw_batch(0))
+    tools.assert_same(tools.capture(session), before)
+    assert session.engine.optimizer_steps() == 0
+    with torch.no_grad():
+        session.model.embedding.weight.normal_(std=0.02)
+    assert math.isfinite(step(session, draw_batch(0)).grad_norm), "nothing of the bad gradients is left"
+
+
+def test_carried_memory_changes_the_next_loss(configure):
+    losses = {}
+    for carry in (True, False):
+        session = open_session(configure(f"train.carry_memory={str(carry).lower()}", run=f"carry{carry}"), ignore)
+        first = step(session, draw_batch(0))
+        session.advance(first.states, session.lanes)
+        losses[carry] = first.loss, step(session, draw_batch(1)).loss
+        if carry:  # lanes 1 and 3 began documents at 13 and 16: the segments before hold nothing for the next window
+            written = [state[0].memory.written_B.tolist() for state in session.carried]
+            assert written == [[32.0, 19.0], [32.0, 16.0]]
+    assert losses[True][0] == losses[False][0], "the first window has nothing to remember"
+    assert abs(losses[True][1] - losses[False][1]) > 1e-4
+
+
+def test_without_carry_every_window_begins_empty(configure):
+    session = open_session(configure("train.carry_memory=false"), ignore)
+    for seed in range(2):
+        batch = draw_batch(seed)
+        expected = loss_by_hand(session, batch)  # from an empty state
+        result = step(session, batch)
+        assert result.loss == pytest.approx(expected, rel=1e-6)
+        session.advance(result.states, session.lanes)
+        assert session.carried == (None, None)
+    save_session(session)
+    assert open_session(session.config, ignore).carried == (None, None)
+
+
+def embedding_gradient(session, batch, state):
+    """Gradient of the loss of the last segment with respect to the embeddings of the window, (T,), and the next state."""
+    model, kept = session.model, []
+    hook = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())
+    last.labels_BT[:, : WINDOW - 8] = IGNORED
+    tokens, labels, starts, weights = next(micro_batches(last, LANES))
+    loss_BT, after = model(tokens, model.make_grid(starts, weights, state), state, labels)
+    hook.remove()
+    (gradient_TBD,) = torch.autograd.grad(loss_BT.sum(), kept[0])
+    return gradient_TBD[:, 0].norm(dim=-1), after
+
+
+@pytest.mark.parametrize(
+    ("attention", "reaches"), [("linear", True), ("delta", True), ("full", True), ("local", False)]
+)
+def test_gradients_flow_through_all_segments_of_the_window(attention, reaches, configure, tools):
+    chosen = tools.attention[attention].replace(", overlap_tokens: 3", "")
+    session = open_session(configure(f"model.attention={chosen}", "train.micro_batch_lanes=4"), ignore)
+    gradient_T, _ = embedding_gradient(session, draw_batch(0), None)
+    assert (gradient_T[WINDOW - 8 :] > 0).all()
+    assert (gradient_T[:8] > 0).all() == reaches
+    if not reaches:
+        assert not gradient_T[: WINDOW - 8].any()
+
+
+@pytest.mark.parametrize("attention", ["linear", "delta"])
+def test_gradients_end_at_the_window(attention, configure, tools):
+    session = open_session(
+        configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"), ignore
+    )
+    model, first = session.model, draw_batch(0)
+    tokens, labels, starts, weights = next(micro_batches(first, LANES))
+    _, state = model(tokens, model.make_grid(starts, weights, None), None, labels)
+    carried = model.between_windows(state)
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(carried) if torch.is_tensor(leaf)]
+    assert leaves and not any(leaf.requires_grad for leaf in leaves)
+    assert any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(state)), "inside the window they flow"
+    result = step(session, first)
+    assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(result.states))
+
+
+def test_clipping_and_parts_of_the_time(configure):
+    session = open_session(configure("optim.clip_norm=1e-3", "optim.eps=1.0", "optim.weight_decay=0"), ignore)
+    before = session.model.embedding.weight.detach().clone()
+    result = step(session, draw_batch(0))
+    assert result.grad_norm > 0.1, "the norm before clipping"
+    moved = (session.model.embedding.weight - before).norm().item()
+    assert 0 < moved <= 1e-3 * session.config.optim.lr  # eps 1 makes AdamW's step about lr x gradient
+    assert set(result.seconds) == {"forward", "backward", "optimizer"} and min(result.seconds.values()) > 0
