@@ -1,6 +1,7 @@
 """infini-train: train, eval, generate, demo. Each command loads its config and calls one function."""
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail("interrupted", 130))
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output has gone
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(_fail("no space left on device; free some and give the same command again", 2))
 
 
 def _fail(message: str, code: int) -> int:

@@ -55,7 +55,7 @@ def gate_warning(optim: OptimConfig, total_steps: int) -> str | None:
     reach = optim.gate_lr * sum(schedule_factor(step, total_steps, optim) for step in range(total_steps))
     if reach >= GATE_TRAVEL:
         return None
-    needed = optim.gate_lr * GATE_TRAVEL / max(reach, 1e-12)
+    needed = 1.1 * optim.gate_lr * GATE_TRAVEL / max(reach, 1e-12)  # a little more, so that its rounding is enough
     return (
         f"optim.gate_lr: {optim.gate_lr:g} over {total_steps} steps moves a gate by at most {reach:.2f}, and it takes"
         f" about {GATE_TRAVEL:g} to become local or global; raise it to {needed:.2g} or train longer"

@@ -26,19 +26,19 @@ VARIANTS = {
 }
 
 
-def tiny(attention: str = "linear", **changes: object) -> ModelConfig:
+def tiny(variant: str = "linear", **changes: object) -> ModelConfig:
     """Config of a tiny model; `changes` are fields of ModelConfig."""
     shape = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48}
-    return ModelConfig(**{**shape, "attention": VARIANTS[attention], **changes})
+    return ModelConfig(**{**shape, "attention": VARIANTS[variant], **changes})
 
 
 def build(config: ModelConfig, seed: int = 0, **options: bool) -> Transformer:
-    """A model with weights large enough that every part of it matters."""
+    """A model with embeddings and logits of size 1 or so, so that every part of it matters."""
     model = Transformer(config, **options)
     initialise(model, config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embedding" in name:
+            if name in ("embedding.weight", "head.weight"):
                 parameter.mul_(20)
     return model
 
