@@ -1,0 +1,270 @@
+"""The documentation against the code: marked commands run, and every path, option and config field named in it exists.
+
+A shell block with ``<!-- run -->`` on the line above it is run. The blocks of one page run in order in one temporary
+folder, each in a bash of its own. In a ``console`` block every line behind ``$`` is run and must print exactly the
+lines below it.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import pytest
+
+from data_tools.cli import build_parser as build_data_parser
+from infini_train import cli
+from infini_train.config import RunConfig, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGE_NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+SHELLS = ("sh", "bash", "shell", "console")
+TIMEOUT_S = 240
+
+# Paths that begin like this are of this repository; a name with one of the suffixes may also be relative to a room.
+TOP = ("infini_train/", "data_tools/", "configs/", "docs/", "tests/", "benchmarks/", ".ci/")
+BASES = (ROOT, ROOT / "infini_train", ROOT / "configs")
+SUFFIXES = (".py", ".yaml", ".md", ".toml")
+WRITTEN = {"config.yaml"}  # by a run, into its own folder
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, whether it is marked to run, its first line's number, its text."""
+
+    language: str
+    marked: bool
+    line: int
+    text: str
+
+
+def split_page(text: str) -> tuple[str, list[Block]]:
+    """The page's prose, and its fenced blocks."""
+    prose: list[str] = []
+    blocks: list[Block] = []
+    body: list[str] | None = None
+    previous, language, marked, first = "", "", False, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if body is None and (fence := re.fullmatch(r"```(\w*)", line.strip())):
+            language, marked, first, body = fence[1], previous.strip() == "<!-- run -->", number + 1, []
+        elif body is None:
+            prose.append(line)
+        elif line.strip() == "```":
+            blocks.append(Block(language, marked, first, "\n".join(body)))
+            body = None
+        else:
+            body.append(line)
+        previous = line
+    assert body is None, f"the block that begins on line {first} is never closed"
+    return "\n".join(prose), blocks
+
+
+def read_page(name: str) -> tuple[str, list[Block]]:
+    return split_page((ROOT / name).read_text(encoding="utf-8"))
+
+
+def inline_code(prose: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def runs_of(block: Block) -> Iterator[tuple[str, str | None]]:
+    """Scripts of a block, each with what it must print (None: whatever it likes, but it must succeed)."""
+    if block.language != "console":
+        yield block.text, None
+        return
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, output = part.partition("\n")
+        yield command, output.strip()
+
+
+RUNNABLE = [name for name in PAGE_NAMES if any(block.marked for block in read_page(name)[1])]
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_marked_commands_run(name: str, tmp_path: Path) -> None:
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": scripts, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    for block in read_page(name)[1]:
+        if not block.marked:
+            continue
+        assert block.language in SHELLS, f"{name}:{block.line}: only shell blocks can be run"
+        for script, expected in runs_of(block):
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", script],
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            if expected is None:
+                assert done.returncode == 0, f"{name}:{block.line}: exit code {done.returncode}\n{done.stdout}"
+            else:
+                assert done.stdout.strip() == expected, f"{name}:{block.line}: {script}"
+                assert done.returncode == (2 if expected.startswith("error: ") else 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- paths
+
+
+def missing_paths(codes: list[str], page: Path) -> list[str]:
+    """Those among the pieces of code that look like a file of this repository and are none."""
+    missing = []
+    for code in codes:
+        path = code.split(":")[0]
+        if not re.fullmatch(r"[\w./*-]+", path) or path in WRITTEN or path.startswith(("runs/", "data/")):
+            continue
+        if path.startswith(TOP):
+            bases: tuple[Path, ...] = (ROOT,)
+        elif path.endswith(SUFFIXES) and not path.startswith("."):
+            bases = (*BASES, page.parent)
+        else:
+            continue
+        if not any(any(base.glob(path.rstrip("/"))) for base in bases):
+            missing.append(code)
+    return missing
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_named_files_exist(name: str) -> None:
+    assert missing_paths(inline_code(read_page(name)[0]), ROOT / name) == []
+
+
+def test_a_missing_file_is_found() -> None:
+    codes = ["infini_train/nowhere.py", "train/loop.py", "ops/nowhere.py", "model/demo.yaml", "loss/train"]
+    assert missing_paths(codes, ROOT / "README.md") == ["infini_train/nowhere.py", "ops/nowhere.py"]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", split_page(text)[0], flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_links_resolve(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read_page(name)[0]):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(page.read_text(encoding="utf-8")), f"{name}: {target}"
+
+
+# ------------------------------------------------------------------------------------------------- options and fields
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices)
+
+
+PARSERS = {"infini-train": cli._parser(), "infini-data": build_data_parser()}
+FLAGS = {
+    flag
+    for parser in PARSERS.values()
+    for each in (parser, *subparsers(parser).values())
+    for flag in each._option_string_actions
+}
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each infini-train and infini-data command of a shell block."""
+    text = block.text.replace("\\\n", " ")
+    if block.language == "console":
+        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
+    for line in re.sub(r"\$\((?:'[^']*'|[^)'])*\)", "X", text).splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        command: list[str] = []
+        for word in [*words, ";"]:
+            if set(word) <= set("();<>|&"):
+                if command and command[0] in PARSERS:
+                    yield command
+                command = []
+            elif command or not re.fullmatch(r"\w+=.*", word):
+                command.append(word)
+
+
+def check_command(command: list[str], may_fail: bool) -> None:
+    """The parser takes the command; a shipped config takes its overrides."""
+    program, *rest = command
+    try:
+        options = PARSERS[program].parse_args(rest)
+    except SystemExit as error:
+        assert error.code == 0, f"{shlex.join(command)}: is refused"  # 0: --help, --version
+        return
+    if rest[0] == "train" and not may_fail and not options.config.endswith(".yaml"):
+        load_run(options.config, options.set)
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_commands_of_blocks_are_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in read_page(name)[1]:
+        if block.language in SHELLS:
+            for command in commands(block):
+                check_command(command, may_fail="error: " in block.text)
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_named_options_exist(name: str) -> None:
+    for code in inline_code(read_page(name)[0]):
+        program = code.split(" ")[0]
+        if program in PARSERS and " " in code:
+            assert code.split(" ")[1] in {*subparsers(PARSERS[program]), "--help", "--version"}, f"{name}: {code}"
+        if program in PARSERS or code.startswith("--"):
+            unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", code)) - FLAGS
+            assert not unknown, f"{name}: {code}: no option {', '.join(unknown)}"
+
+
+def config_fields() -> set[str]:
+    """The dotted path of every section and field of the schema."""
+    found: set[str] = set()
+
+    def visit(section: type, prefix: str) -> None:
+        for field, kind in get_type_hints(section).items():
+            found.add(prefix + field)
+            for variant in (kind, *get_args(kind)):  # the variants of model.attention share its prefix
+                if dataclasses.is_dataclass(variant) and isinstance(variant, type):
+                    visit(variant, f"{prefix}{field}.")
+
+    visit(RunConfig, "")
+    return found
+
+
+FIELDS = config_fields()
+SECTIONS = {path.split(".")[0] for path in FIELDS if "." in path}
+
+
+def unknown_fields(codes: list[str]) -> list[str]:
+    """Those among the pieces of code that look like a config field and are none."""
+    found = []
+    for code in codes:
+        path = re.fullmatch(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:[=:].*)?", code.removeprefix("--set "))
+        is_file = path and path[1].endswith(SUFFIXES)
+        if path and not is_file and path[1].split(".")[0] in SECTIONS and path[1] not in FIELDS:
+            found.append(code)
+    return found
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_named_config_fields_exist(name: str) -> None:
+    assert unknown_fields(inline_code(read_page(name)[0])) == []
+
+
+def test_an_unknown_field_is_found() -> None:
+    codes = ["train.max_steps=5", "train.max_step", "model.attention.update", "model.attention.updates", "train.md"]
+    assert unknown_fields(codes) == ["train.max_step", "model.attention.updates"]
+    assert {"seed", "model.attention.overlap_tokens", "log.profile_steps"} <= FIELDS
