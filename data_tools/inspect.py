@@ -32,7 +32,7 @@ def summarise(folder: Path | str) -> str:
         f"text          {manifest.bytes:,} bytes, {manifest.bytes / max(manifest.tokens, 1):.2f} bytes a token",
         f"shards        {len(manifest.shards)}, {shard_bytes:,} bytes, {np.dtype(manifest.dtype).name}",
         f"tokenizer     {describe(manifest.tokenizer)}, vocabulary {manifest.vocab_size:,}",
-        f"hash          {dataset.sha256}",
+        f"hash          {dataset.identity}",
         "tokens a document",
         *(f"  {name:<11} {int(n):,}" for name, n in zip(_QUANTILES, quantiles, strict=True)),
         f"  {'mean':<11} {lengths.mean():,.1f}",

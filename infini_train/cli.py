@@ -4,6 +4,8 @@ import argparse
 import errno
 import json
 import sys
+import textwrap
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +23,38 @@ examples:
 
 A run goes on where it stopped: give the same command again. Corpora are prepared by infini-data.
 """
+TRAIN_EXAMPLES = """\
+examples:
+  infini-train train debug --set run_dir=runs/mine       a config by name; the same command goes on where it stopped
+  infini-train train configs/run/125m.yaml --set data.train=data/books/train --set train.precision=bf16
+  infini-train train demo --set model.attention='{kind: local, segment_tokens: 128}'
+  infini-train train demo --print-config > mine.yaml     a config of your own, to edit
+"""
+EVAL_EXAMPLES = """\
+examples:
+  infini-train eval runs/demo                            the newest checkpoint on the run's validation data
+  infini-train eval runs/demo --stream --data data/books/validation
+  infini-train eval runs/demo/checkpoints/step-00000100 --window-tokens 4096 --json
+  infini-train eval runs/demo --window-tokens 128 --forget    the same without memory, to compare
+"""
+GENERATE_EXAMPLES = """\
+examples:
+  infini-train generate runs/demo --prompt "def main("
+  infini-train generate runs/demo --prompt-file book.txt --max-new-tokens 500 --temperature 0.7 --top-k 50
+  infini-train generate runs/demo --temperature 0        always the most likely token
+"""
+DEMO_EXAMPLES = """\
+examples:
+  infini-train demo
+  infini-train demo --text my_notes/ --out runs/notes
+  infini-train demo --out runs/short --set train.max_steps=50 --set train.batch_lanes=2
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit code 2: a mistake in what was given; 1: the run failed; 130: interrupted."""
     options = _parser().parse_args(arguments)
+    hook, threading.excepthook = threading.excepthook, _show_thread_error
     try:
         options.command(options)
     except ConfigError as error:
@@ -38,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(_fail("no space left on device; free some and give the same command again", 2))
+    finally:
+        threading.excepthook = hook
+
+
+def _show_thread_error(arguments: threading.ExceptHookArgs) -> None:
+    """Python's own report, but of a full disk: the main thread meets it too, and tells it in one line."""
+    if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno != errno.ENOSPC:
+        threading.__excepthook__(arguments)
 
 
 def _fail(message: str, code: int) -> int:
@@ -61,12 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
+    parser.description = textwrap.fill(description, 100)
+    parser.epilog = examples
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
 # --------------------------------------------------------------------------------------------------------------- train
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     names = sorted({path.stem for root in config_roots() for path in (root / "run").glob("*.yaml")})
-    parser.description = f"Train a model, or continue a run. Configs: {', '.join(names)}, or a .yaml file."
+    description = f"Train a model, or continue a run. Configs: {', '.join(names)}, or a .yaml file."
+    _describe(parser, description, TRAIN_EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="name below configs/run/, or path of a .yaml file")
     parser.add_argument(
         "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of the config (repeatable)"
@@ -96,7 +140,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Perplexity of held-out text beside the unigram entropy of the same tokens."
+    _describe(parser, "Perplexity of held-out text beside the unigram entropy of the same tokens.", EVAL_EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
     parser.add_argument(
         "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
@@ -105,7 +149,10 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="one lane, few segments at a time: constant memory at any length"
     )
     parser.add_argument(
-        "--lanes", type=_positive, metavar="N", help="documents read side by side (default: as in training)"
+        "--lanes",
+        type=_positive,
+        metavar="N",
+        help="documents read side by side (default: one micro-batch of training)",
     )
     parser.add_argument("--window-tokens", type=_positive, metavar="N", help="tokens of a lane in one forward")
     parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens")
@@ -142,7 +189,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write text from a prompt; memory use does not depend on the prompt's length."
+    description = "Write text from a prompt; memory use does not depend on the prompt's length."
+    _describe(parser, description, GENERATE_EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="the text to go on from (default: the beginning of a document)")
@@ -198,10 +246,11 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
+    description = (
         "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it"
         " learns from the Python standard library's own sources."
     )
+    _describe(parser, description, DEMO_EXAMPLES)
     parser.add_argument(
         "--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file"
     )

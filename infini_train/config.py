@@ -228,7 +228,7 @@ class EvalConfig:
 
     every_steps: int | None = None  # null: never
     max_tokens: int = 65_536  # of validation text a time
-    batch_lanes: int | None = None  # null: as in training
+    batch_lanes: int | None = None  # null: those of one micro-batch
     window_tokens: int | None = None  # null: as in training
 
     def __post_init__(self) -> None:
@@ -263,7 +263,11 @@ class CheckpointConfig:
         _require(self.every_steps > 0, "checkpoint.every_steps", "must be positive")
         _require(self.keep_last >= 1, "checkpoint.keep_last", "must be at least 1")
         value = self.milestone_every_steps
-        _require(value is None or value > 0, "checkpoint.milestone_every_steps", "must be positive, or null")
+        _require(
+            value is None or (value > 0 and value % self.every_steps == 0),
+            "checkpoint.milestone_every_steps",
+            f"must be a multiple of checkpoint.every_steps ({self.every_steps}), or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

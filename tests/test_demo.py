@@ -25,7 +25,14 @@ def test_the_whole_road(tmp_path, capfd):
     out = tmp_path / "a folder with spaces"
     assert run_demo(str(ROOT / "infini_train"), out, SMALL) == 0
     printed = capfd.readouterr().out
-    for word in ("held-out loss", "unigram entropy", "gates", "checkpoint", "tensorboard --logdir", "next: infini-train"):
+    for word in (
+        "held-out loss",
+        "unigram entropy",
+        "gates",
+        "checkpoint",
+        "tensorboard --logdir",
+        "next: infini-train",
+    ):
         assert word in printed
     assert (out / "checkpoints" / "step-00000003" / "index.json").is_file()
     assert (out / "data" / "validation" / "manifest.json").is_file()

@@ -20,7 +20,9 @@ import pytest
 
 from data_tools.cli import build_parser as build_data_parser
 from infini_train import cli
+from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS
 from infini_train.config import RunConfig, load_run
+from infini_train.train.optim import gate_warning
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -185,6 +187,7 @@ def commands(block: Block) -> Iterator[list[str]]:
     text = block.text.replace("\\\n", " ")
     if block.language == "console":
         text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
+    text = re.sub(r"\d?>&\d", "", text)
     for line in re.sub(r"\$\((?:'[^']*'|[^)'])*\)", "X", text).splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True
@@ -268,3 +271,16 @@ def test_an_unknown_field_is_found() -> None:
     codes = ["train.max_steps=5", "train.max_step", "model.attention.update", "model.attention.updates", "train.md"]
     assert unknown_fields(codes) == ["train.max_step", "model.attention.updates"]
     assert {"seed", "model.attention.overlap_tokens", "log.profile_steps"} <= FIELDS
+
+
+def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| Field \| Why .*\n.*\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    found = [dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", table, flags=re.MULTILINE)) for table in tables]
+    assert found == [dict(RESUMABLE), dict(SAME_WEIGHTS)]
+
+
+def test_the_gate_warning_is_that_of_the_code() -> None:
+    config = load_run("debug")
+    warning = gate_warning(config.optim, config.train.total_steps)
+    assert warning and f"\nwarning: {warning}\n" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

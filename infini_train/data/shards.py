@@ -4,6 +4,7 @@ A shard holds two members a document: ``<key>.npy`` (1-D token ids without bos a
 ``documents.idx`` tells where each document's ids begin, so any window of any document is one read of the file.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -15,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from infini_train.data.manifest import (
-    MANIFEST_FILE,
     NPY_HEADER_BYTES,
     Manifest,
     check_sizes,
-    hash_file,
     read_index,
     read_manifest,
 )
@@ -40,7 +39,7 @@ class Dataset:
     Attributes:
         folder: where it lies.
         manifest: what it holds.
-        sha256: identifies the dataset and the order of its documents (hash of the manifest, which holds all others).
+        identity: hash of the tokenizer's and the shards' hashes; the same for the same documents in the same order.
         lengths_tokens: int64, content tokens of each document.
         lengths_bytes: int64, bytes of each document's text.
     """
@@ -48,7 +47,8 @@ class Dataset:
     def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.sha256 = hash_file(folder / MANIFEST_FILE)
+        parts = [manifest.tokenizer.sha256, *(shard.sha256 for shard in manifest.shards)]
+        self.identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         self.lengths_tokens = index["n_tokens"].astype(np.int64)
         self.lengths_bytes = index["n_bytes"].astype(np.int64)
         self._index = index

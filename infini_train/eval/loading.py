@@ -1,12 +1,13 @@
 """A trained model, its config and its tokenizer, from a run's folder or a checkpoint."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from infini_train.checkpoint.reader import open_checkpoint
-from infini_train.checkpoint.store import resolve
+from infini_train.checkpoint.reader import Checkpoint, open_checkpoint
+from infini_train.checkpoint.store import FOLDER, find_latest, resolve
 from infini_train.checkpoint.weights import load_weights
 from infini_train.config import ConfigError, RunConfig, validate
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +25,15 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
 
 
+def _open(path: Path) -> Checkpoint:
+    """A given checkpoint; of a run's folder the newest that is whole."""
+    if (path / FOLDER).is_dir():
+        checkpoint = find_latest(path, lambda problem: print(f"warning: {problem}", file=sys.stderr))
+        if checkpoint is not None:
+            return checkpoint
+    return open_checkpoint(resolve(path))
+
+
 def open_trained(path: Path, precision: str = "fp32") -> Trained:
     """Loads a model for evaluation.
 
@@ -34,7 +44,7 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     Raises:
         ConfigError: there is no usable checkpoint or tokenizer.
     """
-    checkpoint = open_checkpoint(resolve(path))
+    checkpoint = _open(path)
     config = validate(checkpoint.config)
     run_dir = checkpoint.path.parent.parent
     tokenizer_file = run_dir / "tokenizer.model"

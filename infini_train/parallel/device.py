@@ -7,6 +7,7 @@ import time
 import warnings
 
 import torch
+from torch.profiler import ProfilerActivity
 
 MATMUL_PROBE_SIZE = 2048
 
@@ -69,16 +70,6 @@ def matmul_peak_flops(dtype: torch.dtype) -> float:
     return 2 * size**3 / best_s
 
 
-def rng_states() -> dict[str, torch.Tensor]:
-    """Generator states of torch on this rank, by device name (uint8 tensors)."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Puts back what `rng_states` gave."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def profiled_activities() -> list[ProfilerActivity]:
+    """What torch.profiler can record here."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -68,7 +68,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
             "zero_optimization": {"stage": 2 if precision == "bf16" else 1, "overlap_comm": False},
-            "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+            "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)

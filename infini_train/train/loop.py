@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from infini_train.config import RunConfig
 from infini_train.data.lanes import Batch
@@ -43,6 +43,8 @@ def train(config: RunConfig, notify: Callable[[str], None] = print) -> Session:
             last = session.step == total or stop.received is not None
             if last or session.step % config.log.every_steps == 0:
                 report_step(session, metrics, clock, result, batch, rates)
+            if last or session.step % config.log.memory_every_steps == 0:
+                report_memory(session, metrics, result)
             if config.eval.every_steps and (session.step == total or session.step % config.eval.every_steps == 0):
                 report_validation(session, metrics)
             if last or session.step % config.checkpoint.every_steps == 0:
@@ -133,6 +135,7 @@ def report_step(
         "bits_per_byte/train": Perplexity(result.loss, 0, result.labels, batch.n_bytes, 0).bits_per_byte,
         "grad_norm": result.grad_norm,
         "tokens": session.tokens,
+        "data/corrupt_documents": session.reader.corrupt_documents,
         **{f"lr/{group}": rate for group, rate in rates.items()},
         **clock.values(),
     }
@@ -142,9 +145,14 @@ def report_step(
     metrics.write(step, values)
     metrics.say(step_line(step, config.train.total_steps, {**values, **extremes}, eta_s))
     clock.reset()
-    if gates_LH is not None and (step % config.log.memory_every_steps == 0 or step == config.train.total_steps):
-        metrics.write_gates(step, gates_LH)
-        metrics.write(step, memory_norms(result.states))
+
+
+def report_memory(session: Session, metrics: Metrics, result: StepResult) -> None:
+    """Gates and memory norms; nothing for a variant without a memory."""
+    gates_LH = gate_matrix(session.model)
+    if gates_LH is not None:
+        metrics.write_gates(session.step, gates_LH)
+        metrics.write(session.step, memory_norms(result.states))
 
 
 def report_validation(session: Session, metrics: Metrics) -> None:
@@ -183,7 +191,7 @@ class profiled:
         self.step = session.step + 1
         self.folder = session.config.directory / "profile"
         wanted = self.step in session.config.log.profile_steps
-        self.profiler: Any = profile(activities=list(ProfilerActivity.__members__.values())) if wanted else None
+        self.profiler: Any = profile(activities=device.profiled_activities()) if wanted else None
 
     def __enter__(self) -> None:
         if self.profiler is not None:

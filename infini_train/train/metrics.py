@@ -58,9 +58,8 @@ class Metrics:
         trim_metrics(self._path, step)
         self._jsonl: IO[str] = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        if step == 0:
-            self._board.add_text("config", "```yaml\n" + dump(config) + "```", 0)
-            self._board.add_custom_scalars(LAYOUT)
+        self._board.add_text("config", "```yaml\n" + dump(config) + "```", step)
+        self._board.add_custom_scalars(LAYOUT)
         self._bar = tqdm(
             total=total_steps,
             initial=step,

@@ -12,7 +12,6 @@ from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.weights import load_weights
 from infini_train.config import ConfigError, RunConfig, dump, to_tree
 from infini_train.data.lanes import Batch, LaneReader, LaneState, initial_state, prefetch
-from infini_train.data.manifest import hash_file
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import tokenizer_of
 from infini_train.model.init import initialise
@@ -34,6 +33,7 @@ class Session:
     model: Transformer
     engine: Engine
     dataset: Dataset
+    reader: LaneReader
     validation: Dataset | None
     step: int
     tokens: int
@@ -42,9 +42,7 @@ class Session:
 
     def batches(self) -> Iterator[tuple[Batch, LaneState]]:
         """Batches from the present position on, read ahead in the background."""
-        train = self.config.train
-        reader = LaneReader(self.dataset, train.batch_lanes, train.window_tokens, self.config.seed)
-        return prefetch(reader, self.lanes)
+        return prefetch(self.reader, self.lanes)
 
     def advance(self, states: Carried, lanes: LaneState) -> None:
         """Accepts a step: counters, data position and memory go on."""
@@ -90,7 +88,7 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     if checkpoint is not None:
         for note in compat.check_resumable(checkpoint.config, to_tree(config)):
             notify(f"changed since the checkpoint: {note}")
-        compat.check_same_data(checkpoint.state["data"], _data_hash(dataset), config.data.train)
+        compat.check_same_data(checkpoint.state["data"], dataset.identity, config.data.train)
     origin = _open_origin(config) if checkpoint is None and config.train.init_from else None
     _check_space(config.directory)
     mesh.start()
@@ -98,9 +96,10 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     carried: Carried = (None,) * (config.train.batch_lanes // config.train.micro_lanes)
     if config.train.carry_memory:
         carried = tuple(model.initial_state(config.train.micro_lanes) for _ in carried)
-    session = Session(
-        config, model, engine, dataset, validation, 0, 0, initial_state(config.train.batch_lanes), carried
-    )
+    train = config.train
+    reader = LaneReader(dataset, train.batch_lanes, train.window_tokens, config.seed)
+    lanes = initial_state(train.batch_lanes)
+    session = Session(config, model, engine, dataset, reader, validation, 0, 0, lanes, carried)
     if checkpoint is not None:
         _restore(session, checkpoint)
         notify(f"resumed from {checkpoint.path} (step {session.step})")
@@ -152,7 +151,7 @@ def save_session(session: Session) -> Path:
         "step": session.step,
         "tokens": session.tokens,
         "lanes": session.lanes.to_json(),
-        "data": _data_hash(session.dataset),
+        "data": session.dataset.identity,
         "optimizer_steps": session.engine.optimizer_steps(),
         "rng": rng.capture_rng(),
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
@@ -194,10 +193,6 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
-
-
-def _data_hash(dataset: Dataset) -> str:
-    return hash_file(dataset.folder / "manifest.json")
 
 
 def _check_space(directory: Path) -> None:

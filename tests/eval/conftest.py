@@ -41,7 +41,7 @@ def build(variant: str) -> Transformer:
         init_std=0.3,
     )
     model = Transformer(config)
-    initialise(model, config, 4)
+    initialise(model, config, 3)
     return model.eval()
 
 

@@ -80,7 +80,7 @@ def test_a_seed_gives_one_text(tools):
     assert text(1) == text(1) != text(2)
 
 
-# ------------------------------------------------------------------------------------------------------ choosing a token
+# ----------------------------------------------------------------------------------------------------- choosing a token
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()  # most likely first: 1, 3, 2, 0
 
@@ -103,13 +103,16 @@ def test_temperature_sharpens_and_flattens():
     assert count(temperature=1000.0) == pytest.approx(dict.fromkeys(range(4), 0.25), abs=0.05)
 
 
-@pytest.mark.parametrize(("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
+)
 def test_top_k_keeps_the_most_likely(top_k, kept):
     assert set(count(temperature=1.0, top_k=top_k)) == kept
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})]
+    ("top_p", "kept"),
+    [(0.01, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})],
 )
 def test_top_p_keeps_the_tokens_that_reach_it(top_p, kept):
     """The smallest set of likely tokens whose probability reaches top_p; never none."""

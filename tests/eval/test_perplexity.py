@@ -80,7 +80,8 @@ def test_a_model_that_knows_nothing_has_loss_ln_v(lanes, dataset, tools):
 def test_forgetting_at_each_window_differs(dataset, tools):
     model = tools.build("linear")
     carried, forgotten = (
-        evaluate_perplexity(model, dataset, lanes=1, window_tokens=8, carry_memory=carry).loss for carry in (True, False)
+        evaluate_perplexity(model, dataset, lanes=1, window_tokens=8, carry_memory=carry).loss
+        for carry in (True, False)
     )
     alone = evaluate_perplexity(tools.build("local"), dataset, lanes=1, window_tokens=8).loss
     assert abs(carried - forgotten) > 1e-3

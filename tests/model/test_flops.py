@@ -61,6 +61,8 @@ def test_flops_of_the_matrices_and_of_attention(tools):
     assert training_flops_per_token(local, 64) == training_flops_per_token(local, 4096)
     assert training_flops_per_token(local, 64) == training_flops_per_token(full, 8)
     linear, delta = tools.tiny("linear"), tools.tiny("delta")
-    assert training_flops_per_token(local, 64) < training_flops_per_token(linear, 64) < training_flops_per_token(delta, 64)
+    assert (
+        training_flops_per_token(local, 64) < training_flops_per_token(linear, 64) < training_flops_per_token(delta, 64)
+    )
     longer = tools.tiny(attention=InfiniConfig(segment_tokens=16))
     assert training_flops_per_token(longer, 64) - training_flops_per_token(linear, 64) == 8 * per_attended

@@ -50,15 +50,22 @@ def test_another_seed_or_name_gives_other_values(tools):
     first, second = initialised(tools.tiny(), 0), initialised(tools.tiny(), 1)
     matrices = [name for name, value in first.items() if value.dim() > 1]
     assert not any(torch.equal(first[name], second[name]) for name in matrices)
-    assert not torch.equal(first["layers.0.attention.projections.linear_q.weight"],
-                           first["layers.1.attention.projections.linear_q.weight"])
-    assert not torch.equal(first["layers.0.attention.projections.linear_k.weight"],
-                           first["layers.0.attention.projections.linear_v.weight"])
+    assert not torch.equal(
+        first["layers.0.attention.projections.linear_q.weight"], first["layers.1.attention.projections.linear_q.weight"]
+    )
+    assert not torch.equal(
+        first["layers.0.attention.projections.linear_k.weight"], first["layers.0.attention.projections.linear_v.weight"]
+    )
 
 
 def test_kinds_of_values(tools):
     config = tools.tiny(
-        hidden_size=128, ffn_size=256, num_heads=4, vocab_size=512, qkv_bias=True, qk_norm=True,
+        hidden_size=128,
+        ffn_size=256,
+        num_heads=4,
+        vocab_size=512,
+        qkv_bias=True,
+        qk_norm=True,
         attention=InfiniConfig(segment_tokens=8, gate_init=-1.5),
     )
     found = initialised(config)

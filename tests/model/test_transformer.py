@@ -123,5 +123,7 @@ def test_memory_stays_fp32_under_bf16(update, tools):
     for layer in state:
         assert {leaf.dtype for leaf in layer.memory} == {torch.float32}
         assert layer.recent.k_BKRD.dtype == torch.bfloat16
-    wide = tools.run(tools.build(tools.tiny(attention=InfiniConfig(segment_tokens=8, update=update))), tools.draw(40))[0]
+    wide = tools.run(tools.build(tools.tiny(attention=InfiniConfig(segment_tokens=8, update=update))), tools.draw(40))[
+        0
+    ]
     assert (logits_BTV - wide).abs().mean() < 0.05 * wide.abs().mean()

@@ -56,7 +56,9 @@ def loss_by_hand(session, batch) -> float:
 
 
 @pytest.mark.parametrize(
-    "valid_labels", [(32, 32, 32, 32), (32, 1, 7, 20), (32, 20, 0, 0), (0, 0, 0, 5)], ids="full ragged half few".split()
+    "valid_labels",
+    [(32, 32, 32, 32), (32, 1, 7, 20), (32, 20, 0, 0), (0, 0, 0, 5)],
+    ids=["full", "ragged", "half", "few"],
 )
 @pytest.mark.parametrize("attention", ["linear", "delta"])
 def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
@@ -91,7 +93,7 @@ def test_a_batch_without_labels_moves_nothing_but_decay(configure, tools):
 
 
 def test_padding_has_no_influence(configure, tools):
-    """Tokens of weight 0 without labels, behind a start mark as the reader leaves them, change neither loss nor state."""
+    """Tokens of weight 0 without labels, behind a start mark as the reader leaves them, change nothing."""
     found = []
     for padding in (258, 7):
         session = open_session(configure(run=f"padding{padding}"), ignore)
@@ -124,7 +126,9 @@ def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tools):
     """All embeddings at 0 under a tiny norm_eps: the loss is ln V, and the gradients overflow."""
-    session = open_session(configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"), ignore)
+    session = open_session(
+        configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"), ignore
+    )
     with torch.no_grad():
         session.model.embedding.weight.zero_()
     before = tools.capture(session)
@@ -165,7 +169,7 @@ def test_without_carry_every_window_begins_empty(configure):
 
 
 def embedding_gradient(session, batch, state):
-    """Gradient of the loss of the last segment with respect to the embeddings of the window, (T,), and the next state."""
+    """Norm of the gradient of the last segment's loss by the window's embeddings, (T,), and the next state."""
     model, kept = session.model, []
     hook = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
     last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM stop a run after the running step."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infini_train.config import dump, load_run
+from infini_train.train.interrupt import StopRequest
+from infini_train.train.session import open_session
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_only_asks(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        assert stop.received == "SIGTERM"
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_are_put_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError), StopRequest():
+        raise ValueError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_next_start_goes_on(configure, tmp_path, tools):
+    config = configure("train.max_steps=1000000", "checkpoint.every_steps=1000000", "optim.schedule=wsd")
+    (tmp_path / "endless.yaml").write_text(dump(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infini_train.cli", "train", "endless.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step"):
+                break
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    said += rest
+    assert (process.returncode, errors) == (0, ""), said + errors
+    (folder,) = [path for path in (config.directory / "checkpoints").iterdir() if path.is_dir()]
+    step = int(folder.name.removeprefix("step-"))
+    assert f"stopped by SIGTERM at step {step} of 1000000; the same command goes on from there" in said
+
+    lines: list[str] = []
+    session = open_session(load_run(str(config.directory / "config.yaml")), lines.append)
+    assert lines == [f"resumed from {folder} (step {step})"]
+    tools.drive(session, 1)
+    assert session.step == step + 1
