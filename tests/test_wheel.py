@@ -55,7 +55,7 @@ def test_the_installed_wheel_trains_the_demo(wheel: Path, tmp_path: Path) -> Non
     for number in range(30):
         words = " ".join(f"word{(number * i) % 50} of {i % 7}" for i in range(400))
         (text / f"{number}.txt").write_text(words)
-    short = ["model.vocab_size=300", "train.max_steps=4", "train.window_tokens=256", "optim.warmup_steps=1"]
+    short = ["model.vocab_size=280", "train.max_steps=4", "train.window_tokens=256", "optim.warmup_steps=1"]
     sets = [word for setting in short for word in ("--set", setting)]
     command = [tmp_path / "venv" / "bin" / "infini-train", "demo", "--text", str(text), "--out", "out", *sets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
