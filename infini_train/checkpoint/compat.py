@@ -15,7 +15,7 @@ RESUMABLE: Mapping[str, str] = {
     "log": "changes what is shown, not what is trained",
     "eval": "validation has a memory of its own and no influence on training",
     "checkpoint": "changes when states are saved, not the states",
-    "data.train": "a path; the shards' manifest is compared by its hash",
+    "data.train": "a path; the shards themselves are compared by their hashes",
     "data.validation": "no influence on training",
     "train.max_steps": "the learning rates follow the schedule of the new length from here on",
     "train.max_tokens": "the learning rates follow the schedule of the new length from here on",
@@ -55,14 +55,14 @@ def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
 
 
 def check_same_data(saved_hash: str, new_hash: str, path: str) -> None:
-    """Refuses to resume on other training data; data.train may move, its manifest must stay.
+    """Refuses to resume on other training data; data.train may move, its tokenizer and shards must stay.
 
     Raises:
-        ConfigError: the hashes of the two manifests differ.
+        ConfigError: the two hashes differ.
     """
     if saved_hash != new_hash:
         raise ConfigError(
-            f"data.train: {path} is not the data that the checkpoint was trained on (its manifest differs);"
+            f"data.train: {path} is not the data that the checkpoint was trained on (tokenizer or shards differ);"
             " give the original shards, or start a new run with train.init_from"
         )
 
