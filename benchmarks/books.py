@@ -25,7 +25,7 @@ from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
 
 ARMS = {  # name -> what differs from configs/run/books.yaml
     "infini": ["model.attention.kind=infini"],
-    "local": ["model.attention={kind: local, segment_tokens: 256}"],
+    "local": ["model.attention.kind=local"],
     "delta": ["model.attention.update=delta"],
 }
 COLOURS = {"infini": "tab:red", "local": "tab:blue", "delta": "tab:orange"}

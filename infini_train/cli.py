@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import signal
 import sys
 import textwrap
 import threading
@@ -22,7 +23,20 @@ examples:
   infini-train generate runs/demo --prompt "def main("
 
 A run goes on where it stopped: give the same command again. Corpora are prepared by infini-data.
+
+exit codes: 0 done; 2 something given is wrong, nothing was changed; 1 the run failed (its last checkpoint stays);
+130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
 """
+MACHINE_TROUBLE = {  # of the machine or its permissions, not of the program: one line is enough
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 TRAIN_EXAMPLES = """\
 examples:
   infini-train train debug --set run_dir=runs/mine       a config by name; the same command goes on where it stopped
@@ -52,7 +66,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Exit code 2: a mistake in what was given; 1: the run failed; 130: interrupted."""
+    """The console script. Exit codes: see the end of --help."""
     options = _parser().parse_args(arguments)
     hook, threading.excepthook = threading.excepthook, _show_thread_error
     try:
@@ -64,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output has gone
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in MACHINE_TROUBLE:
             raise
-        sys.exit(_fail("no space left on device; free some and give the same command again", 2))
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_fail(f"{where}{error.strerror}; mend that and give the same command again", 2))
     finally:
         threading.excepthook = hook
 
@@ -127,11 +142,14 @@ def _train(options: argparse.Namespace) -> None:
         print(dump(config), end="")
         return
     _prepare()
+    from infini_train.train.interrupt import Stopped
     from infini_train.train.loop import train
     from infini_train.train.step import NonFiniteError
 
     try:
-        train(config, notify=lambda line: print(line, flush=True))
+        train(config)
+    except Stopped as stopped:
+        sys.exit(128 + signal.Signals[str(stopped)])
     except NonFiniteError as error:
         sys.exit(_fail(f"{error}; the last checkpoint is as it was. Lower optim.lr, or look at these documents", 1))
 
@@ -175,7 +193,7 @@ def _eval(options: argparse.Namespace) -> None:
         window_tokens=options.window_tokens,
         stream=options.stream,
         max_tokens=options.max_tokens,
-        carry_memory=not options.forget,
+        forget=options.forget,
     )
     if options.json:
         print(json.dumps(values))
@@ -254,7 +272,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/demo, or runs/demo-NAME of the text")
     parser.add_argument(
         "--set",
         metavar="A.B=VALUE",

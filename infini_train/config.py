@@ -76,6 +76,7 @@ class FullConfig:
 
 
 AttentionConfig = Annotated[InfiniConfig | LocalConfig | FullConfig, pydantic.Field(discriminator="kind")]
+KINDS = {"infini": InfiniConfig, "local": LocalConfig, "full": FullConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +264,12 @@ class CheckpointConfig:
         _require(self.every_steps > 0, "checkpoint.every_steps", "must be positive")
         _require(self.keep_last >= 1, "checkpoint.keep_last", "must be at least 1")
         value = self.milestone_every_steps
-        _require(
-            value is None or (value > 0 and value % self.every_steps == 0),
-            "checkpoint.milestone_every_steps",
-            f"must be a multiple of checkpoint.every_steps ({self.every_steps}), or null",
+        _require(value is None or value > 0, "checkpoint.milestone_every_steps", "must be positive, or null")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs to this step."""
+        return step % self.every_steps == 0 or (
+            self.milestone_every_steps is not None and step % self.milestone_every_steps == 0
         )
 
 
@@ -428,13 +431,15 @@ def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Section by section; a mapping that names another ``kind`` replaces the earlier one whole."""
+    """Section by section. A mapping that names another ``kind`` keeps only the fields that both kinds have."""
     result = dict(base)
     for key, value in later.items():
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            same_kind = value.get("kind", old.get("kind")) == old.get("kind")
-            result[key] = _merge(old, value) if same_kind else value
+            kind = value.get("kind", old.get("kind"))
+            known = {f.name for f in dataclasses.fields(KINDS[kind])} if kind in KINDS else set()
+            kept = old if kind == old.get("kind") else {name: v for name, v in old.items() if name in known}
+            result[key] = _merge(kept, value)
         else:
             result[key] = value
     return result

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.config import ConfigError, load_run
+from infini_train.data.writer import explain_disk_errors
 
 DATA = [sys.executable, "-m", "data_tools"]
 TRAIN = [sys.executable, "-m", "infini_train.cli"]
@@ -24,21 +26,23 @@ class CommandError(RuntimeError):
         self.code = code
 
 
-def run_demo(text: str | None, out: Path, overrides: Sequence[str]) -> int:
+def run_demo(text: str | None, out: Path | None, overrides: Sequence[str]) -> int:
     """Runs the demo; returns the exit code of the first command that failed, or 0.
 
     Args:
         text: corpus for `infini-data`; None takes the Python standard library's sources, which every machine has.
-        out: folder for everything.
+        out: folder for everything; None: runs/demo, or runs/demo-NAME for a text of this name.
         overrides: --set assignments for the training config.
 
     Raises:
-        ConfigError: a given path does not exist, or an override is wrong.
+        ConfigError: a given path does not exist or can't be written, or an override is wrong.
     """
     begin = time.monotonic()
     source = Path(text) if text else Path(sysconfig.get_path("stdlib"))
     if not source.exists():
         raise ConfigError(f"--text: {source}: no such file or folder")
+    if out is None:
+        out = Path("runs") / (f"demo-{source.resolve().stem}" if text else "demo")
     data, model = out / "data", out / "tokenizer.model"
     fields = {
         "run_dir": str(out),
@@ -48,9 +52,11 @@ def run_demo(text: str | None, out: Path, overrides: Sequence[str]) -> int:
     settings = [*(f"{name}={json.dumps(value)}" for name, value in fields.items()), *overrides]
     config = load_run("demo", settings)
     sets = [word for setting in settings for word in ("--set", setting)]
+    with explain_disk_errors(out):
+        _remember_source(source, out)
+        corpus = [str(source), "--on-bad-text", "skip"] if text else _standard_library(source, out)
     try:
         if not (data / "train" / "manifest.json").exists():
-            corpus = _corpus(source, text is None, out)
             vocab = str(config.model.vocab_size)
             _say("1/5  a tokenizer of this text")
             _run([*DATA, "tokenizer", *corpus, "--vocab-size", vocab, "--out", str(model), "--overwrite"])
@@ -62,31 +68,41 @@ def run_demo(text: str | None, out: Path, overrides: Sequence[str]) -> int:
         _say("3/5  training (Ctrl-C saves; the same command goes on)")
         _run([*TRAIN, "train", "demo", *sets])
         _say("4/5  perplexity of held-out documents, streamed with the memory carried along")
-        result = _evaluate(out)
+        result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json"]))
         _say("5/5  a sample")
-        _run([*TRAIN, "generate", str(out), "--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end"])
+        print(
+            _run([*TRAIN, "generate", str(out), "--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end"]), end=""
+        )
     except CommandError as error:
         return error.code
     _summarise(out, config.train.total_steps, result, time.monotonic() - begin)
     return 0
 
 
-def _corpus(source: Path, is_default: bool, out: Path) -> list[str]:
-    """Arguments that name the text."""
-    if not is_default:
-        return [str(source), "--on-bad-text", "skip"]
-    # Installed packages lie below the standard library; without them every machine of a Python version has the same
-    # text.
-    listing = sorted(path for path in source.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
+def _remember_source(source: Path, out: Path) -> None:
+    """Refuses a folder that holds the demo of another text."""
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "source.txt"
+    if note.exists() and note.read_text(encoding="utf-8") != str(source.resolve()):
+        raise ConfigError(f"--out: {out} holds the demo of {note.read_text(encoding='utf-8')}; choose another folder")
+    note.write_text(str(source.resolve()), encoding="utf-8")
+
+
+def _standard_library(source: Path, out: Path) -> list[str]:
+    """The library's sources as one file of documents, without the packages and tests that machines differ in."""
+    left_out = {"site-packages", "dist-packages", "test", "tests"}
     folder = out / "text"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     path = folder / "standard_library.jsonl"
     with path.open("w", encoding="utf-8") as stream:
-        for file in listing:
+        for file in sorted(source.rglob("*.py")):
+            name = file.relative_to(source)
+            if left_out & set(name.parts):
+                continue
             try:
-                document = {"id": file.relative_to(source).as_posix(), "text": file.read_text(encoding="utf-8")}
-            except UnicodeDecodeError:
-                continue  # a few sources are there to test other encodings
+                document = {"id": name.as_posix(), "text": file.read_text(encoding="utf-8")}
+            except (OSError, UnicodeDecodeError):
+                continue  # a dangling link; or one of the few sources that are there to test other encodings
             stream.write(json.dumps(document) + "\n")
     return [str(path)]
 
@@ -95,21 +111,26 @@ def _say(line: str) -> None:
     print(f"\n== {line}", flush=True)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Runs a command on the person's screen; what `eval` and `generate` print is returned.
+
+    A signal reaches the command, which saves and ends by itself; this process only waits for it.
+    """
     shown = {tuple(DATA): "infini-data", tuple(TRAIN): "infini-train"}[tuple(command[:3])]
     print(f"$ {shown} {shlex.join(command[3:])}", flush=True)
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise CommandError(code)
-
-
-def _evaluate(out: Path) -> dict[str, float]:
-    command = [*TRAIN, "eval", str(out), "--max-tokens", "100000"]
-    print(f"$ infini-train {shlex.join(command[3:])}", flush=True)
-    done = subprocess.run([*command, "--json"], check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise CommandError(done.returncode)
-    return json.loads(done.stdout)
+    output = subprocess.PIPE if command[3] in ("eval", "generate") else None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with subprocess.Popen(command, stdout=output, text=True) as child:
+        signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the command too
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            printed, _ = child.communicate()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if child.returncode:
+        raise CommandError(child.returncode if child.returncode > 0 else 128 - child.returncode)
+    return printed or ""
 
 
 def _summarise(out: Path, steps: int, result: dict[str, float], seconds: float) -> None:
@@ -133,7 +154,7 @@ def _summarise(out: Path, steps: int, result: dict[str, float], seconds: float) 
     print(
         f"\nnext: infini-train generate {here} --prompt 'class '\n"
         f"      infini-train eval {here} --stream\n"
-        f"      infini-train train demo --set run_dir={here} --set train.max_steps={2 * steps}   (goes on from here)\n"
+        f"      infini-train train {shlex.quote(str(out / 'config.yaml'))} --set train.max_steps={2 * steps}\n"
         "      infini-train demo --text YOUR_TEXT --out runs/mine"
     )
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -97,7 +98,7 @@ class ShardWriter:
         self.max_shard_bytes = max_shard_bytes
         self._dtype = token_dtype(tokenizer.vocab_size)
         check_target(self.folder, overwrite)
-        self._aside = self.folder.parent / f".{self.folder.name}.partial-{os.getpid()}"
+        self._aside = self.folder.parent / f".{self.folder.name}.partial-{uuid.uuid4().hex[:8]}"
         self._shards: list[ShardEntry] = []
         self._sources: dict[str, SourceEntry] = {}
         self._documents = self._tokens = self._bytes = self._shard_documents = self._shard_tokens = 0

@@ -46,11 +46,12 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     """
     checkpoint = _open(path)
     config = validate(checkpoint.config)
-    run_dir = checkpoint.path.parent.parent
+    run_dir = checkpoint.path.resolve().parent.parent
     tokenizer_file = run_dir / "tokenizer.model"
     tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte")
     if tokenizer.sha256 != checkpoint.state["tokenizer"]:
-        raise ConfigError(f"{tokenizer_file}: is not the tokenizer the model was trained with; put the right one there")
+        problem = "is not the tokenizer the model was trained with" if tokenizer_file.is_file() else "is missing"
+        raise ConfigError(f"{tokenizer_file}: {problem}; put the right one there")
     mesh.start()
     model = Transformer(config.model)
     load_weights(model, checkpoint)

@@ -25,10 +25,11 @@ class Perplexity:
     tokens: int
     n_bytes: float
     documents: int
+    damaged_documents: int = 0  # could not be read, so are not counted
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, 700.0)) if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -76,7 +77,8 @@ def evaluate_perplexity(
         tokens, n_bytes = tokens + len(valid), n_bytes + batch.n_bytes
         documents += int((batch.starts_BT & (batch.weights_BT > 0)).sum())
         on_progress(len(valid))
-    return Perplexity(loss_sum / max(1, tokens), unigram_entropy(counts_V), tokens, n_bytes, documents)
+    loss = loss_sum / tokens if tokens else math.nan
+    return Perplexity(loss, unigram_entropy(counts_V), tokens, n_bytes, documents, reader.corrupt_documents)
 
 
 def unigram_entropy(counts_V: np.ndarray) -> float:

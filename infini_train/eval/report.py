@@ -21,7 +21,7 @@ def evaluate_run(
     window_tokens: int | None = None,
     stream: bool = False,
     max_tokens: int | None = None,
-    carry_memory: bool = True,
+    forget: bool = False,
 ) -> dict[str, float | int | str]:
     """Evaluates and names the results.
 
@@ -50,10 +50,12 @@ def evaluate_run(
             lanes=lanes or trained.config.train.micro_lanes,
             window_tokens=window,
             max_tokens=max_tokens,
-            carry_memory=carry_memory,
+            carry_memory=trained.config.train.carry_memory and not forget,
             on_progress=bar.update,
         )
     seconds = time.perf_counter() - begin
+    if found.tokens == 0:
+        raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data inspect --verify")
     return {
         "checkpoint": str(trained.checkpoint),
         "data": str(folder),
@@ -63,6 +65,7 @@ def evaluate_run(
         "bits_per_byte": found.bits_per_byte,
         "tokens": found.tokens,
         "documents": found.documents,
+        "damaged_documents": found.damaged_documents,
         "tokens_per_s": found.tokens / seconds,
         "peak_memory_mb": device.peak_memory_bytes() / 2**20,
     }

@@ -175,7 +175,10 @@ def carry_recent(recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Gr
     tail = slice(stop - grid.overlap_tokens - grid.left_open, stop)
     last_B1 = grid.document_BL[:, stop - 1 : stop]
     document_BR = (grid.document_BL[:, tail] - last_B1).clamp_min(NOTHING)
-    following = Recent(k_BKLD[:, :, tail], v_BKLE[:, :, tail], document_BR, grid.weight_BL[:, tail])
+    k_BKRD, v_BKRE = k_BKLD[:, :, tail], v_BKLE[:, :, tail]
+    if tail.start:  # a view would keep the keys and values of the whole window alive
+        k_BKRD, v_BKRE = k_BKRD.clone(), v_BKRE.clone()
+    following = Recent(k_BKRD, v_BKRE, document_BR, grid.weight_BL[:, tail].clone())
     if grid.padding:
         k_BKLD, v_BKLE = F.pad(k_BKLD, (0, 0, 0, grid.padding)), F.pad(v_BKLE, (0, 0, 0, grid.padding))
     return k_BKLD, v_BKLE, following

@@ -2,9 +2,9 @@
 
 import logging
 import os
-import resource
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -53,13 +53,17 @@ def peak_memory_bytes() -> int:
     """The most memory this process has used: of the device with CUDA, resident set without."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum survives exec, so that a child of a large process would report its parent's.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
 
 
 def matmul_peak_flops(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square product, measured now: the ceiling of utilisation."""
     size = MATMUL_PROBE_SIZE * (4 if torch.cuda.is_available() else 1)
-    a = torch.randn(size, size, dtype=dtype, device=current())
+    a = torch.full((size, size), 1e-3, dtype=dtype, device=current())  # not random: the generators belong to the run
     best_s = float("inf")
     for _ in range(4):
         synchronise()

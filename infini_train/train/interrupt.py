@@ -1,19 +1,25 @@
 """Ctrl-C and SIGTERM as a request to stop after the running step."""
 
+import contextlib
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 
+class Stopped(Exception):
+    """A signal asked to stop; its name is the message."""
+
+
 class StopRequest:
-    """Inside the context, SIGINT and SIGTERM only set `received`; a second SIGINT interrupts at once."""
+    """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None  # the signal's name
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -23,7 +29,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Raises `Stopped` if a signal has come."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # print is not safe here, and the terminal may be gone
+            os.write(2, f"\n{self.received}: saving after this step\n".encode())

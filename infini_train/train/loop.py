@@ -12,25 +12,26 @@ from infini_train.data.lanes import Batch
 from infini_train.eval.perplexity import Perplexity, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device
-from infini_train.train.interrupt import StopRequest
+from infini_train.train.interrupt import Stopped, StopRequest
 from infini_train.train.memory import gate_matrix, memory_norms
-from infini_train.train.metrics import Metrics, format_duration, step_line
+from infini_train.train.metrics import Metrics, format_duration, step_line, tell
 from infini_train.train.optim import gate_warning, learning_rates
-from infini_train.train.session import Session, open_session, save_session
+from infini_train.train.session import Session, hold_folder, open_session, save_session
 from infini_train.train.step import StepResult, train_step
 
 
-def train(config: RunConfig, notify: Callable[[str], None] = print) -> Session:
+def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     """Trains until the budget is spent or a signal asks to stop; saves in either case.
 
     Raises:
         ConfigError: something about data, checkpoint or config is wrong; nothing was trained.
         NonFiniteError: the loss is no longer a number; the last checkpoint stays.
+        Stopped: a signal asked for it; a checkpoint of the last step is there.
     """
     session = open_session(config, notify)
-    total, saved = config.train.total_steps, session.step
+    total = config.train.total_steps
     announce(session, notify)
-    with StopRequest() as stop, Metrics(config, session.step, total) as metrics:
+    with hold_folder(config.directory), StopRequest() as stop, Metrics(config, session.step, total) as metrics:
         clock = Clock(session)
         for batch, lanes in session.batches() if session.step < total else ():
             rates = learning_rates(session.step, total, config.optim)
@@ -45,16 +46,16 @@ def train(config: RunConfig, notify: Callable[[str], None] = print) -> Session:
                 report_step(session, metrics, clock, result, batch, rates)
             if last or session.step % config.log.memory_every_steps == 0:
                 report_memory(session, metrics, result)
-            if config.eval.every_steps and (session.step == total or session.step % config.eval.every_steps == 0):
-                report_validation(session, metrics)
-            if last or session.step % config.checkpoint.every_steps == 0:
-                saved = session.step
+            if last or config.checkpoint.is_due(session.step):
                 metrics.say(f"saved {save_session(session)}")
+            if stop.received is None and is_validation_due(session):
+                report_validation(session, metrics, stop)
             clock.pause()
             if last:
                 break
     if stop.received and session.step < total:
-        notify(f"stopped by {stop.received} at step {saved} of {total}; the same command goes on from there")
+        notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
+        raise Stopped(stop.received)
     return session
 
 
@@ -143,7 +144,8 @@ def report_step(
     extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
     eta_s = (config.train.total_steps - step) * values["speed/step_s"]
     metrics.write(step, values)
-    metrics.say(step_line(step, config.train.total_steps, {**values, **extremes}, eta_s))
+    line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)
+    metrics.say(line + damaged(session.reader.corrupt_documents))
     clock.reset()
 
 
@@ -155,19 +157,29 @@ def report_memory(session: Session, metrics: Metrics, result: StepResult) -> Non
         metrics.write(session.step, memory_norms(result.states))
 
 
-def report_validation(session: Session, metrics: Metrics) -> None:
-    """Perplexity of held-out text, with a memory of its own."""
+def is_validation_due(session: Session) -> bool:
+    """Every so many steps, and after the last one."""
+    every = session.config.eval.every_steps
+    return every is not None and (session.step % every == 0 or session.step == session.config.train.total_steps)
+
+
+def report_validation(session: Session, metrics: Metrics, stop: StopRequest) -> None:
+    """Perplexity of held-out text, with a memory of its own; given up when a signal asks to stop."""
     config = session.config
     assert session.validation is not None
     start = time.perf_counter()
-    found = evaluate_perplexity(
-        session.model,
-        session.validation,
-        lanes=config.eval.batch_lanes or config.train.micro_lanes,
-        window_tokens=config.eval.window_tokens or config.train.window_tokens,
-        max_tokens=config.eval.max_tokens,
-        carry_memory=config.train.carry_memory,
-    )
+    try:
+        found = evaluate_perplexity(
+            session.model,
+            session.validation,
+            lanes=config.eval.batch_lanes or config.train.micro_lanes,
+            window_tokens=config.eval.window_tokens or config.train.window_tokens,
+            max_tokens=config.eval.max_tokens,
+            carry_memory=config.train.carry_memory,
+            on_progress=lambda _: stop.check(),
+        )
+    except Stopped:
+        return
     metrics.write(
         session.step,
         {
@@ -180,8 +192,13 @@ def report_validation(session: Session, metrics: Metrics) -> None:
     metrics.say(
         f"validation at step {session.step}: loss {found.loss:.4f}  ppl {found.perplexity:.2f}"
         f"  bpb {found.bits_per_byte:.3f}  (unigram entropy {found.unigram_entropy:.4f}; {found.tokens:,} tokens"
-        f" in {format_duration(time.perf_counter() - start)})"
+        f" in {format_duration(time.perf_counter() - start)}){damaged(found.damaged_documents)}"
     )
+
+
+def damaged(documents: int) -> str:
+    """What the console says of documents that could not be read."""
+    return f"  WARNING: {documents} damaged documents left out" if documents else ""
 
 
 class profiled:

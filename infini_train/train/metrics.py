@@ -85,7 +85,7 @@ class Metrics:
     def say(self, line: str) -> None:
         """A line for the person at the console."""
         with self._bar.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
+            tell(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by name into metrics.jsonl and TensorBoard."""
@@ -102,6 +102,14 @@ class Metrics:
         self.write(step, {name: float(value) for name, value in extremes.items()})
 
 
+def tell(line: str) -> None:
+    """Prints a line; training goes on when nobody reads it any more."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None  # JSON knows no NaN
 
@@ -110,10 +118,13 @@ def trim_metrics(path: Path, step: int) -> None:
     """Drops lines beyond a step (and a torn last line), which a killed process wrote after its last checkpoint."""
     if not path.exists():
         return
+    if step == 0:  # another run's, whose checkpoints were moved away
+        os.replace(path, path.with_suffix(".jsonl.old"))
+        return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step and step > 0:
+            if json.loads(line)["step"] <= step:
                 kept.append(line)
     aside = path.with_suffix(".jsonl.tmp")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,5 +1,7 @@
 """All that a run holds in memory, opened new or from its newest checkpoint, and saved whole."""
 
+import contextlib
+import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +91,7 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         for note in compat.check_resumable(checkpoint.config, to_tree(config)):
             notify(f"changed since the checkpoint: {note}")
         compat.check_same_data(checkpoint.state["data"], dataset.identity, config.data.train)
-    origin = _open_origin(config) if checkpoint is None and config.train.init_from else None
+    origin = _open_origin(config, dataset) if checkpoint is None and config.train.init_from else None
     _check_space(config.directory)
     mesh.start()
     model, engine = _build(config, origin)
@@ -129,10 +131,15 @@ def _build(config: RunConfig, origin: Checkpoint | None) -> tuple[Transformer, E
     return model, engine
 
 
-def _open_origin(config: RunConfig) -> Checkpoint:
+def _open_origin(config: RunConfig, dataset: Dataset) -> Checkpoint:
     assert config.train.init_from is not None
     origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)))
     compat.check_same_model(origin.config, to_tree(config), f"train.init_from: {origin.path}")
+    if origin.state["tokenizer"] != dataset.manifest.tokenizer.sha256:
+        raise ConfigError(
+            f"train.init_from: {origin.path} was trained with another tokenizer than {config.data.train};"
+            f" encode the text with {origin.path.parent.parent / 'tokenizer.model'}"
+        )
     return origin
 
 
@@ -204,6 +211,23 @@ def _check_space(directory: Path) -> None:
         raise ConfigError(f"run_dir: {directory} can't be written: {error.strerror}") from error
     if free_bytes < 2**20:
         raise ConfigError(f"run_dir: no space left on device for {directory}; free space or choose another run_dir")
+
+
+@contextlib.contextmanager
+def hold_folder(directory: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same folder; the lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (directory / ".lock").open("w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_dir: another process is training in {directory}; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _write_identity(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ Carried = tuple[ModelState | None, ...]  # one state a micro-batch: it always ho
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradients are no longer numbers; weights and memory are as they were before the step."""
+    """A step without a finite loss and gradients; weights and memory are as they were before it."""
 
 
 class StepResult(NamedTuple):
@@ -74,9 +74,11 @@ def train_step(
         lr_of_group: learning rates by group name.
 
     Raises:
-        NonFiniteError: the loss or the gradients are not finite; names the documents of the batch.
+        NonFiniteError: no labels, or loss or gradients are not finite; names the documents of the batch.
     """
     labels = int((batch.labels_BT != IGNORED).sum())
+    if labels == 0:
+        raise NonFiniteError(f"the batch has no text that can be read (documents {describe_documents(batch)})")
     lanes = batch.tokens_BT.shape[0] // len(carried)
     watch, states, loss_sum = Stopwatch(), [], 0.0
     for (tokens, targets, starts, weights), state in zip(micro_batches(batch, lanes), carried, strict=True):

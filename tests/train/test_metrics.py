@@ -159,9 +159,9 @@ def test_trim_drops_later_and_torn_lines(tmp_path):
     trim_metrics(path, 3)
     assert path.read_text() == whole[0] + "\n"
     trim_metrics(path, 0)
-    assert path.read_text() == ""
+    assert path.with_suffix(".jsonl.old").read_text() == whole[0] + "\n"
     trim_metrics(tmp_path / "absent.jsonl", 3)
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl.old"]
 
 
 def test_json_knows_no_infinity(configure):

@@ -84,11 +84,11 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
                 assert close.float().mean() > 0.99, name
 
 
-def test_a_batch_without_labels_moves_nothing_but_decay(configure, tools):
-    session = open_session(configure("optim.weight_decay=0"), ignore)
+def test_a_batch_without_labels_is_refused(configure, tools):
+    session = open_session(configure(), ignore)
     before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
-    result = step(session, draw_batch(0, (0, 0, 0, 0)))
-    assert (result.loss, result.labels, result.grad_norm) == (0.0, 0, 0.0)
+    with pytest.raises(NonFiniteError, match="no text that can be read"):
+        step(session, draw_batch(0, (0, 0, 0, 0)))
     tools.assert_same(dict(session.model.named_parameters()), before)
 
 
