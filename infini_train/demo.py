@@ -89,8 +89,8 @@ def _remember_source(source: Path, out: Path) -> None:
 
 
 def _standard_library(source: Path, out: Path) -> list[str]:
-    """The library's sources as one file of documents, without the packages and tests that machines differ in."""
-    left_out = {"site-packages", "dist-packages", "test", "tests"}
+    """The library's sources as one file of documents, without installed packages, tests and tables."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # encodings: tables of characters
     folder = out / "text"
     folder.mkdir(exist_ok=True)
     path = folder / "standard_library.jsonl"
