@@ -34,8 +34,10 @@ def evaluate_run(
         raise ConfigError("--data: the run has no validation data; name a folder written by infini-data encode")
     dataset = Dataset.open(folder)
     if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
-        own = trained.checkpoint.parent.parent / "tokenizer.model"
-        raise ConfigError(f"--data: {folder} was encoded with another tokenizer than the model's; use {own}")
+        own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
+        raise ConfigError(
+            f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
+        )
     segment = trained.config.model.segment_tokens
     default = STREAM_SEGMENTS * segment if stream and segment else trained.config.train.window_tokens
     window = window_tokens or default
