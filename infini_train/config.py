@@ -459,15 +459,12 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
     return tree
 
 
-_VARIANTS = {"infini": InfiniConfig, "local": LocalConfig, "full": FullConfig}
-
-
 def _section(location: Iterable[int | str]) -> Any:
     """The schema's dataclass at a pydantic location, where a variant's kind follows the field that holds it."""
     section: Any = RunConfig
     for part in location:
         if not dataclasses.is_dataclass(section):  # the union of variants
-            section = _VARIANTS.get(str(part))
+            section = KINDS.get(str(part))
         else:
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))
     return section
@@ -483,9 +480,9 @@ def _explain(error: pydantic.ValidationError) -> str:
     shown = ".".join(parts) or "config"
     if first["type"] == "union_tag_invalid":
         given = first["input"]["kind"]
-        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), _VARIANTS)}"
+        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), KINDS)}"
     if first["type"] == "union_tag_not_found":
-        return f"{shown}.kind: is missing; give one of {', '.join(_VARIANTS)}"
+        return f"{shown}.kind: is missing; give one of {', '.join(KINDS)}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [f.name for f in dataclasses.fields(_section(location[:-1]))]
         return f"{shown}: unknown key; {_nearest(str(location[-1]), names)}"

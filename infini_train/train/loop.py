@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -130,10 +131,11 @@ def report_step(
 ) -> None:
     """Numbers of the interval since the last report, and of the memory when it is due."""
     config, step = session.config, session.step
+    found = Perplexity(result.loss, math.nan, result.labels, batch.n_bytes, 0)
     values = {
         "loss/train": result.loss,
-        "perplexity/train": Perplexity(result.loss, 0, result.labels, batch.n_bytes, 0).perplexity,
-        "bits_per_byte/train": Perplexity(result.loss, 0, result.labels, batch.n_bytes, 0).bits_per_byte,
+        "perplexity/train": found.perplexity,
+        "bits_per_byte/train": found.bits_per_byte,
         "grad_norm": result.grad_norm,
         "tokens": session.tokens,
         "data/corrupt_documents": session.reader.corrupt_documents,
