@@ -20,21 +20,23 @@ Turn text into the shards that infini-train reads.
   2. infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
   3. infini-data inspect data/books/train
 
+Then infini-train train CONFIG, where data.train and data.validation name the two folders and model.vocab_size is 16000.
+
 Sources are text files, folders (searched for .txt .md .py .rst .jsonl .jsonl.gz .jsonl.zst .parquet; hidden files are
 left out), JSON lines, and Parquet files. A text file is one document, so is a line or row."""
 
 _TOKENIZER = """\
 Train a SentencePiece tokenizer on a sample of the sources. It gives every text back exactly: nothing is normalised,
-white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3.
-
+white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3."""
+_TOKENIZER_EXAMPLES = """\
 examples:
   infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
   infini-data tokenizer wiki.jsonl.zst code/ --out t.model --kind unigram --sample-mb 500"""
 
 _ENCODE = """\
 Encode the sources into a folder of WebDataset shards with an index, a manifest, and the tokenizer. The folder appears
-whole at the end, or not at all.
-
+whole at the end, or not at all."""
+_ENCODE_EXAMPLES = """\
 examples:
   infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
       writes data/books/train and data/books/validation (whole documents, chosen by their ids)
@@ -43,8 +45,8 @@ examples:
   infini-data encode dump.parquet --text-field content --id-field url --tokenizer t.model --out data/dump"""
 
 _INSPECT = """\
-Print what a dataset holds.
-
+Print what a dataset holds: counts, lengths, tokenizer and sources; or one document, or the manifest."""
+_INSPECT_EXAMPLES = """\
 examples:
   infini-data inspect data/books/train
   infini-data inspect data/books/train --document 17
@@ -52,10 +54,16 @@ examples:
 
 
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", help="text files, folders, .jsonl[.gz|.zst] or .parquet files")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (default: text)")
     parser.add_argument(
-        "--id-field", metavar="NAME", help="field that names a document (default: id if there, else file and line)"
+        "sources", nargs="+", metavar="SOURCE", help="text files, folders, .jsonl[.gz|.zst] or .parquet files"
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="JSON key or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--id-field",
+        metavar="NAME",
+        help="JSON key or column that names a document (default: id if there, else file and line)",
     )
     parser.add_argument(
         "--on-bad-text",
@@ -63,22 +71,34 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with a document that is not valid UTF-8 (default: error)",
     )
-    parser.add_argument("--threads", type=int, default=0, help="threads (default: one a core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run wrote (default: refuse to)"
+    )
 
 
 def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
     tokenizer.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
-    tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     tokenizer.add_argument(
-        "--sample-mb", type=float, default=100.0, metavar="MB", help="text to train on, drawn evenly (default: 100)"
+        "--kind", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (default: bpe)"
     )
     tokenizer.add_argument(
-        "--character-coverage", type=float, default=0.9995, metavar="SHARE", help="of characters (default: 0.9995)"
+        "--sample-mb",
+        type=float,
+        default=100.0,
+        metavar="MB",
+        help="text to train on, drawn evenly from all of it (default: 100)",
     )
-    tokenizer.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    tokenizer.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of the text's characters that get a token; the rest is spelled in bytes (default: 0.9995)",
+    )
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: 0)")
 
 
 def _add_encode_options(encode: argparse.ArgumentParser) -> None:
@@ -86,7 +106,11 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
     encode.add_argument("--tokenizer", required=True, metavar="FILE.model", help="a SentencePiece model, or: byte")
     encode.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     encode.add_argument(
-        "--holdout", type=float, default=0.0, metavar="SHARE", help="share of documents for validation (default: 0)"
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
     encode.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
     encode.add_argument(
@@ -98,25 +122,24 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
-    look.add_argument("folder", help="a dataset: the folder that holds manifest.json")
+    look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
     what = look.add_mutually_exclusive_group()
-    what.add_argument("--document", type=int, metavar="N", help="show one document")
+    what.add_argument("--document", type=int, metavar="N", help="show one document, by its number from 0")
     what.add_argument("--verify", action="store_true", help="compare every file with its hash")
-    what.add_argument("--json", action="store_true", help="print the manifest")
+    what.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="infini-data", description=_ABOUT, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="tokenizer | encode | inspect")
-    _add_tokenizer_options(
-        commands.add_parser("tokenizer", help="train one", description=_TOKENIZER, formatter_class=raw)
-    )
-    _add_encode_options(commands.add_parser("encode", help="write shards", description=_ENCODE, formatter_class=raw))
-    _add_inspect_options(
-        commands.add_parser("inspect", help="look into one", description=_INSPECT, formatter_class=raw)
-    )
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
+    for name, add_options, short, about, examples in (
+        ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
+        ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
+        ("inspect", _add_inspect_options, "show or verify what encode wrote", _INSPECT, _INSPECT_EXAMPLES),
+    ):
+        add_options(commands.add_parser(name, help=short, description=about, epilog=examples, formatter_class=raw))
     return parser
 
 

@@ -13,7 +13,7 @@ from data_tools.readers import Document
 from infini_train.config import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest
 from infini_train.data.tokenizer import Tokenizer
-from infini_train.data.writer import ShardWriter, explain_disk_errors
+from infini_train.data.writer import ShardWriter, explain_disk_errors, remove_stale
 
 _BATCH_CHARS = 4_000_000  # encoded at once
 
@@ -45,7 +45,7 @@ def encode_corpus(
 ) -> dict[Path, Manifest]:
     """Write the documents to `out`, or with a holdout to `out`/train and `out`/validation.
 
-    With a holdout and two or more documents both get at least one.
+    With a holdout and two or more documents both get at least one. What a killed run to `out` has left is deleted.
 
     Returns:
         The manifest of each dataset written.
@@ -55,6 +55,8 @@ def encode_corpus(
     """
     options, out = options or EncodeOptions(), Path(out)
     folders = [out / "train", out / "validation"] if options.holdout else [out]
+    for folder in (out, out / "train", out / "validation"):  # the killed run may have had another holdout
+        remove_stale(folder)
     made = not out.exists()
     if options.holdout:
         _check_parent(out, options.overwrite)

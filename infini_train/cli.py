@@ -1,8 +1,9 @@
-"""infini-train: train, eval, generate, demo. Each command loads its config and calls one function."""
+"""infini-train: train, eval, generate, checkpoint, demo. Each command loads its config and calls one function."""
 
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train import __version__
+from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.config import ConfigError, config_roots, load_run
 
 DESCRIPTION = "Pretrain and evaluate language models with compressive memory (Infini-attention)."
@@ -21,8 +23,10 @@ examples:
   infini-train train 125m --set train.batch_lanes=4 --set model.attention.update=delta
   infini-train eval runs/demo --data runs/demo/data/validation --stream
   infini-train generate runs/demo --prompt "def main("
+  infini-train checkpoint verify runs/demo
 
-A run goes on where it stopped: give the same command again. Corpora are prepared by infini-data.
+A run goes on where it stopped: give the same command again. Text is prepared by infini-data (infini-data --help).
+Each command has a help of its own: infini-train train --help
 
 exit codes: 0 done; 2 something given is wrong, nothing was changed; 1 the run failed (its last checkpoint stays);
 130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
@@ -42,6 +46,7 @@ examples:
   infini-train train debug --set run_dir=runs/mine       a config by name; the same command goes on where it stopped
   infini-train train configs/run/125m.yaml --set data.train=data/books/train --set train.precision=bf16
   infini-train train demo --set model.attention='{kind: local, segment_tokens: 128}'
+  infini-train train demo --nproc 2                      two processes on this machine
   infini-train train demo --print-config > mine.yaml     a config of your own, to edit
 """
 EVAL_EXAMPLES = """\
@@ -109,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a model, or continue a run"))
     _add_eval(commands.add_parser("eval", help="perplexity of held-out text, at any length in constant memory"))
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
+    add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
     _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
     return parser
 
@@ -128,7 +134,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _describe(parser, description, TRAIN_EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="name below configs/run/, or path of a .yaml file")
     parser.add_argument(
-        "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of the config (repeatable)"
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        help="override a field of the config (repeatable); all fields: --print-config, docs/configuration.md",
+    )
+    parser.add_argument(
+        "--nproc",
+        type=_positive,
+        metavar="N",
+        help="start N processes on this machine (default: this one; torchrun and srun start their own)",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.set_defaults(command=_train)
@@ -141,6 +157,12 @@ def _train(options: argparse.Namespace) -> None:
 
         print(dump(config), end="")
         return
+    if options.nproc is not None:
+        from infini_train.launcher import launch
+
+        if "RANK" in os.environ:
+            raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
+        sys.exit(launch(options.nproc, ["train", options.config, *(f"--set={setting}" for setting in options.set)]))
     _prepare()
     from infini_train.train.interrupt import Stopped
     from infini_train.train.loop import train
@@ -158,13 +180,21 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    _describe(parser, "Perplexity of held-out text beside the unigram entropy of the same tokens.", EVAL_EXAMPLES)
-    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
+    description = (
+        "Loss and perplexity of held-out text, beside the unigram entropy of the same tokens (both in nats a token: a"
+        " model that uses context gets below the entropy)."
+    )
+    _describe(parser, description, EVAL_EXAMPLES)
+    parser.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
     parser.add_argument(
         "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
     )
     parser.add_argument(
-        "--stream", action="store_true", help="one lane, few segments at a time: constant memory at any length"
+        "--stream",
+        action="store_true",
+        help="documents one after the other, a few segments at a time: constant memory at any length",
     )
     parser.add_argument(
         "--lanes",
@@ -172,10 +202,18 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="documents read side by side (default: one micro-batch of training)",
     )
-    parser.add_argument("--window-tokens", type=_positive, metavar="N", help="tokens of a lane in one forward")
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens")
+    parser.add_argument(
+        "--window-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of a document in one forward, a multiple of the segment (default: as in training; four segments"
+        " with --stream)",
+    )
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens (default: all)")
     parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations (default: fp32)"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_eval)
 
@@ -209,18 +247,49 @@ def _eval(options: argparse.Namespace) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     description = "Write text from a prompt; memory use does not depend on the prompt's length."
     _describe(parser, description, GENERATE_EXAMPLES)
-    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder or one checkpoint")
+    parser.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="the text to go on from (default: the beginning of a document)")
+    prompt.add_argument(
+        "--prompt", default="", metavar="TEXT", help="go on from this text (default: none; begin a new document)"
+    )
     prompt.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
     )
-    parser.add_argument("--max-new-tokens", type=_positive, default=200, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likely tokens that reach this probability")
-    parser.add_argument("--top-k", type=int, default=0, help="keep this many likely tokens; 0: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ignore-end", action="store_true", help="go on after an end of document")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=200,
+        metavar="N",
+        help="write at most N tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="below 1 the likely tokens win more often; 0: always the most likely one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="choose among the most likely tokens that together reach this probability (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="and among the K most likely; 0: all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ignore-end", action="store_true", help="write on into a next document (default: stop at the end of one)"
+    )
+    parser.add_argument(
+        "--no-echo", action="store_true", help="print the continuation only (default: the prompt first)"
+    )
     parser.set_defaults(command=_generate)
 
 
@@ -239,7 +308,8 @@ def _generate(options: argparse.Namespace) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     stop = None if options.ignore_end else tokenizer.eos_id
     stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
-    sys.stdout.write(prompt)
+    if not options.no_echo:
+        sys.stdout.write(prompt)
     for piece in decode_stream(tokenizer, stream):
         sys.stdout.write(piece)
         sys.stdout.flush()

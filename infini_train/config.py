@@ -36,9 +36,9 @@ def _require(condition: bool, path: str, message: str) -> None:
 class InfiniConfig:
     """Segment-local attention plus a compressive memory (arXiv 2404.07143)."""
 
-    kind: Literal["infini"] = "infini"
-    segment_tokens: int = 256
-    update: Literal["linear", "delta"] = "linear"  # paper's Eq. 8 or Eq. 9
+    kind: Literal["infini"] = "infini"  # chooses this attention
+    segment_tokens: int = 256  # inside a segment attention is exact; what is older is read from the memory
+    update: Literal["linear", "delta"] = "linear"  # how a segment is written: the paper's Eq. 8 or Eq. 9
     gate_init: FiniteFloat = 0.0  # beta at the start; sigmoid(beta) is the share of the memory
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
 
@@ -55,9 +55,9 @@ class InfiniConfig:
 class LocalConfig:
     """Causal attention inside the segment only: Infini-attention without its memory."""
 
-    kind: Literal["local"] = "local"
-    segment_tokens: int = 256
-    overlap_tokens: int = 0
+    kind: Literal["local"] = "local"  # chooses this attention
+    segment_tokens: int = 256  # a token sees its own segment only
+    overlap_tokens: int = 0  # and this many last tokens of the previous segment
 
     def __post_init__(self) -> None:
         _require(self.segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
@@ -72,7 +72,7 @@ class LocalConfig:
 class FullConfig:
     """Causal attention over the whole window; its cost grows with the square of the length."""
 
-    kind: Literal["full"] = "full"
+    kind: Literal["full"] = "full"  # chooses this attention
 
 
 AttentionConfig = Annotated[InfiniConfig | LocalConfig | FullConfig, pydantic.Field(discriminator="kind")]
@@ -83,21 +83,21 @@ KINDS = {"infini": InfiniConfig, "local": LocalConfig, "full": FullConfig}
 class ModelConfig:
     """A Llama-shaped decoder. `num_kv_heads`, `head_dim` and `value_head_dim` have the usual defaults when null."""
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    ffn_size: int
-    num_kv_heads: int | None = None  # null: num_heads
+    vocab_size: int  # at least the tokenizer's ids
+    hidden_size: int  # of a token's vector between the layers
+    num_layers: int  # each of attention and feed-forward
+    num_heads: int  # query heads of a layer; each has a gate with infini
+    ffn_size: int  # inner size of the feed-forward (SwiGLU)
+    num_kv_heads: int | None = None  # key-value heads, each with a memory; a divisor of num_heads; null: num_heads
     head_dim: int | None = None  # of queries and keys; null: hidden_size / num_heads
-    value_head_dim: int | None = None  # null: head_dim
-    attention: AttentionConfig = field(default_factory=InfiniConfig)
-    rope_theta: FiniteFloat = 10_000.0
-    norm_eps: FiniteFloat = 1e-5
-    tied_embeddings: bool = False
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    init_std: FiniteFloat | None = None  # null: 1/sqrt(fan in), embeddings 0.02
+    value_head_dim: int | None = None  # of values; null: head_dim
+    attention: AttentionConfig = field(default_factory=InfiniConfig)  # one variant for all layers
+    rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
+    norm_eps: FiniteFloat = 1e-5  # of the RMS norms
+    tied_embeddings: bool = False  # one matrix embeds tokens and gives the logits
+    qk_norm: bool = False  # RMS norm of queries and keys, a head each
+    qkv_bias: bool = False  # biases in the query, key and value projections
+    init_std: FiniteFloat | None = None  # of the initial matrices; null: 1/sqrt(fan in), embeddings 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):
@@ -142,8 +142,13 @@ class ModelConfig:
 class DataConfig:
     """Where the shards lie: folders written by `infini-data encode`, each with a manifest.json."""
 
-    train: str
-    validation: str | None = None
+    train: str  # documents to train on; a relative path starts at the folder where the command runs
+    validation: str | None = None  # held-out documents, for eval.every_steps and infini-train eval; null: none
+    order_seed: int | None = None  # shuffles the documents; null: the run's seed
+
+    def __post_init__(self) -> None:
+        value = self.order_seed
+        _require(value is None or 0 <= value < 2**31, "data.order_seed", "must lie between 0 and 2147483647, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +157,12 @@ class TrainConfig:
 
     window_tokens: int  # tokens of a lane in one step; gradients flow through all its segments
     batch_lanes: int  # lanes of the global batch
-    micro_batch_lanes: int | None = None  # lanes in one forward; null: all of them
-    max_steps: int | None = None  # exactly one of max_steps and max_tokens
-    max_tokens: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch_lanes: int | None = None  # lanes in one forward; null: all that a data-parallel rank has
+    max_steps: int | None = None  # length of the run; give exactly one of max_steps and max_tokens
+    max_tokens: int | None = None  # length of the run, padding included; rounded up to whole steps
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps masters, moments and the memory in fp32
     carry_memory: bool = True  # the memory goes on from window to window (without gradient)
-    activation_checkpointing: Literal["none", "layer"] = "none"
+    activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep a layer's input, compute the rest again
     init_from: str | None = None  # a checkpoint folder: start anew from its weights only
 
     def __post_init__(self) -> None:
@@ -171,15 +176,6 @@ class TrainConfig:
         for name in ("max_steps", "max_tokens", "micro_batch_lanes"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"train.{name}", "must be positive, or null")
-        _require(
-            self.batch_lanes % self.micro_lanes == 0,
-            "train.micro_batch_lanes",
-            f"{self.batch_lanes} lanes can't be cut into micro-batches of {self.micro_lanes}; choose a divisor",
-        )
-
-    @property
-    def micro_lanes(self) -> int:
-        return self.batch_lanes if self.micro_batch_lanes is None else self.micro_batch_lanes
 
     @property
     def tokens_per_step(self) -> int:
@@ -194,20 +190,61 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is divided over processes: tensor x pipeline x context x data of them."""
+
+    tensor_size: int = 1  # ranks that share every layer: heads, gates, memories, feed-forward, vocabulary
+    sequence_parallel: bool = False  # norms and residuals divided along the sequence over the tensor-parallel ranks
+    pipeline_size: int = 1  # stages of consecutive layers
+    virtual_stages: int = 1  # stages on each pipeline rank (interleaved schedule)
+    context_size: int = 1  # ranks that share every window, each a run of whole segments
+    data_size: int | None = None  # ranks that share the lanes; null: all processes that are left
+    zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 divides optimizer states, 2 also gradients, 3 also weights
+    offload_optimizer: bool = False  # optimizer states and AdamW in host memory
+    timeout_s: FiniteFloat = 600.0  # a rank that doesn't answer for this long ends the run
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_size", "pipeline_size", "virtual_stages", "context_size", "data_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"parallel.{name}", "must be positive")
+        _require(self.timeout_s > 0, "parallel.timeout_s", "must be positive")
+        _require(
+            not self.sequence_parallel or self.tensor_size > 1,
+            "parallel.sequence_parallel",
+            "divides the sequence over tensor-parallel ranks, but parallel.tensor_size is 1; raise it or set false",
+        )
+        _require(
+            self.virtual_stages == 1 or self.pipeline_size > 1,
+            "parallel.virtual_stages",
+            "needs parallel.pipeline_size above 1",
+        )
+        _require(
+            self.zero_stage < 3 or self.pipeline_size == 1,
+            "parallel.zero_stage",
+            "3 does not work with parallel.pipeline_size above 1 (DeepSpeed would hang); use stage 1 or 2",
+        )
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one replica of the model and its window."""
+        return self.tensor_size * self.pipeline_size * self.context_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW. The gates have a learning rate of their own: at a common rate they hardly move (docs/architecture.md)."""
 
-    lr: FiniteFloat = 3e-4
-    gate_lr: FiniteFloat = 1e-2
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warmup, stable, decay
-    warmup_steps: int = 100
-    decay_steps: int | None = None  # wsd only; null: the last fifth
+    lr: FiniteFloat = 3e-4  # peak learning rate of all but the gates
+    gate_lr: FiniteFloat = 1e-2  # peak learning rate of the gates
+    schedule: Literal["cosine", "wsd"] = "cosine"  # how the rates fall; wsd: warm-up, stable, linear decay
+    warmup_steps: int = 100  # the rates rise linearly to their peak
+    decay_steps: int | None = None  # of the decay, wsd only; null: the last fifth
     min_lr_ratio: FiniteFloat = 0.1  # the schedule ends at this share of the learning rates
     weight_decay: FiniteFloat = 0.1  # matrices only; never norms, biases or gates
-    beta1: FiniteFloat = 0.9
-    beta2: FiniteFloat = 0.95
-    eps: FiniteFloat = 1e-8
-    clip_norm: FiniteFloat = 1.0
+    beta1: FiniteFloat = 0.9  # of the first moment
+    beta2: FiniteFloat = 0.95  # of the second moment
+    eps: FiniteFloat = 1e-8  # added to the root of the second moment
+    clip_norm: FiniteFloat = 1.0  # the global gradient norm is cut to it
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "eps", "clip_norm"):
@@ -227,10 +264,10 @@ class OptimConfig:
 class EvalConfig:
     """Validation inside the training loop."""
 
-    every_steps: int | None = None  # null: never
-    max_tokens: int = 65_536  # of validation text a time
-    batch_lanes: int | None = None  # null: those of one micro-batch
-    window_tokens: int | None = None  # null: as in training
+    every_steps: int | None = None  # steps from one validation to the next; null: never
+    max_tokens: int = 65_536  # of validation text each time
+    batch_lanes: int | None = None  # documents side by side; null: those of one micro-batch
+    window_tokens: int | None = None  # tokens of a lane in one forward; null: as in training
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "batch_lanes", "window_tokens"):
@@ -243,8 +280,8 @@ class EvalConfig:
 class LogConfig:
     """Console, metrics.jsonl and TensorBoard."""
 
-    every_steps: int = 10
-    memory_every_steps: int = 100  # gates and memory norms: scalars, heat map, histogram
+    every_steps: int = 10  # steps from one console line and row of metrics to the next
+    memory_every_steps: int = 100  # the same for gates and memory norms: scalars, heat map, histogram
     profile_steps: tuple[int, ...] = ()  # steps recorded by torch.profiler
 
     def __post_init__(self) -> None:
@@ -256,8 +293,8 @@ class LogConfig:
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every_steps: int = 500
-    keep_last: int = 2
+    every_steps: int = 500  # steps from one checkpoint to the next; the last step is always saved
+    keep_last: int = 2  # this many of the newest stay, older ones are deleted
     milestone_every_steps: int | None = None  # checkpoints at these steps are never deleted
 
     def __post_init__(self) -> None:
@@ -280,9 +317,10 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    name: str = "run"
-    run_dir: str | None = None  # null: runs/<name>
-    seed: int = 0
+    name: str = "run"  # names the run's folder
+    run_dir: str | None = None  # all that the run writes; null: runs/ and the name
+    seed: int = 0  # of the initial weights and the order of documents
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -290,16 +328,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", "must lie between 0 and 2147483647")
-        segment = self.model.segment_tokens
-        for name, window in (
-            ("train.window_tokens", self.train.window_tokens),
-            ("eval.window_tokens", self.eval.window_tokens),
-        ):
-            if segment is not None and window is not None and window % segment:
-                lower, upper = window // segment * segment, (window // segment + 1) * segment
-                near = f"{lower} or {upper}" if lower else str(upper)
-                problem = f"{window} is not a multiple of model.attention.segment_tokens ({segment})"
-                raise ConfigError(f"{name}: {problem}; use {near}")
         _require(
             self.eval.every_steps is None or self.data.validation is not None,
             "data.validation",
@@ -317,9 +345,118 @@ class RunConfig:
             f"{decay} steps after {warmup} of warm-up don't fit into a run of {self.train.total_steps}",
         )
 
+        _check_layout(self)
+
+    @property
+    def lanes_per_rank(self) -> int:
+        """Lanes of one data-parallel rank."""
+        return self.train.batch_lanes // (self.parallel.data_size or 1)
+
+    @property
+    def micro_lanes(self) -> int:
+        """Lanes in one forward."""
+        return self.train.micro_batch_lanes or self.lanes_per_rank
+
     @property
     def directory(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+
+def _check_layout(run: RunConfig) -> None:
+    """Whether model and batch can be divided as `parallel` asks; whatever could not work is refused here, by name."""
+    model, train, parallel = run.model, run.train, run.parallel
+    tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
+    for name in ("num_heads", "ffn_size", "vocab_size"):
+        value = getattr(model, name)
+        lower, upper = value // tensor * tensor, -(-value // tensor) * tensor
+        near = f"{lower} or {upper}" if lower and name != "vocab_size" else str(upper)
+        _require(
+            value % tensor == 0,
+            f"model.{name}",
+            f"{value} can't be divided over parallel.tensor_size {tensor}; use {near}, or another tensor_size",
+        )
+    _require(
+        model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0,
+        "model.num_kv_heads",
+        f"{model.kv_heads} key-value heads and parallel.tensor_size {tensor}: one must be a multiple of the other",
+    )
+    stages = pipeline * parallel.virtual_stages
+    _require(
+        model.num_layers >= stages,
+        "parallel.pipeline_size",
+        f"{stages} stages need at least as many layers, but model.num_layers is {model.num_layers}",
+    )
+    _require(
+        pipeline == 1 or not model.tied_embeddings,
+        "model.tied_embeddings",
+        "embedding and head lie on different stages with parallel.pipeline_size above 1; set it to false",
+    )
+    _require(
+        context == 1 or model.segment_tokens is not None,
+        "parallel.context_size",
+        "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
+    )
+    piece = (model.segment_tokens or 1) * context
+    for name, window in (("train.window_tokens", train.window_tokens), ("eval.window_tokens", run.eval.window_tokens)):
+        if window is None:
+            continue
+        lower, upper = window // piece * piece, (window // piece + 1) * piece
+        _require(
+            window % piece == 0,
+            name,
+            f"{window} is not a multiple of model.attention.segment_tokens x parallel.context_size ({piece}); use"
+            f" {f'{lower} or {upper}' if lower else upper}",
+        )
+        _require(
+            not parallel.sequence_parallel or window // context % tensor == 0,
+            name,
+            f"{window // context} tokens a context-parallel rank can't be divided over parallel.tensor_size {tensor}"
+            " (parallel.sequence_parallel is true)",
+        )
+    data = parallel.data_size or 1
+    for name, lanes in (("train.batch_lanes", train.batch_lanes), ("eval.batch_lanes", run.eval.batch_lanes)):
+        _require(
+            lanes is None or lanes % data == 0,
+            name,
+            f"{lanes} lanes can't be divided over {data} data-parallel ranks; use a multiple of {data}",
+        )
+    _require(
+        run.lanes_per_rank % run.micro_lanes == 0,
+        "train.micro_batch_lanes",
+        f"the {run.lanes_per_rank} lanes of a data-parallel rank can't be cut into micro-batches of"
+        f" {run.micro_lanes}; choose a divisor",
+    )
+    micro_batches = run.lanes_per_rank // run.micro_lanes
+    _require(
+        parallel.virtual_stages == 1 or micro_batches % pipeline == 0,
+        "train.micro_batch_lanes",
+        f"parallel.virtual_stages needs micro-batches in multiples of parallel.pipeline_size ({pipeline}), but there"
+        f" are {micro_batches}; change it or train.batch_lanes",
+    )
+
+
+def divide_processes(run: RunConfig, world_size: int) -> RunConfig:
+    """The config with `parallel.data_size` filled in for this many processes.
+
+    Raises:
+        ConfigError: the processes can't be divided like that.
+    """
+    parallel = run.parallel
+    needed = parallel.model_size * (parallel.data_size or 1)
+    product = " x ".join(
+        f"{name} {getattr(parallel, f'{name}_size')}"
+        for name in ("tensor", "pipeline", "context", "data")
+        if getattr(parallel, f"{name}_size") is not None
+    )
+    exact = parallel.data_size is not None
+    _require(
+        world_size == needed if exact else world_size % needed == 0,
+        "parallel",
+        f"{product} needs {'' if exact else 'a multiple of '}{needed} processes, but {world_size}"
+        f" {'was' if world_size == 1 else 'were'} started; start {needed} (--nproc {needed}) or change the sizes",
+    )
+    data = world_size // parallel.model_size
+    return dataclasses.replace(run, parallel=dataclasses.replace(parallel, data_size=data))
 
 
 # ------------------------------------------------------------------------------------------------- reading and writing
@@ -383,17 +520,16 @@ def resolve(name: str, kind: str = "run") -> Path:
         ConfigError: no such file; the message lists the names there are.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise ConfigError(f"{name}: no such file")
-    known: list[str] = []
-    for root in config_roots():
-        candidate = root / kind / f"{name}.yaml"
-        if candidate.is_file():
-            return candidate
-        known += sorted(p.stem for p in (root / kind).glob("*.yaml"))
-    raise ConfigError(f"{name}: no {kind} config of this name; {_nearest(name, known)}")
+    is_file = path.suffix in (".yaml", ".yml")
+    candidates = [path] if is_file else [root / kind / f"{name}.yaml" for root in config_roots()]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is not None:
+        return found
+    known = [file.stem for root in config_roots() for file in sorted((root / kind).glob("*.yaml"))]
+    near = _nearest_file(name, [*known, *map(str, path.parent.glob("*.y*ml"))])
+    problem = "no such file" if is_file else f"no {kind} config of this name"
+    near = near or ("" if is_file else f"; known: {', '.join(known) or 'none'}")
+    raise ConfigError(f"{name}: {problem}{near}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -401,6 +537,14 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+def _nearest_file(name: str, files: Iterable[str]) -> str:
+    """A hint: among the files whose own names look like this one's, the nearest as a whole; empty without any."""
+    stems = {file: Path(file).name.removesuffix(".yaml") for file in files}
+    near = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), set(stems.values()))
+    best = difflib.get_close_matches(name, [file for file, stem in stems.items() if stem in near[:1]], n=1, cutoff=0)
+    return f"; did you mean {best[0]}?" if best else ""
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -422,10 +566,13 @@ def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: include must be a list of files, as in include: [model/demo.yaml]")
     merged: dict[str, Any] = {}
     for name in included:
-        candidates = [path.parent / name, *(root / name for root in config_roots())]
-        found = next((c for c in candidates if c.is_file()), None)
+        bases = [path.parent, *config_roots()]
+        found = next((base / name for base in bases if (base / name).is_file()), None)
         if found is None:
-            raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/")
+            beside = [file.name for file in path.parent.glob("*.yaml") if file != path]
+            shipped = [str(file.relative_to(root)) for root in config_roots() for file in root.rglob("*.yaml")]
+            near = _nearest_file(name, beside + shipped)
+            raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/{near}")
         merged = _merge(merged, _read_tree(found, (*including, path.resolve())))
     return _merge(merged, tree)
 

@@ -1,10 +1,13 @@
-"""Settings that must hold before torch or DeepSpeed is imported, and the skip of tests that need an accelerator."""
+"""Settings that must hold before torch or DeepSpeed is imported; what tests of several rooms share; GPU skips."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")
@@ -15,6 +18,47 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several proce
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not HAS_GPU:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one, and say so
+
+
+SEGMENT = 8
+VARIANTS = {
+    "linear": InfiniConfig(segment_tokens=SEGMENT),
+    "delta": InfiniConfig(segment_tokens=SEGMENT, update="delta"),
+    "linear-overlap": InfiniConfig(segment_tokens=SEGMENT, overlap_tokens=3),
+    "delta-overlap": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=8),
+    "local": LocalConfig(segment_tokens=SEGMENT),
+    "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
+    "full": FullConfig(),
+}
+
+
+def tiny_config(variant: str = "linear", **changes: object) -> ModelConfig:
+    """Config of a tiny model; `changes` are fields of ModelConfig."""
+    shape = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48}
+    return ModelConfig(**{**shape, "attention": VARIANTS[variant], **changes})
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of a variant; `tiny` makes its config."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., ModelConfig]:
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def process_groups() -> None:
+    """Those of one process, which models need."""
+    import torch
+
+    from infini_train.parallel import device, mesh
+
+    torch.set_num_threads(1)
+    device.prepare()
+    mesh.start()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,8 @@ ROOMS = {
     "eval": STACK,
     "train": {"eval", *STACK},  # validation inside the loop
     "demo": {"train", "eval", *STACK},
-    "cli": {"demo", "train", "eval", *STACK},
+    "launcher": set(),
+    "cli": {"launcher", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
     "data_tools": {"data", "config"},

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from infini_train import cli
+from infini_train.checkpoint import commands
 from infini_train.cli import main
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 from infini_train.parallel import device
 
-COMMANDS = ("train", "eval", "generate", "demo")
+COMMANDS = ("train", "eval", "generate", "checkpoint", "demo")
 
 
 def call(*arguments: object) -> int:
@@ -129,7 +130,8 @@ def test_a_window_that_segments_do_not_fill(refused, home):
     line = refused("train", home / "tiny.yaml", "--set", "train.window_tokens=20")
     assert line == "train.window_tokens: 20 is not a multiple of model.attention.segment_tokens (8); use 16 or 24"
     line = refused("eval", home / "run", "--window-tokens", 20)
-    assert line.startswith("--window-tokens: 20 is not a multiple")
+    assert line == "--window-tokens: 20 is not a multiple of the model's segment of 8 tokens; use 16 or 24"
+    assert refused("eval", home / "run", "--window-tokens", 3).endswith(" segment of 8 tokens; use 8")
 
 
 def test_data_that_are_not_there(refused, home, tmp_path):
@@ -270,6 +272,17 @@ def test_help_gives_examples(command, capsys):
     assert all(len(line) <= 120 for line in said.splitlines())
 
 
+def test_help_of_every_option_says_its_default():
+    """Of options that take a value; what a list or a flag does without being given goes without saying."""
+    for command in ("eval", "generate"):
+        parser = cli._parser()._subparsers._group_actions[0].choices[command]
+        for action in parser._actions:
+            if action.option_strings and action.nargs != 0 and "file" not in action.dest:
+                assert "default: " in action.help, f"{command} {action.option_strings[0]}"
+                if action.default not in (None, ""):
+                    assert f"default: {action.default})" in parser.format_help().replace("\n" + " " * 24, " ")
+
+
 def test_help_and_version(capsys):
     assert call("--help") == 0
     said = capsys.readouterr().out
@@ -282,6 +295,7 @@ def test_help_and_version(capsys):
 def test_examples_in_help_parse(capsys):
     """Every example's configs and fields exist."""
     examples = cli.EPILOG + cli.TRAIN_EXAMPLES + cli.EVAL_EXAMPLES + cli.GENERATE_EXAMPLES + cli.DEMO_EXAMPLES
+    examples += commands.EXAMPLES + commands.INSPECT_EXAMPLES + commands.VERIFY_EXAMPLES + commands.RESHARD_EXAMPLES
     lines = [line for line in examples.splitlines() if line.startswith("  infini-train ")]
     assert len(lines) > 12
     for line in lines:
@@ -317,12 +331,36 @@ def test_eval_prints_a_table_or_json(home, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(values["loss"], abs=0.05)
 
 
+def test_eval_from_another_folder_finds_the_validation_data(home, tmp_path, monkeypatch, capsys, refused):
+    """Trained with relative paths, evaluated by absolute path from elsewhere."""
+    monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
+    write_shards(tmp_path / "there" / "held", seed=1)
+    monkeypatch.chdir(tmp_path / "there")
+    assert call("train", home / "tiny.yaml", "--set", "run_dir=runs/a", "--set", "data.validation=held") == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    capsys.readouterr()
+    assert call("eval", tmp_path / "there" / "runs" / "a", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["data"] == str(tmp_path / "there" / "held") and values["tokens"] == 304
+    (tmp_path / "there" / "held").rename(tmp_path / "there" / "gone")
+    assert refused("eval", tmp_path / "there" / "runs" / "a") == (
+        "data.validation: the run's validation data were not found (looked for held,"
+        f" {tmp_path / 'there' / 'held'}); name a folder with --data"
+    )
+
+
 def test_generate_goes_on_from_a_prompt(home, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("abc def " * 20)
     capsys.readouterr()
     assert call("generate", home / "run", "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 9) == 0
     said = capsys.readouterr().out
     assert said.startswith("abc def " * 20) and said.endswith("\n")
+    assert (
+        call("generate", home / "run", "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 9, "--no-echo")
+        == 0
+    )
+    assert capsys.readouterr().out == said.removeprefix("abc def " * 20)
     texts = []
     for _ in range(2):
         assert call("generate", home / "run", "--prompt", "abc", "--temperature", 0, "--ignore-end") == 0
@@ -335,3 +373,17 @@ def test_a_finished_run_says_so(home, capsys, monkeypatch):
     capsys.readouterr()
     assert call("train", home / "tiny.yaml") == 0
     assert "the run has done all of its 2 steps; raise train.max_steps to go on" in capsys.readouterr().out
+
+
+def test_a_run_resumes_from_a_resharded_checkpoint(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
+    copy = tmp_path / "copy" / "checkpoints" / "step-00000002"
+    assert call("checkpoint", "reshard", home / "run", copy) == 0
+    assert call("train", home / "tiny.yaml", "--set", f"run_dir={tmp_path / 'copy'}", "--set", "train.max_steps=3") == 0
+    assert f"resumed from {copy} (step 2)" in capsys.readouterr().out
+    assert call("checkpoint", "verify", tmp_path / "copy") == 0
+    assert capsys.readouterr().out.count(": OK\n") == 2
+    assert call("checkpoint", "reshard", home / "run", tmp_path / "weights", "--weights-only") == 0
+    new = ("--set", f"run_dir={tmp_path / 'new'}", "--set", f"train.init_from={tmp_path / 'weights'}")
+    assert call("train", home / "tiny.yaml", *new) == 0
+    assert f"new run with the weights of {tmp_path / 'weights'}" in capsys.readouterr().out

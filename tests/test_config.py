@@ -220,6 +220,46 @@ def test_a_name_close_to_a_shipped_one_gets_a_hint(tmp_path: Path) -> None:
         resolve(str(tmp_path / "none.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("debgu", "debgu: no run config of this name; did you mean debug?"),
+        ("debgu.yaml", "debgu.yaml: no such file; did you mean debug?"),
+        ("mine", "mine: no run config of this name; did you mean mine.yaml?"),
+        ("own/tiny", "own/tiny: no run config of this name; did you mean own/tiny.yaml?"),
+        ("own/tniy.yaml", "own/tniy.yaml: no such file; did you mean own/tiny.yaml?"),
+        ("own/zzz.yaml", "own/zzz.yaml: no such file"),
+        ("none/tiny.yaml", "none/tiny.yaml: no such file"),
+        ("zzz", "zzz: no run config of this name; known: 125m, books, debug, demo"),
+    ],
+)
+def test_a_config_that_is_not_there_gets_the_nearest(tmp_path, monkeypatch, name: str, hint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    for file in ("mine.yaml", "own/tiny.yaml", "own/other.yaml"):
+        write(tmp_path / file, BASE)
+    with pytest.raises(ConfigError) as caught:
+        resolve(name)
+    assert str(caught.value) == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model/dmeo.yaml", "; did you mean model/demo.yaml?"),
+        ("models/demo.yaml", "; did you mean model/demo.yaml?"),
+        ("model/demo", "; did you mean model/demo.yaml?"),
+        ("bsae.yaml", "; did you mean base.yaml?"),
+        ("zzz.yaml", ""),
+    ],
+)
+def test_an_include_that_is_not_there_gets_the_nearest(base: Path, name: str, hint: str) -> None:
+    path = write(base.with_name("own.yaml"), f"include: [{name}]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value) == f"{path}: include {name}: no such file beside it or below configs/{hint}"
+
+
 @pytest.mark.parametrize("attention", ["full", "null", "{kind: full, segment_tokens: 3}", "{segment_tokens: 8}"])
 def test_a_wrong_model_config_is_named(tmp_path: Path, attention: str) -> None:
     text = "model: {vocab_size: 9, hidden_size: 8, num_layers: 1, num_heads: 1, ffn_size: 8, attention: %s}\n"

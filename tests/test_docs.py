@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -271,6 +272,17 @@ def test_an_unknown_field_is_found() -> None:
     codes = ["train.max_steps=5", "train.max_step", "model.attention.update", "model.attention.updates", "train.md"]
     assert unknown_fields(codes) == ["train.max_step", "model.attention.updates"]
     assert {"seed", "model.attention.overlap_tokens", "log.profile_steps"} <= FIELDS
+
+
+def test_the_configuration_page_is_that_of_the_schema() -> None:
+    """Mend it with: python docs/generate_configuration.py."""
+    generator = runpy.run_path(str(ROOT / "docs" / "generate_configuration.py"))
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == generator["render"]()
+    rows = re.findall(r"^\| `(\S+)` \| (.+?) \| (.+?) \| (.*) \|$", page, flags=re.MULTILINE)
+    sections = {path for path in FIELDS if any(field.startswith(f"{path}.") for field in FIELDS)}
+    assert {path for path, *_ in rows} == FIELDS - sections
+    assert not [path for path, *_, meaning in rows if not meaning], "a comment behind the field says what it means"
 
 
 def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:

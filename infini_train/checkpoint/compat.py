@@ -19,6 +19,7 @@ RESUMABLE: Mapping[str, str] = {
     "data.validation": "no influence on training",
     "train.max_steps": "the learning rates follow the schedule of the new length from here on",
     "train.max_tokens": "the learning rates follow the schedule of the new length from here on",
+    "parallel": "divides the same numbers in another way: equal up to rounding",
     "train.micro_batch_lanes": "sums are taken in another order: equal up to rounding",
     "train.activation_checkpointing": "trades memory for time; the numbers are the same",
     "train.init_from": "read only when a run starts anew",

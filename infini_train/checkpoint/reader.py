@@ -112,9 +112,9 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """
     path = Path(path)
     try:
-        index = _read_index(path)
+        index = read_index(path)
         for file in index.files:
-            _check_file(path / file.file, file, verify)
+            check_file(path / file.file, file, verify)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
@@ -122,7 +122,12 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path, index.step, index.state, index.config, index)
 
 
-def _read_index(path: Path) -> Index:
+def read_index(path: Path) -> Index:
+    """The index of the checkpoint in this folder.
+
+    Raises:
+        CheckpointError: missing, torn or corrupt; the message names the file, not the folder.
+    """
     if not path.is_dir():
         raise CheckpointError("no such checkpoint folder")
     try:
@@ -140,7 +145,12 @@ def _read_index(path: Path) -> Index:
     return index
 
 
-def _check_file(file: Path, entry: StoredFile, verify: bool) -> None:
+def check_file(file: Path, entry: StoredFile, verify: bool) -> None:
+    """Compares a file's size, and with `verify` its sha256, with what the index says.
+
+    Raises:
+        CheckpointError: missing, torn or corrupt; the message names the file, not the folder.
+    """
     if not file.is_file():
         raise CheckpointError(f"{entry.file} is missing")
     size_bytes = file.stat().st_size

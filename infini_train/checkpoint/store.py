@@ -185,10 +185,8 @@ def find_latest(run_dir: Path, on_problem: Callable[[str], None]) -> Checkpoint 
         CheckpointError: there are checkpoints, but none is valid.
     """
     folder = Path(run_dir) / FOLDER
-    problems: list[str] = []
-    latest = _latest_step(folder)
-    if latest is not None and latest not in _stored(folder):
-        problems.append(f"{folder / LATEST}: names step-{latest:08d}, which is missing")
+    dangling = dangling_pointer(folder)
+    problems = [dangling] if dangling else []
     for path in _newest_first(folder):
         try:
             checkpoint = open_checkpoint(path)
@@ -209,15 +207,45 @@ def resolve(path: Path) -> Path:
     Raises:
         CheckpointError: nothing of the kind is there.
     """
+    return list_checkpoints(path)[0]
+
+
+def list_checkpoints(path: Path) -> list[Path]:
+    """All checkpoint folders meant by a checkpoint folder, a run folder or a `checkpoints` folder; the latest first.
+
+    Raises:
+        CheckpointError: nothing of the kind is there.
+    """
     path = Path(path)
     if (path / INDEX_FILE).is_file() or _STEP.fullmatch(path.name):
-        return path
+        return [path]
     for folder in (path / FOLDER, path):
-        newest = _newest_first(folder)
-        if newest:
-            return newest[0]
+        found = _newest_first(folder)
+        if found:
+            return found
     problem = "holds no checkpoint" if path.is_dir() else "no such folder"
     raise CheckpointError(f"{path}: {problem}; give a checkpoint, or the folder of a run that has saved one")
+
+
+def find_step(run_dir: Path, step: int) -> Path:
+    """The folder of a run's checkpoint of this step, for the ranks that are told what rank 0 has found.
+
+    Raises:
+        CheckpointError: there is none; not all ranks see the same files.
+    """
+    folder = Path(run_dir) / FOLDER
+    found = _stored(folder).get(step)
+    if found is None:
+        raise CheckpointError(f"{folder}: step {step} is not there for this rank; all ranks need the same run_dir")
+    return found
+
+
+def dangling_pointer(folder: Path) -> str | None:
+    """What is wrong with the `latest` file of a `checkpoints` folder, if it names a checkpoint that is not there."""
+    latest = _latest_step(folder)
+    if latest is None or latest in _stored(folder):
+        return None
+    return f"{folder / LATEST}: names step-{latest:08d}, which is missing"
 
 
 # ------------------------------------------------------------------------------------------------------------ retention

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import os
@@ -36,6 +37,8 @@ from infini_train.data.manifest import (
 from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 TOKENIZER_FILE = "tokenizer.model"
+_ASIDE = ".partial-"  # in the name of the hidden folder that is written first
+_OLD = "-old"  # and at its end: the dataset that is being replaced
 
 
 @contextlib.contextmanager
@@ -68,6 +71,33 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"{folder}: a dataset is there already; choose another folder, or pass --overwrite")
 
 
+def remove_stale(folder: Path | str) -> None:
+    """Deletes what killed writers of this dataset have left beside it.
+
+    A writer holds a lock on its index as long as it lives. A folder whose lock can't be asked for (a file system
+    without locks) stays. So does a dataset moved aside, unless its successor is in its place.
+    """
+    folder = Path(os.path.abspath(folder))
+    with contextlib.suppress(OSError):
+        for aside in [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}{_ASIDE}")]:
+            if aside.name.endswith(_OLD):
+                stale = folder.exists()
+            else:
+                stale = not (aside / INDEX_FILE).exists() or _can_lock(aside / INDEX_FILE)
+            if stale:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def _can_lock(path: Path) -> bool:
+    """Whether no other process holds the lock of this file."""
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Have the system write a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -93,12 +123,13 @@ class ShardWriter:
     def __init__(
         self, folder: Path | str, tokenizer: Tokenizer, *, max_shard_bytes: int = 1 << 29, overwrite: bool = False
     ) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(folder)  # as given: messages show it
         self.tokenizer = tokenizer
         self.max_shard_bytes = max_shard_bytes
         self._dtype = token_dtype(tokenizer.vocab_size)
         check_target(self.folder, overwrite)
-        self._aside = self.folder.parent / f".{self.folder.name}.partial-{uuid.uuid4().hex[:8]}"
+        self._target = Path(os.path.abspath(folder))  # has a name and a parent, also for . or a/..
+        self._aside = self._target.parent / f".{self._target.name}{_ASIDE}{uuid.uuid4().hex[:8]}"
         self._shards: list[ShardEntry] = []
         self._sources: dict[str, SourceEntry] = {}
         self._documents = self._tokens = self._bytes = self._shard_documents = self._shard_tokens = 0
@@ -108,9 +139,11 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         with explain_disk_errors(self.folder):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._target.parent.mkdir(parents=True, exist_ok=True)
             self._aside.mkdir()
             self._index = (self._aside / INDEX_FILE).open("wb")
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._index.write(bytes(INDEX_HEADER.itemsize))  # the count is known at the end
         return self
 
@@ -179,7 +212,7 @@ class ShardWriter:
             self._index.seek(0)
             header = (INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, self._documents)
             self._index.write(np.array(header, INDEX_HEADER).tobytes())
-            self._index.close()
+            self._index.flush()  # closing it would give up the lock
             file = self._copy_tokenizer()
             manifest = self._manifest(TokenizerEntry(kind=self.tokenizer.kind, file=file, sha256=self.tokenizer.sha256))
             text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
@@ -249,14 +282,14 @@ class ShardWriter:
 
     def _move(self) -> None:
         """Rename the finished folder into its place; a dataset that is there is moved aside first, then deleted."""
-        old = self._aside.with_name(f"{self._aside.name}-old")
+        old = self._aside.with_name(f"{self._aside.name}{_OLD}")
         with explain_disk_errors(self.folder):
-            if self.folder.exists():
-                self.folder.rename(old)
+            if self._target.exists():
+                self._target.rename(old)
             try:
-                self._aside.rename(self.folder)
+                self._aside.rename(self._target)
             finally:
-                if old.exists() and not self.folder.exists():
-                    old.rename(self.folder)
-            sync(self.folder.parent)
+                if old.exists() and not self._target.exists():
+                    old.rename(self._target)
+            sync(self._target.parent)
         shutil.rmtree(old, ignore_errors=True)

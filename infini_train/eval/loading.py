@@ -13,16 +13,22 @@ from infini_train.config import ConfigError, RunConfig, validate
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
+from infini_train.parallel.pipeline import Stages
 
 
 class Trained(NamedTuple):
     """What a checkpoint gives to evaluation."""
 
-    model: Transformer
+    stages: Stages
     config: RunConfig
     step: int
     checkpoint: Path
     tokenizer: Tokenizer
+
+    @property
+    def model(self) -> Transformer:
+        """The whole model: evaluation runs in one process."""
+        return self.stages.transformers()[0]
 
 
 def _open(path: Path) -> Checkpoint:
@@ -53,7 +59,7 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
         problem = "is not the tokenizer the model was trained with" if tokenizer_file.is_file() else "is missing"
         raise ConfigError(f"{tokenizer_file}: {problem}; put the right one there")
     mesh.start()
-    model = Transformer(config.model)
-    load_weights(model, checkpoint)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Trained(model.to(device.current(), dtype).eval(), config, checkpoint.step, checkpoint.path, tokenizer)
+    stages = Stages(config.model, dtype=dtype)
+    load_weights(stages.transformers()[0], checkpoint)
+    return Trained(stages.to(device.current(), dtype).eval(), config, checkpoint.step, checkpoint.path, tokenizer)

@@ -12,8 +12,8 @@ import torch
 
 from infini_train.data.lanes import IGNORED, LaneReader, initial_state
 from infini_train.data.shards import Dataset
-from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.parallel import mesh
+from infini_train.parallel.pipeline import Stages, cut_micro_batches, run_window
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,14 @@ class Perplexity:
         return self.loss * self.tokens / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
+def default_lanes(stages: Stages, micro_lanes: int) -> int:
+    """Lanes of an evaluation that fill each rank with as much as in training."""
+    return micro_lanes * stages.place.data[1] * _micro_batches(stages)
+
+
 @torch.no_grad()
 def evaluate_perplexity(
-    model: Transformer,
+    stages: Stages,
     dataset: Dataset,
     *,
     lanes: int,
@@ -46,39 +51,61 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     carry_memory: bool = True,
     on_progress: Callable[[int], None] = lambda tokens: None,
-) -> Perplexity:
+    gives_up: Callable[[], bool] = lambda: False,
+) -> Perplexity | None:
     """Perplexity over the dataset's documents in their natural order, each from its beginning.
 
+    All ranks call it together, and get the same result.
+
     Args:
-        model: in any precision; left in the mode it was in.
+        stages: the model in any precision.
         dataset: documents; only one window of each lane is in memory.
         lanes: documents read side by side. 1 streams one after the other.
-        window_tokens: tokens of a lane in one forward, a multiple of the segment.
+        window_tokens: tokens of a lane in one forward, a multiple of the segment (of every context-parallel rank).
         max_tokens: stop after about this many tokens; None: all of them.
         carry_memory: as in training; False forgets at each window's edge.
         on_progress: called with the tokens of each window.
+        gives_up: asked before each window; if it is true on any rank, all return None.
     """
-    reader = LaneReader(dataset, lanes, window_tokens, None, epochs=1)
-    position, state = initial_state(lanes), model.initial_state(lanes)
+    place = stages.place
+    mine = lanes // place.data[1]
+    reader = LaneReader(
+        dataset, lanes, window_tokens, None, epochs=1, rows=slice(mine * place.data[0], mine * (place.data[0] + 1))
+    )
+    micro_batches = _micro_batches(stages)
+    position, carried = initial_state(lanes), stages.initial_carried(mine // micro_batches, micro_batches)
     counts_V = np.zeros(dataset.manifest.vocab_size, dtype=np.int64)
-    loss_sum, tokens, n_bytes, documents = 0.0, 0, 0.0, 0
+    loss_sum, tokens, n_bytes, documents = 0.0, 0, 0.0, 0.0
     while max_tokens is None or tokens < max_tokens:
         batch, position = reader.next(position)
         if batch is None:
             break
-        labels = torch.from_numpy(batch.labels_BT).to(device.current())
-        grid = model.make_grid(torch.from_numpy(batch.starts_BT), torch.from_numpy(batch.weights_BT), state)
-        inputs = torch.from_numpy(batch.tokens_BT).to(device.current())
-        loss_BT, after = model(inputs, grid.to(device.current()), state, labels)
-        state = model.between_windows(after) if carry_memory else state
-        loss_sum += loss_BT.double().sum().item()
+        loss_here, after = run_window(stages, stages, cut_micro_batches(batch, micro_batches), carried)
+        carried = after if carry_memory else carried
         valid = batch.labels_BT[batch.labels_BT != IGNORED]
         counts_V += np.bincount(valid, minlength=len(counts_V))
-        tokens, n_bytes = tokens + len(valid), n_bytes + batch.n_bytes
-        documents += int((batch.starts_BT & (batch.weights_BT > 0)).sum())
-        on_progress(len(valid))
-    loss = loss_sum / tokens if tokens else math.nan
-    return Perplexity(loss, unigram_entropy(counts_V), tokens, n_bytes, documents, reader.corrupt_documents)
+        begun = (batch.starts_BT & (batch.weights_BT > 0)).sum()
+        found = mesh.sum_over_world([loss_here, len(valid), batch.n_bytes, float(begun), float(gives_up())])
+        if found[-1]:
+            return None
+        read = round(found[1] / stages.parallel.model_size)
+        loss_sum, tokens = loss_sum + found[0] / stages.parallel.tensor_size, tokens + read
+        n_bytes, documents = n_bytes + found[2] / stages.parallel.model_size, documents + found[3]
+        on_progress(read)
+    *counts, damaged = mesh.sum_over_world([*counts_V.tolist(), float(reader.corrupt_documents)])
+    return Perplexity(
+        loss_sum / tokens if tokens else math.nan,
+        unigram_entropy(np.array(counts)),
+        tokens,
+        n_bytes,
+        round(documents / stages.parallel.model_size),
+        round(damaged / stages.parallel.model_size),
+    )
+
+
+def _micro_batches(stages: Stages) -> int:
+    """As few as the schedule takes."""
+    return stages.parallel.pipeline_size if stages.parallel.virtual_stages > 1 else 1
 
 
 def unigram_entropy(counts_V: np.ndarray) -> float:

@@ -1,16 +1,48 @@
 """`infini-train eval`: perplexity of a trained model on a dataset, as plain values."""
 
+import os
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
-from infini_train.config import ConfigError
+from infini_train.config import ConfigError, RunConfig
 from infini_train.data.shards import Dataset
 from infini_train.eval.loading import Trained
 from infini_train.eval.perplexity import evaluate_perplexity
 from infini_train.parallel import device
 
 STREAM_SEGMENTS = 4  # a forward of --stream
+
+
+def find_validation(config: RunConfig, run_dir: Path) -> Path:
+    """The run's validation data: as the config has it, else where the run's folder shows it to be.
+
+    The config's paths are relative to the folder where training ran. That is the run's folder without the end that
+    `run_dir` names; and data inside the run's folder are there wherever it was moved.
+
+    Args:
+        config: the run's.
+        run_dir: where its folder lies now, absolute.
+
+    Raises:
+        ConfigError: the run has none, or they are in none of these places.
+    """
+    if config.data.validation is None:
+        raise ConfigError("--data: the run has no validation data; name a folder written by infini-data encode")
+    given, trained_as = Path(config.data.validation), config.directory
+    homes = [Path()]
+    if not trained_as.is_absolute() and run_dir.parts[-len(trained_as.parts) :] == trained_as.parts:
+        homes.append(Path(*run_dir.parts[: -len(trained_as.parts)]))
+    places = [home / given for home in homes]
+    if given.is_relative_to(trained_as):
+        places.append(run_dir / given.relative_to(trained_as))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        looked = ", ".join(dict.fromkeys(str(place) for place in places))
+        problem = f"the run's validation data were not found (looked for {looked})"
+        raise ConfigError(f"data.validation: {problem}; name a folder with --data")
+    return found
 
 
 def evaluate_run(
@@ -29,9 +61,8 @@ def evaluate_run(
         ConfigError: the data can't be opened, was encoded with another tokenizer, or the window is no multiple of the
             segment.
     """
-    folder = data or trained.config.data.validation
-    if folder is None:
-        raise ConfigError("--data: the run has no validation data; name a folder written by infini-data encode")
+    run_dir = Path(os.path.abspath(trained.checkpoint)).parent.parent
+    folder = Path(data) if data else find_validation(trained.config, run_dir)
     dataset = Dataset.open(folder)
     if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
         own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
@@ -42,19 +73,24 @@ def evaluate_run(
     default = STREAM_SEGMENTS * segment if stream and segment else trained.config.train.window_tokens
     window = window_tokens or default
     if segment and window % segment:
-        raise ConfigError(f"--window-tokens: {window} is not a multiple of the model's segment of {segment} tokens")
+        lower, upper = window // segment * segment, (window // segment + 1) * segment
+        near = f"{lower} or {upper}" if lower else str(upper)
+        raise ConfigError(
+            f"--window-tokens: {window} is not a multiple of the model's segment of {segment} tokens; use {near}"
+        )
     begin = time.perf_counter()
     total = dataset.manifest.tokens + dataset.manifest.documents
     with tqdm(total=min(total, max_tokens or total), unit="tok", unit_scale=True, leave=False, disable=None) as bar:
         found = evaluate_perplexity(
-            trained.model,
+            trained.stages,
             dataset,
-            lanes=lanes or trained.config.train.micro_lanes,
+            lanes=lanes or trained.config.micro_lanes,
             window_tokens=window,
             max_tokens=max_tokens,
             carry_memory=trained.config.train.carry_memory and not forget,
             on_progress=bar.update,
         )
+    assert found is not None
     seconds = time.perf_counter() - begin
     if found.tokens == 0:
         raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data inspect --verify")

@@ -4,10 +4,10 @@ import hashlib
 import math
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_train.config import InfiniConfig, ModelConfig
+from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
 
 EMBEDDING_STD = 0.02
@@ -21,7 +21,9 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
     smaller by 1/sqrt(2 layers); embedding and head normal with std 0.02; norms 1, biases 0, gates ``gate_init``.
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(_local_slice(_initial_value(name, _global_shape(parameter), config, seed), parameter))
+        place = find_slice(parameter)
+        value = _initial_value(name, place.global_shape, config, seed)
+        parameter.copy_(value[tuple(slice(a, a + n) for a, n in zip(place.start, place.shape, strict=True))])
 
 
 def _initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
@@ -43,17 +45,3 @@ def _initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator) * std
-
-
-def _global_shape(parameter: Tensor) -> tuple[int, ...]:
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
-    return tuple(shape)
-
-
-def _local_slice(value: Tensor, parameter: Tensor) -> Tensor:
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return value
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    return value.chunk(ranks, parameter.partition_dim)[parallel_state.get_tensor_model_parallel_rank()]

@@ -3,8 +3,12 @@
 Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -12,16 +16,28 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
 
-def parallel_config(dtype: torch.dtype = torch.float32) -> ModelParallelConfig:
-    """megatron-core's layer settings: parameters on the default device, filled by `init.initialise`, not by it."""
+def parallel_config(dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False) -> ModelParallelConfig:
+    """megatron-core's layer settings: parameters on the default device, filled by `init.initialise`, not by it.
+
+    Args:
+        dtype: of the parameters.
+        sequence_parallel: hidden states between the parallel layers are divided along T over tensor-parallel ranks.
+    """
     return ModelParallelConfig(
         params_dtype=dtype,
+        pipeline_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -29,13 +45,75 @@ def _no_init(weight: Tensor) -> Tensor:
     raise AssertionError("parameters are filled by model.init.initialise")
 
 
+def enter_parallel(hidden_TBD: Tensor, parallel: ModelParallelConfig) -> Tensor:
+    """Hidden states as the column-parallel layers that follow take them: all tokens on every tensor-parallel rank.
+
+    One collective for all layers that share the input: its gradients are summed once (and scattered, under sequence
+    parallelism) instead of once a layer.
+    """
+    if parallel.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_TBD, tensor_parallel_output_grad=True)
+    return copy_to_tensor_model_parallel_region(hidden_TBD)
+
+
 def column_linear(
     inputs: int, outputs: int, parallel: ModelParallelConfig, *, bias: bool = False
 ) -> ColumnParallelLinear:
-    """A linear layer whose outputs are divided over the tensor-parallel ranks."""
-    linear = ColumnParallelLinear(inputs, outputs, config=parallel, init_method=_no_init, bias=bias)
+    """A linear layer whose outputs are divided over the tensor-parallel ranks; its input went `enter_parallel`."""
+    linear = ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=replace(parallel, sequence_parallel=False),
+        init_method=_no_init,
+        bias=bias,
+        disable_grad_reduce=True,
+    )
     set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
     return linear
+
+
+class HeadLinear(nn.Module):
+    """A projection to fewer heads than there are tensor-parallel ranks: each rank computes the one head it needs.
+
+    Every rank holds the whole weight, (heads * size, inputs); its gradient is the sum over the tensor-parallel ranks.
+    """
+
+    def __init__(self, inputs: int, heads: int, size: int, parallel: ModelParallelConfig, *, bias: bool) -> None:
+        super().__init__()
+        ranks, rank = parallel.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+        first = rank // (ranks // heads) * size
+        self.rows = slice(first, first + size)
+        self.weight = nn.Parameter(torch.empty(heads * size, inputs, dtype=parallel.params_dtype))
+        self.bias = nn.Parameter(torch.empty(heads * size, dtype=parallel.params_dtype)) if bias else None
+        for parameter in self.parameters():
+            sum_gradient_over_tensor_ranks(parameter)
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, None]:
+        """This rank's head; in the form of megatron-core's layers."""
+        bias = None if self.bias is None else self.bias[self.rows]
+        return F.linear(x_TBD, self.weight[self.rows], bias), None
+
+
+def head_linear(
+    inputs: int, heads: int, size: int, parallel: ModelParallelConfig, *, bias: bool = False
+) -> ColumnParallelLinear | HeadLinear:
+    """A projection to heads, divided over the tensor-parallel ranks as evenly as there are heads."""
+    if heads % parallel.tensor_model_parallel_size == 0:
+        return column_linear(inputs, heads * size, parallel, bias=bias)
+    return HeadLinear(inputs, heads, size, parallel, bias=bias)
+
+
+def sum_gradient_over_tensor_ranks(parameter: nn.Parameter) -> None:
+    """For a parameter of which every tensor-parallel rank has the same copy but sees another part of the work."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+
+    def add_up(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+        return gradient
+
+    parameter.register_hook(add_up)
 
 
 def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowParallelLinear:
@@ -53,20 +131,38 @@ def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowP
     return linear
 
 
-def vocab_embedding(vocab_size: int, hidden_size: int, parallel: ModelParallelConfig) -> VocabParallelEmbedding:
-    """The token embedding, its rows divided over the tensor-parallel ranks."""
-    embedding = VocabParallelEmbedding(vocab_size, hidden_size, init_method=_no_init, config=parallel)
-    set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
-    return embedding
+class Embedding(VocabParallelEmbedding):
+    """The token embedding, its rows divided over the tensor-parallel ranks; hidden states of this rank's tokens."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: ModelParallelConfig) -> None:
+        scatter = parallel.sequence_parallel
+        super().__init__(
+            vocab_size, hidden_size, init_method=_no_init, reduce_scatter_embeddings=scatter, config=parallel
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """hidden_TBD."""
+        # megatron-core's layer transposes only where it scatters
+        return super().forward(tokens_BT if self.reduce_scatter_embeddings else tokens_BT.t().contiguous())
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467); `torch.nn.functional.rms_norm` accumulates in fp32 under 16-bit activations."""
+    """RMSNorm (arXiv 1910.07467); `torch.nn.functional.rms_norm` accumulates in fp32 under 16-bit activations.
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+    Args:
+        size: of the last dimension.
+        eps: added to the mean square.
+        dtype: of the weight.
+        divided: each tensor-parallel rank normalises another part (of the sequence, or its own heads).
+    """
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, *, divided: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.eps = eps
+        if divided:
+            sum_gradient_over_tensor_ranks(self.weight)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """Normalises the last dimension."""
@@ -78,11 +174,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_size: int, parallel: ModelParallelConfig) -> None:
         super().__init__()
+        self.parallel = parallel
         self.linear_gate = column_linear(hidden_size, ffn_size, parallel)
         self.linear_up = column_linear(hidden_size, ffn_size, parallel)
         self.linear_down = row_linear(ffn_size, hidden_size, parallel)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """Same shape in and out."""
+        x_TBD = enter_parallel(x_TBD, self.parallel)
         gate, up = self.linear_gate(x_TBD)[0], self.linear_up(x_TBD)[0]
         return self.linear_down(F.silu(gate) * up)[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from infini_train.config import ModelConfig
-from infini_train.model.layers import Norm, column_linear, row_linear
+from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.ops.grid import Grid
 
 State = Any  # a NamedTuple of tensors; each variant has its own
@@ -54,28 +54,37 @@ class Projections(nn.Module):
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()
         key_dim, value_dim, bias = config.key_dim, config.value_dim, config.qkv_bias
+        self.parallel = parallel
         self.key_dim, self.value_dim = key_dim, value_dim
+        ranks = parallel.tensor_model_parallel_size
+        self.heads = config.num_heads // ranks  # of this rank, as the next one
+        self.kv_heads = max(1, config.kv_heads // ranks)
         self.linear_q = column_linear(config.hidden_size, config.num_heads * key_dim, parallel, bias=bias)
-        self.linear_k = column_linear(config.hidden_size, config.kv_heads * key_dim, parallel, bias=bias)
-        self.linear_v = column_linear(config.hidden_size, config.kv_heads * value_dim, parallel, bias=bias)
+        self.linear_k = head_linear(config.hidden_size, config.kv_heads, key_dim, parallel, bias=bias)
+        self.linear_v = head_linear(config.hidden_size, config.kv_heads, value_dim, parallel, bias=bias)
         self.linear_o = row_linear(config.num_heads * value_dim, config.hidden_size, parallel)
-        dtype = parallel.params_dtype
-        self.norm_q = Norm(key_dim, config.norm_eps, dtype) if config.qk_norm else nn.Identity()
-        self.norm_k = Norm(key_dim, config.norm_eps, dtype) if config.qk_norm else nn.Identity()
+
+        def head_norm() -> nn.Module:
+            if not config.qk_norm:
+                return nn.Identity()
+            return Norm(key_dim, config.norm_eps, parallel.params_dtype, divided=True)
+
+        self.norm_q, self.norm_k = head_norm(), head_norm()
 
     def split(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q_BHTD, k_BKTD, v_BKTE; head counts follow from the local weights, whatever the tensor-parallel size."""
+        """q_BHTD, k_BKTD, v_BKTE of this rank's heads and, under sequence parallelism too, of all tokens."""
 
         def heads(projected: Tensor, size: int) -> Tensor:
             return projected.unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
 
+        hidden_TBD = enter_parallel(hidden_TBD, self.parallel)
         q_BHTD = self.norm_q(heads(self.linear_q(hidden_TBD)[0], self.key_dim))
         k_BKTD = self.norm_k(heads(self.linear_k(hidden_TBD)[0], self.key_dim))
         return q_BHTD, k_BKTD, heads(self.linear_v(hidden_TBD)[0], self.value_dim)
 
     def kv_shape(self, lanes: int) -> tuple[int, int, int]:
         """(lanes, K, D) of this rank's keys."""
-        return lanes, self.linear_k.output_size_per_partition // self.key_dim, self.key_dim
+        return lanes, self.kv_heads, self.key_dim
 
     def join(self, out_BHTE: Tensor) -> Tensor:
         """Heads back to hidden_TBD."""

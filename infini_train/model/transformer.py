@@ -5,6 +5,9 @@ Hidden states are (T, B, D), as megatron-core's sequence parallelism needs.
 Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
+from dataclasses import replace
+from typing import NamedTuple, cast
+
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -13,8 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_train.config import ModelConfig
-from infini_train.model.layers import FeedForward, Norm, column_linear, parallel_config, vocab_embedding
-from infini_train.model.mixer import State
+from infini_train.model.layers import (
+    Embedding,
+    FeedForward,
+    Norm,
+    column_linear,
+    enter_parallel,
+    parallel_config,
+)
+from infini_train.model.mixer import SequenceMixer, State
 from infini_train.model.variants import build_mixer
 from infini_train.ops.grid import Grid, make_grid
 from infini_train.ops.memory import Ranks
@@ -28,9 +38,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> None:
         super().__init__()
-        self.norm_attention = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
+        self.norm_attention = _norm(config, parallel)
         self.attention = build_mixer(config, parallel, ranks)
-        self.norm_feed_forward = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
+        self.norm_feed_forward = _norm(config, parallel)
         self.feed_forward = FeedForward(config.hidden_size, config.ffn_size, parallel)
 
     def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
@@ -40,12 +50,22 @@ class DecoderLayer(nn.Module):
         return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD)), state
 
 
+class Stage(NamedTuple):
+    """Consecutive layers of a model that one pipeline stage holds; the first also embeds, the last one predicts."""
+
+    first_layer: int
+    last_layer: int  # exclusive
+    embeds: bool = True
+    predicts: bool = True
+
+
 class Transformer(nn.Module):
-    """A decoder-only language model whose attention is one of the variants.
+    """A decoder-only language model whose attention is one of the variants, or one pipeline stage of it.
 
     Args:
         config: shapes and attention variant.
         parallel: megatron-core's layer settings; None: fp32 defaults.
+        stage: which layers; None: the whole model. Parameters keep their global names.
         ranks: how memory crosses ranks of one sequence; None: one rank.
         recompute_layers: keep only each layer's input for backward and compute the layer again.
     """
@@ -55,36 +75,47 @@ class Transformer(nn.Module):
         config: ModelConfig,
         parallel: ModelParallelConfig | None = None,
         *,
+        stage: Stage | None = None,
         ranks: Ranks | None = None,
         recompute_layers: bool = False,
     ) -> None:
         super().__init__()
-        parallel = parallel or parallel_config()
+        self.parallel = parallel = parallel or parallel_config()
+        self.stage = stage = stage or Stage(0, config.num_layers)
         self.config = config
         self.recompute_layers = recompute_layers
-        self.embedding = vocab_embedding(config.vocab_size, config.hidden_size, parallel)
-        self.layers = nn.ModuleList(DecoderLayer(config, parallel, ranks) for _ in range(config.num_layers))
-        self.norm_final = Norm(config.hidden_size, config.norm_eps, parallel.params_dtype)
-        self.head = _head(config, parallel)
+        if stage.embeds:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, parallel)
+        numbers = range(stage.first_layer, stage.last_layer)
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks) for number in numbers})
+        if stage.predicts:
+            self.norm_final = _norm(config, parallel)
+            self.head = _head(config, parallel)
 
     def initial_state(self, lanes: int) -> ModelState | None:
         """The state before the first token of these lanes; None if the variant carries nothing between windows."""
-        state = tuple(layer.attention.initial_state(lanes, self.norm_final.weight) for layer in self.layers)
+        like = next(self.parameters())
+        state = tuple(mixer.initial_state(lanes, like) for mixer in self._mixers())
         return None if state[0] is None else state
 
-    def make_grid(self, starts_BT: Tensor, weights_BT: Tensor, state: ModelState | None) -> Grid:
-        """The layout of this call, shared by all layers; cheapest with both marks on the host."""
-        mixer = self.layers[0].attention
+    def make_grid(
+        self, starts_BT: Tensor, weights_BT: Tensor, state: ModelState | None, shard: tuple[int, int] = (0, 1)
+    ) -> Grid:
+        """The layout of this call, shared by all layers; cheapest with both marks on the host.
+
+        With `shard`, (rank, ranks) of context parallelism, the marks are those of the whole window.
+        """
+        mixer = self._mixers()[0]
         recent = None if state is None or state[0] is None else getattr(state[0], "recent", state[0])
-        return make_grid(starts_BT, weights_BT, recent, mixer.segment_tokens, mixer.overlap_tokens)
+        return make_grid(starts_BT, weights_BT, recent, mixer.segment_tokens, mixer.overlap_tokens, shard)
 
     def forward(
-        self, tokens_BT: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor
+        self, inputs: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor | None
     ) -> tuple[Tensor, ModelState]:
-        """Losses of the tokens of one call.
+        """Losses of the tokens of one call; a stage that doesn't predict gives its hidden states instead.
 
         Args:
-            tokens_BT: int64 ids.
+            inputs: tokens_BT (int64 ids); hidden_TBD of the stage before for one that doesn't embed.
             grid: of this call, on the parameters' device.
             state: what earlier calls left, or None before the first token.
             labels_BT: int64 targets, `IGNORED` where there is none.
@@ -92,16 +123,19 @@ class Transformer(nn.Module):
         Returns:
             Cross-entropy in nats, loss_BT (fp32, 0 where ignored), and the state after the call.
         """
-        hidden_TBD, state = self.decode(tokens_BT, grid, state)
+        hidden_TBD, state = self.decode(inputs, grid, state)
+        if not self.stage.predicts:
+            return hidden_TBD, state
+        assert labels_BT is not None
         labels_TB = labels_BT.t()
         loss_TB = vocab_parallel_cross_entropy(self.logits(hidden_TBD), labels_TB.clamp_min(0).contiguous())
         return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), state
 
-    def decode(self, tokens_BT: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
+    def decode(self, inputs: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
-        hidden_TBD = self.embedding(tokens_BT.t().contiguous())
+        hidden_TBD = self.embedding(inputs) if self.stage.embeds else inputs
         states = []
-        for layer, layer_state in zip(self.layers, state or (None,) * len(self.layers), strict=True):
+        for layer, layer_state in zip(self.layers.values(), state or (None,) * len(self.layers), strict=True):
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden_TBD, layer_state = checkpoint(
                     layer, hidden_TBD, layer_state, grid, use_reentrant=False, preserve_rng_state=False
@@ -114,14 +148,22 @@ class Transformer(nn.Module):
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """logits_TBV in fp32 (this rank's part of the vocabulary)."""
         tied = self.embedding.weight if self.config.tied_embeddings else None
-        return self.head(self.norm_final(hidden_TBD), weight=tied)[0].float()
+        hidden_TBD = enter_parallel(self.norm_final(hidden_TBD), self.parallel)
+        return self.head(hidden_TBD, weight=tied)[0].float()
 
     def between_windows(self, state: ModelState) -> ModelState | None:
         """What travels from one window of training to the next, detached; None if the variant carries nothing."""
         kept = tuple(
-            layer.attention.between_windows(layer_state) for layer, layer_state in zip(self.layers, state, strict=True)
+            mixer.between_windows(layer_state) for mixer, layer_state in zip(self._mixers(), state, strict=True)
         )
         return None if kept[0] is None else kept
+
+    def _mixers(self) -> list[SequenceMixer]:
+        return [cast(DecoderLayer, layer).attention for layer in self.layers.values()]
+
+
+def _norm(config: ModelConfig, parallel: ModelParallelConfig) -> Norm:
+    return Norm(config.hidden_size, config.norm_eps, parallel.params_dtype, divided=parallel.sequence_parallel)
 
 
 def _head(config: ModelConfig, parallel: ModelParallelConfig) -> ColumnParallelLinear:
@@ -130,8 +172,9 @@ def _head(config: ModelConfig, parallel: ModelParallelConfig) -> ColumnParallelL
     return ColumnParallelLinear(  # its weight is the embedding's, handed in at each call
         config.hidden_size,
         config.vocab_size,
-        config=parallel,
+        config=replace(parallel, sequence_parallel=False),
         init_method=lambda weight: weight,
         bias=False,
         skip_weight_param_allocation=True,
+        disable_grad_reduce=True,
     )

@@ -12,7 +12,5 @@ VARIANTS = {"infini": InfiniAttention, "local": LocalAttention, "full": FullAtte
 
 
 def build_mixer(config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> SequenceMixer:
-    """The layer's attention. `ranks` tells a variant with a memory how it crosses ranks."""
-    if config.attention.kind == "infini":
-        return InfiniAttention(config, parallel, ranks)
-    return VARIANTS[config.attention.kind](config, parallel)
+    """The layer's attention. `ranks` tells it how its memory and overlap cross context-parallel ranks."""
+    return VARIANTS[config.attention.kind](config, parallel, ranks)

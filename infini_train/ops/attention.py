@@ -4,6 +4,7 @@ Legend: B lanes, H query heads, K key-value heads (G = H / K query heads each), 
 padded to whole segments, S segments, Q queries a segment, J keys a segment, D key size, E value size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid, Recent, carry_recent
-from infini_train.ops.memory import Memory, OneRank, Ranks, Update, empty_memory, read_memory, scan_memory
+from infini_train.ops.memory import Memory, Ranks, Update, begin_scan, empty_memory, read_memory
 from infini_train.ops.rope import rotate
 
 
@@ -23,7 +24,14 @@ class InfiniState(NamedTuple):
 
 
 def local_attention(
-    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, recent: Recent | None, grid: Grid, *, rope_theta: float = 10_000.0
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    recent: Recent | None,
+    grid: Grid,
+    *,
+    rope_theta: float = 10_000.0,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Recent]:
     """Causal softmax attention inside each segment and document, rotary embedding by position in the segment.
 
@@ -34,13 +42,14 @@ def local_attention(
         recent: carried tokens, or None.
         grid: of this call (`make_grid`); one endless segment gives full attention.
         rope_theta: base of the rotary frequencies.
+        ranks: how the overlap travels between the ranks of `grid.shard`; not asked on one rank.
 
     Returns:
         out_BHTE in the dtype of v, and the tokens to carry.
     """
-    k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
+    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
     out_BSHQE = _attend_segments(_fold_queries(q_BHTD, grid), k_BKLD, v_BKLE, grid, rope_theta)
-    return _unfold_queries(out_BSHQE, grid), following
+    return _unfold_queries(out_BSHQE, grid), following()
 
 
 def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of them would only hide them)
@@ -69,22 +78,22 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         grid: of this call (`make_grid`).
         update: "linear" or "delta".
         rope_theta: base of the rotary frequencies of the local attention.
-        ranks: how memory travels between ranks that hold parts of the sequence; None: all of it lies here.
+        ranks: how memory and overlap travel between the ranks of `grid.shard`; not asked on one rank.
 
     Returns:
-        out_BHTE in the dtype of v, and the state after the call. A segment left open is carried in `state.recent`; if a
-        document started in it, the older memory is dropped at once, since nothing can read it any more.
+        out_BHTE in the dtype of v, and the state after the call, the same on all ranks. A segment left open is carried
+        in `state.recent`; if a document started in it, the older memory is dropped at once, since nothing can read it
+        any more.
     """
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     value_dim = v_BKTE.shape[-1]
     memory = empty_memory(lanes, kv_heads, key_dim, value_dim, q_BHTD) if state is None else state.memory
     recent = None if state is None else state.recent
-    k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
+    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
+    scan = begin_scan(_closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks)
     q_BSHQD = _fold_queries(q_BHTD, grid)
-    local_BSHQE = _attend_segments(q_BSHQD, k_BKLD, v_BKLE, grid, rope_theta)
-    scanned = scan_memory(
-        _closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks or OneRank()
-    )
+    local_BSHQE = _attend_segments(q_BSHQD, k_BKLD, v_BKLE, grid, rope_theta)  # while memories travel
+    scanned = scan()
     visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
     group = q_BSHQD.shape[2] // kv_heads
     # X: the rows of all query heads of a key-value head
@@ -94,7 +103,32 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)
     gate = share_H[:, None, None] * visible_BSQ[:, :, None, :, None]
     out_BSHQE = torch.lerp(local_BSHQE, memory_BSHQE, gate)  # Eq. 10
-    return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following)
+    return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
+
+
+def _join_recent(
+    recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Grid, ranks: Ranks | None
+) -> tuple[Tensor, Tensor, Callable[[], Recent]]:
+    """`carry_recent`, whose carried tokens lie on the left neighbour, and whose next ones on the last rank."""
+    overlap, (rank, size) = grid.overlap_tokens, grid.shard
+    assert size == 1 or ranks is not None
+    if ranks is None or size == 1 or overlap == 0:
+        k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
+        return k_BKLD, v_BKLE, lambda: following
+    tail_BKWX = torch.cat((k_BKTD[:, :, -overlap:], v_BKTE[:, :, -overlap:]), -1)  # X: D, then E
+    left, last = ranks.from_left(tail_BKWX), ranks.from_last(tail_BKWX.detach())
+    left_BKWX = left()
+    if rank == 0 and recent is not None:  # added to the zeros, so that backward meets from_left on this rank too
+        left_BKWX = left_BKWX + torch.cat((recent.k_BKRD, recent.v_BKRE), -1)
+    sizes = (k_BKTD.shape[-1], v_BKTE.shape[-1])
+
+    def as_recent(joined_BKWX: Tensor) -> Recent:
+        k_BKWD, v_BKWE = joined_BKWX.split(sizes, -1)
+        return Recent(k_BKWD, v_BKWE, grid.carried_document_BR, grid.carried_weight_BR)
+
+    k_BKLD, v_BKLE, _ = carry_recent(as_recent(left_BKWX), k_BKTD, v_BKTE, grid)
+
+    return k_BKLD, v_BKLE, lambda: as_recent(last())
 
 
 def _fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:

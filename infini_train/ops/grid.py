@@ -7,8 +7,12 @@ Everything here follows from document numbers and write weights; it is computed 
 Document numbers are relative: 0 is the document that was being read when the call began, each start mark adds one.
 Carried tokens of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
 
+Several ranks may hold one window, each a contiguous shard of whole segments. Every rank reads the marks of the whole
+window, so no mark has to cross ranks.
+
 Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padded to whole segments, S segments
-touched, C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N).
+touched, C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N),
+P ranks that hold the window.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +54,9 @@ class Grid(NamedTuple):
     mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
     already being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights
     of the closed segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the
-    segment, so the older memory stays. keep_open_B: the same for the segment left open. count_BC: tokens written.
+    segment, so the older memory stays. keep_open_B: the same for the segment left open. keep_BP: the same for the shard
+    of each rank, None on one rank. count_BC: tokens written. carried_document_BR and carried_weight_BR: marks of the
+    tokens that the next window needs.
     """
 
     overlap_tokens: int
@@ -59,14 +65,16 @@ class Grid(NamedTuple):
     tokens: int  # T
     segments: int  # S
     closed: int  # C
-    document_BL: Tensor
-    weight_BL: Tensor
+    shard: tuple[int, int]  # this rank, and of how many
     mask_BSQJ: Tensor | None
     reads_BSQ: Tensor
     write_BCN: Tensor
     keep_BC: Tensor
     keep_open_B: Tensor
+    keep_BP: Tensor | None
     count_BC: Tensor
+    carried_document_BR: Tensor
+    carried_weight_BR: Tensor
 
     @property
     def padding(self) -> int:
@@ -85,29 +93,64 @@ class Grid(NamedTuple):
 
 
 def make_grid(
-    starts_BT: Tensor, weights_BT: Tensor, recent: Recent | None, segment_tokens: int | None, overlap_tokens: int = 0
+    starts_BT: Tensor,
+    weights_BT: Tensor,
+    recent: Recent | None,
+    segment_tokens: int | None,
+    overlap_tokens: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Grid:
     """The grid of a call.
 
     Args:
-        starts_BT: bool, True at the first token of a document.
-        weights_BT: fp32 write weights >= 0; 0 for padding.
-        recent: carried tokens, or None for none. The open segment holds its length minus W tokens.
+        starts_BT: bool, True at the first token of a document; of the whole window, whatever the shard.
+        weights_BT: fp32 write weights >= 0; 0 for padding. Of the whole window too.
+        recent: carried tokens before the window, or None for none. The open segment holds its length minus W tokens.
         segment_tokens: N, or None for one endless segment (full attention).
         overlap_tokens: W <= N.
+        shard: (rank, ranks), of equal contiguous shards of the window. With more than one rank each shard is a whole
+            number of segments and the window begins at a segment's edge.
     """
     lanes, tokens = starts_BT.shape
     device = starts_BT.device
     if recent is None:
-        like = torch.empty(0, device=device)
-        recent = no_recent((lanes, 1, 1), 1, overlap_tokens, like)
+        recent = no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=device))
     open_tokens = recent.document_BR.shape[1] - overlap_tokens
     size = open_tokens + tokens if segment_tokens is None else segment_tokens
     assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
-    segments = -(-(open_tokens + tokens) // size)
-    closed = 0 if segment_tokens is None else (open_tokens + tokens) // size
     document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
     weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
+    left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
+    carried = slice(document_BL.shape[1] - overlap_tokens - left_open, None)
+    carried_document_BR = (document_BL[:, carried] - document_BL[:, -1:]).clamp_min(NOTHING)
+    carried_weight_BR = weight_BL[:, carried].clone()  # a view would keep the marks of the whole window alive
+
+    keep_BP = None
+    if shard[1] > 1:
+        assert segment_tokens is not None and open_tokens == 0 and tokens % (shard[1] * size) == 0
+        tokens //= shard[1]
+        document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
+    known = {
+        "overlap_tokens": overlap_tokens,
+        "segment_tokens": size,
+        "open_tokens": open_tokens,
+        "tokens": tokens,
+        "segments": -(-(open_tokens + tokens) // size),
+        "closed": (open_tokens + tokens - left_open) // size,
+        "shard": shard,
+        "keep_BP": keep_BP,
+        "carried_document_BR": carried_document_BR,
+        "carried_weight_BR": carried_weight_BR,
+    }
+    return _cut_segments(document_BL, weight_BL, known)
+
+
+def _cut_segments(document_BL: Tensor, weight_BL: Tensor, known: dict[str, Any]) -> Grid:
+    """Who sees whom and what is written, from the marks of W, open and new tokens; `known` are the other fields."""
+    overlap_tokens, size, segments, closed = (
+        known[name] for name in ("overlap_tokens", "segment_tokens", "segments", "closed")
+    )
+    open_tokens, tokens = known["open_tokens"], known["tokens"]
     if segments > 1:  # padding goes on with the last document but comes after every query and is never written
         padding = segments * size - open_tokens - tokens
         document_BL = torch.cat((document_BL, document_BL[:, -1:].expand(-1, padding)), 1)
@@ -120,18 +163,10 @@ def make_grid(
     first_query = open_tokens if segments == 1 else 0
     query_BSQ = inside_BSN[:, :, first_query:]
     keep_BS = inside_BSN[:, :, -1] == before_BS
-    last_BC1 = inside_BSN[:, :closed, -1:]
     write_BCN = weight_BL[:, overlap_tokens:].unflatten(1, (segments, rows))[:, :closed]
-    write_BCN = torch.where(inside_BSN[:, :closed] == last_BC1, write_BCN, 0.0)
+    write_BCN = torch.where(inside_BSN[:, :closed] == inside_BSN[:, :closed, -1:], write_BCN, 0.0)
     return Grid(
-        overlap_tokens=overlap_tokens,
-        segment_tokens=size,
-        open_tokens=open_tokens,
-        tokens=tokens,
-        segments=segments,
-        closed=closed,
-        document_BL=document_BL,
-        weight_BL=weight_BL,
+        **known,
         mask_BSQJ=_local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
         reads_BSQ=query_BSQ == before_BS[..., None],
         write_BCN=write_BCN,
@@ -139,6 +174,22 @@ def make_grid(
         keep_open_B=keep_BS[:, -1] if closed < segments else torch.ones_like(keep_BS[:, -1]),
         count_BC=(write_BCN > 0).sum(-1),
     )
+
+
+def _take_shard(
+    document_BL: Tensor, weight_BL: Tensor, overlap_tokens: int, shard: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A shard's marks behind those of the W tokens before it, and keep_BP.
+
+    Document 0 is then the one that was being read when the shard began.
+    """
+    rank, ranks = shard
+    tokens = (document_BL.shape[1] - overlap_tokens) // ranks
+    last_BP = document_BL[:, overlap_tokens + tokens - 1 :: tokens]
+    before_BP = F.pad(last_BP[:, :-1], (1, 0))
+    part = slice(rank * tokens, rank * tokens + overlap_tokens + tokens)
+    document_BL = (document_BL[:, part] - before_BP[:, rank, None]).clamp_min(NOTHING)
+    return document_BL, weight_BL[:, part], last_BP == before_BP
 
 
 def _local_mask(
@@ -173,12 +224,10 @@ def carry_recent(recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Gr
         k_BKLD, v_BKLE = torch.cat((recent.k_BKRD, k_BKTD), 2), torch.cat((recent.v_BKRE, v_BKTE), 2)
     stop = k_BKLD.shape[2]
     tail = slice(stop - grid.overlap_tokens - grid.left_open, stop)
-    last_B1 = grid.document_BL[:, stop - 1 : stop]
-    document_BR = (grid.document_BL[:, tail] - last_B1).clamp_min(NOTHING)
     k_BKRD, v_BKRE = k_BKLD[:, :, tail], v_BKLE[:, :, tail]
     if tail.start:  # a view would keep the keys and values of the whole window alive
         k_BKRD, v_BKRE = k_BKRD.clone(), v_BKRE.clone()
-    following = Recent(k_BKRD, v_BKRE, document_BR, grid.weight_BL[:, tail].clone())
+    following = Recent(k_BKRD, v_BKRE, grid.carried_document_BR, grid.carried_weight_BR)
     if grid.padding:
         k_BKLD, v_BKLE = F.pad(k_BKLD, (0, 0, 0, grid.padding)), F.pad(v_BKLE, (0, 0, 0, grid.padding))
     return k_BKLD, v_BKLE, following

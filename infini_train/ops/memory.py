@@ -4,9 +4,14 @@ Differs from the paper in form, not in value: the linear update is a segmented p
 chain M_s = A_s M_{s-1} + B_s whose parts are computed for all segments together. A memory is empty by visibility
 (nothing written since the document's start), never by testing a value. Equations as plain loops: reference.py.
 
+When several ranks hold one window, each sums up its own run of segments as a map of the memory entering it. These maps
+have a memory's size whatever the length. They are gathered on every rank, and both the memory entering a rank and the
+one leaving the last rank are composed from them. Every rank computes with what all ranks gave, be it with weight 0: so
+backward runs the same collectives everywhere.
+
 Legend: B lanes, K key-value heads, D key size, E value size, S segments read, C segments closed (written), N tokens a
-    segment,
-Q query rows a segment (all query heads of one key-value head), F any flattened features.
+segment, Q query rows a segment (all query heads of one key-value head), F any flattened features, P ranks that hold the
+window.
 """
 
 from collections.abc import Callable
@@ -38,39 +43,23 @@ class Memory(NamedTuple):
 
 
 class Ranks(Protocol):
-    """How memories of consecutive runs of segments meet, when several ranks hold one sequence.
+    """How tensors travel between the ranks that hold one window, each its own shard.
 
-    Each rank sums up its own run as an affine map of the memory entering it; `totals` is called only by who needs the
-    map.
+    A call starts a transfer and returns the function that waits for it, so that the computation in between hides it.
+    All ranks call the same methods in the same order with tensors of the same shape.
     """
 
-    def entering_sum(self, totals: Callable[[], tuple[Tensor, Tensor]], initial_BF: Tensor) -> Tensor:
-        """Memory entering this rank, for x -> keep_B * x + increment_BF; totals gives (keep_B, increment_BF)."""
+    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
+        """Every rank's tensor, (P, ...). Gradients go back to the rank that gave it, summed over all ranks."""
         ...
 
-    def entering_affine(self, totals: Callable[[], tuple[Tensor, Tensor]], initial_BKDE: Tensor) -> Tensor:
-        """Memory entering this rank, for M -> A M + b; totals gives (A_BKDD, b_BKDE)."""
+    def from_left(self, mine: Tensor) -> Callable[[], Tensor]:
+        """The left neighbour's tensor; zeros on the first rank. Gradients go back to the neighbour."""
         ...
 
-    def leaving(self, final: Memory) -> Memory:
-        """The last rank's final memory, on every rank."""
+    def from_last(self, mine: Tensor) -> Callable[[], Tensor]:
+        """The last rank's tensor, without gradient."""
         ...
-
-
-class OneRank:
-    """The whole sequence lies here: what enters is what the caller gave."""
-
-    def entering_sum(self, totals: Callable[[], tuple[Tensor, Tensor]], initial_BF: Tensor) -> Tensor:
-        """The initial memory itself."""
-        return initial_BF
-
-    def entering_affine(self, totals: Callable[[], tuple[Tensor, Tensor]], initial_BKDE: Tensor) -> Tensor:
-        """The initial memory itself."""
-        return initial_BKDE
-
-    def leaving(self, final: Memory) -> Memory:
-        """The final memory itself."""
-        return final
 
 
 class _Sigma(torch.autograd.Function):
@@ -143,65 +132,159 @@ class Scanned(NamedTuple):
     final: Memory
 
 
-def scan_memory(k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, update: Update, ranks: Ranks) -> Scanned:
-    """Writes the closed segments and returns the memory that entered each segment (Eq. 8 and 9).
+class _Writes(NamedTuple):
+    """What the closed segments write: keys behind sigma, the same times the weights, values, weights."""
+
+    feature_BCKND: Tensor
+    weighted_BCKND: Tensor
+    v_BCKNE: Tensor
+    weight_BC1N1: Tensor
+
+
+# Waits for the other ranks and gives the states entering this rank and leaving the last one; None on one rank, where
+# the last state of the scan is the one that leaves.
+_Crossing = Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]]
+
+
+def begin_scan(
+    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, update: Update, ranks: Ranks | None = None
+) -> Callable[[], Scanned]:
+    """Writes the closed segments (Eq. 8 and 9) and starts what has to travel between ranks.
 
     Args:
         k_BCKND: keys of the closed segments, without rotary embedding.
         v_BCKNE: their values.
-        initial: memory entering the call.
+        initial: memory entering the window, the same on all ranks.
         grid: weights, document starts.
         update: "linear" (Eq. 8) or "delta" (Eq. 9).
-        ranks: how memory travels between ranks.
+        ranks: how memory travels between the ranks of `grid.shard`; not asked on one rank.
+
+    Returns:
+        A function that waits for the other ranks and returns the memory that entered each segment; call it after
+        whatever can be computed in the meantime.
     """
     if grid.closed == 0:  # a few tokens of generation: nothing to write yet
-        return _leave(
-            initial.memory_BKDE[:, None], initial.normaliser_BKD[:, None], initial.written_B[:, None], grid, ranks
-        )
+        return lambda: _leave(Memory(*(state[:, None] for state in initial)), None, grid)
     dtype = initial.memory_BKDE.dtype
     feature = sigma(k_BCKND)
     weight_BC1N1 = grid.write_BCN[:, :, None, :, None]
-    written_feature = feature * weight_BC1N1.to(feature.dtype)
-    z_states, count_states = _scan_normaliser(written_feature, initial, grid, ranks)
-    increment = (written_feature.transpose(-1, -2) @ v_BCKNE).to(dtype)
-    if update == "linear":
-        entering = ranks.entering_sum(
-            lambda: _sum_totals(increment.flatten(2), grid.keep_BC), initial.memory_BKDE.flatten(1)
+    writes = _Writes(feature, feature * weight_BC1N1.to(feature.dtype), v_BCKNE, weight_BC1N1)
+    z_increment_BCF = _join_count(writes.weighted_BCKND.sum(-2, dtype=dtype), grid.count_BC.to(dtype))
+    begin = _begin_linear if update == "linear" else _begin_delta
+    return begin(writes, z_increment_BCF, initial, grid, ranks)
+
+
+def _begin_linear(
+    writes: _Writes, z_increment_BCF: Tensor, initial: Memory, grid: Grid, ranks: Ranks | None
+) -> Callable[[], Scanned]:
+    """M, z and the count in one sum: one exchange."""
+    shape = initial.memory_BKDE.shape[1:]
+    increments = (_sum_products(writes, initial).flatten(2), z_increment_BCF)
+    starts = (initial.memory_BKDE.flatten(1), _join_count(initial.normaliser_BKD, initial.written_B))
+    crossing = _begin_sum(increments, starts, grid, ranks)
+
+    def finish() -> Scanned:
+        entering, leaving = crossing()
+        m_states, z_states = (
+            segmented_scan(state, increment, grid.keep_BC)
+            for state, increment in zip(entering, increments, strict=True)
         )
-        states = segmented_scan(entering, increment.flatten(2), grid.keep_BC)
-        m_states = states.unflatten(2, initial.memory_BKDE.shape[1:])
-    else:
-        visible_BC = grid.keep_BC & (count_states[:, :-1] > 0)
-        transition = _delta_transition(feature, weight_BC1N1, z_states[:, :-1], visible_BC, grid.keep_BC)
-        entering = ranks.entering_affine(lambda: _affine_totals(transition, increment), initial.memory_BKDE)
-        m_states = _affine_chain(transition, increment, entering)
-    return _leave(m_states, z_states, count_states, grid, ranks)
+        final = None if leaving is None else Memory(leaving[0].unflatten(1, shape), *_split_count(leaving[1], shape))
+        return _leave(Memory(m_states.unflatten(2, shape), *_split_count(z_states, shape)), final, grid)
+
+    return finish
 
 
-def _leave(m_states: Tensor, z_states: Tensor, count_states: Tensor, grid: Grid, ranks: Ranks) -> Scanned:
-    """Splits the states into those that are read and the one left behind, less what the open segment dropped."""
-    keep = grid.keep_open_B.to(m_states.dtype)
-    final = Memory(
-        m_states[:, -1] * keep[:, None, None, None], z_states[:, -1] * keep[:, None, None], count_states[:, -1] * keep
+def _begin_delta(
+    writes: _Writes, z_increment_BCF: Tensor, initial: Memory, grid: Grid, ranks: Ranks | None
+) -> Callable[[], Scanned]:
+    """What a segment forgets of M depends on the z that enters it, so z and the count go first: two exchanges."""
+    shape = initial.memory_BKDE.shape[1:]
+    z_start = _join_count(initial.normaliser_BKD, initial.written_B)
+    z_crossing = _begin_sum((z_increment_BCF,), (z_start,), grid, ranks)
+    increment = _sum_products(writes, initial)
+    (z_entering,), z_leaving = z_crossing()
+    z_states, count_states = _split_count(segmented_scan(z_entering, z_increment_BCF, grid.keep_BC), shape)
+    visible_BC = grid.keep_BC & (count_states[:, :-1] > 0)
+    transition = _delta_transition(
+        writes.feature_BCKND, writes.weight_BC1N1, z_states[:, :-1], visible_BC, grid.keep_BC
     )
+    m_crossing = _begin_affine(transition, increment, initial.memory_BKDE, grid, ranks)
+
+    def finish() -> Scanned:
+        (entering,), leaving = m_crossing()
+        final = None
+        if leaving is not None and z_leaving is not None:
+            final = Memory(leaving[0], *_split_count(z_leaving[0], shape))
+        return _leave(Memory(_affine_chain(transition, increment, entering), z_states, count_states), final, grid)
+
+    return finish
+
+
+def _leave(states: Memory, final: Memory | None, grid: Grid) -> Scanned:
+    """Splits the states (B, C + 1, ...) into those that are read and the one left behind.
+
+    On one rank that is the last of them, less what the open segment dropped; `final` is what leaves the last rank.
+    """
+    if final is None:
+        m_last, z_last, count_last = (state[:, -1] for state in states)
+        keep = grid.keep_open_B.to(m_last.dtype)
+        final = Memory(m_last * keep[:, None, None, None], z_last * keep[:, None, None], count_last * keep)
     read = slice(0, grid.segments)
-    return Scanned(m_states[:, read], z_states[:, read], count_states[:, read], ranks.leaving(final))
+    return Scanned(states.memory_BKDE[:, read], states.normaliser_BKD[:, read], states.written_B[:, read], final)
 
 
-def _scan_normaliser(written_feature: Tensor, initial: Memory, grid: Grid, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """States of z, (B, C + 1, K, D), and of the count of written tokens, (B, C + 1), around the segments."""
-    dtype = initial.normaliser_BKD.dtype
-    z_increment = written_feature.sum(-2, dtype=dtype)
-    increment = torch.cat((z_increment.flatten(2), grid.count_BC[..., None].to(dtype)), 2)
-    start = torch.cat((initial.normaliser_BKD.flatten(1), initial.written_B[:, None]), 1)
-    entering = ranks.entering_sum(lambda: _sum_totals(increment, grid.keep_BC), start)
-    states = segmented_scan(entering, increment, grid.keep_BC)
-    return states[..., :-1].unflatten(2, initial.normaliser_BKD.shape[1:]), states[..., -1]
+def _sum_products(writes: _Writes, initial: Memory) -> Tensor:
+    """sigma(K)^T V of each segment (B, C, K, D, E), in the memory's dtype."""
+    return (writes.weighted_BCKND.transpose(-1, -2) @ writes.v_BCKNE).to(initial.memory_BKDE.dtype)
 
 
-def _sum_totals(increment_BCF: Tensor, keep_BC: Tensor) -> tuple[Tensor, Tensor]:
-    initial = torch.zeros_like(increment_BCF[:, 0])
-    return keep_BC.all(1).to(increment_BCF.dtype), segmented_scan(initial, increment_BCF, keep_BC)[:, -1]
+def _join_count(z_KD: Tensor, count: Tensor) -> Tensor:
+    """(..., K D + 1): z, then the count of written tokens."""
+    return torch.cat((z_KD.flatten(-2), count[..., None]), -1)
+
+
+def _split_count(z_F: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return z_F[..., :-1].unflatten(-1, shape[:2]), z_F[..., -1]
+
+
+def _begin_sum(
+    increments_BCF: tuple[Tensor, ...], starts_BF: tuple[Tensor, ...], grid: Grid, ranks: Ranks | None
+) -> _Crossing:
+    """Several sums, exchanged as one. Which ranks' sums are dropped follows from the marks."""
+    rank, size = grid.shard
+    if ranks is None or size == 1 or grid.keep_BP is None:
+        return lambda: (starts_BF, None)
+    index = torch.arange(1, grid.closed + 1, device=grid.keep_BC.device)
+    dropped_B = torch.where(grid.keep_BC, 0, index).amax(1)  # all before the last start
+    stays_B1C = (index >= dropped_B[:, None]).to(starts_BF[0].dtype)[:, None]
+    gathered = ranks.gather(torch.cat([(stays_B1C @ increment)[:, 0] for increment in increments_BCF], 1))
+    ends_B2P = _visible_items(grid.keep_BP)[:, [rank, size]].to(starts_BF[0].dtype)
+
+    def finish() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        start_BF = torch.cat(starts_BF, 1)
+        ends_B2F = ends_B2P[:, :, 1:] @ gathered().transpose(0, 1) + ends_B2P[:, :, :1] * start_BF[:, None]
+        sizes = [start.shape[1] for start in starts_BF]
+        return ends_B2F[:, 0].split(sizes, 1), ends_B2F[:, 1].split(sizes, 1)
+
+    return finish
+
+
+def _begin_affine(
+    transition_BCKDD: Tensor, increment_BCKDE: Tensor, start_BKDE: Tensor, grid: Grid, ranks: Ranks | None
+) -> _Crossing:
+    """M -> A M + b, exchanged as one tensor; A is 0 where a document starts."""
+    rank, size = grid.shard
+    if ranks is None or size == 1:
+        return lambda: ((start_BKDE,), None)
+    gathered = ranks.gather(torch.cat(_affine_totals(transition_BCKDD, increment_BCKDE), -1))
+
+    def finish() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        a_BPKDD, b_BPKDE = gathered().transpose(0, 1).split((start_BKDE.shape[2], start_BKDE.shape[3]), -1)
+        states = _affine_chain(a_BPKDD, b_BPKDE, start_BKDE)
+        return (states[:, rank],), (states[:, size],)
+
+    return finish
 
 
 def _delta_transition(

@@ -1,12 +1,15 @@
 """What differs between a machine with CUDA and one without. The only file that may name torch.cuda."""
 
+import contextlib
 import logging
 import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity
 
 MATMUL_PROBE_SIZE = 2048
@@ -41,6 +44,38 @@ def set_current() -> None:
     """Makes this rank's device the default of CUDA calls; nothing to do on CPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(current())
+
+
+def stand_in_for_cuda() -> None:
+    """Without CUDA: lets the CPU answer the few calls that megatron-core makes to CUDA on any machine."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_infini_train_stand_in", False):
+        return
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.current_device = current  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda._infini_train_stand_in = True  # type: ignore[attr-defined]
+
+
+class _CudaLiteralsToCpu(TorchFunctionMode):
+    """Creates on the CPU what is asked for on "cuda"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def schedule_scope() -> contextlib.AbstractContextManager[object]:
+    """Around megatron-core's schedules, which name the device "cuda" literally."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaLiteralsToCpu()
 
 
 def synchronise() -> None:

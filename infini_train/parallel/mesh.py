@@ -1,35 +1,175 @@
-"""Process groups of torch.distributed and megatron-core. One process is world size 1 of the same groups."""
+"""Process groups of torch.distributed and megatron-core, and this rank's place in them.
+
+One process is world size 1 of the same groups. Ranks are ordered tensor, context, data, pipeline (megatron-core's
+order): ranks that talk most lie next to each other, so tensor-parallel ranks share a node.
+"""
 
 import os
+from datetime import timedelta
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from infini_train.config import ConfigError
+from infini_train.config import ConfigError, ParallelConfig
 from infini_train.parallel import device
 
 
-def start() -> None:
-    """Joins the process groups; safe to call twice.
+BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint
+_background: dist.ProcessGroup | None = None
+
+
+class Place(NamedTuple):
+    """Where this process stands: (rank, size) in the world and along each way of dividing the work."""
+
+    world: tuple[int, int] = (0, 1)
+    tensor: tuple[int, int] = (0, 1)
+    pipeline: tuple[int, int] = (0, 1)
+    context: tuple[int, int] = (0, 1)
+    data: tuple[int, int] = (0, 1)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.world[0] == 0
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether another rank holds the same weights (ZeRO aside) for other tokens, and stands before this one."""
+        return self.context[0] > 0 or self.data[0] > 0
+
+    def describe(self) -> str:
+        """"rank 3 (tensor 1 of 2, pipeline 1 of 2)"."""
+        ways = ("tensor", "pipeline", "context", "data")
+        parts = [f"{way} {getattr(self, way)[0]} of {getattr(self, way)[1]}" for way in ways if getattr(self, way)[1] > 1]
+        return f"rank {self.world[0]}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def world() -> tuple[int, int]:
+    """(rank, number) of the processes that were started together (torchrun, srun or --nproc set the variables)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig | None = None) -> Place:
+    """Joins the process groups; safe to call again, also with another layout of the same processes.
+
+    Args:
+        parallel: sizes that multiply to the world size (`config.divide_processes`); None: one process.
 
     Raises:
-        ConfigError: started with more than one process, which this version can't use yet.
+        ConfigError: several processes were started for what needs one.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != 1:
-        raise ConfigError(f"WORLD_SIZE: {world_size} processes were started, but this version trains on one; start one")
+    parallel = parallel or ParallelConfig()
+    rank, size = world()
+    if parallel.model_size * (parallel.data_size or 1) != size:
+        raise ConfigError(f"WORLD_SIZE: {size} processes were started for what one process does; start one")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     device.set_current()
+    device.stand_in_for_cuda()
     if not dist.is_initialized():
-        # An in-memory store: no port is opened, so any number of single-process runs live side by side.
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        timeout = timedelta(seconds=parallel.timeout_s)
+        if size == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
+            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(device.backend(), timeout=timeout)
+            global _background
+            _background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    stop_layout()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_size,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
+        context_parallel_size=parallel.context_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout_s / 60,  # it makes a timedelta of it: fractions are fine
+    )
+    return place()
+
+
+def place() -> Place:
+    """Of this process in the groups that were joined."""
+    state = parallel_state
+    return Place(
+        world=(dist.get_rank(), dist.get_world_size()),
+        tensor=(state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()),
+        pipeline=(state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size()),
+        context=(state.get_context_parallel_rank(), state.get_context_parallel_world_size()),
+        data=(state.get_data_parallel_rank(), state.get_data_parallel_world_size()),
+    )
+
+
+def stop_layout() -> None:
+    """Leaves megatron-core's groups; the processes stay connected."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
     """Leaves the process groups."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    global _background
+    stop_layout()
+    _background = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def background_barrier() -> None:
+    """Returns when all processes have called it. For one background thread: nothing else uses its process group."""
+    if _background is not None:
+        dist.barrier(_background)
+
+
+def sum_over_world(values: list[float]) -> list[float]:
+    """Element by element over all processes, in fp64 where the device has it."""
+    if dist.get_world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device.current())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_world(value: float) -> float:
+    """The largest over all processes."""
+    if dist.get_world_size() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device.current())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+class ModelParallelUnit:
+    """megatron-core's groups in the form that DeepSpeed's `mpu` argument asks for; its data group is data x context."""
+
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -3,6 +3,7 @@
 The only importer of deepspeed.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ import deepspeed
 import deepspeed.ops
 import torch
 from torch import Tensor, nn
+
+from infini_train.config import OptimConfig, ParallelConfig
+from infini_train.parallel.mesh import ModelParallelUnit
+from infini_train.parallel.pipeline import Stages
 
 # On CPU DeepSpeed would compile a shared-memory collective with the machine's compiler at the first start; gloo does
 # without.
@@ -35,92 +40,126 @@ class Shard(NamedTuple):
 class Engine:
     """A model under DeepSpeed ZeRO with AdamW: fp32, or bf16 weights with fp32 masters, moments and gradient sums.
 
-    A step whose gradients are not finite changes nothing; its norm tells.
+    Gradients are averaged over the data- and context-parallel ranks: scale the loss by their number for a sum. A step
+    whose gradients are not finite changes nothing; its norm tells.
 
     Args:
-        model: with parameters in fp32 on the device; cast to bf16 here if `precision` says so.
+        stages: this rank's part of the model, in fp32 on the device; cast to bf16 here if `precision` says so.
         groups: AdamW parameter groups.
+        optim: AdamW's settings, and the global gradient norm above which gradients are scaled down.
+        parallel: ZeRO stage, offload.
         precision: "fp32" or "bf16".
-        betas: of AdamW.
-        eps: of AdamW.
-        clip_norm: global gradient norm above which gradients are scaled down.
         micro_batch_lanes: lanes in one forward (DeepSpeed asks for it; nothing is derived from it).
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        stages: Stages,
         groups: list[dict[str, Any]],
         *,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
         precision: str,
-        betas: tuple[float, float],
-        eps: float,
-        clip_norm: float,
         micro_batch_lanes: int,
     ) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        adamw = torch.optim.AdamW(groups, betas=betas, eps=eps)
+        self.names = {parameter: name for name, parameter in stages.named_globally()}
+        # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
+        self.stage = 2 if precision == "bf16" and parallel.zero_stage == 1 else parallel.zero_stage
+        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
+        if parallel.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_lanes,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,  # the trainer decides when a step ends
-            "gradient_clipping": clip_norm,
+            "gradient_clipping": optim.clip_norm,
             "zero_allow_untested_optimizer": True,
-            # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
-            "zero_optimization": {"stage": 2 if precision == "bf16" else 1, "overlap_comm": False},
+            "zero_force_ds_cpu_optimizer": False,  # it would compile DeepSpeed's own for minutes
+            "zero_optimization": zero,
             "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
+        adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        self._engine, *_ = deepspeed.initialize(model=stages, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
+        # DeepSpeed resets this mark in each forward only, but a pipeline runs forwards ahead of their backwards.
+        stages.before_backward = self._zero.clear_backward_seen_flag
+
+    @property
+    def _zero(self) -> Any:
+        return self._engine.optimizer
 
     def __call__(self, *inputs: Any) -> Any:
-        """The model's forward, through DeepSpeed."""
+        """The model's forward, through DeepSpeed. Gradients of its result add up until `step`."""
         return self._engine(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of this loss; DeepSpeed averages them over data-parallel ranks."""
-        self._engine.backward(loss)
 
     def step(self, lr_of_group: dict[str, float]) -> float:
         """Clips, applies AdamW with these rates (by group name), clears gradients; returns the norm before clipping."""
-        for group in self._engine.optimizer.param_groups:
+        for group in self._zero.param_groups:
             group["lr"] = lr_of_group[group["name"]]
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
+        """Inside, these parameters have their values; all ranks call it together."""
+        return deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else contextlib.nullcontext()
+
     def shards(self) -> Iterator[Shard]:
         """This rank's fp32 masters and moments, as views into DeepSpeed's flat buffers."""
-        zero = self._engine.optimizer
-        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for flat, parameter, offset, flat_start, numel in self._pieces():
             state = self._adam_state(flat)
-            for parameter in group:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # lies wholly on another rank
-                    continue
-                where = mapping.get_hp_fragment_address()
-                for kind in STATES:
-                    buffer = flat if kind == "master" else state[kind]
-                    values = buffer.detach().narrow(0, where.start, where.numel)
-                    yield Shard(self.names[parameter], parameter, kind, mapping.lp_fragment_address.start, values)
+            for kind in STATES:
+                buffer = flat if kind == "master" else state[kind]
+                values = buffer.detach().narrow(0, offset, numel)
+                yield Shard(self.names[parameter], parameter, kind, flat_start, values)
 
     def optimizer_steps(self) -> int:
         """AdamW's step counter (bias correction)."""
-        return max(
-            int(self._adam_state(flat)["step"]) for flat in self._engine.optimizer.single_partition_of_fp32_groups
-        )
+        return max(int(self._adam_state(flat)["step"]) for flat in self._flat_groups())
 
     def restore(self, fill: Iterable[tuple[Shard, Tensor]], optimizer_steps: int) -> None:
         """Copies loaded values into their shards, sets the step counter, and refreshes the weights from the masters."""
-        zero = self._engine.optimizer
         for shard, values in fill:
             shard.values.copy_(values)
-        for flat in zero.single_partition_of_fp32_groups:
+        for flat in self._flat_groups():
             self._adam_state(flat)["step"].fill_(optimizer_steps)
-        zero.update_lp_params()
+        if self.stage < 3:
+            self._zero.update_lp_params()
+            return
+        with torch.no_grad():
+            for number in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self._zero.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
+            self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def _flat_groups(self) -> list[Tensor]:
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _pieces(self) -> Iterator[tuple[Tensor, nn.Parameter, int, int, int]]:
+        """(flat group, parameter, place in the group, place in the parameter, elements) of all that lies here."""
+        zero = self._zero
+        if self.stage == 3:
+            for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+                offset = 0
+                for parameter in group:
+                    size = parameter.partition_numel()  # the last ranks' parts are filled up
+                    start = size * ModelParallelUnit.get_data_parallel_rank()
+                    numel = min(size, parameter.ds_numel - start)
+                    if numel > 0:
+                        yield flat, parameter, offset, start, numel
+                    offset += size
+            return
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # else it lies wholly on another rank
+                    where = mapping.get_hp_fragment_address()
+                    yield flat, parameter, where.start, mapping.lp_fragment_address.start, where.numel
 
     def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
         """AdamW's state of a flat group; torch fills it lazily at the first step, with these same values."""
-        state = self._engine.optimizer.optimizer.state[flat]
+        state = self._zero.optimizer.state[flat]
         if not state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
         return state

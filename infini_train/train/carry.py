@@ -1,16 +1,35 @@
-"""Carried memory as named tensors over all lanes, so that a checkpoint fits any division into micro-batches.
+"""Carried memory as named pieces of global tensors, so that a checkpoint fits any layout and any micro-batches.
 
-Legend: B lanes of the global batch; every leaf of a state has the lanes first.
+A leaf of a state is named after its layer and fields; its shape suffix tells how it is divided: B (always first) over
+the lanes, K (key-value heads) over the tensor-parallel ranks. All context-parallel ranks carry the same memory.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from infini_train.model.transformer import ModelState
-from infini_train.train.step import Carried
+from infini_train.checkpoint.fragments import Fragment, Wanted
+from infini_train.checkpoint.reader import Checkpoint
+from infini_train.config import RunConfig
+from infini_train.model.slices import divide
+from infini_train.parallel.pipeline import Carried, Stages
+
+KIND = "carry"
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes of this data-parallel rank among those of the global batch."""
+
+    first: int
+    total: int
+
+    @classmethod
+    def of(cls, config: RunConfig, data_rank: int) -> "Lanes":
+        return cls(config.lanes_per_rank * data_rank, config.train.batch_lanes)
 
 
 def name_leaves(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -23,17 +42,60 @@ def name_leaves(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield from name_leaves(value, f"{prefix}.{field}")
 
 
-def join_lanes(carried: Carried) -> dict[str, Tensor]:
-    """All carried memory by name, micro-batches joined along the lanes; empty if nothing is carried."""
-    states = [state for state in carried if state is not None]
-    named = [dict(name_leaves(state, "layers")) for state in states]
-    return {name: torch.cat([leaves[name] for leaves in named]) for name in (named[0] if named else {})}
+def join_lanes(stages: Stages, carried: Carried) -> dict[str, Tensor]:
+    """All carried memory of this rank by name, micro-batches joined along the lanes; empty if nothing is carried."""
+    joined: dict[str, Tensor] = {}
+    for stage, states in zip(stages.transformers(), carried, strict=True):
+        if any(state is None for state in states):
+            continue
+        for number, layer_states in zip(stage.layers, zip(*states, strict=True), strict=True):
+            leaves = [dict(name_leaves(state, f"layers.{number}")) for state in layer_states]
+            joined |= {name: torch.cat([each[name] for each in leaves]) for name in leaves[0]}
+    return joined
 
 
-def split_lanes(values: dict[str, Tensor], template: ModelState, micro_batches: int) -> Carried:
-    """The inverse of `join_lanes`, in the structure of `template` (a state of one micro-batch)."""
-    parts = {name: value.chunk(micro_batches) for name, value in values.items()}
-    return tuple(_rebuild(template, "layers", index, parts) for index in range(micro_batches))
+def carry_fragments(stages: Stages, carried: Carried, lanes: Lanes) -> Iterator[Fragment]:
+    """What this rank writes of the carried memory."""
+    for name, value in join_lanes(stages, carried).items():
+        global_shape, start, shape, owned = _place(stages, name, tuple(value.shape), lanes)
+        if owned and stages.place.context[0] == 0:
+            yield Fragment(name, KIND, global_shape, start, shape, 0, value.flatten())
+
+
+def read_carried(stages: Stages, template: Carried, lanes: Lanes, checkpoint: Checkpoint) -> Carried:
+    """The carried memory of a checkpoint in the form of `template`, which stays where nothing was stored."""
+    leaves = join_lanes(stages, template)
+    if not leaves or not checkpoint.names(KIND):
+        return template
+    wanted = []
+    for name, value in leaves.items():
+        global_shape, start, shape, _ = _place(stages, name, tuple(value.shape), lanes)
+        wanted.append(Wanted(name, KIND, global_shape, start, shape, 0, value.numel()))
+    stored = {piece.name: values.view(piece.shape) for piece, values in checkpoint.read(wanted)}
+    rebuilt = []
+    for stage, states in zip(stages.transformers(), template, strict=True):
+        parts = {name: value.chunk(len(states)) for name, value in stored.items()}
+        rebuilt.append(
+            tuple(
+                tuple(
+                    _rebuild(layer_state, f"layers.{number}", index, parts)
+                    for number, layer_state in zip(stage.layers, state or (), strict=True)
+                )
+                for index, state in enumerate(states)
+            )
+        )
+    return tuple(rebuilt)
+
+
+def _place(
+    stages: Stages, name: str, shape: tuple[int, ...], lanes: Lanes
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
+    """(global shape, start, shape, owned by this tensor-parallel rank) of a leaf."""
+    letters = name.rsplit("_", 1)[1]
+    assert len(letters) == len(shape) and letters[0] == "B", f"{name}: its suffix does not tell its {len(shape)} sizes"
+    copies = max(1, stages.parallel.tensor_size // stages.model.kv_heads)
+    piece = divide(shape, letters.index("K") if "K" in letters else None, copies)
+    return (lanes.total, *piece.global_shape[1:]), (lanes.first, *piece.start[1:]), piece.shape, piece.owned
 
 
 def _rebuild(template: Any, prefix: str, index: int, parts: dict[str, tuple[Tensor, ...]]) -> Any:

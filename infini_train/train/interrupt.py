@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from infini_train.parallel import mesh
+
 
 class Stopped(Exception):
     """A signal asked to stop; its name is the message."""
@@ -29,10 +31,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Raises `Stopped` if a signal has come."""
-        if self.received is not None:
-            raise Stopped(self.received)
+    def agree(self) -> None:
+        """After it a signal that came to any rank has come to all; all ranks call it together."""
+        mine = 0 if self.received is None else signal.Signals[self.received].value
+        number = round(mesh.max_over_world(float(mine)))
+        if number and self.received is None:
+            self.received = signal.Signals(number).name
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

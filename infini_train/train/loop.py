@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from infini_train.config import RunConfig
-from infini_train.data.lanes import Batch
-from infini_train.eval.perplexity import Perplexity, evaluate_perplexity
+from infini_train.config import ParallelConfig, RunConfig
+from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
-from infini_train.parallel import device
+from infini_train.parallel import device, mesh
 from infini_train.train.interrupt import Stopped, StopRequest
 from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
@@ -22,33 +21,35 @@ from infini_train.train.step import StepResult, train_step
 
 
 def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
-    """Trains until the budget is spent or a signal asks to stop; saves in either case.
+    """Trains until the budget is spent or a signal asks to stop; saves in either case. All ranks call it together.
 
     Raises:
         ConfigError: something about data, checkpoint or config is wrong; nothing was trained.
         NonFiniteError: the loss is no longer a number; the last checkpoint stays.
         Stopped: a signal asked for it; a checkpoint of the last step is there.
     """
+    notify = notify if mesh.world()[0] == 0 else ignore
     session = open_session(config, notify)
-    total = config.train.total_steps
+    config, total = session.config, session.config.train.total_steps
     announce(session, notify)
-    with hold_folder(config.directory), StopRequest() as stop, Metrics(config, session.step, total) as metrics:
+    with hold_folder(session), StopRequest() as stop, Metrics(session, total) as metrics, session.saver:
         clock = Clock(session)
         for batch, lanes in session.batches() if session.step < total else ():
             rates = learning_rates(session.step, total, config.optim)
             clock.start_step()
             with profiled(session):
-                result = train_step(session.model, session.engine, batch, session.carried, rates)
+                result = train_step(session.stages, session.engine, batch, session.carried, rates)
             session.advance(result.states, lanes)
             clock.end_step(result)
             metrics.tick()
+            stop.agree()
             last = session.step == total or stop.received is not None
             if last or session.step % config.log.every_steps == 0:
-                report_step(session, metrics, clock, result, batch, rates)
+                report_step(session, metrics, clock, result, rates)
             if last or session.step % config.log.memory_every_steps == 0:
                 report_memory(session, metrics, result)
             if last or config.checkpoint.is_due(session.step):
-                metrics.say(f"saved {save_session(session)}")
+                save_session(session, metrics.say)
             if stop.received is None and is_validation_due(session):
                 report_validation(session, metrics, stop)
             clock.pause()
@@ -58,6 +59,10 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
         raise Stopped(stop.received)
     return session
+
+
+def ignore(line: str) -> None:
+    """What ranks other than 0 do with lines for the person at the console."""
 
 
 class Clock:
@@ -70,6 +75,7 @@ class Clock:
         self.flops_per_step = train.tokens_per_step * training_flops_per_token(
             session.config.model, train.window_tokens
         )
+        self.processes = session.place.world[1]
         self.tokens_per_step = train.tokens_per_step
         self.pause()
         self.reset()
@@ -104,7 +110,7 @@ class Clock:
         return {
             "speed/step_s": step_s,
             "speed/tokens_per_s": self.tokens_per_step / step_s,
-            "speed/mfu": self.flops_per_step / step_s / self.peak_flops,
+            "speed/mfu": self.flops_per_step / step_s / self.peak_flops / self.processes,
             "speed/peak_memory_bytes": device.peak_memory_bytes(),
             **parts,
         }
@@ -113,11 +119,11 @@ class Clock:
 def announce(session: Session, notify: Callable[[str], None]) -> None:
     """What is about to happen, and the pre-flight warnings."""
     config = session.config
-    parameters = sum(parameter.numel() for parameter in session.model.parameters())
     notify(
-        f"{config.name}: {parameters / 1e6:.2f}M parameters, {config.model.attention.kind} attention,"
+        f"{config.name}: {session.parameters / 1e6:.2f}M parameters, {config.model.attention.kind} attention,"
         f" {config.train.batch_lanes} lanes x {config.train.window_tokens} tokens a step,"
-        f" {config.train.total_steps} steps, {config.train.precision} -> {config.directory}"
+        f" {config.train.total_steps} steps, {config.train.precision}{describe_layout(config.parallel)}"
+        f" -> {config.directory}"
     )
     warning = gate_warning(config.optim, config.train.total_steps) if config.model.attention.kind == "infini" else None
     if warning:
@@ -126,37 +132,47 @@ def announce(session: Session, notify: Callable[[str], None]) -> None:
         notify(f"the run has done all of its {config.train.total_steps} steps; raise train.max_steps to go on")
 
 
+def describe_layout(parallel: ParallelConfig) -> str:
+    """", 4 processes (tensor 2 x context 2, ZeRO 1)"; nothing for one process."""
+    ways = ("tensor", "pipeline", "context", "data")
+    sizes = {way: getattr(parallel, f"{way}_size") for way in ways}
+    parts = " x ".join(f"{way} {size}" for way, size in sizes.items() if size > 1)
+    return f", {math.prod(sizes.values())} processes ({parts}, ZeRO {parallel.zero_stage})" if parts else ""
+
+
 def report_step(
-    session: Session, metrics: Metrics, clock: Clock, result: StepResult, batch: Batch, rates: dict[str, float]
+    session: Session, metrics: Metrics, clock: Clock, result: StepResult, rates: dict[str, float]
 ) -> None:
-    """Numbers of the interval since the last report, and of the memory when it is due."""
+    """Numbers of the interval since the last report; all ranks call it together."""
     config, step = session.config, session.step
-    found = Perplexity(result.loss, math.nan, result.labels, batch.n_bytes, 0)
+    found = Perplexity(result.loss, math.nan, result.labels, result.n_bytes, 0)
+    shared = config.parallel.model_size  # ranks that read the same lanes
+    corrupt_documents = round(mesh.sum_over_world([float(session.reader.corrupt_documents)])[0] / shared)
     values = {
         "loss/train": result.loss,
         "perplexity/train": found.perplexity,
         "bits_per_byte/train": found.bits_per_byte,
         "grad_norm": result.grad_norm,
         "tokens": session.tokens,
-        "data/corrupt_documents": session.reader.corrupt_documents,
+        "data/corrupt_documents": corrupt_documents,
         **{f"lr/{group}": rate for group, rate in rates.items()},
         **clock.values(),
     }
-    gates_LH = gate_matrix(session.model)
+    gates_LH = gate_matrix(session.stages, session.engine)
     extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
     eta_s = (config.train.total_steps - step) * values["speed/step_s"]
     metrics.write(step, values)
     line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)
-    metrics.say(line + damaged(session.reader.corrupt_documents))
+    metrics.say(line + damaged(corrupt_documents))
     clock.reset()
 
 
 def report_memory(session: Session, metrics: Metrics, result: StepResult) -> None:
-    """Gates and memory norms; nothing for a variant without a memory."""
-    gates_LH = gate_matrix(session.model)
+    """Gates and memory norms; nothing for a variant without a memory. All ranks call it together."""
+    gates_LH = gate_matrix(session.stages, session.engine)
     if gates_LH is not None:
         metrics.write_gates(session.step, gates_LH)
-        metrics.write(session.step, memory_norms(result.states))
+        metrics.write(session.step, memory_norms(session.stages, result.states))
 
 
 def is_validation_due(session: Session) -> bool:
@@ -170,17 +186,16 @@ def report_validation(session: Session, metrics: Metrics, stop: StopRequest) -> 
     config = session.config
     assert session.validation is not None
     start = time.perf_counter()
-    try:
-        found = evaluate_perplexity(
-            session.model,
-            session.validation,
-            lanes=config.eval.batch_lanes or config.train.micro_lanes,
-            window_tokens=config.eval.window_tokens or config.train.window_tokens,
-            max_tokens=config.eval.max_tokens,
-            carry_memory=config.train.carry_memory,
-            on_progress=lambda _: stop.check(),
-        )
-    except Stopped:
+    found = evaluate_perplexity(
+        session.stages,
+        session.validation,
+        lanes=config.eval.batch_lanes or default_lanes(session.stages, config.micro_lanes),
+        window_tokens=config.eval.window_tokens or config.train.window_tokens,
+        max_tokens=config.eval.max_tokens,
+        carry_memory=config.train.carry_memory,
+        gives_up=lambda: stop.received is not None,
+    )
+    if found is None:
         return
     metrics.write(
         session.step,
@@ -209,7 +224,7 @@ class profiled:
     def __init__(self, session: Session) -> None:
         self.step = session.step + 1
         self.folder = session.config.directory / "profile"
-        wanted = self.step in session.config.log.profile_steps
+        wanted = session.place.is_first and self.step in session.config.log.profile_steps
         self.profiler: Any = profile(activities=device.profiled_activities()) if wanted else None
 
     def __enter__(self) -> None:

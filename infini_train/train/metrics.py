@@ -16,8 +16,9 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infini_train.config import RunConfig, dump
+from infini_train.config import dump
 from infini_train.train.plots import plot_gates
+from infini_train.train.session import Session
 
 LAYOUT = {
     "Learning": {
@@ -43,15 +44,18 @@ LAYOUT = {
 
 
 class Metrics:
-    """Writes one run's metrics; a context manager.
+    """Writes one run's metrics, on rank 0 only; a context manager. What an earlier process wrote later is dropped.
 
     Args:
-        config: the run.
-        step: steps already done; what an earlier process wrote beyond them is dropped.
+        session: the run and its place in it.
         total_steps: the run's length.
     """
 
-    def __init__(self, config: RunConfig, step: int, total_steps: int) -> None:
+    def __init__(self, session: Session, total_steps: int) -> None:
+        self._writes = session.place.is_first
+        if not self._writes:
+            return
+        config, step = session.config, session.step
         directory = config.directory
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
@@ -74,21 +78,26 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._board.close()
-        self._jsonl.close()
+        if self._writes:
+            self._bar.close()
+            self._board.close()
+            self._jsonl.close()
 
     def tick(self) -> None:
         """One step is done."""
-        self._bar.update(1)
+        if self._writes:
+            self._bar.update(1)
 
     def say(self, line: str) -> None:
         """A line for the person at the console."""
-        with self._bar.external_write_mode(file=sys.stdout):
-            tell(line)
+        if self._writes:
+            with self._bar.external_write_mode(file=sys.stdout):
+                tell(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by name into metrics.jsonl and TensorBoard."""
+        if not self._writes:
+            return
         self._jsonl.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
@@ -96,6 +105,8 @@ class Metrics:
 
     def write_gates(self, step: int, gates_LH: np.ndarray) -> None:
         """sigmoid(beta) of each layer and head: heat map, histogram, and their extremes."""
+        if not self._writes:
+            return
         self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
         extremes = {"gates/mean": gates_LH.mean(), "gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}

@@ -1,6 +1,7 @@
 """Parameter groups and learning rates, as pure functions of the config and the step."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,10 @@ from infini_train.config import OptimConfig
 GATE_TRAVEL = 4.0
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
     """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay."""
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         kind = "gates" if name.endswith(".gate") else "matrices" if parameter.dim() > 1 else "vectors"
         members[kind].append(parameter)
     decay = {"matrices": optim.weight_decay, "vectors": 0.0, "gates": 0.0}

@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infini_train.checkpoint import compat, rng, store
-from infini_train.checkpoint.fragments import Fragment, Wanted, whole_fragment
+from infini_train.checkpoint.background import BackgroundSaver
+from infini_train.checkpoint.fragments import Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.weights import load_weights
-from infini_train.config import ConfigError, RunConfig, dump, to_tree
+from infini_train.config import ConfigError, RunConfig, divide_processes, dump, to_tree
 from infini_train.data.lanes import Batch, LaneReader, LaneState, initial_state, prefetch
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import tokenizer_of
 from infini_train.model.init import initialise
-from infini_train.model.transformer import Transformer
+from infini_train.model.slices import find_slice
 from infini_train.parallel import device, mesh
+from infini_train.parallel.mesh import Place
+from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine, Shard
-from infini_train.train.carry import join_lanes, split_lanes
+from infini_train.train.carry import Lanes, carry_fragments, read_carried
 from infini_train.train.optim import parameter_groups
-from infini_train.train.step import Carried
 
 Notify = Callable[[str], None]
 
@@ -32,18 +36,21 @@ class Session:
     """A run between two steps. `step`, `tokens`, `lanes` and `carried` move on together, after a step was accepted."""
 
     config: RunConfig
-    model: Transformer
+    place: Place
+    stages: Stages
     engine: Engine
     dataset: Dataset
     reader: LaneReader
     validation: Dataset | None
+    saver: BackgroundSaver
+    parameters: int  # of the whole model
     step: int
     tokens: int
     lanes: LaneState
     carried: Carried
 
     def batches(self) -> Iterator[tuple[Batch, LaneState]]:
-        """Batches from the present position on, read ahead in the background."""
+        """Batches of this rank's lanes from the present position on, read ahead in the background."""
         return prefetch(self.reader, self.lanes)
 
     def advance(self, states: Carried, lanes: LaneState) -> None:
@@ -74,11 +81,14 @@ def open_dataset(folder: str, field: str, config: RunConfig) -> Dataset:
 
 
 def open_session(config: RunConfig, notify: Notify) -> Session:
-    """Builds model, engine and data, and continues from the run's newest checkpoint if there is one.
+    """Builds this rank's part of model, engine and data, and continues from the run's newest checkpoint if there is one.
+
+    All ranks call it together; rank 0 alone looks for the checkpoint, verifies it, and writes into the run's folder.
 
     Raises:
-        ConfigError: data, checkpoint or config don't fit each other; nothing was written.
+        ConfigError: data, checkpoint, processes or config don't fit each other; nothing was written.
     """
+    config = divide_processes(config, mesh.world()[1])
     dataset = open_dataset(config.data.train, "data.train", config)
     validation = open_dataset(config.data.validation, "data.validation", config) if config.data.validation else None
     if validation is not None and validation.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
@@ -86,49 +96,93 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
             f"data.validation: {config.data.validation} was encoded with another tokenizer than {config.data.train};"
             " encode both with the same one"
         )
-    checkpoint = store.find_latest(config.directory, notify)
+    first = mesh.world()[0] == 0
+    checkpoint = store.find_latest(config.directory, notify) if first else None
     if checkpoint is not None:
-        for note in compat.check_resumable(checkpoint.config, to_tree(config)):
-            notify(f"changed since the checkpoint: {note}")
-        compat.check_same_data(checkpoint.state["data"], dataset.identity, config.data.train)
+        _check_checkpoint(checkpoint, config, dataset, notify)
+    if first:
+        _check_space(config.directory)
+    place = mesh.start(config.parallel)
+    checkpoint = _agree_on(checkpoint, config)
     origin = _open_origin(config, dataset) if checkpoint is None and config.train.init_from else None
-    _check_space(config.directory)
-    mesh.start()
-    model, engine = _build(config, origin)
-    carried: Carried = (None,) * (config.train.batch_lanes // config.train.micro_lanes)
-    if config.train.carry_memory:
-        carried = tuple(model.initial_state(config.train.micro_lanes) for _ in carried)
-    train = config.train
-    reader = LaneReader(dataset, train.batch_lanes, train.window_tokens, config.seed)
+    stages, engine, parameters = _build(config, place, origin)
+    rows = Lanes.of(config, place.data[0])
+    train, order_seed = config.train, config.data.order_seed
+    reader = LaneReader(
+        dataset,
+        train.batch_lanes,
+        train.window_tokens,
+        config.seed if order_seed is None else order_seed,
+        rows=slice(rows.first, rows.first + config.lanes_per_rank),
+    )
+    micro_batches = config.lanes_per_rank // config.micro_lanes
+    carried = stages.initial_carried(config.micro_lanes, micro_batches, train.carry_memory)
+    saver = BackgroundSaver(
+        config.directory,
+        to_tree(config),
+        config.checkpoint,
+        rank=place.world[0],
+        world_size=place.world[1],
+        barrier=mesh.background_barrier,
+    )
     lanes = initial_state(train.batch_lanes)
-    session = Session(config, model, engine, dataset, reader, validation, 0, 0, lanes, carried)
+    session = Session(
+        config, place, stages, engine, dataset, reader, validation, saver, parameters, 0, 0, lanes, carried
+    )
     if checkpoint is not None:
         _restore(session, checkpoint)
         notify(f"resumed from {checkpoint.path} (step {session.step})")
     elif origin is not None:
         notify(f"new run with the weights of {origin.path}")
-    _write_identity(config)
+    if first:
+        _write_identity(config)
     return session
 
 
-def _build(config: RunConfig, origin: Checkpoint | None) -> tuple[Transformer, Engine]:
-    train, optim = config.train, config.optim
+def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, dataset: Dataset, notify: Notify) -> None:
+    for note in compat.check_resumable(checkpoint.config, to_tree(config)):
+        notify(f"changed since the checkpoint: {note}")
+    compat.check_same_data(checkpoint.state["data"], dataset.identity, config.data.train)
+
+
+def _agree_on(checkpoint: Checkpoint | None, config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that rank 0 found and verified, opened by all ranks."""
+    if mesh.world()[1] == 1:
+        return checkpoint
+    step = round(mesh.sum_over_world([0.0 if checkpoint is None else checkpoint.step + 1.0])[0]) - 1
+    if step < 0 or checkpoint is not None:
+        return checkpoint
+    return store.open_checkpoint(config.directory / store.FOLDER / f"step-{step:08d}", verify=False)
+
+
+def _build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[Stages, Engine, int]:
+    train = config.train
     recompute = train.activation_checkpointing == "layer"
-    model = Transformer(config.model, recompute_layers=recompute)
-    if origin is None:
-        initialise(model, config.model, config.seed)
-    else:
-        load_weights(model, origin)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    stages = Stages(config.model, config.parallel, place, dtype=dtype, recompute_layers=recompute)
+    for stage in stages.transformers():
+        if origin is None:
+            initialise(stage, config.model, config.seed)
+        else:
+            load_weights(stage, origin)
+    parameters = count_parameters(stages)
     engine = Engine(
-        model.to(device.current()),
-        parameter_groups(model, optim),
+        stages.to(device.current()),
+        parameter_groups(stages.named_globally(), config.optim),
+        optim=config.optim,
+        parallel=config.parallel,
         precision=train.precision,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        clip_norm=optim.clip_norm,
-        micro_batch_lanes=train.micro_lanes,
+        micro_batch_lanes=config.micro_lanes,
     )
-    return model, engine
+    return stages, engine, parameters
+
+
+def count_parameters(stages: Stages) -> int:
+    """Of the whole model; all ranks call it together."""
+    owned = 0 if stages.place.is_replica else sum(
+        parameter.numel() for _, parameter in stages.named_globally() if find_slice(parameter).owned
+    )
+    return round(mesh.sum_over_world([float(owned)])[0])
 
 
 def _open_origin(config: RunConfig, dataset: Dataset) -> Checkpoint:
@@ -147,13 +201,12 @@ def _open_origin(config: RunConfig, dataset: Dataset) -> Checkpoint:
 # restore
 
 
-def save_session(session: Session) -> Path:
-    """Writes a checkpoint and deletes those that the config no longer keeps; returns its folder.
+def save_session(session: Session, notify: Notify) -> None:
+    """Begins a checkpoint of this step: copies the state, and writes it in the background.
 
     Raises:
-        CheckpointError: the disk is full or not writable; earlier checkpoints stay.
+        CheckpointError: the one begun before failed (the disk is full or not writable); earlier checkpoints stay.
     """
-    config = session.config
     state = {
         "step": session.step,
         "tokens": session.tokens,
@@ -163,22 +216,23 @@ def save_session(session: Session) -> Path:
         "rng": rng.capture_rng(),
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
     }
-    folder = store.save(config.directory, session.step, _fragments(session), state, to_tree(config))
-    store.prune(config.directory, config.checkpoint.keep_last, config.checkpoint.milestone_every_steps)
-    return folder
+    on_saved = (lambda folder: notify(f"saved {folder}")) if session.place.is_first else (lambda folder: None)
+    session.saver.start(session.step, _fragments(session), state, on_saved)
 
 
 def _fragments(session: Session) -> Iterator[Fragment]:
     for shard in session.engine.shards():
-        shape = tuple(shard.parameter.shape)
-        yield Fragment(shard.name, shard.kind, shape, (0,) * len(shape), shape, shard.flat_start, shard.values)
-    for name, value in join_lanes(session.carried).items():
-        yield whole_fragment(name, "carry", value)
+        piece = find_slice(shard.parameter)
+        if piece.owned:
+            place = (piece.global_shape, piece.start, piece.shape)
+            yield Fragment(shard.name, shard.kind, *place, shard.flat_start, shard.values)
+    lanes = Lanes.of(session.config, session.place.data[0])
+    yield from carry_fragments(session.stages, session.carried, lanes)
 
 
 def _wanted(shard: Shard) -> Wanted:
-    shape = tuple(shard.parameter.shape)
-    return Wanted(shard.name, shard.kind, shape, (0,) * len(shape), shape, shard.flat_start, shard.values.numel())
+    global_shape, start, shape, _ = find_slice(shard.parameter)
+    return Wanted(shard.name, shard.kind, global_shape, start, shape, shard.flat_start, shard.values.numel())
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
@@ -186,14 +240,8 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     shards = list(session.engine.shards())
     values = (values for _, values in checkpoint.read(_wanted(shard) for shard in shards))
     session.engine.restore(zip(shards, values, strict=True), state["optimizer_steps"])
-    stored = {
-        piece.name: values.view(piece.global_shape)
-        for piece, values in checkpoint.read(checkpoint.whole(n, "carry") for n in checkpoint.names("carry"))
-    }
-    if stored:
-        template = session.model.initial_state(session.config.train.micro_lanes)
-        assert template is not None
-        session.carried = split_lanes(stored, template, len(session.carried))
+    lanes = Lanes.of(session.config, session.place.data[0])
+    session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
     session.step, session.tokens = state["step"], state["tokens"]
     session.lanes = LaneState.from_json(state["lanes"])
     rng.restore_rng(state["rng"])
@@ -214,12 +262,16 @@ def _check_space(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold_folder(directory: Path) -> Iterator[None]:
-    """Keeps a second process from training in the same folder; the lock ends with the process, however it ends.
+def hold_folder(session: Session) -> Iterator[None]:
+    """Keeps a second run from training in the same folder; the lock ends with rank 0's process, however it ends.
 
     Raises:
         ConfigError: another process holds it.
     """
+    directory = session.config.directory
+    if not session.place.is_first:
+        yield
+        return
     with (directory / ".lock").open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,22 +1,18 @@
 """One optimizer step: micro-batches forward and backward through all segments of the window, then AdamW.
 
-Legend: B lanes of the step (b of a micro-batch), T window tokens.
+Legend: B lanes of this data-parallel rank, T window tokens.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from infini_train.data.lanes import IGNORED, Batch
-from infini_train.model.transformer import ModelState, Transformer
-from infini_train.parallel import device
+from infini_train.parallel import device, mesh
+from infini_train.parallel.pipeline import Carried, Stages, cut_micro_batches, run_window
 from infini_train.parallel.zero import Engine
-
-Carried = tuple[ModelState | None, ...]  # one state a micro-batch: it always holds the same lanes
 
 
 class NonFiniteError(RuntimeError):
@@ -24,82 +20,94 @@ class NonFiniteError(RuntimeError):
 
 
 class StepResult(NamedTuple):
-    """What a step did. `states` are detached; they become the carried memory once the step is accepted."""
+    """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted."""
 
     loss: float  # nats a label
     labels: int
+    n_bytes: float  # of text
     grad_norm: float  # before clipping
     states: Carried
     seconds: dict[str, float]  # forward, backward, optimizer
 
 
 class Stopwatch:
-    """Adds up the time of named parts; waits for the device at each mark."""
+    """Adds up the time of phases, each of which ends when the next one begins.
 
-    def __init__(self) -> None:
+    Waits for the device between phases, but not with several pipeline stages, whose transfers that would hold up: there
+    a phase includes waiting for other stages.
+    """
+
+    def __init__(self, tell: Callable[[str], None], wait: bool) -> None:
         self.seconds: dict[str, float] = {}
-        device.synchronise()
-        self._last = time.perf_counter()
+        self._tell, self._wait = tell, wait
+        self._phase: str | None = None
+        self._begin = 0.0
 
-    def mark(self, part: str) -> None:
-        """Everything since the last mark belongs to this part."""
-        device.synchronise()
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
+    def begin(self, phase: str, detail: str = "") -> None:
+        """A phase begins, and the one before it ends."""
+        self.end()
+        self._tell(f"{phase} {detail}".strip())
+        self._phase, self._begin = phase, time.perf_counter()
 
-
-def micro_batches(batch: Batch, lanes: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """tokens_bT, labels_bT, starts_bT, weights_bT of consecutive lanes; marks stay on the host, to make grids from."""
-
-    def rows(array: np.ndarray, first: int) -> Tensor:
-        return torch.from_numpy(array[first : first + lanes])
-
-    where = device.current()
-    for first in range(0, batch.tokens_BT.shape[0], lanes):
-        tokens, labels = rows(batch.tokens_BT, first).to(where), rows(batch.labels_BT, first).to(where)
-        yield tokens, labels, rows(batch.starts_BT, first), rows(batch.weights_BT, first)
+    def end(self) -> None:
+        """The last phase ends."""
+        if self._phase is None:
+            return
+        if self._wait:
+            device.synchronise()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._begin
+        self._phase = None
 
 
 def train_step(
-    model: Transformer, engine: Engine, batch: Batch, carried: Carried, lr_of_group: dict[str, float]
+    stages: Stages,
+    engine: Engine,
+    batch: Batch,
+    carried: Carried,
+    lr_of_group: dict[str, float],
+    tell: Callable[[str], None] = lambda operation: None,
 ) -> StepResult:
-    """Trains on one window of every lane.
+    """Trains on one window of every lane; all ranks call it together.
 
     Args:
-        model: the raw module inside the engine.
+        stages: the modules inside the engine.
         engine: ZeRO.
-        batch: all lanes of this rank.
-        carried: memory of each micro-batch before the window.
+        batch: whole windows of this data-parallel rank's lanes.
+        carried: memory of each stage and micro-batch before the window.
         lr_of_group: learning rates by group name.
+        tell: told what is going on.
 
     Raises:
         NonFiniteError: no labels, or loss or gradients are not finite; names the documents of the batch.
     """
-    labels = int((batch.labels_BT != IGNORED).sum())
+    place, parallel = stages.place, stages.parallel
+    watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
+    watch.begin("forward", "(counting labels)")
+    mine = [float((batch.labels_BT != IGNORED).sum()), batch.n_bytes]
+    labels, n_bytes = (total / parallel.model_size for total in mesh.sum_over_world(mine))
     if labels == 0:
         raise NonFiniteError(f"the batch has no text that can be read (documents {describe_documents(batch)})")
-    lanes = batch.tokens_BT.shape[0] // len(carried)
-    watch, states, loss_sum = Stopwatch(), [], 0.0
-    for (tokens, targets, starts, weights), state in zip(micro_batches(batch, lanes), carried, strict=True):
-        grid = model.make_grid(starts, weights, state).to(tokens.device)
-        loss_bT, state = engine(tokens, grid, state, targets)
-        watch.mark("forward")
-        total = loss_bT.sum()
-        engine.backward(total / max(1, labels))
-        loss_sum += total.item()
-        states.append(model.between_windows(state))
-        watch.mark("backward")
-    loss = loss_sum / max(1, labels)
+    replicas = place.data[1] * place.context[1]  # whose gradients the engine averages
+    loss_sum, states = run_window(
+        stages,
+        engine,
+        cut_micro_batches(batch, len(carried[0])),
+        carried,
+        loss_scale=replicas / labels,
+        begin=watch.begin,
+    )
+    watch.begin("backward", "(adding up the loss)")
+    loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / labels
     if not np.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss} (documents of the batch: {describe_documents(batch)})")
+    watch.begin("optimizer")
     grad_norm = engine.step(lr_of_group)
+    watch.end()
     if not np.isfinite(grad_norm):
         raise NonFiniteError(
             f"the gradient's norm is {grad_norm} (documents of the batch: {describe_documents(batch)})"
         )
-    watch.mark("optimizer")
-    return StepResult(loss, labels, grad_norm, tuple(states), watch.seconds)
+    return StepResult(loss, round(labels), n_bytes, grad_norm, states, watch.seconds)
 
 
 def describe_documents(batch: Batch) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted, whole_fragment
-from infini_train.checkpoint.store import find_latest, open_checkpoint, prune, resolve, save
+from infini_train.checkpoint.store import find_latest, find_step, open_checkpoint, prune, resolve, save
 
 
 def save_step(run_dir: Path, step: int, value: float | None = None) -> Path:
@@ -233,6 +233,15 @@ def test_resolve_accepts_a_checkpoint_a_run_and_the_folder_between(tmp_path: Pat
     for name, problem in (("nowhere", "no such folder"), ("empty", "holds no checkpoint")):
         with pytest.raises(CheckpointError, match=rf"{name}: {problem}; give a checkpoint"):
             resolve(tmp_path / name)
+
+
+def test_a_rank_finds_the_step_that_it_is_told(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 5)
+    assert find_step(tmp_path, 5) == path
+    replaced = path.rename(path.with_name(".step-00000005.tmp-replaced"))
+    assert find_step(tmp_path, 5) == replaced
+    with pytest.raises(CheckpointError, match=r"step 6 is not there for this rank; all ranks need the same run_dir$"):
+        find_step(tmp_path, 6)
 
 
 # ------------------------------------------------------------------------------------------------------------ retention

@@ -6,43 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
-from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig
+from infini_train.config import ModelConfig
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
-from infini_train.parallel import device, mesh
-
-torch.set_num_threads(1)
-
-VARIANTS = {
-    "linear": InfiniConfig(segment_tokens=8),
-    "delta": InfiniConfig(segment_tokens=8, update="delta"),
-    "linear-overlap": InfiniConfig(segment_tokens=8, overlap_tokens=3),
-    "delta-overlap": InfiniConfig(segment_tokens=8, update="delta", overlap_tokens=8),
-    "local": LocalConfig(segment_tokens=8),
-    "local-overlap": LocalConfig(segment_tokens=8, overlap_tokens=3),
-    "full": FullConfig(),
-}
-
-
-def build(variant: str) -> Transformer:
-    """A model whose context matters: large weights, so that greedy text does not repeat one token."""
-    config = ModelConfig(
-        vocab_size=259,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn_size=48,
-        attention=VARIANTS[variant],
-        init_std=0.3,
-    )
-    model = Transformer(config)
-    initialise(model, config, 3)
-    return model.eval()
 
 
 def write(folder: Path, lengths: Iterable[int]) -> Dataset:
@@ -57,17 +26,17 @@ def write(folder: Path, lengths: Iterable[int]) -> Dataset:
 class Tools(NamedTuple):
     """What tests of several files call."""
 
-    build: Callable[[str], Transformer] = build
+    tiny: Callable[..., ModelConfig]
     write: Callable[[Path, Iterable[int]], Dataset] = write
+
+    def build(self, variant: str) -> Transformer:
+        """A model whose context matters: large weights, so that greedy text does not repeat one token."""
+        config = self.tiny(variant, vocab_size=259, init_std=0.3)
+        model = Transformer(config)
+        initialise(model, config, 3)
+        return model.eval()
 
 
 @pytest.fixture(scope="session")
-def tools() -> Tools:
-    device.prepare()
-    mesh.start()
-    return Tools()
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    return request.param
+def tools(tiny: Callable[..., ModelConfig], process_groups: None) -> Tools:
+    return Tools(tiny)

@@ -7,29 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig
+from infini_train.config import ModelConfig
 from infini_train.model.init import initialise
 from infini_train.model.transformer import ModelState, Transformer
-from infini_train.parallel import device, mesh
-
-torch.set_num_threads(1)
-
-SEGMENT = 8
-VARIANTS = {
-    "linear": InfiniConfig(segment_tokens=SEGMENT),
-    "delta": InfiniConfig(segment_tokens=SEGMENT, update="delta"),
-    "linear-overlap": InfiniConfig(segment_tokens=SEGMENT, overlap_tokens=3),
-    "delta-overlap": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=8),
-    "local": LocalConfig(segment_tokens=SEGMENT),
-    "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
-    "full": FullConfig(),
-}
-
-
-def tiny(variant: str = "linear", **changes: object) -> ModelConfig:
-    """Config of a tiny model; `changes` are fields of ModelConfig."""
-    shape = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48}
-    return ModelConfig(**{**shape, "attention": VARIANTS[variant], **changes})
 
 
 def build(config: ModelConfig, seed: int = 0, **options: bool) -> Transformer:
@@ -60,20 +40,12 @@ def draw(tokens: int, lanes: int = 2, seed: int = 0, vocab: int = 40) -> Tensor:
 class Tools(NamedTuple):
     """What tests of several files call."""
 
-    tiny: Callable[..., ModelConfig] = tiny
+    tiny: Callable[..., ModelConfig]
     build: Callable[..., Transformer] = build
     run: Callable[..., tuple[Tensor, ModelState]] = run
     draw: Callable[..., Tensor] = draw
-    segment: int = SEGMENT
 
 
 @pytest.fixture(scope="session")
-def tools() -> Tools:
-    device.prepare()
-    mesh.start()
-    return Tools()
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    return request.param
+def tools(tiny: Callable[..., ModelConfig], process_groups: None) -> Tools:
+    return Tools(tiny)

@@ -1,5 +1,8 @@
 """The fast form against the reference, against itself in pieces, and in lower precision."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,46 +122,56 @@ def test_full_attention_is_one_endless_segment(ops):
     torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=1e-10, atol=1e-10)
 
 
-class RankInTurn:
-    """One of several ranks that are run one after the other: keeps its own totals, meets those of the ranks before."""
+class Thread:
+    """One of several ranks that run as threads and meet in shared lists. The graph crosses them as it is."""
 
-    def __init__(self, before=()):
-        self.before, self.totals, self.calls = before, [], 0
+    def __init__(self, rank, barrier, places):
+        self.rank, self.barrier, self.places = rank, barrier, places
 
-    def entering_sum(self, totals, initial_BF):
-        for keep_B, increment_BF in self._meet(totals):
-            initial_BF = keep_B[:, None] * initial_BF + increment_BF
-        return initial_BF
+    def _meet(self, mine):
+        self.barrier.wait()
+        self.places[self.rank] = mine
+        self.barrier.wait()
+        return list(self.places)
 
-    def entering_affine(self, totals, initial_BKDE):
-        for a_BKDD, b_BKDE in self._meet(totals):
-            initial_BKDE = a_BKDD @ initial_BKDE + b_BKDE
-        return initial_BKDE
+    def gather(self, mine):
+        everyones = torch.stack(self._meet(mine))
+        return lambda: everyones
 
-    def leaving(self, final):
-        return final
+    def from_left(self, mine):
+        theirs = self._meet(mine)
+        left = torch.zeros_like(mine) if self.rank == 0 else theirs[self.rank - 1]
+        return lambda: left
 
-    def _meet(self, totals):
-        earlier = [rank.totals[len(self.totals)] for rank in self.before]
-        self.totals.append(totals())
-        return earlier
+    def from_last(self, mine):
+        last = self._meet(mine)[-1].detach()
+        return lambda: last
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("overlap_tokens", [0, 2])
 @pytest.mark.parametrize("start_share", [0.0, 0.1])
-def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share):
-    """Each rank holds whole segments and meets the others' composed memory alone; overlaps come from the neighbour."""
-    window = ops.draw(ops.Shape(tokens=28, overlap_tokens=2), seed=16, start_share=start_share).with_fresh_leaves()
+def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share, overlap_tokens, ranks):
+    """Each rank holds whole segments; the window's final state is the same on all of them."""
+    shape = ops.Shape(heads=4, tokens=24, overlap_tokens=overlap_tokens, value_size=3)
+    window = ops.draw(shape, seed=16, start_share=start_share).with_fresh_leaves()
     twin = window.with_fresh_leaves()
     whole = ops.tensors(*window.attend(update))
-    ranks, outs, state = [], [], twin.first_state()
-    for piece in twin.cut(8, 20):
-        grid = make_grid(piece.starts_BT, piece.weights_BT, state.recent, 4, 2)
-        ranks.append(RankInTurn(tuple(ranks)))
-        state = state._replace(memory=twin.memory)
-        out, state = infini_attention(*piece[1:5], state, grid, update=update, rope_theta=100.0, ranks=ranks[-1])
-        outs.append(out)
-    parts = ops.tensors(torch.cat(outs, dim=2), state)
-    ops.assert_same(parts, whole)
+    barrier, places, first = threading.Barrier(ranks, timeout=60), [None] * ranks, twin.first_state()
+
+    def attend(rank):
+        grid = make_grid(twin.starts_BT, twin.weights_BT, first.recent, 4, overlap_tokens, (rank, ranks))
+        mine = (x.chunk(ranks, 2)[rank] for x in twin[1:4])
+        crossing = Thread(rank, barrier, places)
+        return infini_attention(*mine, twin.beta_H, first, grid, update=update, rope_theta=100.0, ranks=crossing)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(attend, range(ranks)))
+    for _, state in found:
+        parts = ops.tensors(torch.cat([out for out, _ in found], 2), state)
+        ops.assert_same(parts, whole)
+        assert torch.equal(state.recent.document_BR, window.attend(update)[1].recent.document_BR)
+        assert torch.equal(state.recent.weight_BR, window.attend(update)[1].recent.weight_BR)
     ops.assert_same(ops.gradients(twin, parts), ops.gradients(window, whole))
 
 

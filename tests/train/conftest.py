@@ -55,7 +55,7 @@ def drive(session: Session, steps: int) -> list[Step]:
     with contextlib.closing(session.batches()) as batches:
         for batch, lanes in itertools.islice(batches, steps):
             rates = learning_rates(session.step, session.config.train.total_steps, session.config.optim)
-            result = train_step(session.model, session.engine, batch, session.carried, rates)
+            result = train_step(session.stages, session.engine, batch, session.carried, rates)
             session.advance(result.states, lanes)
             seen.append(Step(result.loss, result.grad_norm, batch))
     return seen
@@ -63,9 +63,9 @@ def drive(session: Session, steps: int) -> list[Step]:
 
 def capture(session: Session) -> dict[str, Tensor]:
     """Copies of weights, masters, moments and carried memory, by name."""
-    tensors = {f"weight {name}": value for name, value in session.model.named_parameters()}
+    tensors = {f"weight {name}": value for name, value in session.stages.transformers()[0].named_parameters()}
     tensors |= {f"{shard.kind} {shard.name}": shard.values for shard in session.engine.shards()}
-    tensors |= {f"carry {name}": value for name, value in join_lanes(session.carried).items()}
+    tensors |= {f"carry {name}": value for name, value in join_lanes(session.stages, session.carried).items()}
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 

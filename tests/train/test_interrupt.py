@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import dump, load_run
-from infini_train.train.interrupt import Stopped, StopRequest
+from infini_train.train.interrupt import StopRequest
 from infini_train.train.session import open_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +22,6 @@ def test_a_signal_only_asks(number):
         assert stop.received is None
         signal.raise_signal(number)
         assert stop.received == number.name
-        with pytest.raises(Stopped, match=number.name):
-            stop.check()
     assert signal.getsignal(number) is before
 
 

@@ -12,7 +12,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from infini_train.config import load_run
 from infini_train.train.loop import train
 from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, trim_metrics
-from infini_train.train.session import open_session, save_session
+from infini_train.checkpoint import store
+from infini_train.train.session import Session, open_session, save_session
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -27,6 +28,13 @@ def read_board(folder: Path) -> EventAccumulator:
 
 def ignore(line: str) -> None:
     """Nobody reads what the run says."""
+
+
+def save(session: Session) -> Path:
+    """A checkpoint, complete."""
+    save_session(session, ignore)
+    session.saver.wait()
+    return store.resolve(session.config.directory)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +141,8 @@ def test_steps_do_not_overlap_after_a_resume(configure, tools):
     config = configure("checkpoint.every_steps=100")
     session = open_session(config, ignore)
     tools.drive(session, 3)
-    save_session(session)
-    with Metrics(config, 0, 6) as metrics:
+    save(session)
+    with Metrics(session, 6) as metrics:
         for step in range(1, 7):
             metrics.write(step, {"loss/train": 100.0 + step})
             metrics.write_gates(step, np.full((2, 4), 0.5))
@@ -166,7 +174,8 @@ def test_trim_drops_later_and_torn_lines(tmp_path):
 
 def test_json_knows_no_infinity(configure):
     config = configure()
-    with Metrics(config, 0, 6) as metrics:
+    session = open_session(config, ignore)
+    with Metrics(session, 6) as metrics:
         metrics.write(1, {"a": math.nan, "b": math.inf, "c": 2, "d": np.float32(0.5)})
     assert read_lines(config.directory) == [{"step": 1, "a": None, "b": None, "c": 2.0, "d": 0.5}]
 

@@ -57,7 +57,7 @@ class Part(nn.Module):
 
 def test_groups_hold_every_parameter_once():
     model, optim = nn.ModuleList([Part(), Part()]), OptimConfig(lr=1e-3, gate_lr=5e-2, weight_decay=0.2)
-    groups = {group["name"]: group for group in parameter_groups(model, optim)}
+    groups = {group["name"]: group for group in parameter_groups(model.named_parameters(), optim)}
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "matrices": (1e-3, 0.2),
         "vectors": (1e-3, 0.0),
@@ -70,7 +70,7 @@ def test_groups_hold_every_parameter_once():
 
 
 def test_a_model_without_gates_has_no_group_of_them():
-    assert [group["name"] for group in parameter_groups(nn.Linear(3, 4), OptimConfig())] == ["matrices", "vectors"]
+    assert [group["name"] for group in parameter_groups(nn.Linear(3, 4).named_parameters(), OptimConfig())] == ["matrices", "vectors"]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

@@ -14,13 +14,21 @@ import torch
 from infini_train.config import ConfigError
 from infini_train.train.interrupt import Stopped
 from infini_train.train.loop import train
-from infini_train.train.session import open_session, save_session
+from infini_train.checkpoint import store
+from infini_train.train.session import Session, open_session, save_session
 
 STEPS, STOP = 6, 3
 
 
 def ignore(line: str) -> None:
     """Nobody reads what the run says."""
+
+
+def save(session: Session) -> Path:
+    """A checkpoint, complete."""
+    save_session(session, ignore)
+    session.saver.wait()
+    return store.resolve(session.config.directory)
 
 
 def listing(folder: Path) -> dict[str, int]:
@@ -44,7 +52,7 @@ def test_resuming_is_exact(attention, precision, configure, tools):
     config = configure(*settings, run="parts")
     first = open_session(config, ignore)
     found = tools.drive(first, STOP)
-    save_session(first)
+    save(first)
     del first
     second = open_session(config, ignore)
     assert second.step == STOP
@@ -93,7 +101,7 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools):
 def test_generators_go_on(configure):
     config = configure()
     session = open_session(config, ignore)
-    save_session(session)
+    save(session)
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -106,7 +114,7 @@ def test_resume_with_other_micro_batches(lanes, configure, tools):
     config = configure(f"model.attention={tools.attention['delta']}")
     session = open_session(config, ignore)
     tools.drive(session, STOP)
-    save_session(session)
+    save(session)
     expected = tools.drive(session, STEPS - STOP)
     lines: list[str] = []
     changed = configure(f"model.attention={tools.attention['delta']}", f"train.micro_batch_lanes={lanes}")
@@ -125,9 +133,9 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, t
     config = configure()
     session = open_session(config, ignore)
     tools.drive(session, 2)
-    save_session(session)
+    save(session)
     expected = tools.drive(session, 2)
-    newest = save_session(session)
+    newest = save(session)
     file = newest / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
@@ -139,13 +147,13 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, t
     problem = next(line for line in lines if "corrupt" in line)
     assert "step-00000004" in problem and file.name in problem and "step-00000002 is used instead" in problem
     assert [step.loss for step in tools.drive(again, 2)] == [step.loss for step in expected]
-    save_session(again)
+    save(again)
     assert open_session(config, lines.append).step == 4, "the torn checkpoint of the same step is replaced"
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_new_run(configure):
     config = configure()
-    folder = save_session(open_session(config, ignore))
+    folder = save(open_session(config, ignore))
     (folder / "index.json").write_text("{")
     with pytest.raises(ConfigError, match="no valid checkpoint.*index.json"):
         open_session(config, ignore)
@@ -154,7 +162,7 @@ def test_no_valid_checkpoint_is_an_error_not_a_new_run(configure):
 def test_init_from_takes_weights_only(configure, tools):
     origin = open_session(configure(run="origin"), ignore)
     tools.drive(origin, 3)
-    folder = save_session(origin)
+    folder = save(origin)
     lines: list[str] = []
     new = open_session(configure(f"train.init_from={folder.parent.parent}", "optim.lr=1e-4", run="new"), lines.append)
     assert any(str(folder) in line and "weights" in line for line in lines)
@@ -168,13 +176,13 @@ def test_init_from_takes_weights_only(configure, tools):
     fresh = open_session(configure(run="fresh"), ignore)
     assert (new.step, new.tokens, new.lanes) == (0, 0, fresh.lanes)
     assert new.engine.optimizer_steps() == 0
-    save_session(new)
+    save(new)
     resumed = open_session(configure("train.init_from=nowhere", "optim.lr=1e-4", run="new"), ignore)
     tools.assert_same(tools.capture(resumed), values)
 
 
 def test_init_from_another_model_is_refused(configure):
-    folder = save_session(open_session(configure(run="origin"), ignore))
+    folder = save(open_session(configure(run="origin"), ignore))
     config = configure(f"train.init_from={folder}", "model.ffn_size=64", run="new")
     with pytest.raises(ConfigError, match=r"train\.init_from: .*model\.ffn_size is 48 there and 64 here"):
         open_session(config, ignore)
@@ -194,7 +202,7 @@ def test_init_from_another_model_is_refused(configure):
     ],
 )
 def test_a_field_that_may_not_change_is_refused_by_name(assignment, field, configure):
-    save_session(open_session(configure(), ignore))
+    save(open_session(configure(), ignore))
     config = configure(assignment)
     before = listing(config.directory)
     with pytest.raises(ConfigError, match=rf"^{field}: .*resumed run can't change it"):
@@ -203,7 +211,7 @@ def test_a_field_that_may_not_change_is_refused_by_name(assignment, field, confi
 
 
 def test_other_training_data_are_refused(configure, tools, tmp_path):
-    save_session(open_session(configure(), ignore))
+    save(open_session(configure(), ignore))
     other = tools.write_shards(tmp_path / "other", (50, 60), seed=5)
     with pytest.raises(ConfigError, match=r"^data\.train: .*is not the data"):
         open_session(configure(f"data.train={other}"), ignore)
@@ -212,7 +220,7 @@ def test_other_training_data_are_refused(configure, tools, tmp_path):
 def test_a_longer_run_goes_on(configure, tools):
     session = open_session(configure("train.max_steps=3"), ignore)
     tools.drive(session, 3)
-    save_session(session)
+    save(session)
     lines: list[str] = []
     longer = train(configure("train.max_steps=5"), lines.append)
     assert longer.step == 5 and any("train.max_steps: 3 -> 5" in line for line in lines)

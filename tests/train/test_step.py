@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +10,23 @@ import torch
 
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.train.optim import learning_rates
-from infini_train.train.session import open_session, save_session
-from infini_train.train.step import NonFiniteError, micro_batches, train_step
+from infini_train.checkpoint import store
+from infini_train.train.session import Session, open_session, save_session
+from infini_train.parallel.pipeline import cut_micro_batches
+from infini_train.train.step import NonFiniteError, train_step
 
 LANES, WINDOW = 4, 32
 
 
 def ignore(line: str) -> None:
     """Nobody reads what the run says."""
+
+
+def save(session: Session) -> Path:
+    """A checkpoint, complete."""
+    save_session(session, ignore)
+    session.saver.wait()
+    return store.resolve(session.config.directory)
 
 
 def draw_batch(seed: int, valid_labels: tuple[int, ...] = (WINDOW,) * LANES) -> Batch:
@@ -40,12 +50,12 @@ def draw_batch(seed: int, valid_labels: tuple[int, ...] = (WINDOW,) * LANES) -> 
 
 def step(session, batch):
     rates = learning_rates(session.step, session.config.train.total_steps, session.config.optim)
-    return train_step(session.model, session.engine, batch, session.carried, rates)
+    return train_step(session.stages, session.engine, batch, session.carried, rates)
 
 
 def loss_by_hand(session, batch) -> float:
     """Sum over valid labels of -log softmax, over their count, all lanes at once."""
-    model, everything = session.model, micro_batches(batch, LANES)
+    model, everything = session.stages.transformers()[0], iter(cut_micro_batches(batch, 1))
     tokens, labels, starts, weights = next(everything)
     with torch.no_grad():
         hidden_TBD, _ = model.decode(tokens, model.make_grid(starts, weights, None), None)
@@ -86,10 +96,10 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
 
 def test_a_batch_without_labels_is_refused(configure, tools):
     session = open_session(configure(), ignore)
-    before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in session.stages.transformers()[0].named_parameters()}
     with pytest.raises(NonFiniteError, match="no text that can be read"):
         step(session, draw_batch(0, (0, 0, 0, 0)))
-    tools.assert_same(dict(session.model.named_parameters()), before)
+    tools.assert_same(dict(session.stages.transformers()[0].named_parameters()), before)
 
 
 def test_padding_has_no_influence(configure, tools):
@@ -111,7 +121,7 @@ def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
     session = open_session(configure(f"train.precision={precision}"), ignore)
     tools.drive(session, 2)
     with torch.no_grad():
-        session.model.embedding.weight[200] = math.nan  # the documents don't hold this byte
+        session.stages.transformers()[0].embedding.weight[200] = math.nan  # the documents don't hold this byte
     before, position = tools.capture(session), session.lanes
     batch = draw_batch(0)
     batch.tokens_BT[2, 5] = 200
@@ -130,14 +140,14 @@ def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tool
         configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"), ignore
     )
     with torch.no_grad():
-        session.model.embedding.weight.zero_()
+        session.stages.transformers()[0].embedding.weight.zero_()
     before = tools.capture(session)
     with pytest.raises(NonFiniteError, match="gradient's norm is (inf|nan|-1)"):
         step(session, draw_batch(0))
     tools.assert_same(tools.capture(session), before)
     assert session.engine.optimizer_steps() == 0
     with torch.no_grad():
-        session.model.embedding.weight.normal_(std=0.02)
+        session.stages.transformers()[0].embedding.weight.normal_(std=0.02)
     assert math.isfinite(step(session, draw_batch(0)).grad_norm), "nothing of the bad gradients is left"
 
 
@@ -149,7 +159,7 @@ def test_carried_memory_changes_the_next_loss(configure):
         session.advance(first.states, session.lanes)
         losses[carry] = first.loss, step(session, draw_batch(1)).loss
         if carry:  # lanes 1 and 3 began documents at 13 and 16: the segments before hold nothing for the next window
-            written = [state[0].memory.written_B.tolist() for state in session.carried]
+            written = [state[0].memory.written_B.tolist() for state in session.carried[0]]
             assert written == [[32.0, 19.0], [32.0, 16.0]]
     assert losses[True][0] == losses[False][0], "the first window has nothing to remember"
     assert abs(losses[True][1] - losses[False][1]) > 1e-4
@@ -164,17 +174,17 @@ def test_without_carry_every_window_begins_empty(configure):
         assert result.loss == pytest.approx(expected, rel=1e-6)
         session.advance(result.states, session.lanes)
         assert session.carried == (None, None)
-    save_session(session)
+    save(session)
     assert open_session(session.config, ignore).carried == (None, None)
 
 
 def embedding_gradient(session, batch, state):
     """Norm of the gradient of the last segment's loss by the window's embeddings, (T,), and the next state."""
-    model, kept = session.model, []
+    model, kept = session.stages.transformers()[0], []
     hook = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
     last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())
     last.labels_BT[:, : WINDOW - 8] = IGNORED
-    tokens, labels, starts, weights = next(micro_batches(last, LANES))
+    tokens, labels, starts, weights = next(iter(cut_micro_batches(last, 1)))
     loss_BT, after = model(tokens, model.make_grid(starts, weights, state), state, labels)
     hook.remove()
     (gradient_TBD,) = torch.autograd.grad(loss_BT.sum(), kept[0])
@@ -199,8 +209,8 @@ def test_gradients_end_at_the_window(attention, configure, tools):
     session = open_session(
         configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"), ignore
     )
-    model, first = session.model, draw_batch(0)
-    tokens, labels, starts, weights = next(micro_batches(first, LANES))
+    model, first = session.stages.transformers()[0], draw_batch(0)
+    tokens, labels, starts, weights = next(iter(cut_micro_batches(first, 1)))
     _, state = model(tokens, model.make_grid(starts, weights, None), None, labels)
     carried = model.between_windows(state)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(carried) if torch.is_tensor(leaf)]
@@ -212,9 +222,9 @@ def test_gradients_end_at_the_window(attention, configure, tools):
 
 def test_clipping_and_parts_of_the_time(configure):
     session = open_session(configure("optim.clip_norm=1e-3", "optim.eps=1.0", "optim.weight_decay=0"), ignore)
-    before = session.model.embedding.weight.detach().clone()
+    before = session.stages.transformers()[0].embedding.weight.detach().clone()
     result = step(session, draw_batch(0))
     assert result.grad_norm > 0.1, "the norm before clipping"
-    moved = (session.model.embedding.weight - before).norm().item()
+    moved = (session.stages.transformers()[0].embedding.weight - before).norm().item()
     assert 0 < moved <= 1e-3 * session.config.optim.lr  # eps 1 makes AdamW's step about lr x gradient
     assert set(result.seconds) == {"forward", "backward", "optimizer"} and min(result.seconds.values()) > 0

@@ -1,0 +1,136 @@
+"""infini-train checkpoint: inspect, verify, reshard. Imports torch only when a command runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+from infini_train.config import ConfigError
+
+ANYWHERE = "Training resumes from any checkpoint in any layout (tensor, pipeline, context, data parallel, ZeRO)"
+EXAMPLES = f"""\
+examples:
+  infini-train checkpoint inspect runs/demo              the newest checkpoint: step, layout, files, tensors
+  infini-train checkpoint verify runs/demo               all checkpoints of a run: every byte, every tensor
+  infini-train checkpoint reshard runs/demo weights --weights-only --dtype bf16
+
+{ANYWHERE},
+as it is: nothing has to be converted first.
+"""
+INSPECT_EXAMPLES = """\
+examples:
+  infini-train checkpoint inspect runs/demo              the newest checkpoint
+  infini-train checkpoint inspect runs/demo/checkpoints/step-00000100
+  infini-train checkpoint inspect runs/demo --json       one line for programs
+"""
+VERIFY_EXAMPLES = """\
+examples:
+  infini-train checkpoint verify runs/demo               all checkpoints of the run
+  infini-train checkpoint verify runs/demo/checkpoints/step-00000100
+
+exit codes: 0 all is whole; 2 something is damaged, and was named
+"""
+RESHARD_EXAMPLES = f"""\
+examples:
+  infini-train checkpoint reshard runs/demo runs/copy/checkpoints/step-00000300
+  infini-train checkpoint reshard runs/demo weights --weights-only --dtype bf16    to publish
+  infini-train checkpoint reshard runs/demo moments --kinds master exp_avg exp_avg_sq --max-file-gb 1
+
+{ANYWHERE},
+as it is. Reshard is for tools that want whole tensors, for fewer files, and for copies without
+the optimizer's state. A run resumes from a copy with all kinds, in its folder checkpoints/ as step-NNNNNNNN.
+"""
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train checkpoint` its commands."""
+    _describe(parser, "Look at checkpoints, check them, rewrite them as whole tensors.", EXAMPLES)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    inspect = commands.add_parser("inspect", help="step, layout, files, kinds, tensors")
+    _describe(inspect, "What a checkpoint holds. Reads its index only.", INSPECT_EXAMPLES)
+    inspect.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
+    inspect.set_defaults(command=_inspect)
+    verify = commands.add_parser("verify", help="hash every file, and look for gaps in every tensor")
+    _describe(verify, "Whether every file is as it was written, and every tensor there exactly once.", VERIFY_EXAMPLES)
+    verify.set_defaults(command=_verify)
+    reshard = commands.add_parser("reshard", help="rewrite a checkpoint as whole tensors")
+    _describe(
+        reshard, "Rewrite a checkpoint as whole tensors: one process, about one file in memory.", RESHARD_EXAMPLES
+    )
+    reshard.set_defaults(command=_reshard)
+    for command in (inspect, verify, reshard):
+        command.add_argument("path", type=Path, metavar="PATH", help="a run's folder or one checkpoint")
+    reshard.add_argument("out", type=Path, metavar="OUT", help="the new checkpoint's folder; it must not exist")
+    kept = reshard.add_mutually_exclusive_group()
+    kept.add_argument("--kinds", nargs="+", metavar="KIND", help="keep these only: master, exp_avg, exp_avg_sq, carry")
+    kept.add_argument("--weights-only", action="store_true", help="the same as --kinds master")
+    reshard.add_argument("--dtype", choices=("bf16", "fp32"), help="of weights and moments (default: as stored)")
+    reshard.add_argument(
+        "--max-file-gb", type=_positive, metavar="GB", default=4.0, help="begin another file at this size (default 4)"
+    )
+
+
+def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
+    parser.description, parser.epilog = description, examples
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from infini_train.checkpoint.contents import describe_contents, format_contents
+    from infini_train.checkpoint.store import open_checkpoint, resolve
+
+    contents = describe_contents(open_checkpoint(resolve(options.path), verify=False))
+    print(json.dumps(contents) if options.json else format_contents(contents))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from infini_train.checkpoint.damage import find_damage
+    from infini_train.checkpoint.store import dangling_pointer, list_checkpoints
+
+    folders = list_checkpoints(options.path)
+    dangling = dangling_pointer(folders[0].parent) if folders != [options.path] else None
+    damaged = [dangling] if dangling else []
+    for line in damaged:
+        print(line)
+    with tqdm(unit="B", unit_scale=True, desc="verify", leave=False, disable=None) as bar:
+        for folder in folders:
+            problems = find_damage(folder, bar.update)
+            damaged += problems
+            with bar.external_write_mode():
+                for line in problems or ["OK"]:
+                    print(f"{folder}: {line}", flush=True)
+    if damaged:
+        problems = "1 problem" if len(damaged) == 1 else f"{len(damaged)} problems"
+        raise ConfigError(
+            f"{options.path}: {problems}; restore the files from a copy, or delete the damaged checkpoint"
+        )
+
+
+def _reshard(options: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from infini_train.checkpoint.resharding import reshard
+    from infini_train.checkpoint.store import open_checkpoint, resolve
+
+    source = open_checkpoint(resolve(options.path))
+    kinds = ["master"] if options.weights_only else options.kinds
+    total = sum(entry.numel for entry in source.index.fragments if kinds is None or entry.kind in kinds)
+    with tqdm(total=total, unit="el", unit_scale=True, desc="reshard", leave=False, disable=None) as bar:
+        reshard(
+            source,
+            options.out,
+            kinds=kinds,
+            dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype],
+            max_file_bytes=int(options.max_file_gb * 1e9),
+            on_tensor=bar.update,
+        )
+    print(f"{options.out}: step {source.step}, written as whole tensors")

@@ -1,0 +1,83 @@
+"""A checkpoint rewritten as whole tensors by one process, one tensor after the other."""
+
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import torch
+
+from infini_train.checkpoint.fragments import CheckpointError, Fragment, whole_fragment
+from infini_train.checkpoint.index import DTYPES, dump_index, merge_parts, parse_part
+from infini_train.checkpoint.reader import INDEX_FILE, Checkpoint
+from infini_train.checkpoint.sync import describe_failure, sync_path, write_synced
+from infini_train.checkpoint.writer import MAX_FILE_BYTES, part_file, write_part
+
+KEPT_AS_STORED = ("carry",)  # memory is a sum over all that was read: a run goes on from it in the dtype it had
+
+
+def reshard(
+    source: Checkpoint,
+    target: Path,
+    *,
+    kinds: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_tensor: Callable[[int], None] = lambda numel: None,
+) -> None:
+    """Writes a checkpoint of the same step, state and config in which every tensor is one piece.
+
+    At most about one file's tensors are held in memory. The folder appears under its name complete, or not at all.
+
+    Args:
+        source: opened, and better verified: what is written gets new hashes.
+        target: the new checkpoint's folder; it must not exist.
+        kinds: what to keep; None: everything.
+        dtype: floating-point dtype of weights and moments; None, and the carried memory: as they are stored.
+        max_file_bytes: tensors are spread over files of about this size.
+        on_tensor: called with the number of elements of each tensor read.
+
+    Raises:
+        CheckpointError: the target exists or can't be written, or a kind is not in the checkpoint.
+    """
+    stored = dict.fromkeys(entry.kind for entry in source.index.fragments)
+    unknown = [kind for kind in kinds or () if kind not in stored]
+    if unknown:
+        raise CheckpointError(f"{source.path}: holds no {unknown[0]}; its kinds are {', '.join(stored)}")
+    target = Path(target)
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: exists already; name a new folder")
+    aside = target.with_name(f".{target.name}.tmp-reshard")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        attempt_id = uuid.uuid4().hex
+        chosen = [kind for kind in stored if kinds is None or kind in kinds]
+        write_part(aside, _whole_tensors(source, chosen, dtype, on_tensor), attempt_id, 0, max_file_bytes)
+        part = parse_part(part_file(aside, 0).read_text(encoding="utf-8"))
+        write_synced(aside / INDEX_FILE, dump_index(merge_parts(source.step, [part], source.state, source.config)))
+        part_file(aside, 0).unlink()
+        sync_path(aside)
+        aside.rename(target)
+        sync_path(target.parent)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, Exception):
+            raise describe_failure(error, target, source.step) from error
+        raise
+
+
+def _whole_tensors(
+    source: Checkpoint, kinds: list[str], dtype: torch.dtype | None, on_tensor: Callable[[int], None]
+) -> Iterator[Fragment]:
+    dtypes = {(entry.kind, entry.name): DTYPES.get(entry.dtype) for entry in source.index.fragments}
+    for kind in kinds:
+        wanted = []
+        for name in source.names(kind):
+            stored = dtypes[kind, name]
+            convert = kind not in KEPT_AS_STORED and stored is not None and stored.is_floating_point
+            wanted.append(source.whole(name, kind, dtype if convert else None))
+        for piece, values in source.read(wanted):
+            on_tensor(piece.numel)
+            yield whole_fragment(piece.name, kind, values.view(piece.global_shape))

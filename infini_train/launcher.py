@@ -1,0 +1,321 @@
+"""`--nproc N`: N ranks on this machine, their console, their signals and their end.
+
+Plain processes around torch's TCPStore, with the environment that torchrun gives, instead of torch's elastic agent. The
+agent kills ranks 30 s after it asked them to stop (saving a large checkpoint takes longer), leaves them in the
+terminal's process group (Ctrl-C reaches them twice), shows their output late, and adds reports of its own.
+
+The store lives in this process and listens on loopback only, on a port that the kernel chose: launches side by side
+don't collide, and the store outlives a dead rank, so that the others can still read in it who died.
+"""
+
+import ctypes
+import math
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the others hang in collectives that nobody will finish
+HOLD_S = 5.0  # an error's lines are kept back this long, to be shown last if its rank ends by it
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
+LAST_WORDS = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
+TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")  # torch marks the lines of an uncaught exception
+LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)")
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Runs `infini-train ARGUMENTS` in `nproc` ranks of this machine; returns the exit code (see `Ranks.wait`)."""
+    command = [sys.executable, "-m", "infini_train.cli", *arguments]
+    with socket.create_server(("127.0.0.1", 0)) as listener, Ranks(nproc, command, listener.getsockname()[1]) as ranks:
+        store = host_store(listener)  # while the ranks import torch themselves
+        code = ranks.wait()
+        del store
+    return code
+
+
+def host_store(listener: socket.socket) -> Any:
+    """The ranks' store, on a socket that listens already: whoever connects early waits in its backlog."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from torch.distributed import TCPStore
+
+    host, port = listener.getsockname()
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What torch.distributed reads, and settings that the user's environment may overrule."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "PYTHONFAULTHANDLER": "1",  # a segfault tells where
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 is a client of the store like the others
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+    }
+
+
+@dataclass(eq=False)
+class Rank:
+    """One process. `block`: the lines of an error that may be its last; `ended`: this launcher made it end."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    block: list[bytes] = field(default_factory=list)
+    block_since: float = 0.0
+    ended: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell tells it; a rank that had to be ended after an error of its own has failed by that error."""
+        code = self.process.returncode
+        return code if code >= 0 else 1 if self.ended else 128 - code
+
+    def describe_end(self) -> str:
+        """How it failed."""
+        number = -self.process.returncode
+        if number <= 0 or self.ended:
+            return f"rank {self.number} failed (exit code {self.exit_code})"
+        name = {int(known): known.name for known in signal.Signals}.get(number, f"signal {number}")
+        return f"rank {self.number} was killed by {name}"
+
+    def tell(self, lines: Sequence[bytes], *, error: bool) -> None:
+        """Shows lines of it on this process's console."""
+        stream = sys.stderr if error else sys.stdout
+        prefix = b"[rank %d] " % self.number if self.number else b""
+        stream.buffer.write(b"".join(prefix + line for line in lines))
+        stream.flush()
+
+
+class Ranks:
+    """The processes of one launch; none is left when the context ends. Use it in the main thread (signals).
+
+    Each rank has a process group of its own: what a terminal sends reaches this process only, which passes it on once.
+    The kernel kills the ranks if this process dies.
+    """
+
+    def __init__(self, nproc: int, command: Sequence[str], port: int) -> None:
+        self.nproc, self.command, self.port = nproc, list(command), port
+        self.ranks: list[Rank] = []
+        self.running: list[Rank] = []
+        self.troubled: list[Rank] = []  # in the order in which it was seen: the first that fails is the cause
+        self.passed = 0  # the signal that was passed on
+        self.insisted = False  # by a second Ctrl-C
+        self.kill_at = math.inf
+        self._unfinished: dict[Any, bytes] = {}  # the beginning of a line, by stream; the key goes at a stream's end
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._waker = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
+        self._previous_fd = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in (*PASSED_ON, signal.SIGTSTP, signal.SIGCHLD):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
+                self._handlers[number] = signal.signal(number, lambda *_: None)  # its number wakes the selector
+        try:
+            for number in range(self.nproc):
+                self._start(number)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+        for rank in self.ranks:
+            rank.process.wait()
+            for stream in (rank.process.stdout, rank.process.stderr):
+                assert stream is not None
+                stream.close()
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for resource in (self._selector, self._wakeup, self._waker):
+            resource.close()
+
+    def wait(self) -> int:
+        """Shows what the ranks say until all have ended, and the first failure last.
+
+        Returns:
+            0; the code of the rank that failed first (128 + number if a signal killed it); 128 + a signal passed on.
+        """
+        while self.running:
+            ready = [key.data for key, _ in self._selector.select(0.5)]
+            ended = [rank for rank in self.running if rank.process.poll() is not None]
+            for rank in ended:  # before the lines: the neighbours of a killed rank complain of it at once
+                if rank.process.returncode < 0 and not rank.ended:
+                    self._note_trouble(rank)
+            for read in ready:
+                read()
+            for rank in ended:
+                self._bury(rank)
+            now = time.monotonic()
+            for rank in self.running:
+                if rank.block and now > rank.block_since + HOLD_S and self.kill_at == math.inf:
+                    self._release(rank)  # it lives on: that was not its end
+            if now > self.kill_at:
+                self._kill()
+        return self._report()
+
+    def _start(self, number: int) -> None:
+        launcher = os.getpid()
+
+        def die_with_launcher() -> None:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != launcher:
+                os._exit(1)
+
+        process = subprocess.Popen(
+            self.command,
+            env=rank_environment(number, self.nproc, self.port),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            preexec_fn=die_with_launcher,
+        )
+        rank = Rank(number, process)
+        self.ranks.append(rank)
+        self.running.append(rank)
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            os.set_blocking(stream.fileno(), False)
+            self._unfinished[stream] = b""
+            self._selector.register(stream, selectors.EVENT_READ, partial(self._read, rank, stream))
+
+    # ------------------------------------------------------------------------------------------------------- signals
+
+    def _read_signals(self) -> None:
+        for number in self._wakeup.recv(4096):
+            if number in PASSED_ON:
+                self._pass_on(number)
+            elif number == signal.SIGTSTP:  # Ctrl-Z
+                self._send(signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGSTOP)
+                self._send(signal.SIGCONT)
+
+    def _pass_on(self, number: int) -> None:
+        if number == signal.SIGINT and (self.passed or self.kill_at < math.inf):
+            self.insisted = True
+            self._kill()
+        elif not self.passed:
+            self.passed = number
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        for rank in self.running:
+            rank.process.send_signal(number)
+
+    def _kill(self) -> None:
+        for rank in self.running:
+            if rank.process.poll() is None:
+                rank.ended = True
+                os.killpg(rank.process.pid, signal.SIGKILL)
+
+    def _end_others(self) -> None:
+        """Asks the ranks to end, but for those that are about to, with an error of their own."""
+        if self.kill_at == math.inf:
+            self.kill_at = time.monotonic() + GRACE_S
+            for rank in self.running:
+                if not rank.block:
+                    rank.ended = True
+                    rank.process.terminate()
+
+    # ------------------------------------------------------------------------------------------------- what they say
+
+    def _read(self, rank: Rank, stream: Any) -> bool:
+        """Takes what is there; a line counts when it is whole, so that lines of ranks don't mix. False: no more now."""
+        try:
+            data = os.read(stream.fileno(), 1 << 20)
+        except BlockingIOError:
+            return False
+        text = self._unfinished[stream] + data
+        if not data:
+            self._selector.unregister(stream)
+            del self._unfinished[stream]
+            text += b"\n" if text else b""
+        else:
+            self._unfinished[stream] = LINES.sub(b"", text)
+        for line in LINES.findall(text):
+            words = TORCH_PREFIX.sub(b"", line)
+            error = stream is rank.process.stderr
+            if error and (rank.block or LAST_WORDS.match(words)):
+                if not rank.block:
+                    rank.block_since = time.monotonic()
+                    self._note_trouble(rank)
+                rank.block.append(words)
+            else:
+                rank.tell([line], error=error)
+        return bool(data)
+
+    def _release(self, rank: Rank) -> None:
+        rank.tell(rank.block, error=True)
+        rank.block.clear()
+        self.troubled.remove(rank)
+
+    def _note_trouble(self, rank: Rank) -> None:
+        if rank not in self.troubled:
+            self.troubled.append(rank)
+
+    # --------------------------------------------------------------------------------------------------------- the end
+
+    def _bury(self, rank: Rank) -> None:
+        """Judges how a rank has ended; a failure ends the others."""
+        self.running.remove(rank)
+        for stream in (rank.process.stdout, rank.process.stderr):
+            while stream in self._unfinished and self._read(rank, stream):
+                pass
+        if rank.process.returncode == 0:
+            if rank.block:
+                self._release(rank)
+        elif not self._has_stopped(rank):
+            self._note_trouble(rank)
+            self._end_others()
+        elif rank.process.returncode < 0:
+            self._end_others()  # it could not save; what the others do without it comes to nothing
+
+    def _has_stopped(self, rank: Rank) -> bool:
+        """Whether it ended because of the signal that was passed on to it."""
+        return self.passed > 0 and rank.process.returncode in (128 + self.passed, -self.passed)
+
+    def _report(self) -> int:
+        """The errors kept back, each once, the first failure's last; the exit code."""
+        stops = [rank for rank in self.troubled if self.insisted or self._has_stopped(rank)]
+        failed = [rank for rank in self.troubled if rank not in stops and (rank.block or not rank.ended)]
+        last = failed[0] if failed else None
+        said = [last.block] if last else []
+        for rank in (*stops, *failed):
+            if rank.block and rank.block not in said:
+                rank.tell(rank.block, error=True)
+                said.append(rank.block)
+        if last is None:
+            was_stopped = self.insisted or any(self._has_stopped(rank) for rank in self.ranks)
+            return 128 + (self.passed or signal.SIGINT) if was_stopped else 0
+        speaks = last.block and last.block[0].startswith(b"error: ")
+        heading = [] if speaks else [f"error: {last.describe_end()}\n".encode()]
+        sys.stderr.buffer.write(b"".join([*heading, *last.block]))
+        sys.stderr.flush()
+        return last.exit_code

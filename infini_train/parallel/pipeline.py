@@ -1,0 +1,230 @@
+"""Pipeline stages, and micro-batches run through them by megatron-core's schedules.
+
+Only hidden states travel between stages. Each stage, and each of the virtual stages on a rank, keeps the carried memory
+of its own layers for every micro-batch. One process is the schedule of one stage.
+
+Legend: B lanes of a micro-batch, T tokens of the whole window (t: of this context-parallel rank).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from infini_train.config import ModelConfig, ParallelConfig
+from infini_train.data.lanes import Batch
+from infini_train.model.layers import parallel_config
+from infini_train.model.transformer import ModelState, Stage, Transformer
+from infini_train.parallel import device
+from infini_train.parallel.context import ContextRanks
+from infini_train.parallel.mesh import Place
+
+StageState = tuple[ModelState | None, ...]  # what one stage carries, a state a micro-batch
+Carried = tuple[StageState, ...]  # of all stages on this rank
+Forward = Callable[..., tuple[Tensor, ModelState]]  # (stage number on this rank, *inputs of Transformer.forward)
+
+
+class MicroBatch(NamedTuple):
+    """Lanes of one forward, over the whole window; marks stay on the host, to make grids from."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    starts_BT: Tensor
+    weights_BT: Tensor
+
+
+def cut_micro_batches(batch: Batch, count: int) -> list[MicroBatch]:
+    """Consecutive lanes, the same ones in every window."""
+    arrays = (batch.tokens_BT, batch.labels_BT, batch.starts_BT, batch.weights_BT)
+    parts = [torch.from_numpy(array).chunk(count) for array in arrays]
+    return [MicroBatch(*part) for part in zip(*parts, strict=True)]
+
+
+def divide_layers(num_layers: int, stages: int) -> list[range]:
+    """Consecutive layers of each stage; the first stages take one more where they don't divide evenly."""
+    each, more = divmod(num_layers, stages)
+    edges = [stage * each + min(stage, more) for stage in range(stages + 1)]
+    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+
+
+def find_stages(num_layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[Stage]:
+    """The stages on a pipeline rank: its turn in every round of the interleaved order."""
+    count = parallel.pipeline_size * parallel.virtual_stages
+    layers = divide_layers(num_layers, count)
+    return [
+        Stage(layers[number].start, layers[number].stop, number == 0, number == count - 1)
+        for number in range(pipeline_rank, count, parallel.pipeline_size)
+    ]
+
+
+class Stages(nn.Module):
+    """This rank's stages of the model.
+
+    Args:
+        model: shapes and attention variant.
+        parallel: sizes.
+        place: of this rank.
+        dtype: of parameters and of what travels between stages.
+        recompute_layers: see `Transformer`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig | None = None,
+        place: Place | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.parallel, self.place = model, parallel or ParallelConfig(), place or Place()
+        self.dtype = dtype
+        self.before_backward: Callable[[], object] | None = None  # called when a micro-batch's backward begins
+        ranks = ContextRanks(parallel_state.get_context_parallel_group()) if self.place.context[1] > 1 else None
+        layers = parallel_config(sequence_parallel=self.parallel.sequence_parallel)
+        self.stages = nn.ModuleList(
+            Transformer(model, layers, stage=stage, ranks=ranks, recompute_layers=recompute_layers)
+            for stage in find_stages(model.num_layers, self.parallel, self.place.pipeline[0])
+        )
+        config = _schedule_config(model, self.parallel, dtype)
+        self.slots = [_Slot(number, config) for number in range(len(self.stages))]
+
+    def transformers(self) -> list[Transformer]:
+        """The stages in the order in which a micro-batch meets them."""
+        return list(self.stages)  # type: ignore[arg-type]
+
+    def named_globally(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by the names they have in the whole model."""
+        for stage in self.stages:
+            yield from stage.named_parameters()
+
+    def forward(self, stage: int, *inputs: Any) -> tuple[Tensor, ModelState]:
+        """`Transformer.forward` of one of the stages."""
+        output, state = self.stages[stage](*inputs)
+        if self.before_backward is not None and output.requires_grad:
+            output.register_hook(lambda _: self._announce_backward())
+        return output, state
+
+    def _announce_backward(self) -> None:
+        assert self.before_backward is not None
+        self.before_backward()
+
+    def initial_carried(self, lanes: int, micro_batches: int, carry_memory: bool = True) -> Carried:
+        """What is carried before the first window."""
+        return tuple(
+            tuple(stage.initial_state(lanes) if carry_memory else None for _ in range(micro_batches))
+            for stage in self.transformers()
+        )
+
+
+class _Slot(nn.Module):
+    """What megatron-core's schedules ask of a model: where to put the hidden states that arrive."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, number: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.number, self.config = number, config
+        self.hidden_TBD: Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        self.hidden_TBD = tensors[0]
+
+
+def _schedule_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    interleaved = parallel.virtual_stages > 1
+    return TransformerConfig(
+        num_layers=parallel.pipeline_size * parallel.virtual_stages,  # not asked; it must divide evenly
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        tensor_model_parallel_size=parallel.tensor_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
+        context_parallel_size=parallel.context_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,  # the loss comes divided by the global count of labels
+        # Interleaving with the defaults gave silently wrong losses on gloo, or NaN.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=False,
+        batch_p2p_sync=False,
+    )
+
+
+def run_window(
+    stages: Stages,
+    forward: Forward,
+    micro_batches: Sequence[MicroBatch],
+    carried: Carried,
+    *,
+    loss_scale: float | None = None,
+    begin: Callable[[str, str], None] = lambda phase, detail: None,
+) -> tuple[float, Carried]:
+    """Forward, and backward if `loss_scale` is given, of one window of every lane.
+
+    Args:
+        stages: of this rank.
+        forward: runs one of them: the engine in training, `stages` itself in evaluation.
+        micro_batches: of this rank's lanes.
+        carried: memory before the window.
+        loss_scale: gradients are those of the sum of losses times this; None: no gradients.
+        begin: told of each phase ("forward" or "backward", which includes waiting for other stages) and its details.
+
+    Returns:
+        Sum of the losses (nats) that this rank computed itself (0 on stages that don't predict), and the memory after
+        the window, detached.
+    """
+    rank, ranks = stages.place.context
+    tokens = micro_batches[0].tokens_BT.shape[1] // ranks
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    after: list[list[ModelState | None]] = [[None] * len(micro_batches) for _ in carried]
+    # One grid serves all stages of this rank, whose layers all read the same marks.
+    grids = [
+        stages.transformers()[0].make_grid(batch.starts_BT, batch.weights_BT, state, stages.place.context)
+        for batch, state in zip(micro_batches, carried[0], strict=True)
+    ]
+
+    def step(numbers: Iterator[int], slot: _Slot) -> tuple[Tensor, Callable[..., Any]]:
+        index = next(numbers)
+        which = f"of micro-batch {index + 1} of {len(micro_batches)}"
+        begin("forward", which)
+        stage = stages.transformers()[slot.number]
+        batch = micro_batches[index]
+        inputs = batch.tokens_BT[:, mine].to(device.current()) if stage.stage.embeds else slot.hidden_TBD
+        labels = batch.labels_BT[:, mine].to(device.current()) if stage.stage.predicts else None
+        grid = grids[index].to(device.current())
+        output, state = forward(slot.number, inputs, grid, carried[slot.number][index], labels)
+        after[slot.number][index] = stage.between_windows(state)
+        begin("backward", which)
+        return output, lambda loss_Bt: _scaled(loss_Bt, loss_scale)
+
+    slots = stages.slots
+    numbers = [iter(range(len(micro_batches))) for _ in slots]
+    schedule = get_forward_backward_func()
+    several = len(slots) > 1
+    with device.schedule_scope():
+        sums = schedule(
+            forward_step_func=step,
+            data_iterator=numbers if several else numbers[0],
+            model=slots if several else slots[0],
+            num_microbatches=len(micro_batches),
+            seq_length=tokens * ranks,
+            micro_batch_size=micro_batches[0].tokens_BT.shape[0],
+            forward_only=loss_scale is None,
+        )
+    return sum(value.item() for value in sums), tuple(map(tuple, after))
+
+
+def _scaled(loss_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    total = loss_Bt.sum()
+    count = torch.zeros((), dtype=torch.int, device=total.device)  # unused: the scale has it
+    return total * (loss_scale or 1.0), count, total.detach()

@@ -1,0 +1,219 @@
+"""Real gloo processes: one dies, stops, fails or hangs in mid-operation, and the others end and say which and where."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from infini_train.parallel.watch import Silence, Watch
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 3.0
+MARGIN_S = 7.0  # of a busy machine
+CASES = ("killed", "stopped", "failed", "deadlock", "well", "host killed", "host stopped", "host failed")
+PROGRAM = """\
+import json, os, signal, socket, sys, threading, time, traceback
+import torch  # once, for all the processes that are forked below
+import torch.distributed as dist
+from infini_train.parallel.watch import LostRankError, Watch
+
+folder, timeout_s, *cases = sys.argv[1:]
+
+
+def run_rank(case, rank, listener):
+    "A rank of a world of three; where the case begins with host, rank 0 holds the store, and is the one in trouble."
+    port = listener.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    hosted = case.startswith("host")
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not hosted)
+    mine = {"is_master": True, "master_listen_fd": listener.detach()} if hosted and rank == 0 else {"is_master": False}
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, wait_for_workers=False, **mine), rank=rank,
+                            world_size=3)
+    x = torch.ones(1000)
+    with Watch(rank, 3, float(timeout_s)) as watch:
+        for step in range(10):
+            watch.doing(f"step {step}, all-reduce")
+            if step == 5 and rank == (0 if hosted else 2):
+                with open(f"{folder}/{case}.trouble", "w") as stream:
+                    stream.write(str(time.monotonic()))
+                get_into_trouble(case.split()[-1], watch)
+            dist.all_reduce(x)
+        if rank == 1:
+            for part in range(4):  # longer than the timeout: the others have finished, which is no death
+                watch.doing(f"late {part}")
+                time.sleep(float(timeout_s) / 2)
+    assert threading.active_count() == 1
+    dist.destroy_process_group()
+
+
+def get_into_trouble(kind, watch):
+    time.sleep(1)  # a heartbeat says what comes now
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "failed":
+        raise ValueError("no such lane")
+    if kind == "deadlock":
+        watch.doing("read a slow disk")
+        time.sleep(100)
+
+
+def start(case, rank, listener):
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(f"{folder}/{case}.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    code = 1
+    try:
+        run_rank(case, rank, listener)
+        code = 0
+    except (LostRankError, ValueError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+listeners = {case: socket.create_server(("127.0.0.1", 0)) for case in cases}
+ranks = {start(case, rank, listeners[case]): (case, rank) for case in cases for rank in range(3)}
+stores = []
+for case, listener in listeners.items():
+    host, port = listener.getsockname()
+    if case.startswith("host"):
+        listener.close()
+    else:
+        stores.append(dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
+                                    master_listen_fd=listener.detach()))
+deadline = time.monotonic() + 40
+ends = {}
+while len(ends) < len(ranks):
+    pid, status = os.waitpid(-1, os.WNOHANG)
+    if pid:
+        ends[ranks[pid]] = os.waitstatus_to_exitcode(status), time.monotonic()
+    time.sleep(0.01)
+    for pid, (case, rank) in ranks.items():
+        alone = case.endswith(("stopped", "deadlock")) and sum(other[0] == case for other in ends) == 2
+        if (alone or time.monotonic() > deadline) and (case, rank) not in ends:
+            os.kill(pid, signal.SIGKILL)
+print(json.dumps([[*key, *end] for key, end in ends.items()]))
+"""
+
+
+class End(NamedTuple):
+    """How a rank ended: its exit code, how long after the trouble began, and what it said."""
+
+    code: int
+    seconds: float
+    said: str
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> dict[tuple[str, int], End]:
+    """All cases at once: they mostly wait."""
+    folder = tmp_path_factory.mktemp("watch")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), str(TIMEOUT_S), *CASES],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for case, rank, code, ended in json.loads(done.stdout):
+        trouble = folder / f"{case}.trouble"
+        begin = float(trouble.read_text()) if trouble.exists() else ended
+        found[case, rank] = End(code, ended - begin, (folder / f"{case}.{rank}").read_text())
+    return found
+
+
+def survivors(ends: dict[tuple[str, int], End], case: str, within_s: float) -> list[str]:
+    """The last lines of the ranks that were well, which ended with an error, in time."""
+    troubled = 0 if case.startswith("host") else 2
+    found = [ends[case, rank] for rank in range(3) if rank != troubled]
+    assert [end.code for end in found] == [1, 1], found
+    assert all(end.seconds < within_s for end in found), found
+    return [end.said.splitlines()[-1] for end in found]
+
+
+def test_a_killed_rank_is_named_with_its_operation(ends):
+    assert ends["killed", 2].code == -9
+    for line in survivors(ends, "killed", TIMEOUT_S + MARGIN_S):
+        assert re.match(
+            r"error: .*rank 2 \(.+, process \d+\) stopped answering; last heard of in 'step 5, all-reduce'", line
+        ), line
+        assert line.count("'step 5, all-reduce'") == 2, "the own operation is told too"
+
+
+def test_a_stopped_rank_is_named_with_its_operation(ends):
+    for line in survivors(ends, "stopped", TIMEOUT_S + MARGIN_S):
+        assert re.match(
+            r"error: .*rank 2 \(.+, process \d+\) stopped answering; last heard of in 'step 5, all-reduce'", line
+        )
+
+
+def test_ranks_that_are_blocked_show_where(ends):
+    said = ends["stopped", 0].said
+    assert re.match(r"rank 0 was here:\n  File", said)
+    assert "all_reduce" in said
+    assert len(said.splitlines()) < 25
+
+
+def test_an_exception_is_told_to_the_others(ends):
+    assert ends["failed", 2].said == "error: ValueError: no such lane\n"
+    for line in survivors(ends, "failed", MARGIN_S):
+        assert re.search(r"rank 2 \(.+\) failed in 'step 5, all-reduce': ValueError: no such lane", line), line
+
+
+def test_a_deadlock_tells_what_each_rank_is_doing(ends):
+    for line in survivors(ends, "deadlock", 2 * TIMEOUT_S + MARGIN_S):
+        assert "no rank went on for 3 s" in line
+        assert "rank 0, 1 in 'step 5, all-reduce'; rank 2 in 'read a slow disk'" in line
+
+
+def test_a_rank_that_has_finished_is_not_dead(ends):
+    assert [ends["well", rank][::2] for rank in range(3)] == [(0, "")] * 3
+
+
+@pytest.mark.parametrize("trouble", ["killed", "stopped"])
+def test_a_lost_store_is_named(ends, trouble):
+    for line in survivors(ends, f"host {trouble}", TIMEOUT_S + MARGIN_S):
+        assert re.match(r"error: .*the store in rank 0's process (is gone|did not answer)", line), line
+        assert "'step 5, all-reduce'" in line
+
+
+def test_a_failing_host_of_the_store_is_heard_before_it_leaves(ends):
+    for line in survivors(ends, "host failed", MARGIN_S):
+        assert re.search(r"rank 0 \(.+\) failed in 'step 5, all-reduce': ValueError: no such lane", line), line
+
+
+def test_one_rank_needs_no_thread_and_no_store():
+    before = threading.active_count()
+    with Watch(0, 1, TIMEOUT_S) as watch:
+        watch.doing("step 1")
+        assert threading.active_count() == before
+    with pytest.raises(ValueError, match="stays"), Watch(0, 1, TIMEOUT_S):
+        raise ValueError("stays")
+
+
+def test_an_absence_of_the_watcher_is_no_silence(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("infini_train.parallel.watch.time.monotonic", lambda: now)
+    silence = Silence(limit_s=3.0, interval_s=0.5)
+    assert not silence.lasts(1)
+    now += 1000  # the machine slept
+    assert not silence.lasts(1)
+    for _ in range(3):
+        now += 0.5
+        assert not silence.lasts(1)
+    now += 0.6
+    assert silence.lasts(1)
+    assert not silence.lasts(2)
