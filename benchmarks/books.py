@@ -54,7 +54,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", help="long documents to train on (first time only)")
     parser.add_argument("--validation", help="long documents held out (first time only)")
-    parser.add_argument("--beginning", type=int, help="only so many characters of each training document")
+    parser.add_argument(
+        "--beginning",
+        type=int,
+        help="only so many characters of each training document (first time only; default: all)",
+    )
     parser.add_argument("--order-seed", type=int, default=0, help="order of the documents, the same for all seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/books"))
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=["infini", "local"])

@@ -92,7 +92,7 @@ def main() -> None:
     """Writes results.json, table.md and context_parallel.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384], metavar="TOKENS", help="to measure")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192], metavar="TOKENS", help="to measure")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

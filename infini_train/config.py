@@ -397,6 +397,7 @@ def _check_layout(run: RunConfig) -> None:
         "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
     )
     piece = (model.segment_tokens or 1) * context
+    unit = "model.attention.segment_tokens" + (" x parallel.context_size" if context > 1 else "")
     for name, window in (("train.window_tokens", train.window_tokens), ("eval.window_tokens", run.eval.window_tokens)):
         if window is None:
             continue
@@ -404,8 +405,7 @@ def _check_layout(run: RunConfig) -> None:
         _require(
             window % piece == 0,
             name,
-            f"{window} is not a multiple of model.attention.segment_tokens x parallel.context_size ({piece}); use"
-            f" {f'{lower} or {upper}' if lower else upper}",
+            f"{window} is not a multiple of {unit} ({piece}); use {f'{lower} or {upper}' if lower else upper}",
         )
         _require(
             not parallel.sequence_parallel or window // context % tensor == 0,

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from infini_train.checkpoint import store
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
 from infini_train.config import CheckpointConfig
+
+POLL_S = 1.0
 
 
 class HostBuffers:
@@ -53,6 +56,9 @@ class BackgroundSaver:
         barrier: returns when all ranks have called it. It is called in the thread while the main thread may be in a
             collective, so it needs a process group that nothing else uses, and the patience to wait for the slowest
             rank's files.
+
+    Attributes:
+        on_wait: told every second or so that this rank waits for its thread; for whoever watches the run.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class BackgroundSaver:
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.on_wait: Callable[[str], None] = lambda operation: None
 
     def start(
         self,
@@ -109,7 +116,10 @@ class BackgroundSaver:
             CheckpointError: the last save failed, and nobody was told yet.
         """
         if self._thread is not None:
-            self._thread.join()
+            begin = time.monotonic()
+            while self._thread.is_alive():
+                self._thread.join(POLL_S)
+                self.on_wait(f"waiting for a checkpoint to be written, {time.monotonic() - begin:.0f} s")
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:

@@ -21,9 +21,12 @@ def prepare() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler's own remarks
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     warnings.filterwarnings("ignore", module="megatron|deepspeed")
+    # torch 2.13 renamed collectives that megatron-core 0.16 calls by their old names
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
 

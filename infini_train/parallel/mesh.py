@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from infini_train.config import ConfigError, ParallelConfig
 from infini_train.parallel import device
 
-
 BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint
 _background: dist.ProcessGroup | None = None
 
@@ -40,9 +39,11 @@ class Place(NamedTuple):
         return self.context[0] > 0 or self.data[0] > 0
 
     def describe(self) -> str:
-        """"rank 3 (tensor 1 of 2, pipeline 1 of 2)"."""
+        """As in: rank 3 (tensor 1 of 2, pipeline 1 of 2)."""
         ways = ("tensor", "pipeline", "context", "data")
-        parts = [f"{way} {getattr(self, way)[0]} of {getattr(self, way)[1]}" for way in ways if getattr(self, way)[1] > 1]
+        parts = [
+            f"{way} {getattr(self, way)[0]} of {getattr(self, way)[1]}" for way in ways if getattr(self, way)[1] > 1
+        ]
         return f"rank {self.world[0]}" + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -68,7 +69,7 @@ def start(parallel: ParallelConfig | None = None) -> Place:
     device.set_current()
     device.stand_in_for_cuda()
     if not dist.is_initialized():
-        timeout = timedelta(seconds=parallel.timeout_s)
+        timeout = timedelta(seconds=2 * parallel.timeout_s)  # the watch speaks first, and says more
         if size == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
             dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
@@ -82,7 +83,7 @@ def start(parallel: ParallelConfig | None = None) -> Place:
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         context_parallel_size=parallel.context_size,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=parallel.timeout_s / 60,  # it makes a timedelta of it: fractions are fine
+        distributed_timeout_minutes=parallel.timeout_s / 30,  # it makes a timedelta of it: fractions are fine
     )
     return place()
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from infini_train.config import OptimConfig, ParallelConfig
 from infini_train.parallel.mesh import ModelParallelUnit
-from infini_train.parallel.pipeline import Stages
 
-# On CPU DeepSpeed would compile a shared-memory collective with the machine's compiler at the first start; gloo does
-# without.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Asked for, this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory
+# collective would be compiled at the first start; gloo does without.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, in fp32
 
@@ -44,7 +43,9 @@ class Engine:
     whose gradients are not finite changes nothing; its norm tells.
 
     Args:
-        stages: this rank's part of the model, in fp32 on the device; cast to bf16 here if `precision` says so.
+        model: this rank's part of it, in fp32 on the device; cast to bf16 here if `precision` says so. Its attribute
+            `before_backward`, if it has one, is set to what must be called when a micro-batch's backward begins.
+        named: its parameters by their global names.
         groups: AdamW parameter groups.
         optim: AdamW's settings, and the global gradient norm above which gradients are scaled down.
         parallel: ZeRO stage, offload.
@@ -54,7 +55,8 @@ class Engine:
 
     def __init__(
         self,
-        stages: Stages,
+        model: nn.Module,
+        named: Iterable[tuple[str, nn.Parameter]],
         groups: list[dict[str, Any]],
         *,
         optim: OptimConfig,
@@ -62,7 +64,7 @@ class Engine:
         precision: str,
         micro_batch_lanes: int,
     ) -> None:
-        self.names = {parameter: name for name, parameter in stages.named_globally()}
+        self.names = {parameter: name for name, parameter in named}
         # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
         self.stage = 2 if precision == "bf16" and parallel.zero_stage == 1 else parallel.zero_stage
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
@@ -80,9 +82,10 @@ class Engine:
             "data_types": {"grad_accum_dtype": "fp32"},
         }
         adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-        self._engine, *_ = deepspeed.initialize(model=stages, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
-        # DeepSpeed resets this mark in each forward only, but a pipeline runs forwards ahead of their backwards.
-        stages.before_backward = self._zero.clear_backward_seen_flag
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
+        if hasattr(model, "before_backward"):
+            # DeepSpeed resets this mark in each forward only, but a pipeline runs forwards ahead of their backwards.
+            model.before_backward = self._zero.clear_backward_seen_flag
 
     @property
     def _zero(self) -> Any:

@@ -14,9 +14,14 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once."""
+    """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
 
-    def __init__(self) -> None:
+    Args:
+        speaks: whether this process confirms a signal on the console.
+    """
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._speaks = speaks
         self.received: str | None = None  # the signal's name
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -42,5 +47,7 @@ class StopRequest:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if not self._speaks:
+            return
         with contextlib.suppress(OSError):  # print is not safe here, and the terminal may be gone
             os.write(2, f"\n{self.received}: saving after this step\n".encode())

@@ -12,6 +12,7 @@ from infini_train.config import ParallelConfig, RunConfig
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device, mesh
+from infini_train.parallel.watch import Watch
 from infini_train.train.interrupt import Stopped, StopRequest
 from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
@@ -28,17 +29,36 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         NonFiniteError: the loss is no longer a number; the last checkpoint stays.
         Stopped: a signal asked for it; a checkpoint of the last step is there.
     """
-    notify = notify if mesh.world()[0] == 0 else ignore
-    session = open_session(config, notify)
+    first = mesh.world()[0] == 0
+    notify = notify if first else ignore
+    with Watch(*mesh.world(), config.parallel.timeout_s) as watch:
+        watch.doing("opening the run")
+        session = open_session(config, notify)
+        announce(session, notify)
+        with hold_folder(session), StopRequest(speaks=first) as stop:
+            run_steps(session, stop, watch.doing)
+    total = session.config.train.total_steps
+    if stop.received and session.step < total:
+        notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
+        raise Stopped(stop.received)
+    return session
+
+
+def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None]) -> None:
+    """Step by step to the end of the budget, or to a signal; tells `doing` what it is about."""
     config, total = session.config, session.config.train.total_steps
-    announce(session, notify)
-    with hold_folder(session), StopRequest() as stop, Metrics(session, total) as metrics, session.saver:
+    session.saver.on_wait = doing
+
+    def tell(operation: str) -> None:
+        doing(f"step {session.step + 1}, {operation}")
+
+    with Metrics(session, total) as metrics, session.saver:
         clock = Clock(session)
         for batch, lanes in session.batches() if session.step < total else ():
             rates = learning_rates(session.step, total, config.optim)
             clock.start_step()
             with profiled(session):
-                result = train_step(session.stages, session.engine, batch, session.carried, rates)
+                result = train_step(session.stages, session.engine, batch, session.carried, rates, tell)
             session.advance(result.states, lanes)
             clock.end_step(result)
             metrics.tick()
@@ -51,14 +71,11 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
             if last or config.checkpoint.is_due(session.step):
                 save_session(session, metrics.say)
             if stop.received is None and is_validation_due(session):
-                report_validation(session, metrics, stop)
+                report_validation(session, metrics, stop, doing)
+            doing(f"step {session.step + 1}, waiting for data")
             clock.pause()
             if last:
                 break
-    if stop.received and session.step < total:
-        notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
-        raise Stopped(stop.received)
-    return session
 
 
 def ignore(line: str) -> None:
@@ -133,16 +150,14 @@ def announce(session: Session, notify: Callable[[str], None]) -> None:
 
 
 def describe_layout(parallel: ParallelConfig) -> str:
-    """", 4 processes (tensor 2 x context 2, ZeRO 1)"; nothing for one process."""
+    """As in: 4 processes (tensor 2 x context 2, ZeRO 1), behind a comma; nothing for one process."""
     ways = ("tensor", "pipeline", "context", "data")
     sizes = {way: getattr(parallel, f"{way}_size") for way in ways}
     parts = " x ".join(f"{way} {size}" for way, size in sizes.items() if size > 1)
     return f", {math.prod(sizes.values())} processes ({parts}, ZeRO {parallel.zero_stage})" if parts else ""
 
 
-def report_step(
-    session: Session, metrics: Metrics, clock: Clock, result: StepResult, rates: dict[str, float]
-) -> None:
+def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepResult, rates: dict[str, float]) -> None:
     """Numbers of the interval since the last report; all ranks call it together."""
     config, step = session.config, session.step
     found = Perplexity(result.loss, math.nan, result.labels, result.n_bytes, 0)
@@ -181,7 +196,7 @@ def is_validation_due(session: Session) -> bool:
     return every is not None and (session.step % every == 0 or session.step == session.config.train.total_steps)
 
 
-def report_validation(session: Session, metrics: Metrics, stop: StopRequest) -> None:
+def report_validation(session: Session, metrics: Metrics, stop: StopRequest, doing: Callable[[str], None]) -> None:
     """Perplexity of held-out text, with a memory of its own; given up when a signal asks to stop."""
     config = session.config
     assert session.validation is not None
@@ -193,6 +208,7 @@ def report_validation(session: Session, metrics: Metrics, stop: StopRequest) -> 
         window_tokens=config.eval.window_tokens or config.train.window_tokens,
         max_tokens=config.eval.max_tokens,
         carry_memory=config.train.carry_memory,
+        on_progress=lambda tokens: doing(f"validation at step {session.step}, a window of {tokens} tokens is done"),
         gives_up=lambda: stop.received is not None,
     )
     if found is None:

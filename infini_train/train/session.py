@@ -75,13 +75,13 @@ def open_dataset(folder: str, field: str, config: RunConfig) -> Dataset:
     if dataset.manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the {dataset.manifest.vocab_size} token ids"
-            f" of {folder} ({field}); set it to {dataset.manifest.vocab_size} or more"
+            f" of {folder} ({field}); pass --set model.vocab_size={dataset.manifest.vocab_size} (or more)"
         )
     return dataset
 
 
 def open_session(config: RunConfig, notify: Notify) -> Session:
-    """Builds this rank's part of model, engine and data, and continues from the run's newest checkpoint if there is one.
+    """Builds this rank's part of model, engine and data; continues from the run's newest checkpoint if there is one.
 
     All ranks call it together; rank 0 alone looks for the checkpoint, verifies it, and writes into the run's folder.
 
@@ -152,7 +152,7 @@ def _agree_on(checkpoint: Checkpoint | None, config: RunConfig) -> Checkpoint | 
     step = round(mesh.sum_over_world([0.0 if checkpoint is None else checkpoint.step + 1.0])[0]) - 1
     if step < 0 or checkpoint is not None:
         return checkpoint
-    return store.open_checkpoint(config.directory / store.FOLDER / f"step-{step:08d}", verify=False)
+    return store.open_checkpoint(store.find_step(config.directory, step), verify=False)
 
 
 def _build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[Stages, Engine, int]:
@@ -168,6 +168,7 @@ def _build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[
     parameters = count_parameters(stages)
     engine = Engine(
         stages.to(device.current()),
+        stages.named_globally(),
         parameter_groups(stages.named_globally(), config.optim),
         optim=config.optim,
         parallel=config.parallel,
@@ -179,8 +180,10 @@ def _build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[
 
 def count_parameters(stages: Stages) -> int:
     """Of the whole model; all ranks call it together."""
-    owned = 0 if stages.place.is_replica else sum(
-        parameter.numel() for _, parameter in stages.named_globally() if find_slice(parameter).owned
+    owned = (
+        0
+        if stages.place.is_replica
+        else sum(parameter.numel() for _, parameter in stages.named_globally() if find_slice(parameter).owned)
     )
     return round(mesh.sum_over_world([float(owned)])[0])
 

@@ -15,7 +15,7 @@ from infini_train.parallel.pipeline import Carried, Stages, cut_micro_batches, r
 from infini_train.parallel.zero import Engine
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ArithmeticError):
     """A step without a finite loss and gradients; weights and memory are as they were before it."""
 
 

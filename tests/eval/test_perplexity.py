@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from infini_train.eval.perplexity import evaluate_perplexity, unigram_entropy
+from infini_train.parallel.pipeline import Stages
 
 LENGTHS = (5, 29, 40, 3, 61, 0, 22)
 TOKENS = sum(length + 1 for length in LENGTHS)  # each document also predicts its end
@@ -15,6 +16,13 @@ TOKENS = sum(length + 1 for length in LENGTHS)  # each document also predicts it
 @pytest.fixture(scope="module")
 def dataset(tools, tmp_path_factory):
     return tools.write(tmp_path_factory.mktemp("eval") / "data", LENGTHS)
+
+
+def evaluate(model, dataset, **options):
+    """Perplexity of a whole model."""
+    stages = Stages(model.config)
+    stages.stages[0] = model
+    return evaluate_perplexity(stages, dataset, **options)
 
 
 def loss_in_one_pass(model, dataset) -> float:
@@ -38,7 +46,7 @@ def test_streaming_equals_one_pass(variant, window_tokens, dataset, tools):
     if variant == "full" and window_tokens < TOKENS:
         window_tokens = 256
     model = tools.build(variant)
-    found = evaluate_perplexity(model, dataset, lanes=1, window_tokens=window_tokens)
+    found = evaluate(model, dataset, lanes=1, window_tokens=window_tokens)
     assert found.loss == pytest.approx(loss_in_one_pass(model, dataset), rel=1e-5)
     assert (found.tokens, found.documents) == (TOKENS, len(LENGTHS))
 
@@ -48,8 +56,8 @@ def test_documents_side_by_side_equal_one_after_the_other(variant, lanes, tools,
     """Documents that fill whole segments begin at the same phase of the grid in every lane."""
     dataset = tools.write(tmp_path / "data", (7, 31, 15, 23, 7, 39, 15))
     model = tools.build(variant)
-    stream = evaluate_perplexity(model, dataset, lanes=1, window_tokens=256)
-    batch = evaluate_perplexity(model, dataset, lanes=lanes, window_tokens=256)
+    stream = evaluate(model, dataset, lanes=1, window_tokens=256)
+    batch = evaluate(model, dataset, lanes=lanes, window_tokens=256)
     assert batch.loss == pytest.approx(stream.loss, rel=1e-5)
     assert batch.unigram_entropy == pytest.approx(stream.unigram_entropy)
     assert (batch.tokens, batch.documents, batch.n_bytes) == (stream.tokens, stream.documents, stream.n_bytes)
@@ -58,9 +66,7 @@ def test_documents_side_by_side_equal_one_after_the_other(variant, lanes, tools,
 @pytest.mark.parametrize(("lanes", "window_tokens"), [(1, 8), (3, 64), (5, 16), (20, 8)])
 def test_padding_never_counts(lanes, window_tokens, dataset, tools):
     seen: list[int] = []
-    found = evaluate_perplexity(
-        tools.build("delta"), dataset, lanes=lanes, window_tokens=window_tokens, on_progress=seen.append
-    )
+    found = evaluate(tools.build("delta"), dataset, lanes=lanes, window_tokens=window_tokens, on_progress=seen.append)
     assert found.tokens == sum(seen) == TOKENS
     assert found.documents == len(LENGTHS)
     assert found.n_bytes == pytest.approx(2 * sum(LENGTHS))
@@ -72,7 +78,7 @@ def test_a_model_that_knows_nothing_has_loss_ln_v(lanes, dataset, tools):
     model = tools.build("linear")
     with torch.no_grad():
         model.head.weight.zero_()
-    found = evaluate_perplexity(model, dataset, lanes=lanes, window_tokens=16)
+    found = evaluate(model, dataset, lanes=lanes, window_tokens=16)
     assert found.loss == pytest.approx(math.log(259), rel=1e-6)
     assert found.perplexity == pytest.approx(259, rel=1e-5)
 
@@ -80,23 +86,22 @@ def test_a_model_that_knows_nothing_has_loss_ln_v(lanes, dataset, tools):
 def test_forgetting_at_each_window_differs(dataset, tools):
     model = tools.build("linear")
     carried, forgotten = (
-        evaluate_perplexity(model, dataset, lanes=1, window_tokens=8, carry_memory=carry).loss
-        for carry in (True, False)
+        evaluate(model, dataset, lanes=1, window_tokens=8, carry_memory=carry).loss for carry in (True, False)
     )
-    alone = evaluate_perplexity(tools.build("local"), dataset, lanes=1, window_tokens=8).loss
+    alone = evaluate(tools.build("local"), dataset, lanes=1, window_tokens=8).loss
     assert abs(carried - forgotten) > 1e-3
     assert forgotten == pytest.approx(alone, rel=1e-5), "windows of one segment without memory are local attention"
 
 
 def test_max_tokens_stops_early(dataset, tools):
-    found = evaluate_perplexity(tools.build("local"), dataset, lanes=2, window_tokens=8, max_tokens=30)
+    found = evaluate(tools.build("local"), dataset, lanes=2, window_tokens=8, max_tokens=30)
     assert 30 <= found.tokens < 30 + 2 * 8
     assert found.documents <= len(LENGTHS)
 
 
 def test_the_models_mode_and_gradients_are_left_alone(dataset, tools):
     model = tools.build("delta").train()
-    evaluate_perplexity(model, dataset, lanes=2, window_tokens=8)
+    evaluate(model, dataset, lanes=2, window_tokens=8)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -123,5 +128,5 @@ def test_unigram_entropy_is_that_of_the_labels(dataset, tools):
     for document, length in enumerate(LENGTHS):
         labels += [*dataset.read(document, 0, length).tolist(), dataset.manifest.eos_id]
     share = [labels.count(token) / len(labels) for token in set(labels)]
-    found = evaluate_perplexity(tools.build("local"), dataset, lanes=3, window_tokens=16)
+    found = evaluate(tools.build("local"), dataset, lanes=3, window_tokens=16)
     assert found.unigram_entropy == pytest.approx(-sum(p * math.log(p) for p in share))

@@ -102,7 +102,7 @@ def rotate_by_hand(x_BHTD, theta):
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "value_head_dim": 12}], ids=str)
 def test_full_attention_is_the_textbook(changes, tools):
     config = tools.tiny("full", rope_theta=500.0, **changes)
-    attention = tools.build(config).layers[0].attention
+    attention = tools.build(config).layers["0"].attention
     assert isinstance(attention, FullAttention)
     with torch.no_grad():
         for parameter in attention.parameters():

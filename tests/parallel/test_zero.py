@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infini_train.config import InfiniConfig, ModelConfig, OptimConfig
+from infini_train.config import InfiniConfig, ModelConfig, OptimConfig, ParallelConfig
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
@@ -44,11 +44,11 @@ def build_engine(model: nn.Module, precision: str = "fp32"):
 
     return Engine(
         model,
-        parameter_groups(model, OPTIM),
+        model.named_parameters(),
+        parameter_groups(model.named_parameters(), OPTIM),
+        optim=OPTIM,
+        parallel=ParallelConfig(),
         precision=precision,
-        betas=(OPTIM.beta1, OPTIM.beta2),
-        eps=OPTIM.eps,
-        clip_norm=OPTIM.clip_norm,
         micro_batch_lanes=2,
     )
 
@@ -63,14 +63,16 @@ def test_steps_equal_torch_adamw_with_clipping():
     """Three micro-batches a step; the loss is scaled so that some steps are clipped and some are not."""
     model, plain = build_model(), build_model()
     engine = build_engine(model)
-    adamw = torch.optim.AdamW(parameter_groups(plain, OPTIM), betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    adamw = torch.optim.AdamW(
+        parameter_groups(plain.named_parameters(), OPTIM), betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps
+    )
     clipped = []
     for step in range(6):
         rates = RATES[step % 2]
         for micro in range(3):
             inputs = draw_inputs(model, 10 * step + micro)
             scale = (1.0, 0.01)[step % 2]
-            engine.backward(engine(*inputs)[0].mean() * scale)
+            (engine(*inputs)[0].mean() * scale).backward()
             (plain(*inputs)[0].mean() * scale).backward()
         norm = engine.step(rates)
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), OPTIM.clip_norm).item()
@@ -107,7 +109,7 @@ def test_shards_cover_every_parameter_once(precision):
 
 def train_steps(engine, model, steps: range) -> None:
     for step in steps:
-        engine.backward(engine(*draw_inputs(model, step))[0].mean())
+        (engine(*draw_inputs(model, step))[0].mean()).backward()
         engine.step(RATES[0])
 
 
@@ -163,7 +165,7 @@ def test_bf16_follows_fp32():
         found = []
         for _ in range(12):
             loss = engine(*draw_inputs(model, 0))[0].mean()
-            engine.backward(loss)
+            loss.backward()
             engine.step(RATES[0])
             found.append(loss.item())
         losses[precision] = found
@@ -190,7 +192,7 @@ def test_gradients_of_micro_batches_are_summed_in_fp32():
         dtype = next(model.parameters()).dtype
         for micro in range(65):
             value = 1.0 if micro == 0 else 2.0**-10
-            engine.backward(engine(torch.full((16, 16), value, dtype=dtype)))
+            (engine(torch.full((16, 16), value, dtype=dtype))).backward()
         norm = engine.step(RATES[0])
         assert norm == pytest.approx(16 * (1 + 64 * 2.0**-10), rel=1e-5), precision
 
@@ -201,14 +203,14 @@ def test_a_step_with_bad_gradients_changes_nothing(precision, value):
     model = Scale()
     engine = build_engine(model, precision)
     dtype = next(model.parameters()).dtype
-    engine.backward(engine(torch.ones(16, 16, dtype=dtype)))
+    (engine(torch.ones(16, 16, dtype=dtype))).backward()
     engine.step(RATES[0])
     before = [shard.values.clone() for shard in engine.shards()]
     bad = torch.ones(16, 16, dtype=dtype)
     bad[3, 3] = value
-    engine.backward(engine(bad))
+    (engine(bad)).backward()
     assert not math.isfinite(engine.step(RATES[0]))
     assert all(torch.equal(shard.values, old) for shard, old in zip(engine.shards(), before, strict=True))
     assert engine.optimizer_steps() == 1
-    engine.backward(engine(torch.ones(16, 16, dtype=dtype)))
+    (engine(torch.ones(16, 16, dtype=dtype))).backward()
     assert engine.step(RATES[0]) == pytest.approx(16.0), "nothing of the bad gradients is left"

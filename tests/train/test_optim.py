@@ -70,7 +70,10 @@ def test_groups_hold_every_parameter_once():
 
 
 def test_a_model_without_gates_has_no_group_of_them():
-    assert [group["name"] for group in parameter_groups(nn.Linear(3, 4).named_parameters(), OptimConfig())] == ["matrices", "vectors"]
+    assert [group["name"] for group in parameter_groups(nn.Linear(3, 4).named_parameters(), OptimConfig())] == [
+        "matrices",
+        "vectors",
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

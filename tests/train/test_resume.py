@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from infini_train.checkpoint import store
 from infini_train.config import ConfigError
 from infini_train.train.interrupt import Stopped
 from infini_train.train.loop import train
-from infini_train.checkpoint import store
 from infini_train.train.session import Session, open_session, save_session
 
 STEPS, STOP = 6, 3

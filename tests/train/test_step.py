@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.data.lanes import IGNORED, Batch
-from infini_train.train.optim import learning_rates
 from infini_train.checkpoint import store
-from infini_train.train.session import Session, open_session, save_session
+from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel.pipeline import cut_micro_batches
+from infini_train.train.optim import learning_rates
+from infini_train.train.session import Session, open_session, save_session
 from infini_train.train.step import NonFiniteError, train_step
 
 LANES, WINDOW = 4, 32
