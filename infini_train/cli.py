@@ -14,6 +14,8 @@ from pathlib import Path
 from infini_train import __version__
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.config import ConfigError, config_roots, load_run
+from infini_train.plan.command import add_command as add_plan_command
+from infini_train.selftest.commands import add_command as add_selftest_command
 
 DESCRIPTION = "Pretrain and evaluate language models with compressive memory (Infini-attention)."
 EPILOG = """\
@@ -24,6 +26,7 @@ examples:
   infini-train eval runs/demo --data runs/demo/data/validation --stream
   infini-train generate runs/demo --prompt "def main("
   infini-train checkpoint verify runs/demo
+  infini-train plan 125m --world-size 8 --set parallel.tensor_size=2    what each rank would hold
 
 A run goes on where it stopped: give the same command again. Text is prepared by infini-data (infini-data --help).
 Each command has a help of its own: infini-train train --help
@@ -114,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a model, or continue a run"))
     _add_eval(commands.add_parser("eval", help="perplexity of held-out text, at any length in constant memory"))
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
+    add_plan_command(commands.add_parser("plan", help="what each rank of a layout would hold, without the cluster"))
     add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
+    add_selftest_command(commands.add_parser("selftest", help="every parallel layout against one process, here"))
     _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
     return parser
 

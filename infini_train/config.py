@@ -345,7 +345,8 @@ class RunConfig:
             f"{decay} steps after {warmup} of warm-up don't fit into a run of {self.train.total_steps}",
         )
 
-        _check_layout(self)
+        _check_model_layout(self)
+        _check_batch_layout(self)
 
     @property
     def lanes_per_rank(self) -> int:
@@ -362,9 +363,9 @@ class RunConfig:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
 
-def _check_layout(run: RunConfig) -> None:
-    """Whether model and batch can be divided as `parallel` asks; whatever could not work is refused here, by name."""
-    model, train, parallel = run.model, run.train, run.parallel
+def _check_model_layout(run: RunConfig) -> None:
+    """Whether the model can be divided as `parallel` asks; whatever could not work is refused here, by name."""
+    model, parallel = run.model, run.parallel
     tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
     for name in ("num_heads", "ffn_size", "vocab_size"):
         value = getattr(model, name)
@@ -396,6 +397,12 @@ def _check_layout(run: RunConfig) -> None:
         "parallel.context_size",
         "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
     )
+
+
+def _check_batch_layout(run: RunConfig) -> None:
+    """The same for windows and lanes."""
+    model, train, parallel = run.model, run.train, run.parallel
+    tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
     piece = (model.segment_tokens or 1) * context
     unit = "model.attention.segment_tokens" + (" x parallel.context_size" if context > 1 else "")
     for name, window in (("train.window_tokens", train.window_tokens), ("eval.window_tokens", run.eval.window_tokens)):

@@ -25,9 +25,11 @@ ROOMS = {
     "checkpoint": {"parallel", *MODEL},
     "eval": STACK,
     "train": {"eval", *STACK},  # validation inside the loop
+    "selftest": {"launcher", "train", "eval", *STACK},
+    "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "demo", "train", "eval", *STACK},
+    "cli": {"launcher", "selftest", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
     "data_tools": {"data", "config"},

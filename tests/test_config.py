@@ -51,7 +51,7 @@ def test_defaults_are_filled_in(base: Path) -> None:
     config = load_run(str(base))
     assert config.model.kv_heads == 4
     assert config.model.key_dim == config.model.value_dim == 16
-    assert config.train.micro_lanes == 4
+    assert config.micro_lanes == 4
     assert config.train.tokens_per_step == 512
     assert config.directory == Path("runs/run")
 
@@ -63,7 +63,7 @@ WRONG = {
         "model.attention.segment_token=8",
         "model.attention.segment_token: unknown key; did you mean segment_tokens?",
     ),
-    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, validation"),
+    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, validation, order_seed"),
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
     "variant without its kind": ("model.attention=null", "model.attention"),
@@ -91,7 +91,7 @@ WRONG = {
     "heads that don't divide": ("model.num_heads=3", "model.num_heads: 3 heads don't divide hidden_size 64"),
     "kv heads that don't divide": ("model.num_kv_heads=3", "model.num_kv_heads: 3 key-value heads can't share 4"),
     "odd head": ("model.head_dim=7", "model.head_dim: rotary embedding needs an even size, not 7"),
-    "lanes that don't divide": ("train.micro_batch_lanes=3", "train.micro_batch_lanes: 4 lanes can't be cut"),
+    "lanes that don't divide": ("train.micro_batch_lanes=3", "train.micro_batch_lanes: the 4 lanes of a data-parallel rank"),
     "validation without data": ("eval.every_steps=5", "data.validation: is needed because eval.every_steps is set"),
     "endless warm-up": ("optim.warmup_steps=20", "optim.warmup_steps: 20 warm-up steps don't fit into a run of 20"),
     "endless decay": (
@@ -282,7 +282,7 @@ def leaves(value: Any) -> list[Any]:
 def test_everything_is_frozen(base: Path) -> None:
     config = load_run(str(base))
     sections = leaves(config)
-    assert len(sections) == 9
+    assert len(sections) == 10
     for section in sections:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, dataclasses.fields(section)[0].name, 1)

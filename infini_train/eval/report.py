@@ -45,6 +45,20 @@ def find_validation(config: RunConfig, run_dir: Path) -> Path:
     return found
 
 
+def _choose_window(config: RunConfig, window_tokens: int | None, stream: bool) -> int:
+    """The window asked for, or that of training; a few segments of a stream."""
+    segment = config.model.segment_tokens
+    default = STREAM_SEGMENTS * segment if stream and segment else config.train.window_tokens
+    window = window_tokens or default
+    if segment and window % segment:
+        lower, upper = window // segment * segment, (window // segment + 1) * segment
+        near = f"{lower} or {upper}" if lower else str(upper)
+        raise ConfigError(
+            f"--window-tokens: {window} is not a multiple of the model's segment of {segment} tokens; use {near}"
+        )
+    return window
+
+
 def evaluate_run(
     trained: Trained,
     data: str | None,
@@ -69,15 +83,7 @@ def evaluate_run(
         raise ConfigError(
             f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
         )
-    segment = trained.config.model.segment_tokens
-    default = STREAM_SEGMENTS * segment if stream and segment else trained.config.train.window_tokens
-    window = window_tokens or default
-    if segment and window % segment:
-        lower, upper = window // segment * segment, (window // segment + 1) * segment
-        near = f"{lower} or {upper}" if lower else str(upper)
-        raise ConfigError(
-            f"--window-tokens: {window} is not a multiple of the model's segment of {segment} tokens; use {near}"
-        )
+    window = _choose_window(trained.config, window_tokens, stream)
     begin = time.perf_counter()
     total = dataset.manifest.tokens + dataset.manifest.documents
     with tqdm(total=min(total, max_tokens or total), unit="tok", unit_scale=True, leave=False, disable=None) as bar:

@@ -43,6 +43,14 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def describe() -> str:
+    """The device of this rank in words, with the versions that matter."""
+    if not torch.cuda.is_available():
+        return "CPU"
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{torch.cuda.get_device_name(current())} (CUDA {torch.version.cuda}, NCCL {nccl})"
+
+
 def set_current() -> None:
     """Makes this rank's device the default of CUDA calls; nothing to do on CPU."""
     if torch.cuda.is_available():

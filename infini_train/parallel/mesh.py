@@ -77,6 +77,23 @@ def start(parallel: ParallelConfig | None = None) -> Place:
             global _background
             _background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
     stop_layout()
+    _join_layout(parallel)
+    return place()
+
+
+def pretend(parallel: ParallelConfig, rank: int, world_size: int) -> Place:
+    """The place of a rank among processes that don't exist, to build its part of a model on the meta device.
+
+    Leaves the groups that this process was in. Those it joins are torch's fake ones: collectives return at once.
+    """
+    device.stand_in_for_cuda()
+    stop()
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
+    _join_layout(parallel)
+    return place()
+
+
+def _join_layout(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
@@ -85,7 +102,6 @@ def start(parallel: ParallelConfig | None = None) -> Place:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.timeout_s / 30,  # it makes a timedelta of it: fractions are fine
     )
-    return place()
 
 
 def place() -> Place:
@@ -102,8 +118,12 @@ def place() -> Place:
 
 def stop_layout() -> None:
     """Leaves megatron-core's groups; the processes stay connected."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups = parallel_state._global_process_group_list[1:]  # the first stands for the world
+    parallel_state.destroy_model_parallel()  # forgets them only: their threads and sockets would add up
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def stop() -> None:
@@ -119,6 +139,18 @@ def background_barrier() -> None:
     """Returns when all processes have called it. For one background thread: nothing else uses its process group."""
     if _background is not None:
         dist.barrier(_background)
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text (at most 4096 bytes of UTF-8) on all ranks."""
+    if dist.get_world_size() == 1:
+        return text
+    sent = torch.zeros(4096, dtype=torch.uint8, device=device.current())
+    if dist.get_rank() == 0:
+        data = text.encode()
+        sent[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    dist.broadcast(sent, 0)
+    return bytes(sent.tolist()).rstrip(b"\0").decode()
 
 
 def sum_over_world(values: list[float]) -> list[float]:

@@ -207,15 +207,12 @@ def run_window(
         begin("backward", which)
         return output, lambda loss_Bt: _scaled(loss_Bt, loss_scale)
 
-    slots = stages.slots
-    numbers = [iter(range(len(micro_batches))) for _ in slots]
-    schedule = get_forward_backward_func()
-    several = len(slots) > 1
+    numbers = [iter(range(len(micro_batches))) for _ in stages.slots]
     with device.schedule_scope():
-        sums = schedule(
+        sums = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=numbers if several else numbers[0],
-            model=slots if several else slots[0],
+            data_iterator=numbers if len(numbers) > 1 else numbers[0],
+            model=stages.slots if len(numbers) > 1 else stages.slots[0],
             num_microbatches=len(micro_batches),
             seq_length=tokens * ranks,
             micro_batch_size=micro_batches[0].tokens_BT.shape[0],

@@ -102,6 +102,10 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def close(self) -> None:
+        """Lets go of hooks and buffers, so that another engine can follow in this process."""
+        self._engine.destroy()
+
     def gathered(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
         """Inside, these parameters have their values; all ranks call it together."""
         return deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else contextlib.nullcontext()

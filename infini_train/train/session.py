@@ -105,7 +105,7 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     place = mesh.start(config.parallel)
     checkpoint = _agree_on(checkpoint, config)
     origin = _open_origin(config, dataset) if checkpoint is None and config.train.init_from else None
-    stages, engine, parameters = _build(config, place, origin)
+    stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
     train, order_seed = config.train, config.data.order_seed
     reader = LaneReader(
@@ -155,7 +155,8 @@ def _agree_on(checkpoint: Checkpoint | None, config: RunConfig) -> Checkpoint | 
     return store.open_checkpoint(store.find_step(config.directory, step), verify=False)
 
 
-def _build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[Stages, Engine, int]:
+def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[Stages, Engine, int]:
+    """This rank's stages inside their engine, new or with the weights of `origin`; parameters of the whole model."""
     train = config.train
     recompute = train.activation_checkpointing == "layer"
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -220,17 +221,18 @@ def save_session(session: Session, notify: Notify) -> None:
         "tokenizer": session.dataset.manifest.tokenizer.sha256,
     }
     on_saved = (lambda folder: notify(f"saved {folder}")) if session.place.is_first else (lambda folder: None)
-    session.saver.start(session.step, _fragments(session), state, on_saved)
+    fragments = own_fragments(session.config, session.stages, session.engine, session.carried)
+    session.saver.start(session.step, fragments, state, on_saved)
 
 
-def _fragments(session: Session) -> Iterator[Fragment]:
-    for shard in session.engine.shards():
+def own_fragments(config: RunConfig, stages: Stages, engine: Engine, carried: Carried) -> Iterator[Fragment]:
+    """What this rank writes of a run's state."""
+    for shard in engine.shards():
         piece = find_slice(shard.parameter)
         if piece.owned:
             place = (piece.global_shape, piece.start, piece.shape)
             yield Fragment(shard.name, shard.kind, *place, shard.flat_start, shard.values)
-    lanes = Lanes.of(session.config, session.place.data[0])
-    yield from carry_fragments(session.stages, session.carried, lanes)
+    yield from carry_fragments(stages, carried, Lanes.of(config, stages.place.data[0]))
 
 
 def _wanted(shard: Shard) -> Wanted:

@@ -1,0 +1,262 @@
+"""The very modules that each rank of a layout would build, on the meta device, and what they tell about the rank.
+
+Every number is counted from the modules, or is what their code does when it runs on the meta device; the processes, the
+cluster and the data need not exist.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from infini_train.config import ConfigError, ParallelConfig, RunConfig, divide_processes
+from infini_train.model.layers import HeadLinear, parallel_config
+from infini_train.model.slices import find_slice
+from infini_train.model.transformer import Transformer
+from infini_train.model.variants import build_mixer
+from infini_train.ops.grid import make_grid
+from infini_train.parallel import mesh
+from infini_train.parallel.context import ContextRanks
+from infini_train.parallel.mesh import ModelParallelUnit, Place
+from infini_train.parallel.pipeline import Carried, Stages
+from infini_train.plan.states import FP32_BYTES, STATES, StateBytes, count_bytes, divide_states, effective_stage
+from infini_train.train.carry import Lanes, carry_fragments, name_leaves
+from infini_train.train.optim import parameter_groups
+
+Span = tuple[int, int]  # first and last, exclusive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """What one rank holds. Spans count from 0 in the whole model, window or batch; None: nothing of it.
+
+    Attributes:
+        layers: of each stage on this rank, in the order in which a micro-batch meets them.
+        embedding_rows, head_rows: rows of the vocabulary.
+        tokens: of every lane's window.
+        parameters: elements, copies that other ranks hold too included.
+        owned_parameters: those that this rank answers for: summed over all ranks they are the model.
+        device, host: between the last backward and the step, when there is most.
+        carried_lane_bytes: memory of one lane that travels between windows.
+        carried_bytes: of all lanes of this rank.
+        sent_bytes: what context parallelism makes this rank send in one layer for one lane, forward and backward.
+        checkpoint_bytes: tensors that this rank writes.
+    """
+
+    rank: int
+    place: Place
+    layers: tuple[Span, ...]
+    heads: Span
+    kv_heads: Span
+    embedding_rows: Span | None
+    head_rows: Span | None
+    tokens: Span
+    lanes: Span
+    micro_batches: int
+    micro_batch_lanes: int
+    parameters: int
+    owned_parameters: int
+    device: StateBytes
+    host: StateBytes
+    carried_lane_bytes: int
+    carried_bytes: int
+    sent_bytes: Span
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout and its ranks. Parameters, memory and checkpoint are of the whole model."""
+
+    config: RunConfig
+    world_size: int
+    zero_stage: int  # that runs: `Engine` raises 1 to 2 under bf16
+    parameters: int
+    carried_lane_bytes: int
+    checkpoint_bytes: int
+    notes: tuple[str, ...]
+    ranks: tuple[RankPlan, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the config's layout instead of the whole config."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
+        values["parallel"] = dataclasses.asdict(self.config.parallel)
+        values["ranks"] = [
+            {**dataclasses.asdict(each), "place": dict(each.place._asdict())} for each in self.ranks
+        ]
+        return {"name": self.config.name, **values}
+
+
+def dry_run(config: RunConfig, world_size: int | None = None, ranks: Iterable[int] | None = None) -> Plan:
+    """Builds ranks one after the other. Leaves the process groups that this process was in.
+
+    Args:
+        config: its data need not exist.
+        world_size: processes; None: as few as the config allows.
+        ranks: those to look at; None: the first of each pipeline stage.
+
+    Raises:
+        ConfigError: the processes can't be divided like that, or there is no such rank.
+    """
+    config, size = _divide(config, world_size)
+    stages = config.parallel.pipeline_size
+    chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
+    for rank in chosen:
+        if not 0 <= rank < size:
+            raise ConfigError(f"--rank: {rank} is none of the {size} ranks; choose one from 0 to {size - 1}")
+    try:
+        whole = _build(dataclasses.replace(config, parallel=ParallelConfig()), mesh.pretend(ParallelConfig(), 0, 1))
+        lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
+        parameters = sum(parameter.numel() for parameter in whole.parameters())
+        carried = lane_bytes * config.train.batch_lanes if config.train.carry_memory else 0
+        return Plan(
+            config=config,
+            world_size=size,
+            zero_stage=effective_stage(config),
+            parameters=parameters,
+            carried_lane_bytes=lane_bytes,
+            checkpoint_bytes=STATES * FP32_BYTES * parameters + carried,
+            notes=tuple(find_notes(config)),
+            ranks=tuple(plan_rank(config, rank, size) for rank in chosen),
+        )
+    finally:
+        mesh.stop()
+
+
+def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
+    parallel = config.parallel
+    needed = parallel.model_size * (parallel.data_size or 1)
+    size = needed if world_size is None else world_size
+    if size % needed or (parallel.data_size is not None and size != needed):
+        what = f"{'a multiple of ' if parallel.data_size is None else ''}{needed}"
+        raise ConfigError(f"--world-size: {size} processes, but the parallel section needs {what}; change one of them")
+    return divide_processes(config, size), size
+
+
+def plan_rank(config: RunConfig, rank: int, world_size: int) -> RankPlan:
+    """What one rank holds; `config` has its `parallel.data_size`. Joins fake process groups."""
+    place = mesh.pretend(config.parallel, rank, world_size)
+    stages = _build(config, place)
+    lanes = Lanes.of(config, place.data[0])
+    micro_batches = config.lanes_per_rank // config.micro_lanes
+    carried = stages.initial_carried(config.micro_lanes, micro_batches, config.train.carry_memory)
+    tokens = config.train.window_tokens // place.context[1]
+    numels = [parameter.numel() for parameter in stages.parameters()]
+    owned = [parameter.numel() for parameter in stages.parameters() if find_slice(parameter).owned]
+    zero_stage, groups = effective_stage(config), parameter_groups(stages.named_globally(), config.optim)
+    data_rank, data_ranks = ModelParallelUnit.get_data_parallel_rank(), ModelParallelUnit.get_data_parallel_world_size()
+    members = [parameter for group in groups for parameter in group["params"]]
+    partition = divide_states(
+        [[parameter.numel() for parameter in group["params"]] for group in groups], zero_stage, data_rank, data_ranks
+    )
+    device, host = count_bytes(config, zero_stage, partition, numels)
+    held = zip(members, partition.held, strict=True)
+    written = sum(numel for parameter, numel in held if find_slice(parameter).owned)
+    fragments = carry_fragments(stages, carried, lanes)
+    return RankPlan(
+        rank=rank,
+        place=place,
+        **_describe_parts(stages.transformers()),
+        tokens=(place.context[0] * tokens, (place.context[0] + 1) * tokens),
+        lanes=(lanes.first, lanes.first + config.lanes_per_rank),
+        micro_batches=micro_batches,
+        micro_batch_lanes=config.micro_lanes,
+        parameters=sum(numels),
+        owned_parameters=0 if place.is_replica else sum(owned),
+        device=device,
+        host=host,
+        carried_lane_bytes=_carried_bytes(stages.initial_carried(1, 1)),
+        carried_bytes=_carried_bytes(carried),
+        sent_bytes=_count_sent(config, place),
+        checkpoint_bytes=STATES * FP32_BYTES * written + sum(fragment.tensor.nbytes for fragment in fragments),
+    )
+
+
+def _build(config: RunConfig, place: Place) -> Stages:
+    with torch.device("meta"):
+        stages = Stages(config.model, config.parallel, place, dtype=_dtype(config))
+    return stages.to(_dtype(config))  # as the engine does
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def _carried_bytes(carried: Carried) -> int:
+    states = (state for of_stage in carried for state in of_stage if state is not None)
+    return sum(leaf.nbytes for state in states for _, leaf in name_leaves(state, ""))
+
+
+def _describe_parts(transformers: list[Transformer]) -> dict[str, Any]:
+    """The fields of `RankPlan` that tell which part of the model the modules are."""
+    attention: Any = next(iter(transformers[0].layers.values())).attention
+    projections = attention.projections
+    first, last = transformers[0], transformers[-1]
+    embedding = _rows(first.embedding.weight) if first.stage.embeds else None
+    head = None
+    if last.stage.predicts:
+        head = embedding if last.config.tied_embeddings else _rows(last.head.weight)
+    return {
+        "layers": tuple((each.stage.first_layer, each.stage.last_layer) for each in transformers),
+        "heads": _heads(projections.linear_q, projections.key_dim),
+        "kv_heads": _heads(projections.linear_k, projections.key_dim),
+        "embedding_rows": embedding,
+        "head_rows": head,
+    }
+
+
+def _heads(projection: nn.Module, size: int) -> Span:
+    if isinstance(projection, HeadLinear):  # the whole weight, of which this rank uses one head
+        return projection.rows.start // size, projection.rows.stop // size
+    first, stop = _rows(projection.weight)
+    return first // size, stop // size
+
+
+def _rows(weight: torch.Tensor) -> Span:
+    piece = find_slice(weight)
+    return piece.start[0], piece.start[0] + piece.shape[0]
+
+
+def _count_sent(config: RunConfig, place: Place) -> Span:
+    """Runs one layer's attention for one lane on the meta device; the shortest window does: the length plays no part."""
+    if place.context[1] == 1:
+        return 0, 0
+    ranks = ContextRanks(parallel_state.get_context_parallel_group())
+    tokens = config.model.segment_tokens or 1
+    with torch.device("meta"):
+        mixer = build_mixer(config.model, parallel_config(_dtype(config)), ranks)
+        hidden_TBD = torch.empty(tokens, 1, config.model.hidden_size, dtype=_dtype(config), requires_grad=True)
+        starts_BT = torch.zeros(1, tokens * ranks.size, dtype=torch.bool)
+        weights_BT = torch.ones(1, tokens * ranks.size)
+    grid = make_grid(starts_BT, weights_BT, None, mixer.segment_tokens, mixer.overlap_tokens, ranks.shard)
+    out_TBD, _ = mixer(hidden_TBD, None, grid)
+    forward = ranks.sent_bytes
+    out_TBD.sum().backward()
+    return forward, ranks.sent_bytes - forward
+
+
+def find_notes(config: RunConfig) -> Iterable[str]:
+    """What runs but wastes something; what can't run is refused when the config is read."""
+    model, parallel = config.model, config.parallel
+    if parallel.tensor_size > model.kv_heads:
+        copies = parallel.tensor_size // model.kv_heads
+        yield (
+            f"parallel.tensor_size {parallel.tensor_size} with {model.kv_heads} key-value heads: {copies} ranks hold and"
+            " compute each memory, and every rank all key and value projections"
+        )
+    stages = parallel.pipeline_size * parallel.virtual_stages
+    if model.num_layers % stages:
+        yield f"model.num_layers {model.num_layers} over {stages} stages: the first ones have a layer more, others wait"
+    micro_batches = config.lanes_per_rank // config.micro_lanes
+    if micro_batches < parallel.pipeline_size:
+        yield (
+            f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} for parallel.pipeline_size"
+            f" {parallel.pipeline_size}: most stages wait; lower train.micro_batch_lanes or raise train.batch_lanes"
+        )
+    replicas = (parallel.data_size or 1) * parallel.context_size
+    if parallel.zero_stage > 1 and replicas == 1:
+        yield f"parallel.zero_stage {parallel.zero_stage} with one data- and context-parallel rank divides nothing"

@@ -1,0 +1,94 @@
+"""A plan as text: facts of the whole, then a column for each rank."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from infini_train.checkpoint.contents import format_size
+from infini_train.config import RunConfig
+from infini_train.plan.dry_run import Plan, RankPlan, Span
+from infini_train.plan.states import StateBytes
+
+COLUMNS = 6  # ranks side by side
+Row = tuple[str, Callable[[RankPlan], str]]
+
+
+def format_plan(plan: Plan) -> str:
+    """Facts, columns, notes."""
+    blocks = ["\n".join(f"{name:<24}{value}" for name, value in _facts(plan))]
+    for first in range(0, len(plan.ranks), COLUMNS):
+        blocks.append(_format_columns(plan, plan.ranks[first : first + COLUMNS]))
+    blocks += [f"note: {note}" for note in plan.notes]
+    return "\n\n".join(blocks)
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    config, train = plan.config, plan.config.train
+    yield "run", f"{config.name} on {plan.world_size:,} process{'es' if plan.world_size > 1 else ''}"
+    yield "layout", _layout(config)
+    raised = f" (runs as {plan.zero_stage})" if plan.zero_stage != config.parallel.zero_stage else ""
+    offload = ", optimizer offloaded" if config.parallel.offload_optimizer else ""
+    yield "ZeRO stage", f"{config.parallel.zero_stage}{raised}{offload}, {train.precision}"
+    yield "step", f"{train.batch_lanes:,} lanes x {train.window_tokens:,} tokens = {train.tokens_per_step:,} tokens"
+    yield "parameters", f"{plan.parameters:,}"
+    yield "memory of a lane", format_size(plan.carried_lane_bytes)
+    yield "checkpoint", format_size(plan.checkpoint_bytes)
+
+
+def _layout(config: RunConfig) -> str:
+    parallel = config.parallel
+    virtual = f" ({parallel.virtual_stages} virtual stages each)" if parallel.virtual_stages > 1 else ""
+    sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
+    return (
+        f"tensor {parallel.tensor_size}{sequence} x context {parallel.context_size} x data {parallel.data_size}"
+        f" x pipeline {parallel.pipeline_size}{virtual}"
+    )
+
+
+def _format_columns(plan: Plan, ranks: Sequence[RankPlan]) -> str:
+    rows = [(name, [show(rank) for rank in ranks]) for name, show in _rows(plan)]
+    widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(ranks))]
+    return "\n".join(
+        f"{name:<24}" + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    )
+
+
+def _rows(plan: Plan) -> Iterator[Row]:
+    yield "pipeline stage", lambda rank: str(rank.place.pipeline[0])
+    yield "rank", lambda rank: str(rank.rank)
+    yield "layers", lambda rank: " ".join(map(_span, rank.layers))
+    yield "query heads", lambda rank: _span(rank.heads)
+    yield "key-value heads", lambda rank: _span(rank.kv_heads)
+    yield "rows of the embedding", lambda rank: _span(rank.embedding_rows)
+    yield "rows of the head", lambda rank: _span(rank.head_rows)
+    yield "tokens of the window", lambda rank: _span(rank.tokens)
+    yield "lanes", lambda rank: _span(rank.lanes)
+    yield "micro-batches", lambda rank: f"{rank.micro_batches} of {rank.micro_batch_lanes}"
+    yield "parameters", lambda rank: f"{rank.parameters:,}"
+    yield from _state_rows("", lambda rank: rank.device)
+    yield "carried memory", lambda rank: format_size(rank.carried_bytes)
+    yield "sum", lambda rank: format_size(rank.device.total + rank.carried_bytes)
+    if plan.config.parallel.offload_optimizer:
+        yield from _state_rows("host: ", lambda rank: rank.host)
+        yield "host: sum", lambda rank: format_size(rank.host.total)
+    yield "memory of a lane", lambda rank: format_size(rank.carried_lane_bytes)
+    if plan.config.parallel.context_size > 1:
+        yield "sent, layer and lane", lambda rank: " + ".join(map(format_size, rank.sent_bytes))
+    yield "checkpoint files", lambda rank: format_size(rank.checkpoint_bytes)
+
+
+def _state_rows(prefix: str, states: Callable[[RankPlan], StateBytes]) -> Iterator[Row]:
+    def row(name: str, label: str) -> Row:
+        return prefix + label, lambda rank: format_size(getattr(states(rank), name))
+
+    if not prefix:
+        yield row("weights", "weights")
+    yield row("gradients", "gradients")
+    yield row("masters", "fp32 masters")
+    yield row("moments", "moments")
+
+
+def _span(span: Span | None) -> str:
+    """First and last, both inclusive."""
+    if span is None:
+        return "-"
+    return str(span[0]) if span[1] == span[0] + 1 else f"{span[0]}-{span[1] - 1}"

@@ -1,0 +1,1 @@
+"""Every parallel layout against one process, on the machines of whoever asks."""

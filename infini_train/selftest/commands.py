@@ -1,0 +1,89 @@
+"""infini-train selftest. Imports torch only when cases run."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from infini_train.config import ConfigError
+from infini_train.selftest.cases import CASES, choose_cases
+
+DESCRIPTION = """\
+Train a tiny model for five steps in every parallel layout, and compare gradients, losses, weights and
+carried memory with one process. Run it where you are going to train: it says whether processes, network
+and libraries compute there what they should.
+"""
+EXAMPLES = """\
+examples:
+  infini-train selftest --nproc 2                        all layouts of 2 processes on this machine
+  infini-train selftest --nproc 8 --only 'tp2-sp-*'      some of them, by name
+  srun infini-train selftest --folder /shared/tmp        in the processes that were started, on several machines
+  infini-train selftest --list                           the names
+
+Layouts of fewer processes than there are get more data-parallel ranks, if these divide evenly.
+
+exit codes: 0 all is well; 1 a layout computes something else, or failed
+"""
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train selftest` its options."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--nproc",
+        type=_positive,
+        metavar="N",
+        help="start N processes on this machine (default: this one; torchrun and srun start their own)",
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="cases whose name matches, as in 'cp*' (repeatable)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="cases of this precision (default: both)")
+    parser.add_argument("--list", action="store_true", help="print names and processes of the cases, and exit")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON: the machine, then a case each")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="for temporary files, seen by all ranks (default: this machine's)"
+    )
+    parser.set_defaults(command=_selftest)
+
+
+def _selftest(options: argparse.Namespace) -> None:
+    started = "RANK" in os.environ
+    if options.nproc is not None and started:
+        raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
+    processes = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    if options.list:
+        known = choose_cases(processes, options.only, options.precision) if options.nproc or started else CASES
+        for case in known:
+            print(f"{case.name:<36} {case.processes}")
+        return
+    cases = choose_cases(processes, options.only, options.precision)
+    if options.nproc is not None:
+        from infini_train.launcher import launch
+
+        sys.exit(launch(options.nproc, _repeat(options)))
+    from infini_train.parallel import device
+
+    device.prepare()
+    from infini_train.selftest.run import run_selftest
+
+    failed = run_selftest(cases, options.folder, options.json)
+    if failed and os.environ.get("RANK", "0") == "0":
+        print(f"error: {failed} of {len(cases)} cases failed; see docs/selftest.md", file=sys.stderr)
+        sys.exit(1)
+
+
+def _repeat(options: argparse.Namespace) -> list[str]:
+    """The same command for a rank."""
+    arguments = ["selftest", *(f"--only={pattern}" for pattern in options.only)]
+    arguments += [f"--precision={options.precision}"] * (options.precision is not None)
+    arguments += ["--json"] * options.json
+    return arguments + [f"--folder={options.folder}"] * (options.folder is not None)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
