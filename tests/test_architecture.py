@@ -29,7 +29,7 @@ ROOMS = {
     "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "selftest", "demo", "train", "eval", *STACK},
+    "cli": {"launcher", "selftest", "plan", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
     "data_tools": {"data", "config"},

@@ -34,6 +34,7 @@ class Batch:
         weights_BT: float32, 1 for text and 0 for padding.
         document_B: int64, the document each lane ends in; -1 in padding.
         n_bytes: bytes of text that the valid labels stand for.
+        loss_weights_BT: float32, how much each label's loss counts; None: all alike.
     """
 
     tokens_BT: np.ndarray
@@ -42,6 +43,7 @@ class Batch:
     weights_BT: np.ndarray
     document_B: np.ndarray
     n_bytes: float
+    loss_weights_BT: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

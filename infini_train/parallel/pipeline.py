@@ -9,6 +9,7 @@ Legend: B lanes of a micro-batch, T tokens of the whole window (t: of this conte
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
@@ -36,11 +37,15 @@ class MicroBatch(NamedTuple):
     labels_BT: Tensor
     starts_BT: Tensor
     weights_BT: Tensor
+    loss_weights_BT: Tensor
 
 
 def cut_micro_batches(batch: Batch, count: int) -> list[MicroBatch]:
     """Consecutive lanes, the same ones in every window."""
-    arrays = (batch.tokens_BT, batch.labels_BT, batch.starts_BT, batch.weights_BT)
+    loss_weights_BT = batch.loss_weights_BT
+    if loss_weights_BT is None:
+        loss_weights_BT = np.ones(batch.labels_BT.shape, np.float32)
+    arrays = (batch.tokens_BT, batch.labels_BT, batch.starts_BT, batch.weights_BT, loss_weights_BT)
     parts = [torch.from_numpy(array).chunk(count) for array in arrays]
     return [MicroBatch(*part) for part in zip(*parts, strict=True)]
 
@@ -180,8 +185,8 @@ def run_window(
         begin: told of each phase ("forward" or "backward", which includes waiting for other stages) and its details.
 
     Returns:
-        Sum of the losses (nats) that this rank computed itself (0 on stages that don't predict), and the memory after
-        the window, detached.
+        Weighted sum of the losses (nats) that this rank computed itself (0 on stages that don't predict), and the
+        memory after the window, detached.
     """
     rank, ranks = stages.place.context
     tokens = micro_batches[0].tokens_BT.shape[1] // ranks
@@ -205,7 +210,8 @@ def run_window(
         output, state = forward(slot.number, inputs, grid, carried[slot.number][index], labels)
         after[slot.number][index] = stage.between_windows(state)
         begin("backward", which)
-        return output, lambda loss_Bt: _scaled(loss_Bt, loss_scale)
+        weights_Bt = batch.loss_weights_BT[:, mine]
+        return output, lambda loss_Bt: _scaled(loss_Bt, weights_Bt.to(loss_Bt.device), loss_scale)
 
     numbers = [iter(range(len(micro_batches))) for _ in stages.slots]
     with device.schedule_scope():
@@ -221,7 +227,7 @@ def run_window(
     return sum(value.item() for value in sums), tuple(map(tuple, after))
 
 
-def _scaled(loss_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    total = loss_Bt.sum()
+def _scaled(loss_Bt: Tensor, weights_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    total = (loss_Bt * weights_Bt).sum()
     count = torch.zeros((), dtype=torch.int, device=total.device)  # unused: the scale has it
     return total * (loss_scale or 1.0), count, total.detach()

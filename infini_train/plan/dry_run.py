@@ -85,9 +85,7 @@ class Plan:
         """Plain values; the config's layout instead of the whole config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
         values["parallel"] = dataclasses.asdict(self.config.parallel)
-        values["ranks"] = [
-            {**dataclasses.asdict(each), "place": dict(each.place._asdict())} for each in self.ranks
-        ]
+        values["ranks"] = [{**dataclasses.asdict(each), "place": dict(each.place._asdict())} for each in self.ranks]
         return {"name": self.config.name, **values}
 
 

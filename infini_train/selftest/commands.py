@@ -37,7 +37,11 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         help="start N processes on this machine (default: this one; torchrun and srun start their own)",
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="cases whose name matches, as in 'cp*' (repeatable)"
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="cases whose name matches, as in 'cp*' (repeatable)",
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="cases of this precision (default: both)")
     parser.add_argument("--list", action="store_true", help="print names and processes of the cases, and exit")

@@ -204,7 +204,9 @@ def _show_heading(cases: list[Case], processes: int, as_json: bool) -> None:
     count = "1 process" if processes == 1 else f"{processes} processes"
     print(f"{count}, {machine['device']}, {machine['backend']}; {versions}, python {machine['python']}")
     print("relative errors against one process: gradients of step 1, losses and gradient norms of 5 steps, the end's")
-    print(f"weights and carried memory\n\n{'case':<36} {' '.join(f'{c:>9}' for c in COLUMNS)} {'seconds':>8}", flush=True)
+    print(
+        f"weights and carried memory\n\n{'case':<36} {' '.join(f'{c:>9}' for c in COLUMNS)} {'seconds':>8}", flush=True
+    )
 
 
 def _show_row(row: Row) -> None:

@@ -22,7 +22,7 @@ class NonFiniteError(ArithmeticError):
 class StepResult(NamedTuple):
     """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted."""
 
-    loss: float  # nats a label
+    loss: float  # nats a label, weighted
     labels: int
     n_bytes: float  # of text
     grad_norm: float  # before clipping
@@ -83,9 +83,11 @@ def train_step(
     place, parallel = stages.place, stages.parallel
     watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
     watch.begin("forward", "(counting labels)")
-    mine = [float((batch.labels_BT != IGNORED).sum()), batch.n_bytes]
-    labels, n_bytes = (total / parallel.model_size for total in mesh.sum_over_world(mine))
-    if labels == 0:
+    valid_BT = batch.labels_BT != IGNORED
+    weight = valid_BT.sum() if batch.loss_weights_BT is None else batch.loss_weights_BT[valid_BT].sum(dtype=np.float64)
+    totals = mesh.sum_over_world([float(weight), float(valid_BT.sum()), batch.n_bytes])
+    weight, labels, n_bytes = (total / parallel.model_size for total in totals)
+    if weight == 0:
         raise NonFiniteError(f"the batch has no text that can be read (documents {describe_documents(batch)})")
     replicas = place.data[1] * place.context[1]  # whose gradients the engine averages
     loss_sum, states = run_window(
@@ -93,11 +95,11 @@ def train_step(
         engine,
         cut_micro_batches(batch, len(carried[0])),
         carried,
-        loss_scale=replicas / labels,
+        loss_scale=replicas / weight,
         begin=watch.begin,
     )
     watch.begin("backward", "(adding up the loss)")
-    loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / labels
+    loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight
     if not np.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss} (documents of the batch: {describe_documents(batch)})")
     watch.begin("optimizer")

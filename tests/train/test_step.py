@@ -56,7 +56,7 @@ def step(session, batch):
 def loss_by_hand(session, batch) -> float:
     """Sum over valid labels of -log softmax, over their count, all lanes at once."""
     model, everything = session.stages.transformers()[0], iter(cut_micro_batches(batch, 1))
-    tokens, labels, starts, weights = next(everything)
+    tokens, labels, starts, weights, _ = next(everything)
     with torch.no_grad():
         hidden_TBD, _ = model.decode(tokens, model.make_grid(starts, weights, None), None)
         log_p_BTV = model.logits(hidden_TBD).log_softmax(-1).transpose(0, 1)
@@ -100,6 +100,24 @@ def test_a_batch_without_labels_is_refused(configure, tools):
     with pytest.raises(NonFiniteError, match="no text that can be read"):
         step(session, draw_batch(0, (0, 0, 0, 0)))
     tools.assert_same(dict(session.stages.transformers()[0].named_parameters()), before)
+
+
+def test_weights_of_labels_weigh_their_losses(configure):
+    """Weight 2 for some labels and 0 for others is what loss and gradients count them with."""
+    session = open_session(configure("train.max_steps=3"), ignore)
+    plain = draw_batch(0, (32, 20, 32, 32))
+    weights_BT = np.random.default_rng(1).choice([0.0, 1.0, 2.0], (LANES, WINDOW)).astype(np.float32)
+    model, batch = session.stages.transformers()[0], dataclasses.replace(plain, loss_weights_BT=weights_BT)
+    tokens, labels, starts, weights, _ = cut_micro_batches(plain, 1)[0]
+    with torch.no_grad():
+        loss_BT, _ = model(tokens, model.make_grid(starts, weights, None), None, labels)
+    valid_BT = labels.numpy() != IGNORED
+    expected = (loss_BT.numpy() * weights_BT).sum() / weights_BT[valid_BT].sum()
+    result = step(session, batch)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.labels == valid_BT.sum()
+    again = open_session(configure("train.max_steps=3", run="plain"), ignore)
+    assert step(again, plain).grad_norm != pytest.approx(result.grad_norm, rel=1e-3)
 
 
 def test_padding_has_no_influence(configure, tools):
@@ -184,7 +202,7 @@ def embedding_gradient(session, batch, state):
     hook = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
     last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())
     last.labels_BT[:, : WINDOW - 8] = IGNORED
-    tokens, labels, starts, weights = next(iter(cut_micro_batches(last, 1)))
+    tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(last, 1)))
     loss_BT, after = model(tokens, model.make_grid(starts, weights, state), state, labels)
     hook.remove()
     (gradient_TBD,) = torch.autograd.grad(loss_BT.sum(), kept[0])
@@ -210,7 +228,7 @@ def test_gradients_end_at_the_window(attention, configure, tools):
         configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"), ignore
     )
     model, first = session.stages.transformers()[0], draw_batch(0)
-    tokens, labels, starts, weights = next(iter(cut_micro_batches(first, 1)))
+    tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(first, 1)))
     _, state = model(tokens, model.make_grid(starts, weights, None), None, labels)
     carried = model.between_windows(state)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(carried) if torch.is_tensor(leaf)]
