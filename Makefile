@@ -9,10 +9,10 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-slow check wheel clean
+.PHONY: help install demo test test-slow test-layouts check wheel clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv with the tested versions (GPU nodes: CONSTRAINTS=constraints-cuda.txt)
 
@@ -42,6 +42,9 @@ test: install ## the test suite
 
 test-slow: install ## the tests that take long
 	$(BIN)/python -m pytest -q -m slow
+
+test-layouts: install ## every parallel layout against one process, up to 8 processes
+	$(BIN)/python -m pytest -q -m 'layouts or not slow' tests/selftest/test_layouts.py tests/train/test_relayout.py
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .

@@ -139,16 +139,51 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the shards lie: folders written by `infini-data encode`, each with a manifest.json."""
+class PasskeyConfig:
+    """Texts with a number to remember, made while training; a text never crosses a window (docs/passkey.md)."""
 
-    train: str  # documents to train on; a relative path starts at the folder where the command runs
-    validation: str | None = None  # held-out documents, for eval.every_steps and infini-train eval; null: none
+    wording: str = "paper"  # of text and question
+    digits: int = 5  # of the number
+    min_segments: int = 3  # of the shortest texts
+    grow_from_step: int = 0  # until then all texts are of the shortest length
+    grow_until_step: int = 1  # from here on they are of any length up to a window
+    text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
+    answer_weight: FiniteFloat = 1.0  # of the answer
+    key_weight: FiniteFloat = 0.5  # of the number's second mention
+    pressure: FiniteFloat = 1.0  # texts feel up to so many windows long, by their write weights; 1: the paper's form
+    pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure
+
+    def __post_init__(self) -> None:
+        for name in ("digits", "min_segments", "grow_until_step"):
+            _require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
+        for name in ("grow_from_step", "text_weight", "answer_weight", "key_weight"):
+            _require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")
+        _require(
+            self.grow_from_step < self.grow_until_step,
+            "data.passkey.grow_until_step",
+            f"must lie behind grow_from_step ({self.grow_from_step})",
+        )
+        _require(self.pressure >= 1, "data.passkey.pressure", "must be at least 1")
+        _require(0 <= self.pressure_share <= 1, "data.passkey.pressure_share", "must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read: folders of shards written by `infini-data encode`, or texts made while training."""
+
+    train: str | None = None  # shards to train on; a relative path starts at the folder where the command runs
+    passkey: PasskeyConfig | None = None  # texts to train on instead of shards
+    validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
 
     def __post_init__(self) -> None:
         value = self.order_seed
         _require(value is None or 0 <= value < 2**31, "data.order_seed", "must lie between 0 and 2147483647, or null")
+        _require(
+            (self.train is None) != (self.passkey is None),
+            "data.train",
+            "give a folder of shards to train on (or data.passkey instead, not both)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

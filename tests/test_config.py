@@ -63,7 +63,7 @@ WRONG = {
         "model.attention.segment_token=8",
         "model.attention.segment_token: unknown key; did you mean segment_tokens?",
     ),
-    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, validation, order_seed"),
+    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, passkey, validation, order_seed"),
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
     "variant without its kind": ("model.attention=null", "model.attention"),

@@ -125,6 +125,14 @@ class LaneReader:
     def corrupt_documents(self) -> int:
         return len(self._corrupt)
 
+    def start(self) -> LaneState:
+        """Before the first document."""
+        return initial_state(self.n_lanes)
+
+    def parse(self, tree: Mapping[str, Any]) -> LaneState:
+        """The state of a `LaneState.to_json`."""
+        return LaneState.from_json(tree)
+
     def next(self, state: LaneState) -> tuple[Batch | None, LaneState]:
         """The window behind `state` and the state behind the window: the same state gives the same batch, bit for bit.
 
@@ -229,22 +237,22 @@ class LaneReader:
         return np.concatenate([np.array(bos, np.int64), content.astype(np.int64), np.array(eos, np.int64)])
 
 
-def prefetch(reader: LaneReader, state: LaneState, depth: int = 2) -> Iterator[tuple[Batch, LaneState]]:
-    """Batches with the state behind each, read ahead by a thread; ends when the lanes end.
+def prefetch(reader: Any, state: Any, depth: int = 2) -> Iterator[tuple[Batch, Any]]:
+    """Batches of a reader with the state behind each, read ahead by a thread; ends when the lanes end.
 
     An exception of the reader is raised here. Closing the generator stops the thread.
     """
-    ready: queue.Queue[tuple[Batch, LaneState] | BaseException | None] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[Batch, Any] | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
-    def offer(item: tuple[Batch, LaneState] | BaseException | None) -> None:
+    def offer(item: tuple[Batch, Any] | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def work(state: LaneState) -> None:
+    def work(state: Any) -> None:
         try:
             while not stopped.is_set():
                 batch, state = reader.next(state)

@@ -129,7 +129,7 @@ def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
     parallel = config.parallel
     needed = parallel.model_size * (parallel.data_size or 1)
     size = needed if world_size is None else world_size
-    if size % needed or (parallel.data_size is not None and size != needed):
+    if size < 1 or size % needed or (parallel.data_size is not None and size != needed):
         what = f"{'a multiple of ' if parallel.data_size is None else ''}{needed}"
         raise ConfigError(f"--world-size: {size} processes, but the parallel section needs {what}; change one of them")
     return divide_processes(config, size), size
@@ -220,7 +220,7 @@ def _rows(weight: torch.Tensor) -> Span:
 
 
 def _count_sent(config: RunConfig, place: Place) -> Span:
-    """Runs one layer's attention for one lane on the meta device; the shortest window does: the length plays no part."""
+    """Runs one layer's attention for one lane on the meta device, over the shortest window: length plays no part."""
     if place.context[1] == 1:
         return 0, 0
     ranks = ContextRanks(parallel_state.get_context_parallel_group())
@@ -243,8 +243,8 @@ def find_notes(config: RunConfig) -> Iterable[str]:
     if parallel.tensor_size > model.kv_heads:
         copies = parallel.tensor_size // model.kv_heads
         yield (
-            f"parallel.tensor_size {parallel.tensor_size} with {model.kv_heads} key-value heads: {copies} ranks hold and"
-            " compute each memory, and every rank all key and value projections"
+            f"parallel.tensor_size {parallel.tensor_size} with {model.kv_heads} key-value heads: {copies} ranks hold"
+            " and compute each memory, and every rank has all key and value projections"
         )
     stages = parallel.pipeline_size * parallel.virtual_stages
     if model.num_layers % stages:

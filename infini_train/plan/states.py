@@ -1,7 +1,7 @@
 """What DeepSpeed keeps of a rank's parameters under each ZeRO stage, and where, without DeepSpeed.
 
-The rules are those of DeepSpeed 0.19 under the settings of `parallel/zero.py`; tests/plan/test_processes.py holds them to
-the buffers of real engines.
+The rules are those of DeepSpeed 0.19 under the settings of `parallel/zero.py`; tests/plan/test_processes.py holds them
+to the buffers of real engines.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def divide_states(groups: Sequence[Sequence[int]], stage: int, rank: int, ranks:
     Args:
         groups: elements of each parameter, by AdamW group.
         stage: of ZeRO.
-        rank, ranks: place in the group of all data- and context-parallel ranks.
+        rank: in the group of all data- and context-parallel ranks.
+        ranks: of that group.
     """
     buffer = whole = touched = 0
     held: list[int] = []

@@ -1,6 +1,6 @@
 """A plan as text: facts of the whole, then a column for each rank."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from infini_train.checkpoint.contents import format_size
 from infini_train.config import RunConfig
@@ -8,6 +8,7 @@ from infini_train.plan.dry_run import Plan, RankPlan, Span
 from infini_train.plan.states import StateBytes
 
 COLUMNS = 6  # ranks side by side
+STATES = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "moments"}
 Row = tuple[str, Callable[[RankPlan], str]]
 
 
@@ -64,27 +65,27 @@ def _rows(plan: Plan) -> Iterator[Row]:
     yield "lanes", lambda rank: _span(rank.lanes)
     yield "micro-batches", lambda rank: f"{rank.micro_batches} of {rank.micro_batch_lanes}"
     yield "parameters", lambda rank: f"{rank.parameters:,}"
-    yield from _state_rows("", lambda rank: rank.device)
+    offload = plan.config.parallel.offload_optimizer
+    names = list(STATES.items())
+    yield from _state_rows("", lambda rank: rank.device, names[:2] if offload else names)
     yield "carried memory", lambda rank: format_size(rank.carried_bytes)
     yield "sum", lambda rank: format_size(rank.device.total + rank.carried_bytes)
-    if plan.config.parallel.offload_optimizer:
-        yield from _state_rows("host: ", lambda rank: rank.host)
+    if offload:
+        yield from _state_rows("host: ", lambda rank: rank.host, names[1:])
         yield "host: sum", lambda rank: format_size(rank.host.total)
-    yield "memory of a lane", lambda rank: format_size(rank.carried_lane_bytes)
+    yield "carried, one lane", lambda rank: format_size(rank.carried_lane_bytes)
     if plan.config.parallel.context_size > 1:
         yield "sent, layer and lane", lambda rank: " + ".join(map(format_size, rank.sent_bytes))
     yield "checkpoint files", lambda rank: format_size(rank.checkpoint_bytes)
 
 
-def _state_rows(prefix: str, states: Callable[[RankPlan], StateBytes]) -> Iterator[Row]:
+def _state_rows(
+    prefix: str, states: Callable[[RankPlan], StateBytes], names: Iterable[tuple[str, str]]
+) -> Iterator[Row]:
     def row(name: str, label: str) -> Row:
         return prefix + label, lambda rank: format_size(getattr(states(rank), name))
 
-    if not prefix:
-        yield row("weights", "weights")
-    yield row("gradients", "gradients")
-    yield row("masters", "fp32 masters")
-    yield row("moments", "moments")
+    yield from (row(name, label) for name, label in names)
 
 
 def _span(span: Span | None) -> str:

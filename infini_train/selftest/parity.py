@@ -12,8 +12,6 @@ from infini_train.checkpoint.reader import Checkpoint
 from infini_train.selftest.cases import STEPS
 from infini_train.train.carry import KIND as CARRY
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
-
 
 class Worst(NamedTuple):
     """The largest relative error and where it is."""
@@ -31,13 +29,30 @@ class Errors(NamedTuple):
     parameter: Worst  # after the last step
     memory: Worst  # carried after the last step
 
-    @property
-    def largest(self) -> float:
-        return max(worst.error for worst in self)
+    def exceeding(self, precision: str) -> list[str]:
+        """What is farther away than rounding explains; empty if the layout computes the same."""
+        limits = TOLERANCES[precision]
+        return [name for name, worst, limit in zip(self._fields, self, limits, strict=True) if worst.error > limit]
 
-    def is_within(self, precision: str) -> bool:
-        """Whether the layout computes the same."""
-        return self.largest <= TOLERANCES[precision]
+
+class Tolerances(NamedTuple):
+    """The largest error of each kind that passes."""
+
+    gradient: float
+    loss: float
+    grad_norm: float
+    parameter: float
+    memory: float
+
+
+# In fp32 layouts differ by the order of sums alone: 6e-6 was the most that was seen, and what is wrong is off by 1e-2
+# or more. In bf16 every rank that adds, and every order in which it does, rounds to 8 bits again. So two layouts are as
+# far from each other as each of them is from fp32. The tolerance is three times the distance of one process in bf16
+# from one process in fp32, measured on CPU; the worst tensors, gates and key biases, are sums that nearly cancel.
+TOLERANCES = {
+    "fp32": Tolerances(1e-5, 1e-5, 1e-5, 1e-5, 1e-5),
+    "bf16": Tolerances(gradient=2e-1, loss=2e-3, grad_norm=4e-2, parameter=5e-1, memory=2e-1),
+}
 
 
 def compare_runs(folder: Path, reference: Path) -> Errors:

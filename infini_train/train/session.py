@@ -12,13 +12,13 @@ import torch
 
 from infini_train.checkpoint import compat, rng, store
 from infini_train.checkpoint.background import BackgroundSaver
-from infini_train.checkpoint.fragments import Fragment, Wanted
+from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.weights import load_weights
 from infini_train.config import ConfigError, RunConfig, divide_processes, dump, to_tree
-from infini_train.data.lanes import Batch, LaneReader, LaneState, initial_state, prefetch
+from infini_train.data.lanes import Batch, prefetch
 from infini_train.data.shards import Dataset
-from infini_train.data.tokenizer import tokenizer_of
+from infini_train.data.source import Position, Reader, Source, open_reader, open_source
 from infini_train.model.init import initialise
 from infini_train.model.slices import find_slice
 from infini_train.parallel import device, mesh
@@ -39,21 +39,21 @@ class Session:
     place: Place
     stages: Stages
     engine: Engine
-    dataset: Dataset
-    reader: LaneReader
+    source: Source
+    reader: Reader
     validation: Dataset | None
     saver: BackgroundSaver
     parameters: int  # of the whole model
     step: int
     tokens: int
-    lanes: LaneState
+    lanes: Position
     carried: Carried
 
-    def batches(self) -> Iterator[tuple[Batch, LaneState]]:
+    def batches(self) -> Iterator[tuple[Batch, Position]]:
         """Batches of this rank's lanes from the present position on, read ahead in the background."""
         return prefetch(self.reader, self.lanes)
 
-    def advance(self, states: Carried, lanes: LaneState) -> None:
+    def advance(self, states: Carried, lanes: Position) -> None:
         """Accepts a step: counters, data position and memory go on."""
         self.step += 1
         self.tokens += self.config.train.tokens_per_step
@@ -62,22 +62,34 @@ class Session:
             self.carried = states
 
 
-def open_dataset(folder: str, field: str, config: RunConfig) -> Dataset:
-    """A dataset whose tokens fit the model.
+def open_sources(config: RunConfig) -> tuple[Source, Dataset | None]:
+    """The text to train on, and the held-out text.
 
     Raises:
-        ConfigError: it can't be opened, or has more token ids than the model's vocabulary.
+        ConfigError: one can't be opened, has more token ids than the model's vocabulary, or they have not the same ones.
     """
-    try:
-        dataset = Dataset.open(folder)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}") from error
-    if dataset.manifest.vocab_size > config.model.vocab_size:
+    source, validation, folder = open_source(config.data), None, config.data.validation
+    _check_vocabulary("data.train", source.name, source.vocab_size, config)
+    if folder is not None:
+        try:
+            validation = Dataset.open(folder)
+        except ConfigError as error:
+            raise ConfigError(f"data.validation: {error}") from error
+        _check_vocabulary("data.validation", folder, validation.manifest.vocab_size, config)
+        if validation.manifest.tokenizer.sha256 != source.tokenizer_sha256:
+            raise ConfigError(
+                f"data.validation: {folder} was encoded with another tokenizer than {source.name};"
+                " encode both with the same one"
+            )
+    return source, validation
+
+
+def _check_vocabulary(field: str, name: str, vocab_size: int, config: RunConfig) -> None:
+    if vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the {dataset.manifest.vocab_size} token ids"
-            f" of {folder} ({field}); pass --set model.vocab_size={dataset.manifest.vocab_size} (or more)"
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {vocab_size} token ids"
+            f" of {name} ({field}); pass --set model.vocab_size={vocab_size} (or more)"
         )
-    return dataset
 
 
 def open_session(config: RunConfig, notify: Notify) -> Session:
@@ -89,32 +101,22 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         ConfigError: data, checkpoint, processes or config don't fit each other; nothing was written.
     """
     config = divide_processes(config, mesh.world()[1])
-    dataset = open_dataset(config.data.train, "data.train", config)
-    validation = open_dataset(config.data.validation, "data.validation", config) if config.data.validation else None
-    if validation is not None and validation.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
-        raise ConfigError(
-            f"data.validation: {config.data.validation} was encoded with another tokenizer than {config.data.train};"
-            " encode both with the same one"
-        )
+    source, validation = open_sources(config)
     first = mesh.world()[0] == 0
     checkpoint = store.find_latest(config.directory, notify) if first else None
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, config, dataset, notify)
+        _check_checkpoint(checkpoint, config, source, notify)
+    origin = _open_origin(config, source, verify=True) if first and checkpoint is None else None
     if first:
         _check_space(config.directory)
     place = mesh.start(config.parallel)
     checkpoint = _agree_on(checkpoint, config)
-    origin = _open_origin(config, dataset) if checkpoint is None and config.train.init_from else None
+    if checkpoint is None and not first:
+        origin = _open_origin(config, source, verify=False)
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
-    train, order_seed = config.train, config.data.order_seed
-    reader = LaneReader(
-        dataset,
-        train.batch_lanes,
-        train.window_tokens,
-        config.seed if order_seed is None else order_seed,
-        rows=slice(rows.first, rows.first + config.lanes_per_rank),
-    )
+    train = config.train
+    reader = open_reader(source, config, slice(rows.first, rows.first + config.lanes_per_rank))
     micro_batches = config.lanes_per_rank // config.micro_lanes
     carried = stages.initial_carried(config.micro_lanes, micro_batches, train.carry_memory)
     saver = BackgroundSaver(
@@ -125,9 +127,8 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         world_size=place.world[1],
         barrier=mesh.background_barrier,
     )
-    lanes = initial_state(train.batch_lanes)
     session = Session(
-        config, place, stages, engine, dataset, reader, validation, saver, parameters, 0, 0, lanes, carried
+        config, place, stages, engine, source, reader, validation, saver, parameters, 0, 0, reader.start(), carried
     )
     if checkpoint is not None:
         _restore(session, checkpoint)
@@ -135,14 +136,14 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     elif origin is not None:
         notify(f"new run with the weights of {origin.path}")
     if first:
-        _write_identity(config)
+        _write_identity(config, source)
     return session
 
 
-def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, dataset: Dataset, notify: Notify) -> None:
+def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, source: Source, notify: Notify) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         notify(f"changed since the checkpoint: {note}")
-    compat.check_same_data(checkpoint.state["data"], dataset.identity, config.data.train)
+    compat.check_same_data(checkpoint.state["data"], source.identity, source.name)
 
 
 def _agree_on(checkpoint: Checkpoint | None, config: RunConfig) -> Checkpoint | None:
@@ -189,13 +190,18 @@ def count_parameters(stages: Stages) -> int:
     return round(mesh.sum_over_world([float(owned)])[0])
 
 
-def _open_origin(config: RunConfig, dataset: Dataset) -> Checkpoint:
-    assert config.train.init_from is not None
-    origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)))
+def _open_origin(config: RunConfig, source: Source, *, verify: bool) -> Checkpoint | None:
+    """The checkpoint whose weights a new run begins with, if it asks for one."""
+    if config.train.init_from is None:
+        return None
+    try:
+        origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)), verify=verify)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init_from: {error}") from error
     compat.check_same_model(origin.config, to_tree(config), f"train.init_from: {origin.path}")
-    if origin.state["tokenizer"] != dataset.manifest.tokenizer.sha256:
+    if origin.state["tokenizer"] != source.tokenizer_sha256:
         raise ConfigError(
-            f"train.init_from: {origin.path} was trained with another tokenizer than {config.data.train};"
+            f"train.init_from: {origin.path} was trained with another tokenizer than {source.name};"
             f" encode the text with {origin.path.parent.parent / 'tokenizer.model'}"
         )
     return origin
@@ -215,10 +221,10 @@ def save_session(session: Session, notify: Notify) -> None:
         "step": session.step,
         "tokens": session.tokens,
         "lanes": session.lanes.to_json(),
-        "data": session.dataset.identity,
+        "data": session.source.identity,
         "optimizer_steps": session.engine.optimizer_steps(),
         "rng": rng.capture_rng(),
-        "tokenizer": session.dataset.manifest.tokenizer.sha256,
+        "tokenizer": session.source.tokenizer_sha256,
     }
     on_saved = (lambda folder: notify(f"saved {folder}")) if session.place.is_first else (lambda folder: None)
     fragments = own_fragments(session.config, session.stages, session.engine, session.carried)
@@ -248,7 +254,7 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     lanes = Lanes.of(session.config, session.place.data[0])
     session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
     session.step, session.tokens = state["step"], state["tokens"]
-    session.lanes = LaneState.from_json(state["lanes"])
+    session.lanes = session.reader.parse(state["lanes"])
     rng.restore_rng(state["rng"])
 
 
@@ -287,18 +293,11 @@ def hold_folder(session: Session) -> Iterator[None]:
         yield
 
 
-def _write_identity(config: RunConfig) -> None:
+def _write_identity(config: RunConfig, source: Source) -> None:
     """The resolved config and the tokenizer, so that the run's folder is enough to go on, evaluate and generate."""
     try:
         (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
-        copy_tokenizer(Path(config.data.train), config.directory)
+        if source.tokenizer_file is not None:  # the byte tokenizer needs none
+            shutil.copyfile(source.tokenizer_file, config.directory / "tokenizer.model")
     except OSError as error:
         raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error
-
-
-def copy_tokenizer(dataset: Path, directory: Path) -> None:
-    """Lays the dataset's tokenizer into the run's folder as tokenizer.model; the byte tokenizer needs no file."""
-    tokenizer: Any = tokenizer_of(dataset)
-    path = getattr(tokenizer, "path", None)
-    if path is not None:
-        shutil.copyfile(path, directory / "tokenizer.model")

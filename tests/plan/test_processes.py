@@ -1,7 +1,8 @@
-"""The plan against four real processes, byte by byte: engines are built, a window is run, and their buffers measured."""
+"""The plan against four real processes, byte by byte: engines are built, a window is run, their buffers measured."""
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import subprocess
@@ -43,15 +44,12 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # parallel, pr
 
 def make_config(name: str) -> RunConfig:
     parallel, precision, changes = CASES[name]
-    sizes = (parallel.get(f"{way}_size", 1) for way in ("tensor", "pipeline", "context"))
-    data = WORLD
-    for size in sizes:
-        data //= size
+    data = WORLD // math.prod(parallel.get(f"{way}_size", 1) for way in ("tensor", "pipeline", "context"))
     return validate(
         {
             "model": {**MODEL, **changes},
             "data": {"train": "nowhere"},
-            "train": {"window_tokens": 64, "batch_lanes": 8, "micro_batch_lanes": 1, "max_steps": 1}
+            "train": {"window_tokens": 32, "batch_lanes": 2 * data, "micro_batch_lanes": 1, "max_steps": 1}
             | {"precision": precision},
             "optim": {"warmup_steps": 0},
             "parallel": {**parallel, "data_size": data},
@@ -90,18 +88,19 @@ def build(config: RunConfig) -> tuple[Any, Any]:
     return stages, engine
 
 
-def run_window(config: RunConfig, stages: Any, engine: Any) -> Any:
+def train_window(config: RunConfig, stages: Any, engine: Any) -> Any:
     """Forward and backward of one window of every lane; the memory before it."""
-    import torch
+    import numpy as np
 
-    from infini_train.parallel import pipeline
+    from infini_train.data.lanes import Batch
+    from infini_train.parallel.pipeline import cut_micro_batches, run_window
 
-    train, count = config.train, config.lanes_per_rank // config.micro_lanes
-    shape = (config.micro_lanes, train.window_tokens)
-    ids, starts = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    batches = [pipeline.MicroBatch(ids, ids, starts, torch.ones(shape))] * count
+    count = config.lanes_per_rank // config.micro_lanes
+    shape = (config.lanes_per_rank, config.train.window_tokens)
+    ids, starts = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    batch = Batch(ids, ids, starts, np.ones(shape, np.float32), np.zeros(shape[0], np.int64), 0.0)
     carried = stages.initial_carried(config.micro_lanes, count)
-    pipeline.run_window(stages, engine, batches, carried, loss_scale=1.0)
+    run_window(stages, engine, cut_micro_batches(batch, count), carried, loss_scale=1.0)
     return carried
 
 
@@ -127,7 +126,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     from infini_train.train.carry import Lanes, carry_fragments, name_leaves
 
     stages, engine = build(config)
-    carried = run_window(config, stages, engine)
+    carried = train_window(config, stages, engine)
     parameters, zero = [parameter for _, parameter in stages.named_globally()], engine._zero
     gradients, masters_gradients = measure_gradients(zero, engine, parameters)
     ranks = next(iter(stages.transformers()[0].layers.values())).attention.ranks

@@ -191,9 +191,9 @@ def test_without_carry_every_window_begins_empty(configure):
         result = step(session, batch)
         assert result.loss == pytest.approx(expected, rel=1e-6)
         session.advance(result.states, session.lanes)
-        assert session.carried == (None, None)
+        assert session.carried == ((None, None),)
     save(session)
-    assert open_session(session.config, ignore).carried == (None, None)
+    assert open_session(session.config, ignore).carried == ((None, None),)
 
 
 def embedding_gradient(session, batch, state):

@@ -1,0 +1,1 @@
+"""Submit, watch and survive on Slurm: runs on a login node, without torch."""

@@ -1,0 +1,198 @@
+"""What a cluster is like: the schema of configs/cluster/*.yaml, read and validated at one edge."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pydantic
+
+from infini_train.config import ConfigError, override, read_tree, resolve
+
+# sbatch reads its #SBATCH lines with rules of its own, so what goes there is restricted instead of quoted.
+WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@%+\[\]&|*/-]*")
+EXTRA = re.compile(r"--[a-z][a-z-]*(?:=[A-Za-z0-9_.,:@%+\[\]&|*/-]+)?")
+TIME_LIMIT = re.compile(r"(?:\d+-\d{1,2}(?::\d{1,2}){0,2}|\d+(?::\d{1,2}){0,2})")
+MEMORY = re.compile(r"\d+[KMGT]?")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+INTERFACE = re.compile(r"[\^=]{0,2}[A-Za-z0-9_.,-]+")
+OWN_OPTIONS = ("nodes", "ntasks", "array", "requeue", "no-requeue", "signal", "output", "error", "dependency", "wrap")
+
+
+def _require(condition: bool, path: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path}: {message}")
+
+
+def _require_text(value: str, path: str) -> None:
+    """No value may hold what neither a shell line nor an environment can."""
+    _require(value.isprintable() and value.strip() != "", path, "must be one line of printable text, not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerConfig:
+    """A container for every rank, started by Slurm's Pyxis plugin on top of Enroot."""
+
+    image: str  # a registry's name or a .sqsh file
+    mounts: tuple[str, ...] = ()  # HOST:CONTAINER or HOST:CONTAINER:ro; data, code and runs must be among them
+    workdir: str | None = None  # folder inside the container; null: the folder that the job was submitted from
+
+    def __post_init__(self) -> None:
+        for name, value in (("image", self.image), ("workdir", self.workdir or ".")):
+            _require_text(value, f"container.{name}")
+        for mount in self.mounts:
+            _require_text(mount, "container.mounts")
+            _require(
+                "," not in mount and ":" in mount, "container.mounts", f"write {mount!r} as HOST:CONTAINER, no commas"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartConfig:
+    """What the batch script does when training failed."""
+
+    max_retries: int = 3  # after failures without a new checkpoint between them; 0: a failure ends the job
+    backoff_s: int = 30  # wait before the first retry; doubles with each further one, up to 10 minutes
+
+    def __post_init__(self) -> None:
+        for name in ("max_retries", "backoff_s"):
+            _require(getattr(self, name) >= 0, f"restart.{name}", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where jobs run, and in which software. One task is started for each GPU."""
+
+    gpus_per_node: int  # 0: a cluster without GPUs
+    cores_per_node: int  # divided over the tasks of a node
+    tasks_per_node: int | None = None  # null: one a GPU
+    gpu_type: str | None = None  # as in --gres=gpu:h100:8; null: any
+    partition: str | None = None  # null: the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    memory: str = "0"  # of a node, as in 900G; 0: all
+    exclusive: bool = True  # whole nodes
+    time_limit: str = "24:00:00"  # minutes, hours:minutes:seconds or days-hours
+    signal_before_limit_s: int = 300  # the time to save; at least a step, a checkpoint, and the minute Slurm may be late
+    requeue: bool = True  # whether a job may put itself back into the queue; else it ends, and chain goes on
+    network_interface: str | None = None  # for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, as in ib0 or ^lo,docker0
+    container: ContainerConfig | None = None
+    venv: str | None = None  # folder of a Python environment that has infini-train
+    modules: tuple[str, ...] = ()  # for `module load`
+    environment: dict[str, str] = field(default_factory=dict)  # exported before everything else
+    sbatch: tuple[str, ...] = ()  # further options, as in --constraint=h100
+    srun: tuple[str, ...] = ()  # further options of the ranks' srun, as in --cpu-bind=cores
+    preflight: bool = True  # check every node before training
+    min_free_gib: int = 50  # what preflight asks of the run's file system
+  exclude_bad_nodes: bool = True  # a node that preflight found bad is left out when the job goes back into the queue
+    restart: RestartConfig = field(default_factory=RestartConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("cores_per_node", "signal_before_limit_s"):
+            _require(getattr(self, name) > 0, name, "must be positive")
+        for name in ("gpus_per_node", "min_free_gib"):
+            _require(getattr(self, name) >= 0, name, "must not be negative")
+        _require(self.signal_before_limit_s <= 65535, "signal_before_limit_s", "sbatch takes at most 65535")
+        _require(self.tasks > 0, "tasks_per_node", "must be positive (it is gpus_per_node if not given)")
+        _require(
+            self.cores_per_node >= self.tasks,
+            "cores_per_node",
+            f"{self.cores_per_node} cores don't suffice for {self.tasks} tasks",
+        )
+        _require(
+            self.container is None or self.venv is None, "venv", "can't be used inside a container; give one of the two"
+        )
+        for name in ("partition", "account", "qos", "gpu_type"):
+            value = getattr(self, name)
+            _require(value is None or bool(WORD.fullmatch(value)), name, f"{json.dumps(value)} is no name that sbatch takes")
+        _require_match(TIME_LIMIT, self.time_limit, "time_limit", "30, 12:00:00 or 2-00:00:00")
+        _require_match(MEMORY, self.memory, "memory", "900G, or 0 for all")
+        if self.network_interface is not None:
+            _require_match(INTERFACE, self.network_interface, "network_interface", "ib0 or ^lo,docker0")
+        self._check_software()
+
+    def _check_software(self) -> None:
+        if self.venv is not None:
+            _require_text(self.venv, "venv")
+        for module in self.modules:
+            _require_match(WORD, module, "modules", "cuda/12.4")
+        for name, value in self.environment.items():
+            _require_match(VARIABLE, name, "environment", "NCCL_DEBUG")
+            _require(value.isprintable(), f"environment.{name}", "must be one line of printable text")
+        for name in ("sbatch", "srun"):
+            for option in getattr(self, name):
+                _require_match(EXTRA, option, name, "--constraint=h100")
+        for option in self.sbatch:
+            own = option[2:].partition("=")[0]
+            _require(own not in OWN_OPTIONS, "sbatch", f"{option}: the template sets --{own} itself; leave it out")
+
+    @property
+    def tasks(self) -> int:
+        """Ranks of a node."""
+        return self.gpus_per_node if self.tasks_per_node is None else self.tasks_per_node
+
+    @property
+    def cores_per_task(self) -> int:
+        return self.cores_per_node // self.tasks
+
+
+def _require_match(pattern: re.Pattern[str], value: str, path: str, example: str) -> None:
+    _require(bool(pattern.fullmatch(value)), path, f"{json.dumps(value)} is not written as {example}")
+
+
+@functools.cache
+def _validator() -> pydantic.TypeAdapter[ClusterConfig]:
+    return pydantic.TypeAdapter(ClusterConfig)
+
+
+def validate_cluster(tree: dict[str, Any]) -> ClusterConfig:
+    """The tree as frozen dataclasses.
+
+    Raises:
+        ConfigError: an unknown key or a value that doesn't fit, in one line that names the field.
+    """
+    try:
+        return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"cluster: {error}; write the value as text or number") from error
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """The first problem as one line."""
+    first = error.errors()[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        return str(inner)
+    shown = ".".join(map(str, first["loc"])) or "cluster"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        sections = {"container": ContainerConfig, "restart": RestartConfig}
+        section = sections.get(str(first["loc"][0]), ClusterConfig) if len(first["loc"]) > 1 else ClusterConfig
+        names = [each.name for each in dataclasses.fields(section)]
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        return f"{shown}: unknown key; {hint}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{shown}: is missing; give it a value"
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        return f"{shown}: must be text, but YAML made the number {first['input']} of it; put it in quotes"
+    return f"{shown}: {first['msg'].replace('Input should be', 'must be')}, not {json.dumps(first['input'])[:80]}"
+
+
+def load_cluster(name: str, assignments: Iterable[str] = ()) -> ClusterConfig:
+    """The cluster config of this name (configs/cluster/) or path, with ``field=value`` overrides, validated.
+
+    Raises:
+        ConfigError: no such file, or something in it is wrong.
+    """
+    path = resolve(name, "cluster")
+    try:
+        return validate_cluster(override(read_tree(path), assignments))
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error

@@ -1,0 +1,120 @@
+"""From a job and a cluster to the text of a batch script. Pure, but for reading the templates.
+
+Every value that a template names is quoted for the shell, whoever wrote the template: Jinja's `finalize` does it. Only
+a `Directive`, which `launch/cluster.py` has restricted to harmless characters, stands as it is.
+"""
+
+import functools
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from launch.cluster import ClusterConfig
+from launch.job import Job
+
+MAX_NAME = 60
+
+
+class Directive(str):
+    """Part of an #SBATCH line, where the shell's quotes mean nothing."""
+
+    __slots__ = ()
+
+
+def template_root() -> Path:
+    """The checkout's slurm/, or the copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "slurm"
+    return inside if inside.is_dir() else package.parent / "slurm"
+
+
+def render_training(job: Job, cluster: ClusterConfig) -> str:
+    """The batch script of a training run."""
+    train = ["infini-train", "train", job.config, *(f"--set={setting}" for setting in job.settings)]
+    preflight = ["python", "-m", "infini_train.preflight", job.run_dir]
+    preflight += [f"--gpus={cluster.gpus_per_node}", f"--min-free-gib={cluster.min_free_gib}"]
+    return _render(
+        "train.sbatch.j2",
+        cluster,
+        directives=directives(job.name, job.nodes, cluster),
+        job=job,
+        train=train,
+        preflight=preflight if cluster.preflight else None,
+    )
+
+
+def render_evaluation(name: str, arguments: Iterable[str], cluster: ClusterConfig, gpus: int = 1) -> str:
+    """The batch script of `infini-train eval ARGUMENTS` in one process."""
+    wanted = [f"--job-name={job_name(name)}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cluster.cores_per_task}"]
+    if cluster.gpus_per_node:
+        wanted.append(gpu_request(gpus, cluster))
+    wanted += ["--output=%x-%j.out", f"--time={cluster.time_limit}", *_place(cluster)]
+    return _render(
+        "eval.sbatch.j2",
+        cluster,
+        directives=[Directive(each) for each in wanted],
+        command=["infini-train", "eval", *arguments],
+        exports={"OMP_NUM_THREADS": str(cluster.cores_per_task), **cluster.environment},
+    )
+
+
+def directives(name: str, nodes: int, cluster: ClusterConfig) -> list[Directive]:
+    """The #SBATCH options of a training job."""
+    found = [
+        f"--job-name={job_name(name)}",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={cluster.tasks}",
+        f"--cpus-per-task={cluster.cores_per_task}",
+        *([gpu_request(cluster.gpus_per_node, cluster)] if cluster.gpus_per_node else []),
+        f"--mem={cluster.memory}",
+        *(["--exclusive"] if cluster.exclusive else []),
+        f"--time={cluster.time_limit}",
+        f"--signal=B:USR1@{cluster.signal_before_limit_s}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        "--dependency=singleton",  # of the jobs of one name, one runs at a time
+        "--open-mode=append",
+        "--output=%x-%j.out",
+        *_place(cluster),
+    ]
+    return [Directive(each) for each in found]
+
+
+def _place(cluster: ClusterConfig) -> list[str]:
+    named = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    return [f"--{name}={value}" for name, value in named.items() if value is not None] + list(cluster.sbatch)
+
+
+def gpu_request(count: int, cluster: ClusterConfig) -> str:
+    """GPUs of a node. No --gpus-per-task: it would hide a node's GPUs from each other."""
+    return f"--gres=gpu:{cluster.gpu_type}:{count}" if cluster.gpu_type else f"--gres=gpu:{count}"
+
+
+def job_name(name: str) -> str:
+    """The run's name in characters that sbatch takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")[:MAX_NAME] or "run"
+
+
+def _finalize(value: Any) -> str:
+    return str(value) if isinstance(value, Directive) else shlex.quote(str(value))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_root()),
+        finalize=_finalize,
+        undefined=jinja2.StrictUndefined,
+        comment_start_string="<#",  # bash has ${#name}
+        comment_end_string="#>",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _render(template: str, cluster: ClusterConfig, **values: Any) -> str:
+    return _environment().get_template(template).render(cluster=cluster, **values)
