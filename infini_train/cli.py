@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 from infini_train import __version__
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.config import ConfigError, config_roots, load_run
+from infini_train.eval.commands import CommandParser
+from infini_train.eval.commands import add_commands as add_eval_commands
 from infini_train.plan.command import add_command as add_plan_command
 from infini_train.selftest.commands import add_command as add_selftest_command
 
@@ -24,6 +25,7 @@ examples:
   infini-train train debug                               a config by its name below configs/run/, or by path
   infini-train train 125m --set train.batch_lanes=4 --set model.attention.update=delta
   infini-train eval runs/demo --data runs/demo/data/validation --stream
+  infini-train eval passkey runs/demo                    a key hidden in up to 1M tokens
   infini-train generate runs/demo --prompt "def main("
   infini-train checkpoint verify runs/demo
   infini-train plan 125m --world-size 8 --set parallel.tensor_size=2    what each rank would hold
@@ -51,13 +53,6 @@ examples:
   infini-train train demo --set model.attention='{kind: local, segment_tokens: 128}'
   infini-train train demo --nproc 2                      two processes on this machine
   infini-train train demo --print-config > mine.yaml     a config of your own, to edit
-"""
-EVAL_EXAMPLES = """\
-examples:
-  infini-train eval runs/demo                            the newest checkpoint on the run's validation data
-  infini-train eval runs/demo --stream --data data/books/validation
-  infini-train eval runs/demo/checkpoints/step-00000100 --window-tokens 4096 --json
-  infini-train eval runs/demo --window-tokens 128 --forget    the same without memory, to compare
 """
 GENERATE_EXAMPLES = """\
 examples:
@@ -113,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"infini-train {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     _add_train(commands.add_parser("train", help="train a model, or continue a run"))
-    _add_eval(commands.add_parser("eval", help="perplexity of held-out text, at any length in constant memory"))
+    add_eval_commands(commands.add_parser("eval", help="perplexity of held-out text, passkey retrieval"))
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
     add_plan_command(commands.add_parser("plan", help="what each rank of a layout would hold, without the cluster"))
     add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
@@ -182,71 +177,6 @@ def _train(options: argparse.Namespace) -> None:
         sys.exit(_fail(str(error), 1))
     except NonFiniteError as error:
         sys.exit(_fail(f"{error}; the last checkpoint is as it was. Lower optim.lr, or look at these documents", 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------- eval
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    description = (
-        "Loss and perplexity of held-out text, beside the unigram entropy of the same tokens (both in nats a token: a"
-        " model that uses context gets below the entropy)."
-    )
-    _describe(parser, description, EVAL_EXAMPLES)
-    parser.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
-    )
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        help="documents one after the other, a few segments at a time: constant memory at any length",
-    )
-    parser.add_argument(
-        "--lanes",
-        type=_positive,
-        metavar="N",
-        help="documents read side by side (default: one micro-batch of training)",
-    )
-    parser.add_argument(
-        "--window-tokens",
-        type=_positive,
-        metavar="N",
-        help="tokens of a document in one forward, a multiple of the segment (default: as in training; four segments"
-        " with --stream)",
-    )
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens (default: all)")
-    parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations (default: fp32)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
-    parser.set_defaults(command=_eval)
-
-
-def _eval(options: argparse.Namespace) -> None:
-    _prepare()
-    from infini_train.eval.loading import open_trained
-    from infini_train.eval.report import evaluate_run
-
-    trained = open_trained(options.model, options.precision)
-    values = evaluate_run(
-        trained,
-        options.data,
-        lanes=1 if options.stream else options.lanes,
-        window_tokens=options.window_tokens,
-        stream=options.stream,
-        max_tokens=options.max_tokens,
-        forget=options.forget,
-    )
-    if options.json:
-        print(json.dumps(values))
-        return
-    for name, value in values.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        print(f"{name:<18}{shown}")
 
 
 # ------------------------------------------------------------------------------------------------------------ generate

@@ -88,7 +88,7 @@ class ClusterConfig:
     srun: tuple[str, ...] = ()  # further options of the ranks' srun, as in --cpu-bind=cores
     preflight: bool = True  # check every node before training
     min_free_gib: int = 50  # what preflight asks of the run's file system
-  exclude_bad_nodes: bool = True  # a node that preflight found bad is left out when the job goes back into the queue
+    exclude_bad_nodes: bool = True  # a node that preflight found bad is left out when the job goes back into the queue
     restart: RestartConfig = field(default_factory=RestartConfig)
 
     def __post_init__(self) -> None:

@@ -285,7 +285,9 @@ def _encode(tokenizer: Tokenizer, text: str, anchor: str = _ANCHOR) -> np.ndarra
     """Ids of the text as it stands behind the end of a sentence."""
     before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
     if not np.array_equal(before, ids[: len(before)]):
-        raise ConfigError("tokenizer: joins the end of a sentence with what follows; passkey texts can't be cut with it")
+        raise ConfigError(
+            "tokenizer: joins the end of a sentence with what follows; passkey texts can't be cut with it"
+        )
     return ids[len(before) :]
 
 

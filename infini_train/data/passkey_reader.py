@@ -20,7 +20,6 @@ from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 
-
 # Where the key lies: up to these shares of the texts anywhere, in the first segment's worth of filler, in the last two
 # segments' worth; in the rest it shares a segment with the question, if both fit.
 ANYWHERE, AT_START, BEFORE_END = 0.5, 0.65, 0.85

@@ -62,7 +62,10 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_prompts(
-    model: Transformer, texts: Sequence[Passkey], bos_id: int, on_progress: Callable[[int], object] = lambda tokens: None
+    model: Transformer,
+    texts: Sequence[Passkey],
+    bos_id: int,
+    on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Reading:
     """Reads the prompts of the texts side by side, and lets the model write as many tokens as each answer has.
 
@@ -113,9 +116,7 @@ def _take_lane(state: ModelState | None, lane: int) -> ModelState | None:
     return pytree.tree_map_only(Tensor, lambda x_B: x_B[lane : lane + 1], state)
 
 
-def _answer(
-    model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int
-) -> list[int]:
+def _answer(model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int) -> list[int]:
     """The most likely token, so many times, behind the rest of a prompt."""
     logits_V, state = feed(model, rest, state, first=state is None, chunk_tokens=chunk_tokens)
     said = [int(logits_V.argmax())]

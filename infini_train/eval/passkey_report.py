@@ -33,15 +33,14 @@ from infini_train.eval.passkey_scores import (
 ANSWERS, RESULTS, PICTURE = "answers.jsonl", "results.json", "heatmap.png"
 
 
-def name_test(grid: PasskeyGrid, step: int, precision: str) -> str:
-    """A name for this test of a run: passkey-STEP, and whatever is not as usual."""
+def name_kind(grid: PasskeyGrid, precision: str) -> str:
+    """The part of a test's name that tells it from the usual one: -harbour-seed1; usually empty."""
     usual = PasskeyGrid(lengths_tokens=(1,), positions=(0.0,))
-    words = [f"passkey-{step}"]
-    words += [grid.wording] * (grid.wording != usual.wording)
-    words += [f"{grid.digits}digits"] * (grid.digits != usual.digits)
-    words += [f"seed{grid.seed}"] * (grid.seed != usual.seed)
-    words += [precision] * (precision != "fp32")
-    return "-".join(words)
+    kinds = [f"-{grid.wording}"] * (grid.wording != usual.wording)
+    kinds += [f"-{grid.digits}digits"] * (grid.digits != usual.digits)
+    kinds += [f"-seed{grid.seed}"] * (grid.seed != usual.seed)
+    kinds += [f"-{precision}"] * (precision != "fp32")
+    return "".join(kinds)
 
 
 def find_home(checkpoint: Path) -> Path:
@@ -158,8 +157,8 @@ def evaluate_passkey(
     """
     writer = PasskeyWriter(trained.tokenizer, find_wording(grid.wording), grid.digits)
     check_grid(grid, writer)
-    home, name = find_home(trained.checkpoint), name_test(grid, trained.step, precision)
-    folder = out or home / "eval" / name
+    home, kind = find_home(trained.checkpoint), name_kind(grid, precision)
+    folder = out or home / "eval" / f"passkey-{trained.step}{kind}"
     index = (trained.checkpoint / "index.json").read_bytes()
     settings = {
         "checkpoint_sha256": hashlib.sha256(index).hexdigest(),
@@ -185,7 +184,7 @@ def evaluate_passkey(
     figure = _draw(grid, answers, f"{home.name}, step {trained.step}")
     _save_picture(figure, folder / PICTURE)
     board = (out or home) / "tensorboard" / "eval"
-    _write_board(board, name.replace(f"-{trained.step}", "", 1), trained.step, score_cells(grid, answers), figure)
+    _write_board(board, f"passkey{kind}", trained.step, score_cells(grid, answers), figure)
     return results
 
 
@@ -222,9 +221,10 @@ def _answer_rest(
 
 def cell_line(length_tokens: int, position: float, score: Score) -> str:
     """What one cell came to, in a line."""
+    digits = _percent(score.digit_accuracy, score.digit_interval)
     return (
         f"{format_length(length_tokens):>6} at {position:<5.3g} exact {score.exact}/{score.samples} ="
-        f" {_percent(score.exact_match, score.exact_interval)}   digits {_percent(score.digit_accuracy, score.digit_interval)}"
+        f" {_percent(score.exact_match, score.exact_interval)}   digits {digits}"
     )
 
 
@@ -275,7 +275,8 @@ def _draw(grid: PasskeyGrid, answers: Sequence[Answer], title: str) -> Figure:
     found = [scores[cell] for cell in grid.cells()]
     share_LP = np.array([score.exact_match for score in found]).reshape(shape)
     interval_LP2 = np.array([score.exact_interval for score in found]).reshape(*shape, 2)
-    note = f"exact match of {grid.digits} digits in %, wording {grid.wording}\nn = {grid.samples} a cell, 95 % interval below"
+    what = f"exact match of {grid.digits} digits in %, wording {grid.wording}"
+    note = f"{what}\nn = {grid.samples} a cell, 95 % interval below"
     lengths, positions = map(format_length, grid.lengths_tokens), (f"{place:.3g}" for place in grid.positions)
     return plot_recall(share_LP, interval_LP2, list(lengths), list(positions), f"{title}\n{note}")
 
@@ -289,9 +290,7 @@ def _save_picture(figure: Figure, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _write_board(
-    folder: Path, name: str, step: int, scores: dict[tuple[int, float], Score], figure: Figure
-) -> None:
+def _write_board(folder: Path, name: str, step: int, scores: dict[tuple[int, float], Score], figure: Figure) -> None:
     # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
     with SummaryWriter(str(folder)) as board:
         for (length, position), score in scores.items():

@@ -150,8 +150,13 @@ def score_cells(grid: PasskeyGrid, answers: Iterable[Answer]) -> dict[tuple[int,
 
 
 def summarise(grid: PasskeyGrid, answers: Sequence[Answer], segment_tokens: int | None) -> dict[str, Any]:
-    """Scores of the cells, of the lengths and of all, phases covered, speed and memory, as plain values."""
-    answers = [a for a in answers if a.sample < grid.samples and (a.length_tokens, a.position) in set(grid.cells())]
+    """Scores of the cells, of the lengths and of all, phases covered, speed and memory, as plain values.
+
+    Args:
+        grid: of the test.
+        answers: to its prompts, at least one.
+        segment_tokens: of the model, None without segments.
+    """
     longest = [answer for answer in answers if answer.length_tokens == max(grid.lengths_tokens)]
     cells = score_cells(grid, answers)
     lengths = [length for length in grid.lengths_tokens if any(cell[0] == length for cell in cells)]
@@ -167,7 +172,7 @@ def summarise(grid: PasskeyGrid, answers: Sequence[Answer], segment_tokens: int 
             }
             for length, own in of_length.items()
         ],
-        "all": Score.of(answers).to_json() if answers else None,
+        "all": Score.of(answers).to_json(),
     }
     if segment_tokens:
         for name in ("key", "question"):

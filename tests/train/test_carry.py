@@ -28,7 +28,7 @@ def open_readers(configure, shards):
 
     def build(layout: str) -> list[LaneReader]:
         processes, sizes = LAYOUTS[layout]
-        config: RunConfig = configure("train.batch_lanes=8", "train.micro_batch_lanes=1")
+        config: RunConfig = configure("model.vocab_size=264", "train.batch_lanes=8", "train.micro_batch_lanes=1")
         parallel = dataclasses.replace(config.parallel, **sizes)
         config = divide_processes(dataclasses.replace(config, parallel=parallel), processes)
         lanes = [Lanes.of(config, rank) for rank in range(config.parallel.data_size)]

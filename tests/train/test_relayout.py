@@ -44,6 +44,15 @@ PAIRS = [
 FAST = 2  # of the pairs
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "relayout"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture
 def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, int], None]:
     """Trains up to a step in a layout, in this folder."""
