@@ -1,4 +1,4 @@
-"""infini-train: train, eval, generate, checkpoint, demo. Each command loads its config and calls one function."""
+"""infini-train: train, eval, generate, plan, checkpoint, selftest, demo. Each command calls one function."""
 
 import argparse
 import errno

@@ -21,7 +21,7 @@ ROOMS = {
     "ops": set(),
     "data": set(),
     "model": {"ops"},
-    "parallel": MODEL,
+    "parallel": {"data", *MODEL},  # micro-batches are cut from a batch of data
     "checkpoint": {"parallel", *MODEL},
     "eval": STACK,
     "train": {"eval", *STACK},  # validation inside the loop

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
+from infini_train.eval.intervals import format_percent
+
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
@@ -39,8 +41,8 @@ def plot_recall(
     for (row, column), share in np.ndenumerate(share_LP):
         if np.isnan(share):
             continue
-        low, high = 100 * interval_LP2[row, column]
-        text, colour = f"{100 * share:.0f}\n{low:.0f}\u2013{high:.0f}", "black" if share > 0.6 else "white"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+        low, high = map(format_percent, interval_LP2[row, column])
+        text = f"{format_percent(share)}\n{low}\u2013{high}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if share > 0.6 else "white")
     figure.colorbar(image, ax=axes, label="%")
     return figure

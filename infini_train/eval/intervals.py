@@ -19,3 +19,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     low, high = centre - half, centre + half
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+def format_percent(share: float) -> str:
+    """A share in percent with one decimal; 100 and 0 only where it is all or nothing."""
+    shown = f"{100 * share:.1f}".removesuffix(".0")
+    return {"100": "99.9", "0": "0.1"}.get(shown, shown) if 0 < share < 1 else shown

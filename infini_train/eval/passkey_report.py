@@ -18,6 +18,7 @@ from infini_train.checkpoint.sync import sync_path, write_synced
 from infini_train.config import ConfigError
 from infini_train.data.passkey import PasskeyWriter, find_wording
 from infini_train.eval.heatmap import plot_recall
+from infini_train.eval.intervals import format_percent
 from infini_train.eval.loading import Trained
 from infini_train.eval.passkey import answer_grid
 from infini_train.eval.passkey_scores import (
@@ -229,7 +230,7 @@ def cell_line(length_tokens: int, position: float, score: Score) -> str:
 
 
 def _percent(share: float, interval: Sequence[float]) -> str:
-    return f"{100 * share:.0f} ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
+    return f"{format_percent(share)} ({format_percent(interval[0])}-{format_percent(interval[1])})"
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -242,14 +243,14 @@ def format_results(results: dict[str, Any]) -> str:
         f" {results['samples']} samples a cell; in %, with Wilson's 95 % interval",
     ]
     for title, share in (("exact match", "exact_match"), ("digits", "digit_accuracy")):
-        lines += ["", f"{title:<12}" + "".join(f"{format_length(length):>15}" for length in lengths)]
+        lines += ["", f"{title:<12}" + "".join(f"{format_length(length):>18}" for length in lengths)]
         rows = [(f"{position:.3g}", position) for position in dict.fromkeys(place for _, place in cells)]
         for label, position in rows:
             row = [cells[length, position] for length in lengths]
-            lines.append(f"{label:<12}" + "".join(f"{_percent(c[share], c[f'{share}_95']):>15}" for c in row))
-        whole = "".join(f"{_percent(c[share], c[f'{share}_95']):>15}" for c in results["lengths"])
+            lines.append(f"{label:<12}" + "".join(f"{_percent(c[share], c[f'{share}_95']):>18}" for c in row))
+        whole = "".join(f"{_percent(c[share], c[f'{share}_95']):>18}" for c in results["lengths"])
         lines.append(f"{'all':<12}{whole}")
-    memory = "".join(f"{length['peak_memory_mb']:>15,.0f}" for length in results["lengths"])
+    memory = "".join(f"{length['peak_memory_mb']:>18,.0f}" for length in results["lengths"])
     found = results["all"]
     lines += [
         "",

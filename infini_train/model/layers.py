@@ -6,7 +6,6 @@ Legend: T tokens, B lanes, D hidden size, V vocabulary.
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -19,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 
@@ -108,12 +108,7 @@ def sum_gradient_over_tensor_ranks(parameter: nn.Parameter) -> None:
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return
 
-    def add_up(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
-        return gradient
-
-    parameter.register_hook(add_up)
+    parameter.register_hook(lambda gradient: reduce_from_tensor_model_parallel_region(gradient.contiguous()))
 
 
 def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowParallelLinear:

@@ -34,7 +34,8 @@ def prepare() -> None:
 def current() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each task its own GPU only
     return torch.device("cpu")
 
 
@@ -49,6 +50,11 @@ def describe() -> str:
         return "CPU"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return f"{torch.cuda.get_device_name(current())} (CUDA {torch.version.cuda}, NCCL {nccl})"
+
+
+def count() -> int:
+    """Accelerators that this process sees."""
+    return torch.cuda.device_count()
 
 
 def set_current() -> None:

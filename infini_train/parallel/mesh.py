@@ -48,8 +48,26 @@ class Place(NamedTuple):
 
 
 def world() -> tuple[int, int]:
-    """(rank, number) of the processes that were started together (torchrun, srun or --nproc set the variables)."""
+    """(rank, number) of the processes that were started together: by torchrun, --nproc, or as tasks of srun."""
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script itself is no task
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def complete_environment() -> None:
+    """Gives srun's tasks the variables of torchrun, which torch and DeepSpeed read.
+
+    Raises:
+        ConfigError: there are several tasks, but no address where they meet.
+    """
+    rank, size = world()
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "MASTER_ADDR: is not set; srun needs it and MASTER_PORT, as in the scripts of infini-launch (or use --nproc)"
+        )
+    if size > 1 and "RANK" not in os.environ:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ["SLURM_LOCALID"])
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
 
 
 def start(parallel: ParallelConfig | None = None) -> Place:
@@ -65,7 +83,7 @@ def start(parallel: ParallelConfig | None = None) -> Place:
     rank, size = world()
     if parallel.model_size * (parallel.data_size or 1) != size:
         raise ConfigError(f"WORLD_SIZE: {size} processes were started for what one process does; start one")
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    complete_environment()
     device.set_current()
     device.stand_in_for_cuda()
     if not dist.is_initialized():

@@ -19,6 +19,7 @@ from infini_train.parallel.mesh import ModelParallelUnit
 # collective would be compiled at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
+BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
 STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, in fp32
 
 
@@ -67,7 +68,7 @@ class Engine:
         self.names = {parameter: name for name, parameter in named}
         # ZeRO-1 would sum the gradients of micro-batches in bf16, or print memory statistics to sum them in fp32.
         self.stage = 2 if precision == "bf16" and parallel.zero_stage == 1 else parallel.zero_stage
-        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False}
+        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": False, "reduce_bucket_size": BUCKET_ELEMENTS}
         if parallel.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
         settings = {

@@ -18,6 +18,7 @@ from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
 from infini_train.train.optim import gate_warning, learning_rates
 from infini_train.train.session import Session, hold_folder, open_session, save_session
+from infini_train.train.status import check_fence, end_status, write_status
 from infini_train.train.step import StepResult, train_step
 
 
@@ -37,6 +38,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
             run_steps(session, stop, watch.doing)
+            end_status(session, stop.received)
     total = session.config.train.total_steps
     if stop.received and session.step < total:
         notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
@@ -69,6 +71,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             if last or session.step % config.log.memory_every_steps == 0:
                 report_memory(session, metrics, result)
             if last or config.checkpoint.is_due(session.step):
+                check_fence(session)
                 save_session(session, metrics.say)
             if stop.received is None and is_validation_due(session):
                 report_validation(session, metrics, stop, doing)
@@ -177,6 +180,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
     eta_s = (config.train.total_steps - step) * values["speed/step_s"]
     metrics.write(step, values)
+    write_status(session, values, eta_s)
     line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)
     metrics.say(line + damaged(corrupt_documents))
     clock.reset()

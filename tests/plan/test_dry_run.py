@@ -146,7 +146,7 @@ LAYOUTS = [
     (TIED, {"context_size": 2, "zero_stage": 2}, "fp32", 4),
     (TIED, {"zero_stage": 3}, "bf16", 8),
     (UNTIED, {"tensor_size": 4, "zero_stage": 3}, "fp32", 8),
-    (UNTIED, {"tensor_size": 4, "pipeline_size": 2, "context_size": 2}, "bf16", 16),
+    (UNTIED, {"tensor_size": 2, "pipeline_size": 2, "context_size": 2}, "bf16", 8),
     (DELTA, {"tensor_size": 2, "context_size": 2}, "fp32", 8),
 ]
 

@@ -1,0 +1,76 @@
+"""status.json: where a run stands, for whoever looks from outside; and the fence that keeps an older start out.
+
+A job that Slurm has started again writes its number into the run's launch/fence. A copy of an earlier start that is
+still alive somewhere (on a node that lost the network, say) finds another number there and ends. The lock of
+`session.hold_folder` is not enough for that: some shared file systems have no locks, or hold them for one node only.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from infini_train.config import ConfigError
+from infini_train.train.session import Session
+
+
+def write_status(session: Session, values: dict[str, float], eta_s: float) -> None:
+    """Rank 0: the numbers of a report. Checks the fence first.
+
+    Raises:
+        ConfigError: a later start of the job has taken the run's folder over.
+    """
+    check_fence(session)
+    total = session.config.train.total_steps
+    _write(
+        session,
+        {
+            "state": "training" if session.step < total else "finished",
+            "loss": values["loss/train"],
+            "tokens_per_s": values["speed/tokens_per_s"],
+            "eta_s": eta_s,
+        },
+    )
+
+
+def end_status(session: Session, signal_name: str | None) -> None:
+    """Rank 0: the run has ended, or a signal has stopped it."""
+    done = session.step >= session.config.train.total_steps
+    state = "finished" if done else f"stopped by {signal_name}"
+    _write(session, {**_read(session.config.directory), "state": state})
+
+
+def check_fence(session: Session) -> None:
+    """Rank 0: whether this is still the latest start of the run's job; nothing outside of `infini-launch`'s scripts."""
+    mine, path = os.environ.get("INFINI_TRAIN_START"), session.config.directory / "launch" / "fence"
+    if not session.place.is_first or mine is None or not path.exists():
+        return
+    latest = path.read_text(encoding="utf-8").strip()
+    if latest != mine:
+        raise ConfigError(f"run_dir: start {latest} of the job has taken {path.parent.parent} over; this is {mine}")
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(session: Session, values: dict[str, Any]) -> None:
+    """Whole or not at all. No fsync: it is gone with the machine, as the process is."""
+    if not session.place.is_first:
+        return
+    status = {
+        **values,
+        "name": session.config.name,
+        "step": session.step,
+        "total_steps": session.config.train.total_steps,
+        "restarts": int(os.environ.get("INFINI_TRAIN_RESTARTS", "0")),
+        "heartbeat": time.time(),
+    }
+    path = session.config.directory / "status.json"
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(status), encoding="utf-8")
+    os.replace(aside, path)

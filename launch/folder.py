@@ -1,0 +1,100 @@
+"""The folder launch/ of a run: what was submitted, and what became of it. Imports little: `status` must be quick.
+
+train.sbatch, run.yaml   what was submitted
+revision.txt             git revision of the code, and what was changed since
+environment.txt          variables at submission, without those that look like secrets
+job                      number of the newest job
+starts                   a line for each start: time, job.start, nodes
+job.log, last_failure    what the batch script says
+logs/JOB.START/          each rank's output (train-0.log) and end (train-0.exit: time rank node code)
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """A file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def prepare(run_dir: Path, files: Mapping[str, str], code: Path) -> Path:
+    """Lays out the launch folder for a new submission: the files, the code's revision, the environment."""
+    folder = run_dir / "launch"
+    for name, text in files.items():
+        write_aside(folder / name, text)
+    write_aside(folder / "revision.txt", describe_revision(code))
+    shown = (f"{name}={value}\n" for name, value in sorted(os.environ.items()) if not SECRET.search(name))
+    write_aside(folder / "environment.txt", "".join(shown))
+    for name in ("bad_nodes", "retries", "last_failure"):  # of an earlier job
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def describe_revision(code: Path) -> str:
+    """The commit and the uncommitted changes of a checkout; a line that says so if it is none."""
+    try:
+        commit = _git(code, "rev-parse", "HEAD")
+        return f"{commit}\n{_git(code, 'status', '--short')}\n{_git(code, 'diff', 'HEAD')}\n"
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout\n"
+
+
+def _git(code: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(code), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=30).stdout.strip()
+
+
+def read_job(run_dir: Path) -> int | None:
+    """Number of the run's newest job."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((run_dir / "launch" / "job").read_text())
+    return None
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What training said last; empty before its first report."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def read_failure(run_dir: Path) -> str:
+    """The last failure that the batch script named; empty without one."""
+    with contextlib.suppress(OSError):
+        return (run_dir / "launch" / "last_failure").read_text(encoding="utf-8", errors="replace").strip()
+    return ""
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders of runs directly below a folder, and the folder itself if it is one."""
+    candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    return [path for path in candidates if (path / "status.json").is_file() or (path / "launch").is_dir()]
+
+
+def newest_logs(run_dir: Path) -> Path | None:
+    """The log folder of the newest start."""
+    folders = [path for path in (run_dir / "launch" / "logs").glob("*.*") if path.is_dir()]
+    return max(folders, key=lambda path: tuple(int(part) for part in path.name.split(".")), default=None)
+
+
+def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:
+    """Seconds since training said something."""
+    beat = status.get("heartbeat")
+    return time.time() - beat if isinstance(beat, int | float) else None

@@ -1,0 +1,50 @@
+"""`infini-launch local`: a job's life on this machine, without Slurm. Same environment, same retries."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cluster import RestartConfig
+from launch.job import Job
+
+STOPPED = (129, 130, 143)
+MAX_WAIT_S = 600
+
+
+def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
+    """Trains in `nproc` processes and starts them again after failures, as the batch script does; the exit code."""
+    command = [sys.executable, "-m", "infini_train.cli", "train", job.config, *(f"--set={each}" for each in job.settings)]
+    retries, newest = 0, newest_checkpoint(Path(job.run_dir))
+    for start in range(sys.maxsize):
+        environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}
+        code = _wait([*command, f"--nproc={nproc}"], environment)
+        if code in (0, *STOPPED) or (code == 2 and start == 0):
+            return code
+        before, newest = newest, newest_checkpoint(Path(job.run_dir))
+        retries = retries + 1 if newest == before else 1
+        if retries > restart.max_retries:
+            print(f"error: given up after {restart.max_retries} retries without a new checkpoint", file=sys.stderr)
+            return code
+        wait_s = min(restart.backoff_s * 2 ** (retries - 1), MAX_WAIT_S)
+        print(f"exit code {code}; retry {retries} of {restart.max_retries} in {wait_s} s", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+    raise AssertionError("endless")
+
+
+def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Waits also through Ctrl-C, which reaches the launcher of the ranks from the terminal itself."""
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            try:
+                code = process.wait()
+                return code if code >= 0 else 128 - code
+            except KeyboardInterrupt:
+                continue
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Name of the newest one; empty without any."""
+    return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="")

@@ -1,0 +1,88 @@
+"""The commands of Slurm, as functions. Values go as arguments of a process, never through a shell."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+TIMEOUT_S = 60
+
+
+class QueuedJob(NamedTuple):
+    """A job as squeue tells it."""
+
+    id: int
+    state: str
+    elapsed: str
+    nodes: int
+    reason: str  # or its nodes
+
+
+def submit(script: Path, options: Sequence[str] = ()) -> int:
+    """Submits a script with further options; returns the job's number.
+
+    Raises:
+        ConfigError: Slurm refuses it.
+    """
+    return int(_run("sbatch", "--parsable", *options, str(script)).split(";")[0])
+
+
+def check(script: Path, options: Sequence[str] = ()) -> str:
+    """Asks Slurm whether it would take the script, and when it would run.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    done = _call("sbatch", "--test-only", *options, str(script))
+    text = done.stderr.strip() or done.stdout.strip()
+    if done.returncode:
+        raise _error(f"sbatch refuses {script}: {_last_line(text)}")
+    return _last_line(text)
+
+
+def queue() -> dict[int, QueuedJob]:
+    """The user's jobs that wait, run or end; empty where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return {}
+    lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R").splitlines()
+    rows = [line.split("|", 4) for line in lines]
+    return {int(row[0]): QueuedJob(int(row[0]), row[1], row[2], int(row[3]), row[4]) for row in rows}
+
+
+def end_gently(job: int) -> None:
+    """Asks the batch script to let the ranks save and then to end."""
+    _run("scancel", "--batch", "--signal=USR2", str(job))
+
+
+def end(job: int) -> None:
+    """Ends a job, saved or not."""
+    _run("scancel", str(job))
+
+
+def _run(*command: str) -> str:
+    done = _call(*command)
+    if done.returncode:
+        raise _error(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError as error:
+        raise _error(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise _error(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _error(message: str) -> Exception:
+    """A ConfigError, whose module `status` need not wait for when all is well."""
+    from infini_train.config import ConfigError
+
+    return ConfigError(message)

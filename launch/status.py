@@ -1,0 +1,83 @@
+"""`infini-launch status`: all runs below a folder as a table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch import folder
+from launch.slurm import QueuedJob
+
+COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note")
+
+
+def describe_runs(runs: list[Path], queue: Mapping[int, QueuedJob]) -> list[dict[str, Any]]:
+    """One row a run, from its folder and the queue."""
+    return [describe_run(run, queue) for run in runs]
+
+
+def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob]) -> dict[str, Any]:
+    """Plain values; `state` joins what training and what Slurm say."""
+    status, number = folder.read_status(run_dir), folder.read_job(run_dir)
+    job = queue.get(number) if number is not None else None
+    return {
+        "run": str(run_dir),
+        "job": number,
+        "state": _state(status.get("state"), number, job),
+        "step": status.get("step"),
+        "total_steps": status.get("total_steps"),
+        "loss": status.get("loss"),
+        "tokens_per_s": status.get("tokens_per_s"),
+        "eta_s": status.get("eta_s"),
+        "restarts": status.get("restarts"),
+        "heartbeat_age_s": folder.heartbeat_age_s(status),
+        "note": job.reason if job and job.state == "PENDING" else folder.read_failure(run_dir),
+    }
+
+
+def _state(said: str | None, number: int | None, job: QueuedJob | None) -> str:
+    if said == "finished":
+        return said
+    if job is not None:
+        return said or "starting" if job.state == "RUNNING" else job.state.lower()
+    if number is not None and said in ("training", None):
+        return "ended without a word" if said else "not in the queue"
+    return said or "unknown"
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Rows for a terminal."""
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    return "".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in cells)
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    step, finished = row["step"], row["state"] == "finished"
+    return (
+        row["run"],
+        _text(row["job"]),
+        row["state"],
+        "-" if step is None else f"{step}/{row['total_steps']}",
+        "-" if row["loss"] is None else f"{row['loss']:.4f}",
+        "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
+        "-" if finished else format_seconds(row["eta_s"]),
+        _text(row["restarts"]),
+        "-" if finished or row["heartbeat_age_s"] is None else format_seconds(row["heartbeat_age_s"]) + " ago",
+        row["note"],
+    )
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """As in 3d04h, 2h05m, 3m20s, 45s."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    for unit, lower, size in (("d", "h", 86400), ("h", "m", 3600), ("m", "s", 60)):
+        if whole >= size:
+            rest = whole % size // (size // 24 if unit == "d" else size // 60)
+            return f"{whole // size}{unit}{rest:02d}{lower}"
+    return f"{whole}s"
