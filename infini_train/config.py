@@ -140,13 +140,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyConfig:
-    """Texts with a number to remember, made while training; a text never crosses a window (docs/passkey.md)."""
+    """Texts with a number to remember, made while training; a text never crosses a window (docs/passkey.md).
+
+    They begin short, grow as they are learned, and come under pressure when they have grown.
+    """
 
     wording: str = "paper"  # of text and question
     digits: int = 5  # of the number
     min_segments: int = 3  # of the shortest texts
-    grow_from_step: int = 0  # until then all texts are of the shortest length
-    grow_until_step: int = 1  # from here on they are of any length up to a window
+    grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
     answer_weight: FiniteFloat = 1.0  # of the answer
     key_weight: FiniteFloat = 0.5  # of the number's second mention
@@ -154,15 +156,10 @@ class PasskeyConfig:
     pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure
 
     def __post_init__(self) -> None:
-        for name in ("digits", "min_segments", "grow_until_step"):
+        for name in ("digits", "min_segments", "grow_below_loss"):
             _require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
-        for name in ("grow_from_step", "text_weight", "answer_weight", "key_weight"):
+        for name in ("text_weight", "answer_weight", "key_weight"):
             _require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")
-        _require(
-            self.grow_from_step < self.grow_until_step,
-            "data.passkey.grow_until_step",
-            f"must lie behind grow_from_step ({self.grow_from_step})",
-        )
         _require(self.pressure >= 1, "data.passkey.pressure", "must be at least 1")
         _require(0 <= self.pressure_share <= 1, "data.passkey.pressure_share", "must lie between 0 and 1")
 

@@ -18,6 +18,7 @@ from infini_train.checkpoint import commands
 from infini_train.cli import main
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
+from infini_train.eval import commands as evaluations
 from infini_train.parallel import device
 
 COMMANDS = ("train", "eval", "generate", "checkpoint", "demo")
@@ -274,8 +275,10 @@ def test_help_gives_examples(command, capsys):
 
 def test_help_of_every_option_says_its_default():
     """Of options that take a value; what a list or a flag does without being given goes without saying."""
-    for command in ("eval", "generate"):
-        parser = cli._parser()._subparsers._group_actions[0].choices[command]
+    for command in ("eval perplexity", "eval passkey", "generate"):
+        parser = cli._parser()
+        for word in command.split():
+            parser = parser._subparsers._group_actions[0].choices[word]
         for action in parser._actions:
             if action.option_strings and action.nargs != 0 and "file" not in action.dest:
                 assert "default: " in action.help, f"{command} {action.option_strings[0]}"
@@ -294,7 +297,8 @@ def test_help_and_version(capsys):
 
 def test_examples_in_help_parse(capsys):
     """Every example's configs and fields exist."""
-    examples = cli.EPILOG + cli.TRAIN_EXAMPLES + cli.EVAL_EXAMPLES + cli.GENERATE_EXAMPLES + cli.DEMO_EXAMPLES
+    examples = cli.EPILOG + cli.TRAIN_EXAMPLES + cli.GENERATE_EXAMPLES + cli.DEMO_EXAMPLES
+    examples += evaluations.EXAMPLES + evaluations.PERPLEXITY_EXAMPLES + evaluations.PASSKEY_EXAMPLES
     examples += commands.EXAMPLES + commands.INSPECT_EXAMPLES + commands.VERIFY_EXAMPLES + commands.RESHARD_EXAMPLES
     lines = [line for line in examples.splitlines() if line.startswith("  infini-train ")]
     assert len(lines) > 12

@@ -171,15 +171,18 @@ def test_links_resolve(name: str) -> None:
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(actions[0].choices)
+    return dict(actions[0].choices) if actions else {}
+
+
+def with_subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for each in subparsers(parser).values():
+        yield from with_subparsers(each)
 
 
 PARSERS = {"infini-train": cli._parser(), "infini-data": build_data_parser()}
 FLAGS = {
-    flag
-    for parser in PARSERS.values()
-    for each in (parser, *subparsers(parser).values())
-    for flag in each._option_string_actions
+    flag for parser in PARSERS.values() for each in with_subparsers(parser) for flag in each._option_string_actions
 }
 
 

@@ -125,6 +125,12 @@ class LaneReader:
     def corrupt_documents(self) -> int:
         return len(self._corrupt)
 
+    learns = False  # what is read does not depend on what was learned
+
+    def learn(self, state: LaneState, loss: float) -> LaneState:
+        """The state itself."""
+        return state
+
     def start(self) -> LaneState:
         """Before the first document."""
         return initial_state(self.n_lanes)

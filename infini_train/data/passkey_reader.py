@@ -1,9 +1,9 @@
 """Passkey texts as training windows: composed on the fly, a pure function of seed, step and lane.
 
 A window holds one text, or several short ones one behind the other, each from a segment's edge on, so that gradients
-reach from the answer back to the key. Lengths grow with the steps. Under pressure the segments that don't hold the key
-write more into the memory, as if their text had been read many times: a window feels like a far longer one. This
-augmentation is not in the paper.
+reach from the answer back to the key. Texts grow while the loss is low. When they are as long as a window, some come
+under pressure: the segments that don't hold the key write more into the memory, as if their text had been read many
+times, so that a window feels like a far longer one. This augmentation is not in the paper.
 
 Shapes: B lanes read by this rank, T window_tokens.
 """
@@ -11,7 +11,7 @@ Shapes: B lanes read by this rank, T window_tokens.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from infini_train.data.tokenizer import ByteTokenizer
 # Where the key lies: up to these shares of the texts anywhere, in the first segment's worth of filler, in the last two
 # segments' worth; in the rest it shares a segment with the question, if both fit.
 ANYWHERE, AT_START, BEFORE_END = 0.5, 0.65, 0.85
+START_LOSS, MEMORY = 10.0, 0.9  # of the running mean of the loss
+GROWTH = 1.05, 0.1  # a step: segments times this, and this many more
 QUESTION_INSIDE = 0.8  # share of the texts whose question is not cut by a segment's edge
 
 
@@ -35,19 +37,16 @@ class _Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
-    """Position of a `PasskeyReader`: windows read so far."""
+class Progress:
+    """Position of a `PasskeyReader`: windows read, segments of the longest texts, running mean of the loss."""
 
-    number: int
+    step: int
+    longest: float
+    loss: float
 
     def to_json(self) -> dict[str, Any]:
         """As plain values for json.dumps."""
-        return {"step": self.number}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Self:
-        """The position of a `to_json`."""
-        return cls(int(tree["step"]))
+        return vars(self)
 
 
 class PasskeyReader:
@@ -63,6 +62,7 @@ class PasskeyReader:
     """
 
     corrupt_documents = 0
+    learns = True
 
     def __init__(
         self, config: PasskeyConfig, n_lanes: int, window_tokens: int, segment_tokens: int, seed: int, rows: slice
@@ -72,20 +72,30 @@ class PasskeyReader:
         self.window_tokens, self.segment_tokens = window_tokens, segment_tokens
         self.rows = range(n_lanes)[rows]
         self._seed = seed
+        self._most = window_tokens // segment_tokens
+        self._least = min(config.min_segments, self._most)
         self._writer = PasskeyWriter(ByteTokenizer(), find_wording(config.wording), config.digits)
         bare = self._writer.place(np.zeros(config.digits, np.int64), self._writer.min_tokens, 0)
         self._key_tokens = bare.spans.key.stop - bare.spans.key.start
         self._tail_tokens = bare.tokens - bare.spans.question.start
 
-    def start(self) -> Step:
+    def start(self) -> Progress:
         """Before the first window."""
-        return Step(0)
+        return Progress(0, self._least, START_LOSS)
 
-    def parse(self, tree: Mapping[str, Any]) -> Step:
-        """The position of a `Step.to_json`."""
-        return Step.from_json(tree)
+    def parse(self, tree: Mapping[str, Any]) -> Progress:
+        """The position of a `Progress.to_json`."""
+        return Progress(int(tree["step"]), float(tree["longest"]), float(tree["loss"]))
 
-    def next(self, position: Step) -> tuple[Batch, Step]:
+    def learn(self, position: Progress, loss: float) -> Progress:
+        """The position when its last window was learned with this loss: the texts grow while it is low."""
+        mean = MEMORY * position.loss + (1 - MEMORY) * loss
+        longest = position.longest
+        if mean < self.config.grow_below_loss:
+            longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
+        return Progress(position.step, longest, mean)
+
+    def next(self, position: Progress) -> tuple[Batch, Progress]:
         """The window behind a position, and the position behind the window."""
         shape = (len(self.rows), self.window_tokens)
         window = _Window(
@@ -95,34 +105,29 @@ class PasskeyReader:
             weights_BT=np.zeros(shape, np.float32),
             loss_weights_BT=np.zeros(shape, np.float32),
         )
-        step, n_bytes = position.number, 0
-        drawn = self._draw_segments(np.random.default_rng([self._seed, step]), step)  # the same in all lanes
+        step, n_bytes = position.step, 0
+        presses = position.longest >= self._most
+        drawn = self._draw_segments(
+            np.random.default_rng([self._seed, step]), position.longest
+        )  # the same in all lanes
         for row, lane in enumerate(self.rows):
             random = np.random.default_rng([self._seed, step, 1 + lane])
-            first, left = 0, self.window_tokens // self.segment_tokens
+            first, left = 0, self._most
             while left >= self._least:
                 segments = min(drawn, left)
                 begin, stop = first * self.segment_tokens, (first + segments) * self.segment_tokens
-                n_bytes += self._write_text(window, row, random, slice(begin, stop), step)
+                n_bytes += self._write_text(window, row, random, slice(begin, stop), presses)
                 first, left = first + segments, left - segments
         document_B = np.full(len(self.rows), step, np.int64)
-        return Batch(**window._asdict(), document_B=document_B, n_bytes=float(n_bytes)), Step(step + 1)
+        batch = Batch(**window._asdict(), document_B=document_B, n_bytes=float(n_bytes))
+        return batch, Progress(step + 1, position.longest, position.loss)
 
-    @property
-    def _least(self) -> int:
-        return min(self.config.min_segments, self.window_tokens // self.segment_tokens)
+    def _draw_segments(self, random: np.random.Generator, longest: float) -> int:
+        """Log-uniform."""
+        most = int(longest)
+        return min(most, int(math.exp(random.uniform(math.log(self._least), math.log(most + 1)))))
 
-    def longest_segments(self, step: int) -> int:
-        """Of the texts at this step; grows exponentially, as lengths are drawn log-uniformly."""
-        config, most = self.config, self.window_tokens // self.segment_tokens
-        done = (step - config.grow_from_step) / (config.grow_until_step - config.grow_from_step)
-        return round(self._least * (most / self._least) ** min(1.0, max(0.0, done)))
-
-    def _draw_segments(self, random: np.random.Generator, step: int) -> int:
-        longest = self.longest_segments(step)
-        return min(longest, int(math.exp(random.uniform(math.log(self._least), math.log(longest + 1)))))
-
-    def _write_text(self, window: "_Window", row: int, random: np.random.Generator, place: slice, step: int) -> int:
+    def _write_text(self, window: "_Window", row: int, random: np.random.Generator, place: slice, presses: bool) -> int:
         """One text into these columns, from their first one on; returns its bytes."""
         text = self._compose(random, (place.stop - place.start) // self.segment_tokens)
         columns, ids = slice(place.start, place.start + text.tokens), text.ids
@@ -130,7 +135,7 @@ class PasskeyReader:
         window.tokens_BT[row, columns] = np.concatenate(([ByteTokenizer.bos_id], ids[:-1]))
         window.labels_BT[row, columns] = ids
         window.loss_weights_BT[row, columns] = self._weigh_losses(text)
-        window.weights_BT[row, columns] = self._weigh_writes(text, random, step)
+        window.weights_BT[row, columns] = self._weigh_writes(text, random, presses)
         return text.tokens
 
     def _compose(self, random: np.random.Generator, segments: int) -> Passkey:
@@ -158,12 +163,12 @@ class PasskeyReader:
         weights[spans.answer] = config.answer_weight / config.digits
         return weights
 
-    def _weigh_writes(self, text: Passkey, random: np.random.Generator, step: int) -> np.ndarray:
+    def _weigh_writes(self, text: Passkey, random: np.random.Generator, presses: bool) -> np.ndarray:
         """1, or more in segments that hold nothing of the key, as if their text had been read that many times."""
         config, size, key = self.config, self.segment_tokens, text.spans.key
         weights = np.ones(text.tokens, np.float32)
         drawn, share = random.random(2)
-        if step < config.grow_until_step or config.pressure == 1 or drawn >= config.pressure_share:
+        if not presses or config.pressure == 1 or drawn >= config.pressure_share:
             return weights
         longer = config.pressure * self.window_tokens / text.tokens  # than this text it may feel
         segment = np.arange(text.tokens) // size

@@ -24,6 +24,15 @@ class Reader(Protocol):
     @property
     def corrupt_documents(self) -> int: ...
 
+    @property
+    def learns(self) -> bool:
+        """Whether what comes next depends on `learn`, so that nothing can be read ahead."""
+        ...
+
+    def learn(self, position: Any, loss: float) -> Any:
+        """The position behind a window that was learned with this loss."""
+        ...
+
     def start(self) -> Any:
         """The position before the first window."""
         ...

@@ -163,14 +163,12 @@ def _add_passkey(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         nargs="+",
-        default=LENGTHS,
         metavar="N",
         help=f"tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(LENGTHS)})",
     )
     parser.add_argument(
         "--positions",
         nargs="+",
-        default=POSITIONS,
         metavar="P",
         help="of the key in the filler, 0 start, 1 end; one whole number above 1: so many, evenly from start to end"
         f" (default: {' '.join(POSITIONS)})",
@@ -199,8 +197,8 @@ def _add_passkey(parser: argparse.ArgumentParser) -> None:
 
 def _passkey(options: argparse.Namespace) -> None:
     grid = PasskeyGrid(
-        lengths_tokens=tuple(map(parse_length, options.lengths)),
-        positions=parse_positions(options.positions),
+        lengths_tokens=tuple(map(parse_length, options.lengths or LENGTHS)),
+        positions=parse_positions(options.positions or POSITIONS),
         samples=options.samples,
         seed=options.seed,
         digits=options.digits,

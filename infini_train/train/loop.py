@@ -61,7 +61,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             clock.start_step()
             with profiled(session):
                 result = train_step(session.stages, session.engine, batch, session.carried, rates, tell)
-            session.advance(result.states, lanes)
+            session.advance(result, lanes)
             clock.end_step(result)
             metrics.tick()
             stop.agree()

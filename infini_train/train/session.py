@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine, Shard
 from infini_train.train.carry import Lanes, carry_fragments, read_carried
 from infini_train.train.optim import parameter_groups
+from infini_train.train.step import StepResult
 
 Notify = Callable[[str], None]
 
@@ -50,16 +50,22 @@ class Session:
     carried: Carried
 
     def batches(self) -> Iterator[tuple[Batch, Position]]:
-        """Batches of this rank's lanes from the present position on, read ahead in the background."""
-        return prefetch(self.reader, self.lanes)
+        """Batches of this rank's lanes from the present position on, read ahead in the background where they can be."""
+        if not self.reader.learns:
+            yield from prefetch(self.reader, self.lanes)
+            return
+        while True:
+            batch, lanes = self.reader.next(self.lanes)
+            assert batch is not None
+            yield batch, lanes
 
-    def advance(self, states: Carried, lanes: Position) -> None:
+    def advance(self, result: StepResult, lanes: Position) -> None:
         """Accepts a step: counters, data position and memory go on."""
         self.step += 1
         self.tokens += self.config.train.tokens_per_step
-        self.lanes = lanes
+        self.lanes = self.reader.learn(lanes, result.loss)
         if self.config.train.carry_memory:
-            self.carried = states
+            self.carried = result.states
 
 
 def open_sources(config: RunConfig) -> tuple[Source, Dataset | None]:

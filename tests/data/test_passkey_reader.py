@@ -7,11 +7,11 @@ import pytest
 
 from infini_train.config import PasskeyConfig
 from infini_train.data.lanes import IGNORED
-from infini_train.data.passkey_reader import PasskeyReader, Step
+from infini_train.data.passkey_reader import PasskeyReader, Progress
 from infini_train.data.tokenizer import ByteTokenizer
 
 SEGMENT, WINDOW = 128, 128 * 12
-GROWING = PasskeyConfig(min_segments=3, grow_from_step=10, grow_until_step=20, pressure=64, pressure_share=0.5)
+GROWING = PasskeyConfig(min_segments=3, grow_below_loss=0.5, pressure=64, pressure_share=0.5)
 
 
 def reader(config=GROWING, lanes=4, rows=None):
@@ -25,9 +25,9 @@ def texts(batch, row):
         yield begin, begin + int((batch.weights_BT[row, begin:end] > 0).sum())
 
 
-@pytest.mark.parametrize("step", [0, 15, 300])
-def test_texts_begin_at_segments_and_end_with_the_answer(step):
-    batch, _ = reader().next(Step(step))
+@pytest.mark.parametrize("longest", [3.0, 7.3, 12.0])
+def test_texts_begin_at_segments_and_end_with_the_answer(longest):
+    batch, _ = reader().next(Progress(7, longest, 1.0))
     byte = ByteTokenizer()
     for row in range(4):
         for start, stop in texts(batch, row):
@@ -43,23 +43,28 @@ def test_texts_begin_at_segments_and_end_with_the_answer(step):
     assert (batch.labels_BT[~padding] != IGNORED).all()
 
 
-def test_lengths_grow():
-    lengths = {
-        step: {
-            stop - start
-            for n in range(9)
-            for row in range(4)
-            for start, stop in texts(reader().next(Step(step + n))[0], row)
-        }
-        for step in (0, 1000)
-    }
-    assert min(lengths[0]) > 2 * SEGMENT and max(lengths[0]) <= 3 * SEGMENT
-    assert max(lengths[1000]) > 9 * SEGMENT
-    assert [reader().longest_segments(step) for step in (0, 10, 20, 99)] == [3, 3, 12, 12]
+def test_texts_grow_while_the_loss_is_low():
+    lengths = {}
+    for longest in (3.0, 12.0):
+        windows = [reader().next(Progress(step, longest, 1.0))[0] for step in range(20)]
+        lengths[longest] = [b - a for window in windows for row in range(4) for a, b in texts(window, row)]
+    assert min(lengths[3.0]) > 2 * SEGMENT and max(lengths[3.0]) <= 3 * SEGMENT
+    assert max(lengths[12.0]) > 9 * SEGMENT
+    position = reader().start()
+    assert position.longest == 3
+    for _ in range(60):
+        position = reader().learn(position, 0.6)
+    assert position.longest == 3, "not below the threshold"
+    seen = [position.longest]
+    for _ in range(60):
+        position = reader().learn(position, 0.4)
+        seen.append(position.longest)
+    assert seen == sorted(seen) and seen[-1] == 12
+    assert reader().learn(position, 9.0).longest == 12, "they never shrink"
 
 
 def test_every_text_counts_alike():
-    batch, _ = reader().next(Step(50))
+    batch, _ = reader().next(Progress(50, 12.0, 0.1))
     config = GROWING
     for start, stop in texts(batch, 1):
         weights = batch.loss_weights_BT[1, start:stop]
@@ -70,8 +75,8 @@ def test_every_text_counts_alike():
 
 def test_pressure_spares_the_key_and_the_first_segment():
     seen = set()
-    for step in range(20, 60):
-        batch, _ = reader().next(Step(step))
+    for step in range(40):
+        batch, _ = reader().next(Progress(step, 12.0, 0.1))
         for row in range(4):
             for start, stop in texts(batch, row):
                 weights = batch.weights_BT[row, start:stop]
@@ -83,14 +88,14 @@ def test_pressure_spares_the_key_and_the_first_segment():
                 seen.add(len(set(weights.tolist())))
                 assert weights.max() <= 64 * WINDOW / (stop - start)
     assert seen == {1, 2}, "some texts are under pressure, some are not"
-    quiet = [reader().next(Step(step))[0].weights_BT.max() for step in range(20)]
+    quiet = [reader().next(Progress(step, 11.9, 0.1))[0].weights_BT.max() for step in range(20)]
     assert set(quiet) == {1.0}, "none before the lengths have grown"
 
 
 def test_a_rank_reads_its_rows_of_the_same_batch():
-    whole, after = reader().next(Step(33))
-    part, _ = reader(rows=slice(2, 4)).next(Step(33))
+    whole, after = reader().next(Progress(33, 12.0, 0.1))
+    part, _ = reader(rows=slice(2, 4)).next(Progress(33, 12.0, 0.1))
     for name in ("tokens_BT", "labels_BT", "starts_BT", "weights_BT", "loss_weights_BT"):
         assert np.array_equal(getattr(part, name), getattr(whole, name)[2:4])
-    assert after == Step(34) and Step.from_json(after.to_json()) == after
+    assert after == Progress(34, 12.0, 0.1) and reader().parse(after.to_json()) == after
     assert not np.array_equal(whole.tokens_BT, reader().next(after)[0].tokens_BT)

@@ -56,7 +56,7 @@ def drive(session: Session, steps: int) -> list[Step]:
         for batch, lanes in itertools.islice(batches, steps):
             rates = learning_rates(session.step, session.config.train.total_steps, session.config.optim)
             result = train_step(session.stages, session.engine, batch, session.carried, rates)
-            session.advance(result.states, lanes)
+            session.advance(result, lanes)
             seen.append(Step(result.loss, result.grad_norm, batch))
     return seen
 

@@ -32,6 +32,7 @@ LAYOUTS = {
 }
 PAIRS = [
     ("tp2-sp", "dp2-zero3"),
+    ("tp2-sp", "one"),
     ("one", "pp2-v2"),
     ("tp2-sp-pp2", "one"),
     ("tp2-sp-pp2", "dp2"),

@@ -174,7 +174,7 @@ def test_carried_memory_changes_the_next_loss(configure):
     for carry in (True, False):
         session = open_session(configure(f"train.carry_memory={str(carry).lower()}", run=f"carry{carry}"), ignore)
         first = step(session, draw_batch(0))
-        session.advance(first.states, session.lanes)
+        session.advance(first, session.lanes)
         losses[carry] = first.loss, step(session, draw_batch(1)).loss
         if carry:  # lanes 1 and 3 began documents at 13 and 16: the segments before hold nothing for the next window
             written = [state[0].memory.written_B.tolist() for state in session.carried[0]]
@@ -190,7 +190,7 @@ def test_without_carry_every_window_begins_empty(configure):
         expected = loss_by_hand(session, batch)  # from an empty state
         result = step(session, batch)
         assert result.loss == pytest.approx(expected, rel=1e-6)
-        session.advance(result.states, session.lanes)
+        session.advance(result, session.lanes)
         assert session.carried == ((None, None),)
     save(session)
     assert open_session(session.config, ignore).carried == ((None, None),)

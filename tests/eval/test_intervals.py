@@ -1,0 +1,40 @@
+"""Wilson's interval against published values."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infini_train.eval.intervals import format_percent, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # R. G. Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 1 - 0.1611, 1.0),
+    ],
+)
+def test_published_values(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(trials=st.integers(1, 10**6), data=st.data())
+def test_it_holds_the_share_and_mirrors(trials, data):
+    successes = data.draw(st.integers(0, trials))
+    low, high = wilson_interval(successes, trials)
+    assert 0 <= low <= successes / trials <= high <= 1 and low < high
+    assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_nothing_is_known_without_trials():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(1, "100"), (0.9999, "99.9"), (0.5, "50"), (0.0001, "0.1"), (0, "0"), (2 / 3, "66.7")]
+)
+def test_only_all_is_a_hundred_percent(share, shown):
+    assert format_percent(share) == shown

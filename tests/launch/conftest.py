@@ -1,0 +1,392 @@
+"""A real Slurm cluster of four nodes on this machine, private and below a temporary folder, and tiny runs on it."""
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from infini_train.config import override, validate
+from infini_train.data.shards import ShardWriter
+from infini_train.data.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare")
+REQUIRED = "CI_REQUIRES_SLURM"  # set: without Slurm these tests fail instead of being skipped
+NODES, CORES, GPUS = 4, 96, 8
+NAMESPACES = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child"]
+START_S, JOB_S = 180, 300  # on a busy machine
+STEPS = 60
+UNPRIVILEGED = [*NAMESPACES[:1], "--user", "--map-current-user", "--keep-caps", *NAMESPACES[1:]]
+START_NODE = 'mount --bind "$2/hosts" /etc/hosts; hostname "$1"; exec slurmd -D -N "$1"'
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={home}/munge/sock,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={home}/ctld
+SlurmdSpoolDir={home}/spool.%n
+SlurmctldPidFile={home}/run/slurmctld.pid
+SlurmdPidFile={home}/run/slurmd.%n.pid
+SlurmctldLogFile={home}/log/slurmctld.log
+SlurmdLogFile={home}/log/slurmd.%n.log
+PlugStackConfig={home}/plugstack.conf
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={home}/jobcomp.log
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0,nohold_on_prolog_fail
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=10
+SlurmctldTimeout=10
+TCPTimeout=5
+MessageTimeout=10
+InactiveLimit=0
+KillWait=5
+MinJobAge=3600
+CompleteWait=0
+UnkillableStepTimeout=60
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+MailProg=/bin/true
+PropagateResourceLimits=NONE
+PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=h100 Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+"""
+NODE_CONF = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=2 CoresPerSocket={cores}"
+    " ThreadsPerCore=1 RealMemory=1048576 Gres=gpu:{gpus} State=UNKNOWN\n"
+)
+
+
+def wait_until(
+    condition: Callable[[], bool], seconds: float, what: str | Callable[[], str], every_s: float = 0.1
+) -> None:
+    """Polls; fails with `what` was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s: {what if isinstance(what, str) else what()}"
+        time.sleep(every_s)
+
+
+def free_ports(count: int) -> int:
+    """First of some free ports in a row, below those that the kernel gives out."""
+    for base in range(21000 + os.getpid() % 500 * 20, 32000, 20):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(base, base + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return base
+    raise AssertionError("no free ports")
+
+
+class SlurmCluster:
+    """slurmctld and a slurmd for each node, each in namespaces of its own: to kill its first process is a node crash.
+
+    Nothing is written outside of `home`, and nothing listens beyond loopback.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.port = home, free_ports(1 + NODES)
+        self.names = [f"n{i}" for i in range(1, NODES + 1)]
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(home / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+        self._daemons: list[int] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        for folder in ("munge", "ctld", "log", "run", "dev", *(f"spool.{name}" for name in self.names)):
+            (self.home / folder).mkdir(mode=0o755)
+        self._write_configuration()
+        munge = self.home / "munge"
+        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
+        self.run("munged", *files, f"--socket={munge / 'sock'}", *(["--force"] if os.geteuid() == 0 else []))
+        self._daemons.append(int((munge / "pid").read_text()))
+        self.run("slurmctld")
+        wait_until(lambda: (self.home / "run" / "slurmctld.pid").exists(), 20, self.controller_log)
+        self._daemons.append(int((self.home / "run" / "slurmctld.pid").read_text()))
+        for name in self.names:
+            self.start_node(name)
+        wait_until(lambda: self.run("sinfo", "-hNpbatch", "-tidle", "-o%N").split() == self.names, 60, self.controller_log)
+
+    def _write_configuration(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        values = {"home": self.home, "host": host, "port": self.port, "user": getpass.getuser(), "nodes": NODES}
+        text, hosts = SLURM_CONF.format(**values), Path("/etc/hosts").read_text()
+        for i, name in enumerate(self.names, start=1):
+            text += NODE_CONF.format(name=name, host=host, port=self.port + i, cores=CORES // 2, gpus=GPUS)
+            hosts += f"127.0.0.1 {name}\n"
+        nodes, partitions = text.splitlines()[-NODES:], text.splitlines()[:-NODES]  # nodes stand before partitions
+        first = next(i for i, line in enumerate(partitions) if line.startswith("PartitionName"))
+        lines = [*partitions[:first], *nodes, *partitions[first:]]
+        (self.home / "slurm.conf").write_text("\n".join(lines) + "\n")
+        (self.home / "hosts").write_text(hosts)
+        (self.home / "plugstack.conf").touch()
+        for i in range(GPUS):
+            (self.home / "dev" / f"nvidia{i}").symlink_to("/dev/null")
+        (self.home / "gres.conf").write_text(
+            f"NodeName=n[1-{NODES}] Name=gpu Type=h100 File={self.home}/dev/nvidia[0-{GPUS - 1}]\n"
+        )
+        key = self.home / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+
+    def start_node(self, name: str) -> None:
+        wrap = next(wrap for wrap in (NAMESPACES, UNPRIVILEGED) if not subprocess.run([*wrap, "true"]).returncode)
+        with (self.home / "log" / f"{name}.out").open("ab") as log:
+            self._nodes[name] = subprocess.Popen(
+                [*wrap, "bash", "-c", START_NODE, "-", name, str(self.home)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill_node(self, name: str) -> None:
+        """A crash: slurmd and all tasks of the node die at once."""
+        self._nodes[name].kill()
+        self._nodes[name].wait()
+
+    def enter(self, name: str, *command: str) -> str:
+        """Runs a command inside a node."""
+        child = Path(f"/proc/{self._nodes[name].pid}/task/{self._nodes[name].pid}/children").read_text().split()[0]
+        return self.run("nsenter", f"--target={child}", "--mount", "--pid", "--uts", *command)
+
+    def stop(self) -> None:
+        subprocess.run(["scancel", "--quiet", "--user", getpass.getuser()], env=self.environment, check=False)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not self.run("squeue", "-h"), 15, "an empty queue")
+        for name in self._nodes:
+            self.kill_node(name)
+        for pid in reversed(self._daemons):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 10, "a daemon's end")
+
+    def run(self, *command: str, **options: object) -> str:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False, **options
+        )
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    wait_until = staticmethod(wait_until)
+
+    def controller_log(self) -> str:
+        path = self.home / "log" / "slurmctld.log"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else "no slurmctld.log"
+
+    def job_state(self, job: int) -> str:
+        """Empty if the controller has no time to answer."""
+        command = ["squeue", "-h", "-tall", f"-j{job}", "-o%T"]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    if missing:
+        message = f"{', '.join(missing)} not found: apt-get install slurm-wlm munge"
+        assert REQUIRED not in os.environ, message
+        pytest.skip(message)
+    home = tmp_path_factory.mktemp("slurm")
+    for folder in (home, *home.parents):  # munged refuses a socket below a folder that others can't enter
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055) if folder.is_relative_to("/tmp") and folder != Path("/tmp") else None
+    cluster = SlurmCluster(home)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+CLUSTER = {
+    "gpus_per_node": 0,
+    "tasks_per_node": 1,
+    "cores_per_node": 4,
+    "memory": "1G",
+    "exclusive": True,
+    "time_limit": "10:00",
+    "signal_before_limit_s": 60,
+    "network_interface": "lo",
+    "environment": {"GLOO_SOCKET_IFNAME": "lo"},
+    "preflight": False,
+    "min_free_gib": 0,
+    "restart": {"max_retries": 2, "backoff_s": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "train"
+    random = np.random.default_rng(0)
+    with ShardWriter(folder, ByteTokenizer()) as writer:
+        for number in range(40):
+            writer.add(random.integers(0, 64, 20 + 7 * number), n_bytes=20 + 7 * number, id=f"document {number}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_tree(data: Path) -> dict[str, object]:
+    """Config of a run that takes seconds on two processes; without its name and folder."""
+    tree = {
+        "model": {
+            "vocab_size": 260,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_size": 48,
+            "attention": {"kind": "infini", "segment_tokens": 8},
+        },
+        "data": {"train": str(data)},
+        "train": {"window_tokens": 64, "batch_lanes": 4, "micro_batch_lanes": 1, "max_steps": STEPS},
+        "optim": {"lr": 3e-3, "gate_lr": 5e-2, "warmup_steps": 2},
+        "log": {"every_steps": 1, "memory_every_steps": 1000},
+        "checkpoint": {"every_steps": 5},
+        "parallel": {"timeout_s": 60},
+    }
+    validate(override(tree, []))
+    return tree
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """Loss of each step; a step must be there once."""
+    losses: dict[int, float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "loss/train" in row:
+            assert row["step"] not in losses, f"step {row['step']} is there twice"
+            losses[row["step"]] = row["loss/train"]
+    return losses
+
+
+@dataclass
+class Run:
+    """A submitted run."""
+
+    slurm: SlurmCluster
+    directory: Path
+    job: int
+
+    def launch(self, *arguments: str) -> str:
+        return self.slurm.run("infini-launch", *arguments)
+
+    def status(self) -> dict[str, object]:
+        path = self.directory / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def starts(self) -> int:
+        path = self.directory / "launch" / "starts"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def step(self) -> int:
+        return int(self.status().get("step", 0))
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.step() >= step, START_S, self.story)
+        assert self.step() < STEPS, "too late to disturb it"
+
+    def wait_for_end(self) -> str:
+        """Slurm's last state of the job."""
+        busy = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        wait_until(lambda: self.slurm.job_state(self.job) not in busy, JOB_S, self.story, every_s=0.5)
+        return self.slurm.job_state(self.job)
+
+    def find_rank(self, rank: int) -> int:
+        """A rank's python process."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "environ").read_bytes().split(b"\0")
+                name = (path / "comm").read_text().strip()
+            except OSError:
+                continue
+            mine = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_NUM_TASKS=2"}
+            if mine <= set(words) and (name.startswith("python") or name.startswith("infini")):
+                return int(path.name)
+        raise AssertionError(f"no rank {rank}")
+
+    def job_log(self) -> str:
+        path = self.directory / "launch" / "job.log"
+        return path.read_text() if path.exists() else ""
+
+    def story(self) -> str:
+        """All that the job said."""
+        logs = sorted((self.directory / "launch").rglob("*.log"))
+        texts = [f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in logs]
+        outputs = [path.read_text() for path in (self.directory / "launch").glob("slurm-*.out")]
+        return "\n".join([f"state {self.slurm.job_state(self.job)}, {self.status()}", *texts, *outputs])
+
+    def losses(self) -> dict[int, float]:
+        return read_losses(self.directory)
+
+    def assert_complete(self, curve: dict[int, float], starts: int) -> None:
+        assert self.wait_for_end() == "COMPLETED", self.story()
+        assert self.starts() == starts, self.story()
+        assert self.status()["state"] == "finished" and self.status()["restarts"] == starts - 1
+        assert self.losses() == curve, self.story()
+
+
+@pytest.fixture
+def submit(slurm: SlurmCluster, run_tree: dict, tmp_path: Path) -> Callable[..., Run]:
+    """Submits a run of `nodes` x `tasks`; further arguments are fields of the cluster's config."""
+
+    def send(nodes: int = 2, tasks: int = 1, settings: tuple[str, ...] = (), **fields: object) -> Run:
+        directory = tmp_path / "a run's folder"  # a name that wants to be quoted
+        run = {**run_tree, "name": tmp_path.name, "run_dir": str(directory)}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "tasks_per_node": tasks, **fields}))
+        arguments = [str(tmp_path / "run.yaml"), f"--cluster={tmp_path / 'cluster.yaml'}", f"--nodes={nodes}"]
+        said = slurm.run("infini-launch", "submit", *arguments, *(f"--set={each}" for each in settings), cwd=tmp_path)
+        return Run(slurm, directory, int(said.split()[1].rstrip(";")))
+
+    return send
+
+
+@pytest.fixture(scope="session")
+def quiet_curve(slurm: SlurmCluster, run_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss of each step of two processes that nobody disturbs, without Slurm."""
+    folder = tmp_path_factory.mktemp("quiet")
+    (folder / "run.yaml").write_text(yaml.safe_dump({**run_tree, "name": "quiet", "run_dir": str(folder / "run")}))
+    slurm.run("infini-launch", "local", str(folder / "run.yaml"), "--nproc=2", cwd=folder)
+    losses = read_losses(folder / "run")
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses
