@@ -26,10 +26,10 @@ class Directive(str):
 
 
 def template_root() -> Path:
-    """The checkout's slurm/, or the copy inside an installed wheel."""
+    """The checkout's slurm/templates, or the copy inside an installed wheel."""
     package = Path(__file__).resolve().parent
-    inside = package / "slurm"
-    return inside if inside.is_dir() else package.parent / "slurm"
+    inside = package / "templates"
+    return inside if inside.is_dir() else package.parent / "slurm" / "templates"
 
 
 def render_training(job: Job, cluster: ClusterConfig) -> str:

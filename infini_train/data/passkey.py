@@ -263,10 +263,11 @@ class PasskeyWriter:
             key_ids[place : place + self.digits] = answer_ids
         begin = len(self._intro) + before_tokens
         asked = begin + len(key_ids) + after_tokens
-        mentions = (slice(begin + place, begin + place + self.digits) for place in self._places)
+        first, second = (slice(begin + place, begin + place + self.digits) for place in self._places)
         spans = Spans(
             slice(begin, begin + len(key_ids)),
-            *mentions,
+            first,
+            second,
             slice(asked, asked + len(self._question)),
             slice(length_tokens - self.digits, length_tokens),
         )

@@ -24,8 +24,8 @@ from infini_train.parallel import device
 
 FORWARD_SEGMENTS = 4
 UNSEGMENTED_TOKENS = 256  # in place of a segment, for variants without
-# Multiples of these, modulo 1, fill the unit square evenly: the R2 sequence, from the plastic number's powers.
-_EVEN_STEPS = np.array([0.7548776662466927, 0.5698402909980532])
+# Multiples of these, modulo 1, fill the interval evenly, and in pairs the square: the golden ratio, the root of 2.
+_EVEN_STEPS = np.array([0.6180339887498949, 0.4142135623730951])
 
 
 def draw_text(writer: PasskeyWriter, grid: PasskeyGrid, prompt: Prompt, segment_tokens: int) -> Passkey:
@@ -44,10 +44,11 @@ def draw_text(writer: PasskeyWriter, grid: PasskeyGrid, prompt: Prompt, segment_
     longest = prompt.length_tokens - 1  # bos
     assert longest >= writer.min_tokens
     cell = [grid.seed, prompt.length_tokens, round(prompt.position * 1e9)]
-    shares = (np.random.default_rng(cell).random(2) + prompt.sample * _EVEN_STEPS) % 1
-    cut = int(shares[0] * min(segment_tokens, longest - writer.min_tokens + 1))
-    tokens = longest - cut
-    before = choose_before(tokens - writer.min_tokens, prompt.position, segment_tokens, float(shares[1]))
+    key_share, end_share = (np.random.default_rng(cell).random(2) + prompt.sample * _EVEN_STEPS) % 1
+    tokens = longest - int(end_share * min(segment_tokens, longest - writer.min_tokens + 1))
+    filler = tokens - writer.min_tokens
+    before = choose_before(filler, prompt.position, segment_tokens, 0.0)  # the first of the places to choose from
+    before += (int(key_share * segment_tokens) - before) % segment_tokens % min(segment_tokens, filler + 1)
     key = np.random.default_rng([*cell, prompt.sample]).integers(0, 10, writer.digits)
     return writer.place(key, tokens, before)
 

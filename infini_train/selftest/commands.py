@@ -70,9 +70,11 @@ def _selftest(options: argparse.Namespace) -> None:
     from infini_train.parallel import device
 
     device.prepare()
+    from infini_train.parallel import mesh
     from infini_train.selftest.run import run_selftest
 
     failed = run_selftest(cases, options.folder, options.json)
+    mesh.stop()
     if failed and os.environ.get("RANK", "0") == "0":
         print(f"error: {failed} of {len(cases)} cases failed; see docs/selftest.md", file=sys.stderr)
         sys.exit(1)

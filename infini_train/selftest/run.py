@@ -117,7 +117,6 @@ def run_selftest(cases: list[Case], folder: Path | None = None, as_json: bool = 
             row = _run_case(case, shared, reference)
             failed += round(mesh.sum_over_world([float(reference is not None and not row.passed)])[0])
             show(row)
-    mesh.stop()
     return failed
 
 

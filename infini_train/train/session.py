@@ -72,7 +72,7 @@ def open_sources(config: RunConfig) -> tuple[Source, Dataset | None]:
     """The text to train on, and the held-out text.
 
     Raises:
-        ConfigError: one can't be opened, has more token ids than the model's vocabulary, or they have not the same ones.
+        ConfigError: one can't be opened or has more token ids than the model's vocabulary, or their tokenizers differ.
     """
     source, validation, folder = open_source(config.data), None, config.data.validation
     _check_vocabulary("data.train", source.name, source.vocab_size, config)

@@ -1,6 +1,5 @@
 """Passkey tests of models: streaming changes nothing, and what scores is what was said, right or wrong."""
 
-import json
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -8,22 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.config import ConfigError
 from infini_train.data.passkey import PasskeyWriter, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.generate import generate
 from infini_train.eval.passkey import answer_grid, draw_text, read_prompts
-from infini_train.eval.passkey_report import AnswerFile
-from infini_train.eval.passkey_scores import (
-    Answer,
-    PasskeyGrid,
-    Prompt,
-    format_length,
-    parse_length,
-    parse_positions,
-    score_cells,
-    summarise,
-)
+from infini_train.eval.passkey_scores import PasskeyGrid, Prompt, score_cells, summarise
 from infini_train.eval.sampling import Sampling
 
 BOS = ByteTokenizer.bos_id
@@ -53,29 +41,12 @@ def test_streaming_side_by_side_equals_a_prompt_alone(variant, lengths, tools):
     assert len(set(found[0])) > 1, "a model that repeats itself would show nothing"
 
 
-def test_the_prompt_shows_no_answer(tools):
-    """Other digits behind the question change nothing."""
-    model = tools.build("linear")
-    text = WRITER.compose(np.random.default_rng(0), 280, 0.5)
-    other = WRITER.place(
-        (np.array(text.digits) + 1) % 10,
-        280,
-        text.spans.key.start - WRITER.place(np.array(text.digits), WRITER.min_tokens, 0).spans.key.start,
-    )
-    assert read_prompts(model, [text], BOS).said != read_prompts(model, [other], BOS).said, "the key does"
-    ending = text._parts[-1]
-    ending.ids[:] = 0
-    assert text.ids[-5:].tolist() == [0] * 5
-    again = WRITER.compose(np.random.default_rng(0), 280, 0.5)
-    assert read_prompts(model, [text], BOS).said == read_prompts(model, [again], BOS).said
-
-
 def test_speed_is_told_where_there_is_enough_to_measure(tools):
     model, random = tools.build("linear"), np.random.default_rng(0)
-    short, long = (read_prompts(model, [WRITER.compose(random, n, 0)], BOS) for n in (250, 2000))
-    assert long.start_tokens_per_s > 0 and long.end_tokens_per_s > 0
-    model.config = SimpleNamespace(segment_tokens=200)
-    assert read_prompts(model, [WRITER.compose(random, 250, 0)], BOS).end_tokens_per_s is None
+    found = read_prompts(model, [WRITER.compose(random, 600, 0)], BOS)
+    assert found.start_tokens_per_s > 0 and found.end_tokens_per_s > 0
+    reader = Reader(lambda key, said: "0", segment_tokens=200)
+    assert read_prompts(reader, [WRITER.compose(random, 250, 0)], BOS).end_tokens_per_s is None
 
 
 # --------------------------------------------------------------------------------------------------------- the oracles
@@ -167,7 +138,7 @@ def test_prompts_fit_their_length_and_position(length, position):
 
 
 def test_key_and_question_take_every_phase():
-    """A segment's number of samples covers nearly all phases of both, three times as many cover all, and independently."""
+    """As many samples as a segment has tokens take most phases, three times as many take all, and most pairs."""
     grid = grid_of(lengths_tokens=(2000,), samples=96)
     for position in grid.positions:
         texts = [draw_text(WRITER, grid, Prompt(2000, position, sample), 32) for sample in range(96)]
@@ -184,85 +155,3 @@ def test_a_prompt_does_not_depend_on_the_rest_of_the_grid():
     prompt = Prompt(300, 0.5, 1)
     first, again = (draw_text(WRITER, grid, prompt, 16).ids.tolist() for grid in (small, large))
     assert first == again != draw_text(WRITER, grid_of(seed=1), prompt, 16).ids.tolist()
-
-
-def test_lengths_and_positions_are_read():
-    assert [parse_length(text) for text in ("5000", "32K", "1M", "10m")] == [5000, 32768, 2**20, 10 * 2**20]
-    assert [format_length(tokens) for tokens in (5000, 32768, 2**20, 1536)] == ["5000", "32K", "1M", "1536"]
-    assert parse_positions(["0", "0.5", "1"]) == (0.0, 0.5, 1.0)
-    assert parse_positions(["5"]) == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert parse_positions(["1"]) == (1.0,) and parse_positions(["0"]) == (0.0,)
-
-
-@pytest.mark.parametrize(
-    ("action", "line"),
-    [
-        (lambda: parse_length("32KB"), "--lengths: 32KB is no length; write tokens as 5000, 32K or 1M"),
-        (lambda: parse_length("-5"), "--lengths: -5 is no length; write tokens as 5000, 32K or 1M"),
-        (lambda: parse_positions(["start"]), "--positions: start: write numbers from 0 (start) to 1 (end)"),
-        (lambda: grid_of(positions=(0.5, 1.5)), "--positions: give at least one, each between 0 (start) and 1 (end)"),
-        (
-            lambda: grid_of(positions=(float("nan"),)),
-            "--positions: give at least one, each between 0 (start) and 1 (end)",
-        ),
-        (lambda: grid_of(lengths_tokens=(0,)), "--lengths: give at least one, each positive"),
-        (lambda: grid_of(lengths_tokens=(300, 300)), "--lengths: the same one is given twice"),
-        (lambda: grid_of(samples=0), "--samples: must be positive"),
-        (lambda: grid_of(digits=0), "--digits: must be positive"),
-        (lambda: grid_of(seed=-1), "--seed: must not be negative"),
-    ],
-)
-def test_impossible_grids_are_refused(action, line):
-    with pytest.raises(ConfigError) as caught:
-        action()
-    assert str(caught.value) == line
-
-
-# ----------------------------------------------------------------------------------------------------------- the answers
-
-SETTINGS = {"wording": "paper", "seed": 0}
-
-
-def answers_of(samples: int) -> list[Answer]:
-    grid = grid_of(lengths_tokens=(300,), positions=(0.5,), samples=samples)
-    reader = Reader(lambda key, said: key[len(said)])
-    return [answer for batch in answer_grid(reader, WRITER, grid, BOS, lanes=2) for answer in batch]
-
-
-def test_answers_come_back_from_disk(tmp_path):
-    first, more = answers_of(4)[:3], answers_of(4)[3:]
-    file = AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS)
-    assert file.answers == [] and not (tmp_path / "new").exists()
-    file.append(first)
-    AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS).append(more)
-    again = AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS)
-    assert again.answers == first + more
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["answers.jsonl"]
-
-
-@pytest.mark.parametrize("torn", [1, 40])
-def test_a_torn_line_is_asked_again(torn, tmp_path):
-    path, answers = tmp_path / "answers.jsonl", answers_of(3)
-    AnswerFile(path, SETTINGS).append(answers)
-    path.write_bytes(path.read_bytes()[:-torn])
-    file = AnswerFile(path, SETTINGS)
-    assert file.answers == answers[: 3 if torn == 1 else 2]  # only the line's end was lost
-    file.append(answers[len(file.answers) :])
-    assert AnswerFile(path, SETTINGS).answers == answers
-
-
-def test_answers_of_another_test_are_not_mixed(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    AnswerFile(path, SETTINGS).append(answers_of(2))
-    with pytest.raises(ConfigError) as caught:
-        AnswerFile(path, {**SETTINGS, "seed": 1})
-    assert str(caught.value) == (
-        f"--out: {tmp_path} holds another test (seed: 0, not 1); name another folder, or pass --overwrite"
-    )
-    file = AnswerFile(path, {**SETTINGS, "seed": 1}, overwrite=True)
-    assert file.answers == [] and len(AnswerFile(path, SETTINGS).answers) == 2, "nothing is lost before there is more"
-    file.append(answers_of(1))
-    assert json.loads(path.read_text().splitlines()[0]) == {"settings": {**SETTINGS, "seed": 1}}
-    path.write_text("something else\n")
-    with pytest.raises(ConfigError, match="holds no answers of a passkey test"):
-        AnswerFile(path, SETTINGS)

@@ -29,7 +29,7 @@ REQUIRED = "CI_REQUIRES_SLURM"  # set: without Slurm these tests fail instead of
 NODES, CORES, GPUS = 4, 96, 8
 NAMESPACES = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child"]
 START_S, JOB_S = 180, 300  # on a busy machine
-STEPS = 60
+STEPS = 40
 UNPRIVILEGED = [*NAMESPACES[:1], "--user", "--map-current-user", "--keep-caps", *NAMESPACES[1:]]
 START_NODE = 'mount --bind "$2/hosts" /etc/hosts; hostname "$1"; exec slurmd -D -N "$1"'
 SLURM_CONF = """\
@@ -199,7 +199,7 @@ class SlurmCluster:
 
     def run(self, *command: str, **options: object) -> str:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False, **options
+            command, env=self.environment, capture_output=True, text=True, timeout=300, check=False, **options
         )
         assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -340,7 +340,7 @@ class Run:
             except OSError:
                 continue
             mine = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_NUM_TASKS=2"}
-            if mine <= set(words) and (name.startswith("python") or name.startswith("infini")):
+            if mine <= set(words) and name.startswith(("python", "infini")):
                 return int(path.name)
         raise AssertionError(f"no rank {rank}")
 
@@ -369,14 +369,19 @@ class Run:
 def submit(slurm: SlurmCluster, run_tree: dict, tmp_path: Path) -> Callable[..., Run]:
     """Submits a run of `nodes` x `tasks`; further arguments are fields of the cluster's config."""
 
-    def send(nodes: int = 2, tasks: int = 1, settings: tuple[str, ...] = (), **fields: object) -> Run:
+    def send(
+        nodes: int = 2, tasks: int = 1, settings: tuple[str, ...] = (), programs: str = "", chain: int = 0, **fields: object
+    ) -> Run:
+        if programs:
+            fields["environment"] = {"PATH": f"{programs}:{slurm.environment['PATH']}"}
         directory = tmp_path / "a run's folder"  # a name that wants to be quoted
         run = {**run_tree, "name": tmp_path.name, "run_dir": str(directory)}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
         (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "tasks_per_node": tasks, **fields}))
         arguments = [str(tmp_path / "run.yaml"), f"--cluster={tmp_path / 'cluster.yaml'}", f"--nodes={nodes}"]
-        said = slurm.run("infini-launch", "submit", *arguments, *(f"--set={each}" for each in settings), cwd=tmp_path)
-        return Run(slurm, directory, int(said.split()[1].rstrip(";")))
+        command = ["chain", str(chain)] if chain else ["submit"]
+        said = slurm.run("infini-launch", *command, *arguments, *(f"--set={each}" for each in settings), cwd=tmp_path)
+        return Run(slurm, directory, int(said.split()[1].rstrip(";,")))
 
     return send
 

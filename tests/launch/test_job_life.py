@@ -8,7 +8,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 WAIT_S = 180  # on a busy machine
-STEPS = 60
+STEPS = 40
 
 
 def test_four_nodes_and_two_tasks_a_node_finish_alike(submit, slurm):

@@ -1,0 +1,30 @@
+"""Writes the ready scripts of this folder from its templates: python slurm/generate.py. A test keeps them in step."""
+
+from pathlib import Path
+
+from infini_train.config import load_run
+from launch.cluster import load_cluster
+from launch.job import plan_job
+from launch.render import render_evaluation, render_training
+
+FOLDER = Path(__file__).resolve().parent
+CLUSTER = "plain"
+RUNS = tuple(f"{model}{nodes}" for model in ("1b", "3b", "8b") for nodes in ("", "_4nodes", "_16nodes", "_64nodes"))
+
+
+def render_all() -> dict[str, str]:
+    """Name and text of every ready script."""
+    cluster = load_cluster(CLUSTER)
+    scripts = {f"train_{name}.sbatch": render_training(plan_job(load_run(name), cluster, name), cluster) for name in RUNS}
+    scripts |= {
+        f"eval_{model}.sbatch": render_evaluation(
+            f"eval-{model}", [f"runs/{model}", "--stream", "--precision=bf16", "--json"], cluster
+        )
+        for model in ("1b", "3b", "8b")
+    }
+    return scripts
+
+
+if __name__ == "__main__":
+    for name, text in render_all().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,173 @@
+"""The batch script on a real Slurm, around small programs that behave as training does: quick, and cheap to disturb.
+
+`test_job_life.py` does the same with real training.
+"""
+
+import os
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+WAIT_S, STEPS = 120, 60
+
+# Counts steps, saves when a signal comes, goes on from its newest checkpoint; rank 0 writes what was counted.
+TRAINING = """\
+#!{python} -SE
+import os, pathlib, signal, sys, time
+rank, run, stop = int(os.environ["SLURM_PROCID"]), pathlib.Path({run!r}), []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+saved = run / "checkpoints"
+saved.mkdir(exist_ok=True, parents=True)
+step = max((int(path.name[5:]) for path in saved.iterdir()), default=0)
+mistake = run / "mistake"
+if mistake.exists():
+    print("error: data.train: is wrong", file=sys.stderr)
+    sys.exit(int(mistake.read_text()))
+while step < {steps} and not stop:
+    time.sleep(0.1)
+    step += 1
+    if rank == 0:
+        (run / "status.json").write_text('{{"step": %d}}' % step)
+        with open(run / "steps", "a") as file:
+            file.write("%d\\n" % step)
+if rank == 0:
+    (saved / ("step-%08d" % step)).mkdir(exist_ok=True)
+sys.exit(143 if stop else 0)
+"""
+PREFLIGHT = """\
+#!/bin/bash
+[ "$SLURMD_NODENAME" != n1 ] || { echo "error: preflight: 7 GPUs are seen, not 8"; exit 3; }
+"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    training = TRAINING.format(python=sys.executable, run=str(tmp_path / "a run's folder"), steps=STEPS)
+    for name, text in (("infini-train", training), ("python", PREFLIGHT)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    return folder
+
+
+@pytest.fixture
+def start(submit, programs):
+    return lambda **fields: submit(programs=str(programs), **fields)
+
+
+def steps(run) -> list[int]:
+    return [int(line) for line in (run.directory / "steps").read_text().split()]
+
+
+def assert_each_step_once(run, starts: int) -> None:
+    assert run.wait_for_end() == "COMPLETED", run.story()
+    assert run.starts() == starts, run.story()
+    assert steps(run) == list(range(1, STEPS + 1))
+
+
+def test_a_signal_requeues_and_the_next_step_follows(start, slurm):
+    run = start()
+    run.wait_for_step(5)
+    slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    assert_each_step_once(run, starts=2)
+    assert "preemption or time limit: asking the ranks to save" in run.job_log() and "finished" in run.job_log()
+
+
+def test_a_preemption_requeues(start, slurm):
+    run = start()
+    run.wait_for_step(5)
+    slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert_each_step_once(run, starts=2)
+
+
+def test_ranks_told_to_stop_by_others_requeue(start, slurm):
+    """A preemption that only the ranks are told of."""
+    run = start()
+    run.wait_for_step(5)
+    slurm.run("scancel", "--signal=TERM", str(run.job))
+    assert_each_step_once(run, starts=2)
+
+
+def test_a_time_limit_requeues(start, slurm):
+    run = start()
+    run.wait_for_step(2)
+    os.kill(run.find_rank(0), signal.SIGSTOP)  # so that it is not done before Slurm looks at limits again
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+    slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
+    os.kill(run.find_rank(0), signal.SIGCONT)
+    slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    assert_each_step_once(run, starts=2)
+
+
+def test_a_killed_rank_is_named_and_retried(start):
+    run = start()
+    run.wait_for_step(5)
+    os.kill(run.find_rank(1), signal.SIGKILL)
+    assert run.wait_for_end() == "COMPLETED", run.story()
+    assert run.starts() == 2
+    assert "train: rank 1 on n2 failed first, exit code 137" in run.job_log(), run.story()
+
+
+def test_a_crashed_node_is_left_behind(start, slurm):
+    run = start()
+    run.wait_for_step(5)
+    try:
+        slurm.kill_node("n2")
+        assert run.wait_for_end() == "COMPLETED", run.story()
+    finally:
+        slurm.start_node("n2")
+    last = (run.directory / "launch" / "starts").read_text().splitlines()[-1]
+    assert "n2" not in last and "n[1-2]" not in last
+    slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", 90, "n2 is back")
+
+
+@pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
+def test_failures_end_the_job_at_the_cap_and_mistakes_at_once(start, tmp_path, code, starts):
+    (tmp_path / "a run's folder").mkdir()
+    (tmp_path / "a run's folder" / "mistake").write_text(str(code))
+    run = start(tasks=2)
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert run.starts() == starts, run.story()
+    assert f"failed first, exit code {code}: error: data.train: is wrong" in run.job_log(), run.story()
+    assert ("given up after 2 retries" in run.job_log()) == (code == 1)
+
+
+def test_cancel_saves_and_ends_and_a_cancelled_job_is_not_revived(start, slurm):
+    run = start()
+    run.wait_for_step(5)
+    assert "saves and ends" in run.launch("cancel", str(run.directory))
+    assert run.wait_for_end() == "COMPLETED", run.story()
+    assert "stopped; submit again" in run.job_log() and run.starts() == 1
+    again = start()
+    again.wait_for_step(max(steps(run)) + 3)
+    slurm.run("scancel", str(again.job))
+    assert again.wait_for_end() == "CANCELLED", again.story()
+    time.sleep(8)  # longer than a requeued job waits
+    assert slurm.job_state(again.job) == "CANCELLED"
+    assert_each_step_once(start(), starts=3)
+
+
+def test_a_chain_goes_on_until_the_run_is_done(start, slurm):
+    run = start(chain=3)
+    run.wait_for_step(5)
+    slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    assert run.wait_for_end() == "FAILED", "it did not finish the run"
+    run.job += 1
+    assert_each_step_once(run, starts=2)
+    run.job += 1
+    assert run.wait_for_end() == "CANCELLED"
+
+
+def test_a_bad_node_is_named_and_left_out(start):
+    run = start(preflight=True)
+    assert_each_step_once(run, starts=2)
+    assert "bad nodes: n1" in run.job_log()
+    assert "preflight: rank 0 on n1 failed first, exit code 3: error: preflight: 7 GPUs" in run.job_log()
+    assert "n1" not in (run.directory / "launch" / "starts").read_text().splitlines()[-1]

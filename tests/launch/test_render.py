@@ -1,0 +1,162 @@
+"""Batch scripts as text: golden ones, valid bash, and nothing that a config says reaches the shell unquoted."""
+
+import os
+import runpy
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from infini_train.config import ConfigError, load_run
+from launch.cluster import ContainerConfig, RestartConfig, load_cluster, validate_cluster
+from launch.job import Job, plan_job
+from launch.render import job_name, render_evaluation, render_training
+
+ROOT = Path(__file__).resolve().parents[2]
+READY = sorted((ROOT / "slurm").glob("*.sbatch"))
+CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
+
+# Stand-ins for Slurm's commands and for the programs: they keep the words and variables that reach them.
+SRUN = """#!/bin/bash
+for word in "$@"; do printf '%s\\0' "$word"; done > "$CAUGHT/srun"
+env -0 > "$CAUGHT/environment"
+"""
+NOTHING = "#!/bin/bash\ncat > /dev/null < /dev/null\n"
+
+
+def test_the_ready_scripts_are_those_of_the_templates() -> None:
+    """Mend it with: python slurm/generate.py."""
+    rendered = runpy.run_path(str(ROOT / "slurm" / "generate.py"))["render_all"]()
+    assert {path.name: path.read_text(encoding="utf-8") for path in READY} == rendered
+    assert len([name for name in rendered if name.startswith("train_")]) == 12
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_renders_to_valid_bash(name: str, tmp_path: Path) -> None:
+    cluster = load_cluster(name)
+    texts = [
+        render_training(plan_job(load_run("8b"), cluster, "8b"), cluster),
+        render_evaluation("eval", ["runs/8b"], cluster),
+    ]
+    for text in texts:
+        path = tmp_path / "script.sbatch"
+        path.write_text(text)
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        if shutil.which("shellcheck"):
+            done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+
+
+def test_ready_scripts_pass_shellcheck() -> None:
+    for path in READY:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", *map(str, READY[:4])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_environment_follows_the_layout() -> None:
+    h100, run = load_cluster("h100"), load_run("8b")
+    exports = plan_job(run, h100, "8b").exports
+    assert exports["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and exports["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert exports["GLOO_SOCKET_IFNAME"] == "ib0" and exports["OMP_NUM_THREADS"] == "8"
+    assert int(exports["TORCH_FR_BUFFER_SIZE"]) > 0 and exports["NCCL_IB_HCA"] == "mlx5"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in plan_job(load_run("1b"), h100, "1b").exports
+
+
+def test_pyxis_puts_ranks_into_the_container() -> None:
+    cluster = load_cluster("pyxis")
+    text = render_training(plan_job(load_run("1b"), cluster, "1b"), cluster)
+    assert "--container-image=infini-train.sqsh" in text and "--container-mounts=/scratch:/scratch" in text
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("1b", 1), ("3b_4nodes", 4), ("8b_16nodes", 16), ("8b_64nodes", 64)])
+def test_nodes_follow_from_the_layout(name: str, nodes: int) -> None:
+    assert plan_job(load_run(name), load_cluster("plain"), name).nodes == nodes
+
+
+def test_nodes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--nodes: 3 nodes x 8 tasks don't fit the run: parallel: "):
+        plan_job(load_run("8b"), load_cluster("plain"), "8b", nodes=3)
+
+
+# ------------------------------------------------------------------------------------------------------------- quoting
+
+LINE = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30)
+LINES = LINE.filter(lambda text: text.isprintable() and text.strip())
+EVIL = "'; touch broken; $(touch broken) `touch broken` \"$HOME\" \\"
+
+
+def write_programs(folder: Path) -> None:
+    for name in ("srun", "scontrol", "scancel", "sleep"):
+        path = folder / name
+        path.write_text(SRUN if name == "srun" else NOTHING)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=LINES, setting=LINES, value=LINES, image=LINES, run_dir=LINES)
+@example(name=EVIL, setting=EVIL, value=EVIL, image=EVIL, run_dir=EVIL.replace("/", ""))
+def test_no_value_is_read_by_the_shell(
+    name: str, setting: str, value: str, image: str, run_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The script runs against stand-ins for Slurm's commands; every value arrives as it was given."""
+    folder = tmp_path_factory.mktemp("quoting")
+    write_programs(folder)
+    run_dir = f"runs/{run_dir.replace('/', '-')}"
+    tree = {"gpus_per_node": 0, "tasks_per_node": 1, "cores_per_node": 1, "environment": {"VALUE": value}}
+    cluster = validate_cluster({**tree, "preflight": False, "container": {"image": image}})
+    job = Job(name=name, config=f"./{name}", settings=(setting,), run_dir=run_dir, nodes=1, exports=cluster.environment)
+    (folder / "script").write_text(render_training(job, cluster))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "n1", "CAUGHT": str(folder)}
+    environment = {**slurm, "PATH": f"{folder}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    subprocess.run(["bash", "script"], cwd=folder, env=environment, capture_output=True, timeout=60)
+    words = (folder / "srun").read_bytes().decode().split("\0")
+    assert words[-5:-1] == ["infini-train", "train", f"./{name}", f"--set={setting}"]
+    assert f"--container-image={image}" in words
+    assert f"VALUE={value}" in (folder / "environment").read_bytes().decode().split("\0")
+    assert (folder / run_dir / "launch" / "starts").is_file()
+    expected = {"script", "srun", "scontrol", "scancel", "sleep", "environment", "runs"}
+    assert {path.name for path in folder.iterdir()} == expected, "something else was written"
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.text(max_size=40))
+def test_a_job_name_is_harmless(name: str) -> None:
+    assert set(job_name(name)) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(min_size=1, max_size=20), field=st.sampled_from(("partition", "account", "qos", "gpu_type")))
+@example(text="a\n#SBATCH --uid=0", field="partition")
+@example(text="a --uid=0", field="account")
+def test_a_directive_takes_one_word_or_is_refused(text: str, field: str) -> None:
+    tree = {"gpus_per_node": 8, "cores_per_node": 96, field: text}
+    try:
+        cluster = validate_cluster(tree)
+    except ConfigError as error:
+        assert str(error).startswith(f"{field}: ")
+        return
+    without = render_evaluation("x", [], validate_cluster({**tree, field: None})).splitlines()
+    lines = render_evaluation("x", [], cluster).splitlines()
+    assert len(lines) == len(without) + (field != "gpu_type")
+    assert text.split() == [text]
+
+
+@pytest.mark.parametrize("field", ["name", "run_dir", "config"])
+def test_a_job_refuses_line_breaks(field: str) -> None:
+    values = {"name": "a", "run_dir": "a", "config": "a", "nodes": 1}
+    with pytest.raises(ConfigError, match="one line of printable text"):
+        Job(**{**values, field: "a\nb"})
+
+
+def test_containers_and_restarts_have_their_own_errors() -> None:
+    with pytest.raises(ConfigError, match=r"^container\.mounts: write 'a' as HOST:CONTAINER"):
+        ContainerConfig(image="a", mounts=("a",))
+    with pytest.raises(ConfigError, match=r"^restart\.backoff_s: must not be negative"):
+        RestartConfig(backoff_s=-1)
