@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-slow test-layouts check wheel clean
+.PHONY: help install demo test test-slow test-slurm test-layouts check wheel clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,10 @@ test: install ## the test suite
 	$(BIN)/python -m pytest -q -n 2
 
 test-slow: install ## the tests that take long
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not slurm'
+
+test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get install slurm-wlm munge shellcheck)
+	$(BIN)/python -m pytest -q -m slurm tests/launch
 
 test-layouts: install ## every parallel layout against one process, up to 8 processes
 	$(BIN)/python -m pytest -q -m 'layouts or not slow' tests/selftest/test_layouts.py tests/train/test_relayout.py

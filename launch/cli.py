@@ -33,7 +33,7 @@ exit codes: 0 done; 2 something given is wrong, nothing was submitted; others ar
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         sys.exit(options.command(options))
     except KeyboardInterrupt:
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Of all commands."""
     parser = argparse.ArgumentParser(
         prog="infini-launch",
         description=DESCRIPTION,

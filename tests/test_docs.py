@@ -24,6 +24,7 @@ from infini_train import cli
 from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS
 from infini_train.config import RunConfig, load_run
 from infini_train.train.optim import gate_warning
+from launch.cli import build_parser as build_launch_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -180,7 +181,7 @@ def with_subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.Argume
         yield from with_subparsers(each)
 
 
-PARSERS = {"infini-train": cli._parser(), "infini-data": build_data_parser()}
+PARSERS = {"infini-train": cli._parser(), "infini-data": build_data_parser(), "infini-launch": build_launch_parser()}
 FLAGS = {
     flag for parser in PARSERS.values() for each in with_subparsers(parser) for flag in each._option_string_actions
 }

@@ -28,9 +28,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_code_and_configs_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"infini_train", "data_tools"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"infini_train", "data_tools", "launch"}
     configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert {f"infini_train/configs/{name}" for name in configs} <= set(names)
+    templates = {f"launch/templates/{path.name}" for path in (ROOT / "slurm" / "templates").iterdir()}
+    assert templates and templates <= set(names)
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests", "configs"))]
 
 

@@ -22,7 +22,7 @@ CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.y
 
 # Stand-ins for Slurm's commands and for the programs: they keep the words and variables that reach them.
 SRUN = """#!/bin/bash
-for word in "$@"; do printf '%s\\0' "$word"; done > "$CAUGHT/srun"
+for word in "$@"; do printf '%s\\0' "$word"; done > "$CAUGHT/words"
 env -0 > "$CAUGHT/environment"
 """
 NOTHING = "#!/bin/bash\ncat > /dev/null < /dev/null\n"
@@ -116,12 +116,12 @@ def test_no_value_is_read_by_the_shell(
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "n1", "CAUGHT": str(folder)}
     environment = {**slurm, "PATH": f"{folder}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
     subprocess.run(["bash", "script"], cwd=folder, env=environment, capture_output=True, timeout=60)
-    words = (folder / "srun").read_bytes().decode().split("\0")
+    words = (folder / "words").read_bytes().decode().split("\0")
     assert words[-5:-1] == ["infini-train", "train", f"./{name}", f"--set={setting}"]
     assert f"--container-image={image}" in words
     assert f"VALUE={value}" in (folder / "environment").read_bytes().decode().split("\0")
     assert (folder / run_dir / "launch" / "starts").is_file()
-    expected = {"script", "srun", "scontrol", "scancel", "sleep", "environment", "runs"}
+    expected = {"script", "words", "srun", "scontrol", "scancel", "sleep", "environment", "runs"}
     assert {path.name for path in folder.iterdir()} == expected, "something else was written"
 
 

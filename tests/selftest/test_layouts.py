@@ -19,7 +19,7 @@ from infini_train.selftest.parity import TOLERANCES
 
 FAST = {
     "tp2-sp-linear",
-    "tp2-delta",
+    "tp2-sp-delta",
     "pp2-v2-delta-overlap",
     "cp2-delta-overlap",
     "cp2-linear",

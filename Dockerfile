@@ -1,0 +1,20 @@
+# An image for GPU nodes. Written, not built: there was no GPU here to try it on.
+# For Pyxis: docker build -t infini-train . && enroot import dockerd://infini-train
+FROM python:3.11-slim-bookworm
+
+# A compiler for torch.compile and DeepSpeed's own extensions; git for the revision in a run's folder.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends build-essential git \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/infini-train
+# The pins first: a change of the code alone does not download torch and its CUDA libraries again.
+COPY constraints.txt constraints-cuda.txt pyproject.toml README.md LICENSE ./
+COPY infini_train/__init__.py infini_train/__init__.py
+RUN mkdir -p data_tools launch configs slurm/templates \
+    && touch data_tools/__init__.py launch/__init__.py \
+    && pip install --no-cache-dir -c constraints-cuda.txt .
+COPY . .
+RUN pip install --no-cache-dir --no-deps --force-reinstall .
+
+WORKDIR /workspace

@@ -1,0 +1,123 @@
+"""infini-launch as a person on a login node meets it; Slurm itself: test_submit.py, test_batch_script.py."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import folder, status
+from launch.slurm import QueuedJob
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = """
+import sys, resource
+from launch.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"torch", "pydantic", "jinja2"} & set(sys.modules)), resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+"""
+
+
+def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/nonexistent"}  # no Slurm
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "."], ["render", "1b", "--cluster", "plain"]])
+def test_it_starts_quickly_and_without_torch(arguments: list[str]) -> None:
+    """Processor time, which a busy machine does not stretch much."""
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PATH": "/nonexistent"},
+        capture_output=True,
+        text=True,
+    )
+    modules, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert "torch" not in modules and (arguments[0] == "render" or modules == "[]")
+    assert float(seconds) < 0.5 if arguments[0] != "render" else 1.0
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["render", "1b", "--cluster", "plane"], "error: plane: no cluster config of this name; did you mean "),
+        (["render", "1b", "--cluster", "plain", "--nodes", "3"], "error: --nodes: 3 nodes x 8 tasks don't fit the run"),
+        (["render", "1b", "--cluster", "plain", "--set-cluster", "memory=1"], "memory: must be text"),
+        (["submit", "1b", "--cluster", "plain", "--set", f"run_dir={tmp_path}/run"], "error: sbatch: not found"),
+        (["cancel", str(tmp_path)], "no job of it is in the queue"),
+        (["logs", str(tmp_path)], "no job of it has started yet"),
+    ):
+        done = launch(*arguments)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = launch("submit", "1b", "--cluster", "plain", "--dry-run", "--set", f"run_dir={tmp_path}/run")
+    assert done.returncode == 0 and done.stdout.startswith("#!/bin/bash\n#SBATCH ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launch_folder_keeps_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "hidden")
+    monkeypatch.setenv("HARMLESS", "shown")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "bad_nodes").write_text("n1\n")
+    there = folder.prepare(tmp_path, {"train.sbatch": "text"}, ROOT)
+    assert (there / "train.sbatch").read_text() == "text" and not (there / "bad_nodes").exists()
+    environment = (there / "environment.txt").read_text()
+    assert "HARMLESS=shown\n" in environment and "hidden" not in environment
+    assert (there / "revision.txt").read_text().strip()
+
+
+def write_run(root: Path, name: str, said: dict, job: int | None = None, failure: str = "") -> None:
+    (root / name / "launch").mkdir(parents=True)
+    (root / name / "status.json").write_text(json.dumps(said))
+    if job is not None:
+        (root / name / "launch" / "job").write_text(f"{job}\n")
+    if failure:
+        (root / name / "launch" / "last_failure").write_text(failure + "\n")
+
+
+def test_the_table_joins_what_training_and_slurm_say(tmp_path: Path) -> None:
+    said = {"step": 5, "total_steps": 9, "loss": 2.5, "tokens_per_s": 1234.0, "eta_s": 3700.0, "restarts": 1}
+    now = {"heartbeat": time.time() - 65}
+    write_run(tmp_path, "a", {**said, **now, "state": "training"}, 1)
+    write_run(tmp_path, "b", {**said, **now, "state": "training"}, 2, "train: rank 1 on n2 failed first")
+    write_run(tmp_path, "c", {**said, **now, "state": "finished"}, 3)
+    write_run(tmp_path, "d", {**said, **now, "state": "stopped by SIGTERM"}, 4)
+    (tmp_path / "e" / "launch").mkdir(parents=True)
+    queue = {1: QueuedJob(1, "RUNNING", "1:00", 2, "n[1-2]"), 4: QueuedJob(4, "PENDING", "0:00", 2, "(Resources)")}
+    rows = status.describe_runs(folder.find_runs(tmp_path), queue)
+    assert [row["state"] for row in rows] == ["training", "ended without a word", "finished", "pending", "unknown"]
+    table = status.format_table(rows)
+    lines = table.splitlines()
+    assert lines[0].split() == ["run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note"]
+    assert lines[1].split() == [str(tmp_path / "a"), "1", "training", "5/9", "2.5000", "1,234", "1h01m", "1", "1m05s", "ago"]
+    assert lines[2].endswith("train: rank 1 on n2 failed first") and lines[4].endswith("(Resources)")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (4.9, "4s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h")])
+def test_durations(seconds: float | None, text: str) -> None:
+    assert status.format_seconds(seconds) == text
+
+
+def test_logs_are_those_of_the_newest_start(tmp_path: Path) -> None:
+    for name, text in (("9.0", "old"), ("10.0", "newer"), ("10.2", "newest"), ("10.1", "older")):
+        (tmp_path / "launch" / "logs" / name).mkdir(parents=True)
+        (tmp_path / "launch" / "logs" / name / "train-0.log").write_text(text)
+    assert launch("logs", str(tmp_path)).stdout == "newest"
+
+
+def test_local_is_refused_like_a_job(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"include": ["run/debug.yaml"], "parallel": {"tensor_size": 2}}))
+    done = launch("local", str(path), "--nproc", "3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: parallel: ")
