@@ -1,4 +1,4 @@
-"""infini-launch: submit, watch and end training jobs on Slurm. Imports no torch; pydantic and Jinja only when needed."""
+"""infini-launch: submit, watch and end training jobs on Slurm. No torch; pydantic and Jinja only when needed."""
 
 import argparse
 import json
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infini_train.config import RunConfig
     from launch.cluster import ClusterConfig
-    from launch.job import Job
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they do, and end them. Docs: docs/slurm.md."
 EPILOG = """\
@@ -91,11 +90,18 @@ def _add(commands: Any, name: str, command: Any, text: str) -> argparse.Argument
 def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = True) -> None:
     parser.add_argument("config", metavar="CONFIG", help="of the run: name below configs/run/, or path of a .yaml file")
     parser.add_argument(
-        "--cluster", required=cluster_required, metavar="NAME", help="name below configs/cluster/, or path of a .yaml file"
+        "--cluster",
+        required=cluster_required,
+        metavar="NAME",
+        help="name below configs/cluster/, or path of a .yaml file",
     )
     parser.add_argument("--nodes", type=_positive, metavar="N", help="default: what parallel.data_size needs, or 1")
     parser.add_argument(
-        "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of the run's config (repeatable)"
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        help="override a field of the run's config (repeatable)",
     )
     parser.add_argument(
         "--set-cluster", metavar="A=VALUE", action="append", default=[], help="the same for the cluster's (repeatable)"
@@ -181,7 +187,7 @@ def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespac
 
 
 def _output(there: Path) -> list[str]:
-    """Where the batch script's own words go; %% since sbatch knows patterns, and no pattern works behind a backslash."""
+    """Where the script's own words go; %% since sbatch knows patterns, none of which work behind a backslash."""
     return [] if "\\" in str(there) else [f"--output={str(there).replace('%', '%%')}/slurm-%j.out"]
 
 

@@ -77,7 +77,9 @@ class ClusterConfig:
     memory: str = "0"  # of a node, as in 900G; 0: all
     exclusive: bool = True  # whole nodes
     time_limit: str = "24:00:00"  # minutes, hours:minutes:seconds or days-hours
-    signal_before_limit_s: int = 300  # the time to save; at least a step, a checkpoint, and the minute Slurm may be late
+    signal_before_limit_s: int = (
+        300  # the time to save; at least a step, a checkpoint, and the minute Slurm may be late
+    )
     requeue: bool = True  # whether a job may put itself back into the queue; else it ends, and chain goes on
     network_interface: str | None = None  # for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, as in ib0 or ^lo,docker0
     container: ContainerConfig | None = None
@@ -108,7 +110,9 @@ class ClusterConfig:
         )
         for name in ("partition", "account", "qos", "gpu_type"):
             value = getattr(self, name)
-            _require(value is None or bool(WORD.fullmatch(value)), name, f"{json.dumps(value)} is no name that sbatch takes")
+            _require(
+                value is None or bool(WORD.fullmatch(value)), name, f"{json.dumps(value)} is no name that sbatch takes"
+            )
         _require_match(TIME_LIMIT, self.time_limit, "time_limit", "30, 12:00:00 or 2-00:00:00")
         _require_match(MEMORY, self.memory, "memory", "900G, or 0 for all")
         if self.network_interface is not None:

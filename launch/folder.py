@@ -57,7 +57,9 @@ def describe_revision(code: Path) -> str:
 
 def _git(code: Path, *arguments: str) -> str:
     command = ["git", "-C", str(code), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=30).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=30
+    ).stdout.strip()
 
 
 def read_job(run_dir: Path) -> int | None:

@@ -16,7 +16,14 @@ MAX_WAIT_S = 600
 
 def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
     """Trains in `nproc` processes and starts them again after failures, as the batch script does; the exit code."""
-    command = [sys.executable, "-m", "infini_train.cli", "train", job.config, *(f"--set={each}" for each in job.settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "infini_train.cli",
+        "train",
+        job.config,
+        *(f"--set={each}" for each in job.settings),
+    ]
     retries, newest = 0, newest_checkpoint(Path(job.run_dir))
     for start in range(sys.maxsize):
         environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}

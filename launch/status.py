@@ -48,7 +48,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows for a terminal."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in cells)
+    return "".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in cells
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

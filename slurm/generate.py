@@ -15,7 +15,9 @@ RUNS = tuple(f"{model}{nodes}" for model in ("1b", "3b", "8b") for nodes in ("",
 def render_all() -> dict[str, str]:
     """Name and text of every ready script."""
     cluster = load_cluster(CLUSTER)
-    scripts = {f"train_{name}.sbatch": render_training(plan_job(load_run(name), cluster, name), cluster) for name in RUNS}
+    scripts = {
+        f"train_{name}.sbatch": render_training(plan_job(load_run(name), cluster, name), cluster) for name in RUNS
+    }
     scripts |= {
         f"eval_{model}.sbatch": render_evaluation(
             f"eval-{model}", [f"runs/{model}", "--stream", "--precision=bf16", "--json"], cluster

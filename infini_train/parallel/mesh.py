@@ -63,7 +63,7 @@ def complete_environment() -> None:
     rank, size = world()
     if size > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
-            "MASTER_ADDR: is not set; srun needs it and MASTER_PORT, as in the scripts of infini-launch (or use --nproc)"
+            "MASTER_ADDR: is not set; srun needs it and MASTER_PORT, as in infini-launch's scripts (or use --nproc)"
         )
     if size > 1 and "RANK" not in os.environ:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ["SLURM_LOCALID"])

@@ -100,11 +100,24 @@ def test_the_table_joins_what_training_and_slurm_say(tmp_path: Path) -> None:
     table = status.format_table(rows)
     lines = table.splitlines()
     assert lines[0].split() == ["run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note"]
-    assert lines[1].split() == [str(tmp_path / "a"), "1", "training", "5/9", "2.5000", "1,234", "1h01m", "1", "1m05s", "ago"]
+    assert lines[1].split() == [
+        str(tmp_path / "a"),
+        "1",
+        "training",
+        "5/9",
+        "2.5000",
+        "1,234",
+        "1h01m",
+        "1",
+        "1m05s",
+        "ago",
+    ]
     assert lines[2].endswith("train: rank 1 on n2 failed first") and lines[4].endswith("(Resources)")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (4.9, "4s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-"), (4.9, "4s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h")]
+)
 def test_durations(seconds: float | None, text: str) -> None:
     assert status.format_seconds(seconds) == text
 

@@ -28,13 +28,19 @@ def test_the_least_is_enough() -> None:
         ({**LEAST, "restart": {"max_retry": 1}}, "restart.max_retry: unknown key; did you mean max_retries?"),
         ({**LEAST, "gpus_per_node": 0}, "tasks_per_node: must be positive (it is gpus_per_node if not given)"),
         ({**LEAST, "cores_per_node": 4}, "cores_per_node: 4 cores don't suffice for 8 tasks"),
-        ({**LEAST, "time_limit": 43200}, "time_limit: must be text, but YAML made the number 43200 of it; put it in quotes"),
+        (
+            {**LEAST, "time_limit": 43200},
+            "time_limit: must be text, but YAML made the number 43200 of it; put it in quotes",
+        ),
         ({**LEAST, "time_limit": "12h"}, 'time_limit: "12h" is not written as 30, 12:00:00 or 2-00:00:00'),
         ({**LEAST, "memory": "lots"}, 'memory: "lots" is not written as 900G, or 0 for all'),
         ({**LEAST, "sbatch": ["--nodes=3"]}, "sbatch: --nodes=3: the template sets --nodes itself; leave it out"),
         ({**LEAST, "sbatch": ["-N 3"]}, 'sbatch: "-N 3" is not written as --constraint=h100'),
         ({**LEAST, "environment": {"A B": "c"}}, 'environment: "A B" is not written as NCCL_DEBUG'),
-        ({**LEAST, "venv": "v", "container": {"image": "i"}}, "venv: can't be used inside a container; give one of the two"),
+        (
+            {**LEAST, "venv": "v", "container": {"image": "i"}},
+            "venv: can't be used inside a container; give one of the two",
+        ),
         ({**LEAST, "signal_before_limit_s": 0}, "signal_before_limit_s: must be positive"),
     ],
 )

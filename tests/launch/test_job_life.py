@@ -7,7 +7,7 @@ import time
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-WAIT_S = 180  # on a busy machine
+WAIT_S = 400  # on a busy machine
 STEPS = 40
 
 
@@ -80,8 +80,8 @@ def test_a_crashed_node_is_survived_on_others(submit, slurm, quiet_curve):
         slurm.start_node("n2")
     assert run.losses() == quiet_curve
     assert run.starts() >= 2
-    last = (run.directory / "launch" / "starts").read_text().splitlines()[-1]
-    assert "n2" not in last and "n[1-2]" not in last
+    nodes = (run.directory / "launch" / "starts").read_text().splitlines()[-1].split()[-1]
+    assert "n2" not in slurm.run("scontrol", "show", "hostnames", nodes).split()
     slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", 60, "n2 is back")
 
 

@@ -87,9 +87,11 @@ def test_nodes_that_do_not_fit_are_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- quoting
 
-LINE = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30)
+LINE = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z"), include_characters=" "), min_size=1, max_size=30
+)
 LINES = LINE.filter(lambda text: text.isprintable() and text.strip())
-EVIL = "'; touch broken; $(touch broken) `touch broken` \"$HOME\" \\"
+EVIL = '\'; touch broken; $(touch broken) `touch broken` "$HOME" \\'
 
 
 def write_programs(folder: Path) -> None:

@@ -1,0 +1,93 @@
+"""Preflight: what a node finds out alone, what rank 0 makes of all, and two ranks of srun together."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infini_train.parallel import mesh
+from infini_train.parallel.preflight import BAD_NODE, Facts, judge, look_at_node
+
+
+def test_a_good_node_has_no_problems(tmp_path):
+    assert look_at_node(tmp_path / "run", gpus=0, min_free_gib=0) == []
+
+
+def test_a_bad_node_tells_all_its_problems(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
+    problems = look_at_node(tmp_path / "run", gpus=800, min_free_gib=1e9)
+    assert problems[0].endswith("GPUs are seen, not 800")
+    assert "GiB are free on" in problems[1] and problems[1].endswith("less than 1e+09")
+    assert problems[2].startswith("TMPDIR: ") and "can't be written" in problems[2]
+
+
+def test_the_odd_one_is_named():
+    good = Facts("n1", [], {"torch": "2.1"}, 1000.0)
+    facts = [good, good._replace(node="n2", versions={"torch": "2.0"}), good._replace(node="n3", clock_s=1060.0), good]
+    assert judge(facts) == {
+        "1": "rank 1 (n2): torch 2.0, the others have 2.1",
+        "2": "rank 2 (n3): its clock is off by +60 s",
+    }
+    assert judge([good, good]) == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script, not a task of srun
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (1, 2)),
+    ],
+)
+def test_the_world_is_that_of_the_starter(variables, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert mesh.world() == expected
+
+
+def start_ranks(run_dir: Path, *scratch: Path) -> list[tuple[int, str]]:
+    """Two ranks with srun's variables; exit code and console of each."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    processes = []
+    for rank, folder in enumerate(scratch):
+        variables = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_LOCALID": "0",
+            "SLURMD_NODENAME": f"n{rank + 1}",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder),
+        }
+        command = [sys.executable, "-m", "infini_train.parallel.preflight", str(run_dir), "--min-free-gib=0"]
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(command, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True)
+        )
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [(process.returncode, "".join(output)) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_and_measure(tmp_path):
+    (first, said), (second, _) = start_ranks(tmp_path / "run", tmp_path, tmp_path)
+    assert (first, second) == (0, 0), said
+    assert "preflight: 2 ranks are well; all-reduce " in said
+
+
+@pytest.mark.slow
+def test_the_rank_of_a_bad_node_has_its_own_exit_code(tmp_path):
+    (tmp_path / "file").touch()
+    (first, said), (second, own) = start_ranks(tmp_path / "run", tmp_path, tmp_path / "file" / "below")
+    assert (first, second) == (0, BAD_NODE)
+    assert "error: preflight: rank 1 (n2): TMPDIR: " in said and "error: preflight: rank 1 (n2): TMPDIR: " in own
