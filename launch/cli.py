@@ -119,7 +119,7 @@ def _positive(text: str) -> int:
 
 
 def _load(options: argparse.Namespace, *more: str) -> tuple["RunConfig", "ClusterConfig"]:
-    from infini_train.config import load_run
+    from infini_train.config_file import load_run
     from launch.cluster import load_cluster
 
     return load_run(options.config, options.set), load_cluster(options.cluster, [*options.set_cluster, *more])
@@ -170,7 +170,7 @@ def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespac
 
     The script trains from a copy of the resolved config: what is edited while the job waits does not change it.
     """
-    from infini_train.config import dump
+    from infini_train.config_file import dump
     from launch import folder, slurm
     from launch.job import plan_job
     from launch.render import render_training
@@ -201,7 +201,8 @@ def _chain(options: argparse.Namespace) -> int:
 
 
 def _local(options: argparse.Namespace) -> int:
-    from infini_train.config import divide_processes, load_run
+    from infini_train.config import divide_processes
+    from infini_train.config_file import load_run
     from launch.cluster import ClusterConfig, load_cluster
     from launch.job import Job, rank_environment
     from launch.local import run_locally

@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
-# but ops, which knows tensors only, may import config.
+# but ops, which knows tensors only, may import config and config_file.
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": set(),
+    "config_file": set(),
     "ops": set(),
     "data": set(),
     "model": {"ops"},
@@ -32,17 +33,17 @@ ROOMS = {
     "cli": {"launcher", "selftest", "plan", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config"},
-    "launch": {"config"},
+    "data_tools": {"data", "config", "config_file"},
+    "launch": {"config", "config_file"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
-TORCH_FREE = {"infini_train/config.py", "launch"}
+TORCH_FREE = {"infini_train/config.py", "infini_train/config_file.py", "launch"}
 DEVICE_SHIM = "infini_train/parallel/device.py"
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 ALLOWED_SIZES = {  # (file or file:function, unit) -> (limit, reason)
     ("infini_train/ops/attention.py:infini_attention", "parameters"): (9, "the inputs of the equations, each named"),
-    ("infini_train/config.py", "lines"): (560, "the schema on one page, and the one edge that validates it"),
+    ("infini_train/config.py", "lines"): (520, "the schema on one page"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -92,7 +93,7 @@ def allowed_rooms(name: str) -> set[str]:
     if package != "infini_train":
         return OUTSIDE[package]
     room = room_of(name)
-    return ROOMS[room] | {room} | (set() if room == "ops" else {"config"})
+    return ROOMS[room] | {room} | (set() if room in ("ops", "config") else {"config", "config_file"})
 
 
 def import_violations(tree: ast.Module, name: str) -> list[str]:

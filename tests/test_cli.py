@@ -158,7 +158,7 @@ def test_a_truncated_shard(refused, home, tmp_path):
 def test_a_vocabulary_smaller_than_the_data(refused, home, tmp_path):
     settings = ("--set", "model.vocab_size=100", "--set", f"run_dir={tmp_path / 'new'}")
     line = refused("train", home / "tiny.yaml", *settings)
-    assert line.startswith("model.vocab_size: 100 is smaller than the 259 token ids") and "set it to 259" in line
+    assert line.startswith("model.vocab_size: 100 is smaller than the 259 token ids") and "model.vocab_size=259" in line
 
 
 def test_data_of_another_tokenizer(refused, home, tmp_path, tokenizer_file):

@@ -10,22 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.config import (
-    ConfigError,
-    FullConfig,
-    InfiniConfig,
-    LocalConfig,
-    RunConfig,
-    dump,
-    load_model,
-    load_run,
-    override,
-    read_tree,
-    resolve,
-    to_tree,
-    validate,
-)
+from infini_train.config import ConfigError, FullConfig, InfiniConfig, LocalConfig, RunConfig
+from infini_train.config_file import dump, load_model, load_run, override, read_tree, resolve, to_tree, validate
 
+RUNS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs" / "run").glob("*.yaml"))
 BASE = """
 model: {vocab_size: 259, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160,
         attention: {kind: infini, segment_tokens: 32}}
@@ -63,7 +51,10 @@ WRONG = {
         "model.attention.segment_token=8",
         "model.attention.segment_token: unknown key; did you mean segment_tokens?",
     ),
-    "unknown field like no other": ("data.zzz=3", "data.zzz: unknown key; known: train, passkey, validation, order_seed"),
+    "unknown field like no other": (
+        "data.zzz=3",
+        "data.zzz: unknown key; known: train, passkey, validation, order_seed",
+    ),
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
     "variant without its kind": ("model.attention=null", "model.attention"),
@@ -91,7 +82,10 @@ WRONG = {
     "heads that don't divide": ("model.num_heads=3", "model.num_heads: 3 heads don't divide hidden_size 64"),
     "kv heads that don't divide": ("model.num_kv_heads=3", "model.num_kv_heads: 3 key-value heads can't share 4"),
     "odd head": ("model.head_dim=7", "model.head_dim: rotary embedding needs an even size, not 7"),
-    "lanes that don't divide": ("train.micro_batch_lanes=3", "train.micro_batch_lanes: the 4 lanes of a data-parallel rank"),
+    "lanes that don't divide": (
+        "train.micro_batch_lanes=3",
+        "train.micro_batch_lanes: 4 lanes can't be cut",
+    ),
     "validation without data": ("eval.every_steps=5", "data.validation: is needed because eval.every_steps is set"),
     "endless warm-up": ("optim.warmup_steps=20", "optim.warmup_steps: 20 warm-up steps don't fit into a run of 20"),
     "endless decay": (
@@ -230,7 +224,7 @@ def test_a_name_close_to_a_shipped_one_gets_a_hint(tmp_path: Path) -> None:
         ("own/tniy.yaml", "own/tniy.yaml: no such file; did you mean own/tiny.yaml?"),
         ("own/zzz.yaml", "own/zzz.yaml: no such file"),
         ("none/tiny.yaml", "none/tiny.yaml: no such file"),
-        ("zzz", "zzz: no run config of this name; known: 125m, books, debug, demo"),
+        ("zzz", f"zzz: no run config of this name; known: {', '.join(RUNS)}"),
     ],
 )
 def test_a_config_that_is_not_there_gets_the_nearest(tmp_path, monkeypatch, name: str, hint: str) -> None:
@@ -326,7 +320,7 @@ def test_a_budget_in_tokens_rounds_up(base: Path) -> None:
 def test_configs_are_read_without_torch() -> None:
     """Login nodes render jobs, and CI checks YAML, where no torch is installed."""
     code = (
-        "import sys; from infini_train.config import load_run; load_run('demo'); "
+        "import sys; from infini_train.config_file import load_run; load_run('demo'); "
         "heavy = {'torch', 'deepspeed', 'megatron', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import InfiniConfig, ModelConfig, dump, load_model, load_run, override, read_tree, validate
+from infini_train.config import InfiniConfig, ModelConfig
+from infini_train.config_file import dump, load_model, load_run, override, read_tree, validate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

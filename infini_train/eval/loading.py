@@ -9,7 +9,8 @@ import torch
 from infini_train.checkpoint.reader import Checkpoint, open_checkpoint
 from infini_train.checkpoint.store import FOLDER, find_latest, resolve
 from infini_train.checkpoint.weights import load_weights
-from infini_train.config import ConfigError, RunConfig, validate
+from infini_train.config import ConfigError, RunConfig
+from infini_train.config_file import validate
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh

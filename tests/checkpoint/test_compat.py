@@ -8,16 +8,8 @@ from typing import Any
 import pytest
 
 from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS, check_resumable, check_same_data, check_same_model
-from infini_train.config import (
-    ConfigError,
-    FullConfig,
-    InfiniConfig,
-    LocalConfig,
-    RunConfig,
-    override,
-    to_tree,
-    validate,
-)
+from infini_train.config import ConfigError, FullConfig, InfiniConfig, LocalConfig, RunConfig
+from infini_train.config_file import override, to_tree, validate
 
 SHORT = {
     "model": {"vocab_size": 64, "hidden_size": 256, "num_layers": 1, "num_heads": 2, "ffn_size": 32},

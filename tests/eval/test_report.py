@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import ConfigError, RunConfig, load_run
+from infini_train.config import ConfigError, RunConfig
+from infini_train.config_file import load_run
 from infini_train.eval.report import find_validation
 
 

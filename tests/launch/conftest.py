@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from infini_train.config import override, validate
+from infini_train.config_file import override, validate
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -32,58 +32,7 @@ START_S, JOB_S = 400, 600  # on a busy machine
 STEPS = 40
 UNPRIVILEGED = [*NAMESPACES[:1], "--user", "--map-current-user", "--keep-caps", *NAMESPACES[1:]]
 START_NODE = 'mount --bind "$2/hosts" /etc/hosts; hostname "$1"; exec slurmd -D -N "$1"'
-SLURM_CONF = """\
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={home}/munge/sock,cred_expire=5
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-StateSaveLocation={home}/ctld
-SlurmdSpoolDir={home}/spool.%n
-SlurmctldPidFile={home}/run/slurmctld.pid
-SlurmdPidFile={home}/run/slurmd.%n.pid
-SlurmctldLogFile={home}/log/slurmctld.log
-SlurmdLogFile={home}/log/slurmd.%n.log
-PlugStackConfig={home}/plugstack.conf
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/filetxt
-JobCompLoc={home}/jobcomp.log
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0,nohold_on_prolog_fail
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-SlurmdParameters=config_overrides
-GresTypes=gpu
-ReturnToService=2
-SlurmdTimeout=10
-SlurmctldTimeout=10
-TCPTimeout=5
-MessageTimeout=10
-InactiveLimit=0
-KillWait=5
-MinJobAge=3600
-CompleteWait=0
-UnkillableStepTimeout=60
-JobRequeue=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-MailProg=/bin/true
-PropagateResourceLimits=NONE
-PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=h100 Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=wide Nodes=n[1-{nodes}],x[1-60] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
-"""
+SLURM_CONF = (Path(__file__).parent / "slurm.conf").read_text()  # with {fields}
 NODE_CONF = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=2 CoresPerSocket={cores}"
     " ThreadsPerCore=1 RealMemory=1048576 Gres=gpu:h100:{gpus} State=UNKNOWN\n"

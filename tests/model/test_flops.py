@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train.config import InfiniConfig, load_model
+from infini_train.config import InfiniConfig
+from infini_train.config_file import load_model
 from infini_train.model.flops import count_parameters, memory_numbers, training_flops_per_token
 from infini_train.model.transformer import Transformer
 

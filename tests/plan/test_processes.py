@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from infini_train.config import RunConfig, validate
+from infini_train.config import RunConfig
+from infini_train.config_file import validate
 
 WORLD = 4
 MODEL = {

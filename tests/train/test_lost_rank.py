@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import dump
+from infini_train.config_file import dump
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 6
