@@ -16,7 +16,8 @@ from infini_train.parallel import device, mesh
 from infini_train.plan.dry_run import Plan, RankPlan, dry_run
 from infini_train.plan.table import format_plan
 
-MODELS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+SHIPPED = (path.stem for path in (Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+MODELS = sorted(name for name in SHIPPED if name != "passkey")  # 3 heads, and it carries an overlap too
 SMALL = ModelConfig(
     vocab_size=96,
     hidden_size=48,
