@@ -153,6 +153,11 @@ class PasskeyConfig:
             _require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
         for name in ("text_weight", "answer_weight", "key_weight"):
             _require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")
+        _require(
+            self.text_weight + self.answer_weight + self.key_weight > 0,
+            "data.passkey.answer_weight",
+            "some weight must be above 0",
+        )
         _require(self.pressure >= 1, "data.passkey.pressure", "must be at least 1")
         _require(0 <= self.pressure_share <= 1, "data.passkey.pressure_share", "must lie between 0 and 1")
 
@@ -452,6 +457,13 @@ def _check_batch_layout(run: RunConfig) -> None:
             name,
             f"{lanes} lanes can't be divided over {data} data-parallel ranks; use a multiple of {data}",
         )
+    rounds = data * (pipeline if parallel.virtual_stages > 1 else 1)
+    _require(
+        run.eval.batch_lanes is None or run.eval.batch_lanes % rounds == 0,
+        "eval.batch_lanes",
+        f"{run.eval.batch_lanes} lanes: with parallel.virtual_stages each data-parallel rank needs a multiple of"
+        f" parallel.pipeline_size; use a multiple of {rounds}",
+    )
     _require(
         run.lanes_per_rank % run.micro_lanes == 0,
         "train.micro_batch_lanes",

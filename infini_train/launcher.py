@@ -101,8 +101,11 @@ class Rank:
         """Shows lines of it on this process's console."""
         stream = sys.stderr if error else sys.stdout
         prefix = b"[rank %d] " % self.number if self.number else b""
-        stream.buffer.write(b"".join(prefix + line for line in lines))
-        stream.flush()
+        try:
+            stream.buffer.write(b"".join(prefix + line for line in lines))
+            stream.flush()
+        except OSError:  # its reader has gone, or the terminal was closed: the ranks go on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Ranks:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infini_train.config import PasskeyConfig
+from infini_train.config import ConfigError, PasskeyConfig
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
@@ -75,6 +75,12 @@ class PasskeyReader:
         self._most = window_tokens // segment_tokens
         self._least = min(config.min_segments, self._most)
         self._writer = PasskeyWriter(ByteTokenizer(), find_wording(config.wording), config.digits)
+        if self._least * segment_tokens < self._writer.min_tokens:
+            needed = -(-self._writer.min_tokens // segment_tokens)
+            raise ConfigError(
+                f"data.passkey.min_segments: {self._least} segments of {segment_tokens} tokens can't hold a text of"
+                f" {self._writer.min_tokens} tokens; use {needed} or more, and a window of as many segments"
+            )
         bare = self._writer.place(np.zeros(config.digits, np.int64), self._writer.min_tokens, 0)
         self._key_tokens = bare.spans.key.stop - bare.spans.key.start
         self._tail_tokens = bare.tokens - bare.spans.question.start

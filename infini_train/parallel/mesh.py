@@ -61,10 +61,11 @@ def complete_environment() -> None:
         ConfigError: there are several tasks, but no address where they meet.
     """
     rank, size = world()
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ConfigError(
-            "MASTER_ADDR: is not set; srun needs it and MASTER_PORT, as in infini-launch's scripts (or use --nproc)"
-        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and name not in os.environ:
+            raise ConfigError(
+                f"{name}: is not set; several processes need it, as in the scripts of infini-launch (or use --nproc)"
+            )
     if size > 1 and "RANK" not in os.environ:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ["SLURM_LOCALID"])
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it

@@ -27,6 +27,7 @@ MAX_TEXT = 200
 SETTLE_S = 2.0  # after a lost connection: this long without a heartbeat is taken for death
 LEAVE_S = 3.0  # a rank that has an error of its own gets this long to end by it
 STACK_LINES = 6
+OPENING = "opening the run"  # checkpoints are hashed and read, however long that takes: only a death ends it
 
 
 class LostRankError(RuntimeError):
@@ -160,7 +161,8 @@ class Watch:
             client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
             self._store = PrefixStore(self._prefix, client)
             while not (self._failing.is_set() and self._left.is_set()):
-                finished, operations = self._finished.is_set(), self._operations
+                finished = self._finished.is_set()
+                operations = self._operations + (self._ticks if self.operation == OPENING else 0)
                 beat = Beat(self._ticks, self.operation, finished, self._place)
                 self._store.set(f"beat/{self.rank}", json.dumps(beat))
                 if obituary := self._read("obituary").decode():

@@ -22,7 +22,8 @@ class StopRequest:
 
     def __init__(self, *, speaks: bool = True) -> None:
         self._speaks = speaks
-        self.received: str | None = None  # the signal's name
+        self.received: str | None = None  # the signal's name, as it came to this rank
+        self.agreed: str | None = None  # as all ranks know it
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -37,11 +38,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agree(self) -> None:
-        """After it a signal that came to any rank has come to all; all ranks call it together."""
+        """Afterwards `agreed` is the same on all ranks: a signal that came to any of them. All call it together."""
         mine = 0 if self.received is None else signal.Signals[self.received].value
         number = round(mesh.max_over_world(float(mine)))
-        if number and self.received is None:
-            self.received = signal.Signals(number).name
+        self.agreed = signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

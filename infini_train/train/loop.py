@@ -12,7 +12,7 @@ from infini_train.config import ParallelConfig, RunConfig
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device, mesh
-from infini_train.parallel.watch import Watch
+from infini_train.parallel.watch import OPENING, Watch
 from infini_train.train.interrupt import Stopped, StopRequest
 from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
@@ -32,17 +32,18 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     """
     first = mesh.world()[0] == 0
     notify = notify if first else ignore
+    mesh.complete_environment()
     with Watch(*mesh.world(), config.parallel.timeout_s) as watch:
-        watch.doing("opening the run")
+        watch.doing(OPENING)
         session = open_session(config, notify)
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
             run_steps(session, stop, watch.doing)
             end_status(session, stop.received)
     total = session.config.train.total_steps
-    if stop.received and session.step < total:
-        notify(f"stopped by {stop.received} at step {session.step} of {total}; the same command goes on from there")
-        raise Stopped(stop.received)
+    if stop.agreed and session.step < total:
+        notify(f"stopped by {stop.agreed} at step {session.step} of {total}; the same command goes on from there")
+        raise Stopped(stop.agreed)
     return session
 
 
@@ -65,7 +66,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             clock.end_step(result)
             metrics.tick()
             stop.agree()
-            last = session.step == total or stop.received is not None
+            last = session.step == total or stop.agreed is not None
             if last or session.step % config.log.every_steps == 0:
                 report_step(session, metrics, clock, result, rates)
             if last or session.step % config.log.memory_every_steps == 0:
@@ -73,7 +74,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             if last or config.checkpoint.is_due(session.step):
                 check_fence(session)
                 save_session(session, metrics.say)
-            if stop.received is None and is_validation_due(session):
+            if stop.agreed is None and is_validation_due(session):
                 report_validation(session, metrics, stop, doing)
             doing(f"step {session.step + 1}, waiting for data")
             clock.pause()

@@ -117,7 +117,7 @@ def tell(line: str) -> None:
     """Prints a line; training goes on when nobody reads it any more."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError:  # its reader has gone, or the terminal was closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -113,13 +113,16 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     checkpoint = store.find_latest(config.directory, notify) if first else None
     if checkpoint is not None:
         _check_checkpoint(checkpoint, config, source, notify)
-    origin = _open_origin(config, source, verify=True) if first and checkpoint is None else None
+    origin = _open_origin(config, source) if first and checkpoint is None else None
     if first:
         _check_space(config.directory)
     place = mesh.start(config.parallel)
     checkpoint = _agree_on(checkpoint, config)
-    if checkpoint is None and not first:
-        origin = _open_origin(config, source, verify=False)
+    if checkpoint is None and config.train.init_from is not None and place.world[1] > 1:
+        found = Path(
+            mesh.broadcast_text("" if origin is None else str(origin.path))
+        )  # a running run has newer ones soon
+        origin = origin or store.open_checkpoint(found, verify=False)
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
     train = config.train
@@ -142,8 +145,6 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         notify(f"resumed from {checkpoint.path} (step {session.step})")
     elif origin is not None:
         notify(f"new run with the weights of {origin.path}")
-    if first:
-        _write_identity(config, source)
     return session
 
 
@@ -197,12 +198,12 @@ def count_parameters(stages: Stages) -> int:
     return round(mesh.sum_over_world([float(owned)])[0])
 
 
-def _open_origin(config: RunConfig, source: Source, *, verify: bool) -> Checkpoint | None:
+def _open_origin(config: RunConfig, source: Source) -> Checkpoint | None:
     """The checkpoint whose weights a new run begins with, if it asks for one."""
     if config.train.init_from is None:
         return None
     try:
-        origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)), verify=verify)
+        origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)))
     except CheckpointError as error:
         raise ConfigError(f"train.init_from: {error}") from error
     compat.check_same_model(origin.config, to_tree(config), f"train.init_from: {origin.path}")
@@ -297,10 +298,11 @@ def hold_folder(session: Session) -> Iterator[None]:
             raise ConfigError(f"run_dir: another process is training in {directory}; wait for it or stop it") from None
         except OSError:
             pass  # a file system without locks
+        write_identity(session.config, session.source)
         yield
 
 
-def _write_identity(config: RunConfig, source: Source) -> None:
+def write_identity(config: RunConfig, source: Source) -> None:
     """The resolved config and the tokenizer, so that the run's folder is enough to go on, evaluate and generate."""
     try:
         (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
