@@ -81,15 +81,21 @@ def prepare(options: argparse.Namespace) -> None:
     subprocess.run(
         [*tool, "tokenizer", options.train, "--vocab-size", "2048", "--sample-mb", "8", "--out", model], check=True
     )
-    beginnings = options.out / "beginnings.jsonl"
+    train = options.train if options.beginning is None else cut_beginnings(options)
+    for source, split in ((train, "train"), (options.validation, "validation")):
+        subprocess.run(
+            [*tool, "encode", source, "--tokenizer", model, "--out", data / split, "--overwrite"], check=True
+        )
+
+
+def cut_beginnings(options: argparse.Namespace) -> Path:
+    """The first --beginning characters of each training document."""
+    beginnings: Path = options.out / "beginnings.jsonl"
     with beginnings.open("w", encoding="utf-8") as file:
         for document in documents([options.train]):
             line = {"id": document.id, "text": document.text[: options.beginning], **document.metadata}
             file.write(json.dumps(line) + "\n")
-    for source, split in ((beginnings, "train"), (options.validation, "validation")):
-        subprocess.run(
-            [*tool, "encode", source, "--tokenizer", model, "--out", data / split, "--overwrite"], check=True
-        )
+    return beginnings
 
 
 def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:

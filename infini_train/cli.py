@@ -5,13 +5,13 @@ import errno
 import os
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train import __version__
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
+from infini_train.command_line import describe, positive
 from infini_train.config import ConfigError
 from infini_train.config_file import config_roots, load_run
 from infini_train.eval.commands import CommandParser
@@ -120,19 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
-    parser.description = textwrap.fill(description, 100)
-    parser.epilog = examples
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-
 # --------------------------------------------------------------------------------------------------------------- train
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     names = sorted({path.stem for root in config_roots() for path in (root / "run").glob("*.yaml")})
     description = f"Train a model, or continue a run. Configs: {', '.join(names)}, or a .yaml file."
-    _describe(parser, description, TRAIN_EXAMPLES)
+    describe(parser, description, TRAIN_EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="name below configs/run/, or path of a .yaml file")
     parser.add_argument(
         "--set",
@@ -143,7 +137,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nproc",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="start N processes on this machine (default: this one; torchrun and srun start their own)",
     )
@@ -185,7 +179,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     description = "Write text from a prompt; memory use does not depend on the prompt's length."
-    _describe(parser, description, GENERATE_EXAMPLES)
+    describe(parser, description, GENERATE_EXAMPLES)
     parser.add_argument(
         "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
@@ -198,7 +192,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=200,
         metavar="N",
         help="write at most N tokens (default: %(default)s)",
@@ -277,7 +271,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it"
         " learns from the Python standard library's own sources."
     )
-    _describe(parser, description, DEMO_EXAMPLES)
+    describe(parser, description, DEMO_EXAMPLES)
     parser.add_argument(
         "--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file"
     )
@@ -302,13 +296,6 @@ def _prepare() -> None:
     from infini_train.parallel import device
 
     device.prepare()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
-# but ops, which knows tensors only, may import config and config_file.
+# but ops, which knows tensors only, may import config, config_file and command_line.
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": set(),
     "config_file": set(),
+    "command_line": set(),
     "ops": set(),
     "data": set(),
     "model": {"ops"},
@@ -93,7 +94,7 @@ def allowed_rooms(name: str) -> set[str]:
     if package != "infini_train":
         return OUTSIDE[package]
     room = room_of(name)
-    return ROOMS[room] | {room} | (set() if room in ("ops", "config") else {"config", "config_file"})
+    return ROOMS[room] | {room} | (set() if room in ("ops", "config") else {"config", "config_file", "command_line"})
 
 
 def import_violations(tree: ast.Module, name: str) -> list[str]:

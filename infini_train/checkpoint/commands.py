@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from infini_train.command_line import describe
 from infini_train.config import ConfigError
 
 ANYWHERE = "Training resumes from any checkpoint in any layout (tensor, pipeline, context, data parallel, ZeRO)"
@@ -43,19 +44,17 @@ the optimizer's state. A run resumes from a copy with all kinds, in its folder c
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train checkpoint` its commands."""
-    _describe(parser, "Look at checkpoints, check them, rewrite them as whole tensors.", EXAMPLES)
+    describe(parser, "Look at checkpoints, check them, rewrite them as whole tensors.", EXAMPLES)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     inspect = commands.add_parser("inspect", help="step, layout, files, kinds, tensors")
-    _describe(inspect, "What a checkpoint holds. Reads its index only.", INSPECT_EXAMPLES)
+    describe(inspect, "What a checkpoint holds. Reads its index only.", INSPECT_EXAMPLES)
     inspect.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     inspect.set_defaults(command=_inspect)
     verify = commands.add_parser("verify", help="hash every file, and look for gaps in every tensor")
-    _describe(verify, "Whether every file is as it was written, and every tensor there exactly once.", VERIFY_EXAMPLES)
+    describe(verify, "Whether every file is as it was written, and every tensor there exactly once.", VERIFY_EXAMPLES)
     verify.set_defaults(command=_verify)
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint as whole tensors")
-    _describe(
-        reshard, "Rewrite a checkpoint as whole tensors: one process, about one file in memory.", RESHARD_EXAMPLES
-    )
+    describe(reshard, "Rewrite a checkpoint as whole tensors: one process, about one file in memory.", RESHARD_EXAMPLES)
     reshard.set_defaults(command=_reshard)
     for command in (inspect, verify, reshard):
         command.add_argument("path", type=Path, metavar="PATH", help="a run's folder or one checkpoint")
@@ -67,11 +66,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     reshard.add_argument(
         "--max-file-gb", type=_positive, metavar="GB", default=4.0, help="begin another file at this size (default 4)"
     )
-
-
-def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
-    parser.description, parser.epilog = description, examples
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def _positive(text: str) -> float:

@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from infini_train.command_line import describe, positive
 from infini_train.config import ConfigError
 from infini_train.data.passkey import WORDINGS
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def add_commands(parser: CommandParser) -> None:
     """Gives the parser of `infini-train eval` its commands; perplexity is the one that may be left out."""
-    _describe(parser, "Measure a trained model. Without a command: perplexity.", EXAMPLES)
+    describe(parser, "Measure a trained model. Without a command: perplexity.", EXAMPLES)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     perplexity = commands.add_parser("perplexity", help="of held-out text, at any length in constant memory")
     passkey = commands.add_parser("passkey", help="a key hidden in up to millions of tokens of filler")
@@ -74,18 +74,6 @@ def add_commands(parser: CommandParser) -> None:
     parser.default_command = "perplexity", (*commands.choices, "-h", "--help")
 
 
-def _describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
-    parser.description, parser.epilog = textwrap.fill(description, 100), examples
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
-
-
 def _prepare() -> None:
     from infini_train.parallel import device
 
@@ -100,7 +88,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
         "Loss and perplexity of held-out text, beside the unigram entropy of the same tokens (both in nats a token: a"
         " model that uses context gets below the entropy)."
     )
-    _describe(parser, description, PERPLEXITY_EXAMPLES)
+    describe(parser, description, PERPLEXITY_EXAMPLES)
     parser.add_argument(
         "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
     )
@@ -111,18 +99,18 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lanes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="documents read side by side (default: one micro-batch of training)",
     )
     parser.add_argument(
         "--window-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a document in one forward, a multiple of the segment (default: as in training; four segments"
         " with --stream)",
     )
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after about N tokens (default: all)")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after about N tokens (default: all)")
     parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")
     parser.set_defaults(command=_perplexity)
 
@@ -159,7 +147,7 @@ def _add_passkey(parser: argparse.ArgumentParser) -> None:
         " token. Exact match of all digits and accuracy of single digits, by length and by the key's position, with"
         " Wilson's 95 % intervals. Prompts stream through the model in constant memory."
     )
-    _describe(parser, description, PASSKEY_EXAMPLES)
+    describe(parser, description, PASSKEY_EXAMPLES)
     parser.add_argument(
         "--lengths",
         nargs="+",
@@ -182,7 +170,7 @@ def _add_passkey(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of keys and places (default: %(default)s)")
     parser.add_argument(
-        "--lanes", type=_positive, default=8, metavar="N", help="prompts read side by side (default: %(default)s)"
+        "--lanes", type=positive, default=8, metavar="N", help="prompts read side by side (default: %(default)s)"
     )
     parser.add_argument(
         "--out",

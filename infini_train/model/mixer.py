@@ -57,8 +57,7 @@ class Projections(nn.Module):
         self.parallel = parallel
         self.key_dim, self.value_dim = key_dim, value_dim
         ranks = parallel.tensor_model_parallel_size
-        self.heads = config.num_heads // ranks  # of this rank, as the next one
-        self.kv_heads = max(1, config.kv_heads // ranks)
+        self.kv_heads = max(1, config.kv_heads // ranks)  # of this rank
         self.linear_q = column_linear(config.hidden_size, config.num_heads * key_dim, parallel, bias=bias)
         self.linear_k = head_linear(config.hidden_size, config.kv_heads, key_dim, parallel, bias=bias)
         self.linear_v = head_linear(config.hidden_size, config.kv_heads, value_dim, parallel, bias=bias)

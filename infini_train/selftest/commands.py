@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from infini_train.command_line import positive
 from infini_train.config import ConfigError
 from infini_train.selftest.cases import CASES, choose_cases
 
@@ -32,7 +33,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--nproc",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="start N processes on this machine (default: this one; torchrun and srun start their own)",
     )
@@ -86,10 +87,3 @@ def _repeat(options: argparse.Namespace) -> list[str]:
     arguments += [f"--precision={options.precision}"] * (options.precision is not None)
     arguments += ["--json"] * options.json
     return arguments + [f"--folder={options.folder}"] * (options.folder is not None)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
