@@ -39,7 +39,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
             run_steps(session, stop, watch.doing)
-            end_status(session, stop.received)
+            end_status(session, stop.agreed)
     total = session.config.train.total_steps
     if stop.agreed and session.step < total:
         notify(f"stopped by {stop.agreed} at step {session.step} of {total}; the same command goes on from there")

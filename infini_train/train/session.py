@@ -117,12 +117,8 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     if first:
         _check_space(config.directory)
     place = mesh.start(config.parallel)
-    checkpoint = _agree_on(checkpoint, config)
-    if checkpoint is None and config.train.init_from is not None and place.world[1] > 1:
-        found = Path(
-            mesh.broadcast_text("" if origin is None else str(origin.path))
-        )  # a running run has newer ones soon
-        origin = origin or store.open_checkpoint(found, verify=False)
+    checkpoint = _share(checkpoint)
+    origin = _share(origin)
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
     train = config.train
@@ -154,14 +150,10 @@ def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, source: Source,
     compat.check_same_data(checkpoint.state["data"], source.identity, source.name)
 
 
-def _agree_on(checkpoint: Checkpoint | None, config: RunConfig) -> Checkpoint | None:
-    """The checkpoint that rank 0 found and verified, opened by all ranks."""
-    if mesh.world()[1] == 1:
-        return checkpoint
-    step = round(mesh.sum_over_world([0.0 if checkpoint is None else checkpoint.step + 1.0])[0]) - 1
-    if step < 0 or checkpoint is not None:
-        return checkpoint
-    return store.open_checkpoint(store.find_step(config.directory, step), verify=False)
+def _share(found: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint that rank 0 found and verified, opened by all ranks, whatever has become the newest since."""
+    path = mesh.broadcast_text("" if found is None else str(found.path))
+    return found if found is not None or not path else store.open_checkpoint(Path(path), verify=False)
 
 
 def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[Stages, Engine, int]:
@@ -215,8 +207,7 @@ def _open_origin(config: RunConfig, source: Source) -> Checkpoint | None:
     return origin
 
 
-# ------------------------------------------------------------------------------------------------------ save and
-# restore
+# ---------------------------------------------------------------------------------------------------- save and restore
 
 
 def save_session(session: Session, notify: Notify) -> None:
