@@ -230,7 +230,9 @@ def _local(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from launch import folder, slurm, status
 
-    rows = status.describe_runs(folder.find_runs(options.folder), slurm.queue())
+    runs = folder.find_runs(options.folder)
+    submitted = any(folder.read_job(run) is not None for run in runs)
+    rows = status.describe_runs(runs, slurm.queue() if submitted else {})
     if options.json:
         print("".join(json.dumps(row) + "\n" for row in rows), end="")
     elif rows:
