@@ -38,7 +38,7 @@ demo: install ## train, evaluate and sample a small model; TEXT=path for a text 
 	@$(BIN)/infini-train demo $${TEXT:+--text "$$TEXT"}
 
 test: install ## the test suite
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-slow: install ## the tests that take long
 	$(BIN)/python -m pytest -q -m 'slow and not slurm'

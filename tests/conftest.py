@@ -61,7 +61,14 @@ def process_groups() -> None:
     mesh.start()
 
 
+# Tests that start several processes, often once for a whole module: one worker runs them, one after the other, so that
+# nothing is started twice and ranks don't wait for ranks of another test.
+SEVERAL_PROCESSES = {"test_layouts", "test_relayout", "test_processes", "test_context", "test_watch", "test_run"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem in SEVERAL_PROCESSES and item.path.parent.name != "checkpoint":
+            item.add_marker(pytest.mark.xdist_group("several processes"))
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))

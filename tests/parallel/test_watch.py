@@ -14,8 +14,8 @@ import pytest
 from infini_train.parallel.watch import Silence, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 3.0
-MARGIN_S = 7.0  # of a busy machine
+TIMEOUT_S = 8.0  # long enough for a busy machine to answer
+MARGIN_S = 12.0
 CASES = ("killed", "stopped", "failed", "deadlock", "well", "host killed", "host stopped", "host failed")
 PROGRAM = """\
 import json, os, signal, socket, sys, threading, time, traceback
@@ -92,7 +92,7 @@ for case, listener in listeners.items():
     else:
         stores.append(dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
                                     master_listen_fd=listener.detach()))
-deadline = time.monotonic() + 40
+deadline = time.monotonic() + 80
 ends = {}
 while len(ends) < len(ranks):
     pid, status = os.waitpid(-1, os.WNOHANG)
@@ -175,7 +175,7 @@ def test_an_exception_is_told_to_the_others(ends):
 
 def test_a_deadlock_tells_what_each_rank_is_doing(ends):
     for line in survivors(ends, "deadlock", 2 * TIMEOUT_S + MARGIN_S):
-        assert "no rank went on for 3 s" in line
+        assert "no rank went on for 8 s" in line
         assert "rank 0, 1 in 'step 5, all-reduce'; rank 2 in 'read a slow disk'" in line
 
 

@@ -27,8 +27,6 @@ FAST = {
     "dp2-zero2-delta",
     "cp2-delta-bf16",
     "tp2-sp-cp2-delta",
-    "pp2-cp2-linear",
-    "cp2-dp2-zero3-delta",
 }
 TIMEOUT_S = 1500
 
