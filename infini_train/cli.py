@@ -166,6 +166,9 @@ def _train(options: argparse.Namespace) -> None:
 
     try:
         train(config)
+    except KeyboardInterrupt:  # insists: the checkpoint that a thread may be writing is given up
+        _fail("interrupted", 130)
+        os._exit(130)
     except Stopped as stopped:
         sys.exit(128 + signal.Signals[str(stopped)])
     except LostRankError as error:

@@ -27,6 +27,7 @@ from typing import Any, Self
 GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the others hang in collectives that nobody will finish
 HOLD_S = 5.0  # an error's lines are kept back this long, to be shown last if its rank ends by it
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = tuple(128 + number for number in PASSED_ON)  # exit codes of a run that has saved
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 LAST_WORDS = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
@@ -301,8 +302,9 @@ class Ranks:
             self._end_others()  # it could not save; what the others do without it comes to nothing
 
     def _has_stopped(self, rank: Rank) -> bool:
-        """Whether it ended because of the signal that was passed on to it."""
-        return self.passed > 0 and rank.process.returncode in (128 + self.passed, -self.passed)
+        """Whether a signal asked it to stop: one that was passed on, or one that was sent to a rank itself."""
+        code = rank.process.returncode
+        return code in STOPPED or (self.passed > 0 and code == -self.passed)
 
     def _report(self) -> int:
         """The errors kept back, each once, the first failure's last; the exit code."""
@@ -315,8 +317,9 @@ class Ranks:
                 rank.tell(rank.block, error=True)
                 said.append(rank.block)
         if last is None:
-            was_stopped = self.insisted or any(self._has_stopped(rank) for rank in self.ranks)
-            return 128 + (self.passed or signal.SIGINT) if was_stopped else 0
+            stopped = [rank.process.returncode for rank in self.ranks if self._has_stopped(rank)]
+            asked = self.passed or (signal.SIGINT if self.insisted else 0)
+            return 128 + asked if asked and (self.insisted or stopped) else max(stopped, default=0)
         speaks = last.block and last.block[0].startswith(b"error: ")
         heading = [] if speaks else [f"error: {last.describe_end()}\n".encode()]
         sys.stderr.buffer.write(b"".join([*heading, *last.block]))

@@ -212,6 +212,13 @@ def test_a_signal_reaches_each_rank_once_and_all_are_waited_for(launched, number
     wait_until_gone(pids)
 
 
+def test_a_rank_that_was_stopped_by_a_signal_of_its_own_has_not_failed(run):
+    """SIGTERM sent to one rank: it agrees with the others, and all of them save."""
+    code, out, err = run("time.sleep(rank == 0)\nprint('saved', flush=True)\nsys.exit(143 if rank else 0)")
+    assert (code, err) == (143, "")
+    assert sorted(out.splitlines()) == ["[rank 1] saved", "[rank 2] saved", "saved"]
+
+
 def test_a_second_ctrl_c_kills(launched):
     process, pids = launched("signal.signal(2, lambda *_: print('asked'))\nprint(os.getpid())\nwhile 1: time.sleep(9)")
     os.killpg(process.pid, signal.SIGINT)

@@ -12,6 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity
 
+from infini_train.config import ConfigError
+
 MATMUL_PROBE_SIZE = 2048
 
 
@@ -58,9 +60,23 @@ def count() -> int:
 
 
 def set_current() -> None:
-    """Makes this rank's device the default of CUDA calls; nothing to do on CPU."""
+    """Makes this rank's device the default of CUDA calls; nothing to do on CPU.
+
+    Raises:
+        ConfigError: more ranks were started on this machine than it has GPUs.
+    """
     if torch.cuda.is_available():
+        check_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), count())
         torch.cuda.set_device(current())
+
+
+def check_count(ranks: int, gpus: int) -> None:
+    """Refuses several ranks on one GPU, which NCCL can't serve.
+
+    (Under srun, which may show each task its own GPU only, LOCAL_WORLD_SIZE is not set.)
+    """
+    if ranks > gpus:
+        raise ConfigError(f"--nproc: {ranks} processes need as many GPUs, and this machine shows {gpus}; start {gpus}")
 
 
 def stand_in_for_cuda() -> None:

@@ -84,20 +84,30 @@ def start(parallel: ParallelConfig | None = None) -> Place:
     rank, size = world()
     if parallel.model_size * (parallel.data_size or 1) != size:
         raise ConfigError(f"WORLD_SIZE: {size} processes were started for what one process does; start one")
-    complete_environment()
-    device.set_current()
-    device.stand_in_for_cuda()
-    if not dist.is_initialized():
-        timeout = timedelta(seconds=2 * parallel.timeout_s)  # the watch speaks first, and says more
-        if size == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
-            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(device.backend(), timeout=timeout)
-            global _background
-            _background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    connect(parallel.timeout_s)
     stop_layout()
     _join_layout(parallel)
     return place()
+
+
+def connect(timeout_s: float) -> None:
+    """Connects the processes, as yet without a layout. Before anything that takes long: rank 0 may host their store.
+
+    Raises:
+        ConfigError: several processes have no address where they meet, or more were started here than there are GPUs.
+    """
+    complete_environment()
+    device.set_current()
+    device.stand_in_for_cuda()
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=2 * timeout_s)  # the watch speaks first, and says more
+    if world()[1] == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    dist.init_process_group(device.backend(), timeout=timeout)
+    global _background
+    _background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
 
 
 def pretend(parallel: ParallelConfig, rank: int, world_size: int) -> Place:
@@ -155,20 +165,20 @@ def stop() -> None:
 
 
 def background_barrier() -> None:
-    """Returns when all processes have called it. For one background thread: nothing else uses its process group."""
+    """Returns when all processes have called it. For a background thread: nothing else uses its process group then."""
     if _background is not None:
         dist.barrier(_background)
 
 
 def broadcast_text(text: str) -> str:
-    """Rank 0's text (at most 4096 bytes of UTF-8) on all ranks."""
+    """Rank 0's text (at most 4096 bytes of UTF-8) on all ranks, which wait for it as long as a checkpoint takes."""
     if dist.get_world_size() == 1:
         return text
-    sent = torch.zeros(4096, dtype=torch.uint8, device=device.current())
+    sent = torch.zeros(4096, dtype=torch.uint8)
     if dist.get_rank() == 0:
         data = text.encode()
         sent[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    dist.broadcast(sent, 0)
+    dist.broadcast(sent, 0, _background)
     return bytes(sent.tolist()).rstrip(b"\0").decode()
 
 

@@ -82,11 +82,16 @@ class Engine:
             "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
+        # DeepSpeed clones its masters after the cast; they begin as the weights that were given, all bits of them.
+        given = {p: p.detach().to("cpu", copy=True) for p in self.names} if precision == "bf16" else {}
         adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
         if hasattr(model, "before_backward"):
             # DeepSpeed resets this mark in each forward only, but a pipeline runs forwards ahead of their backwards.
             model.before_backward = self._zero.clear_backward_seen_flag
+        masters = [shard for shard in self.shards() if shard.kind == "master"] if given else []
+        for shard in masters:
+            shard.values.copy_(given[shard.parameter].flatten()[shard.flat_start :][: shard.values.numel()])
 
     @property
     def _zero(self) -> Any:

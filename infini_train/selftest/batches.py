@@ -12,6 +12,7 @@ from infini_train.data.lanes import IGNORED, Batch
 # shards of 2, 4 and 8 context-parallel ranks, twice in a segment, in the first segment, at both ends of the window.
 STARTS: tuple[tuple[int, ...], ...] = ((), (13,), (16, 32), (3, 5, 33), (8, 48), (31, 40), (32,), (0, 63))
 PADDED_LANE, PADDING = 2, slice(20, 39)  # padding between documents, over an edge of shards
+LOSS_WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 EMPTY_STEP = 1  # in which the second half of the lanes, with all data-parallel ranks that have them, has no labels
 
 
@@ -36,11 +37,17 @@ def make_batch(step: int, config: RunConfig) -> Batch:
     labels_LT[-1, step * 7 :] = IGNORED
     if step == EMPTY_STEP:
         labels_LT[lanes // 2 :] = IGNORED
-    return Batch(tokens_LT[:, :-1], labels_LT, starts_LT, weights_LT, np.arange(lanes), float(lanes * window))
+    loss_weights_LT = None  # of the first step: all labels count alike
+    if step:
+        loss_weights_LT = random.choice(np.array(LOSS_WEIGHTS, np.float32), (lanes, window))
+    n_bytes = float(lanes * window)
+    return Batch(tokens_LT[:, :-1], labels_LT, starts_LT, weights_LT, np.arange(lanes), n_bytes, loss_weights_LT)
 
 
 def take_lanes(batch: Batch, first: int, count: int) -> Batch:
     """Those of a data-parallel rank."""
     rows = slice(first, first + count)
     arrays = (batch.tokens_BT, batch.labels_BT, batch.starts_BT, batch.weights_BT, batch.document_B)
-    return Batch(*(array[rows] for array in arrays), batch.n_bytes * count / len(batch.tokens_BT))
+    loss_weights_BT = None if batch.loss_weights_BT is None else batch.loss_weights_BT[rows]
+    n_bytes = batch.n_bytes * count / len(batch.tokens_BT)
+    return Batch(*(array[rows] for array in arrays), n_bytes, loss_weights_BT)

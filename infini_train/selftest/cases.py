@@ -143,6 +143,7 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero2-offload", "delta"),
     *_cases("dp2-zero3", "linear", "delta"),
     *_cases("dp2-zero3", "linear", recompute=True),
+    *_cases("dp2-zero3", "linear", tied=True),
     *_cases("dp2-zero3", "linear", precision="bf16"),
     # 4 processes
     *_cases("tp4-sp", "linear", "delta"),  # more ranks than key-value heads

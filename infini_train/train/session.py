@@ -25,7 +25,8 @@ from infini_train.parallel import device, mesh
 from infini_train.parallel.mesh import Place
 from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine, Shard
-from infini_train.train.carry import Lanes, carry_fragments, read_carried
+from infini_train.train.carry import KIND as CARRY
+from infini_train.train.carry import Lanes, carry_fragments, join_lanes, read_carried
 from infini_train.train.optim import parameter_groups
 from infini_train.train.step import StepResult
 
@@ -108,6 +109,7 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         ConfigError: data, checkpoint, processes or config don't fit each other; nothing was written.
     """
     config = divide_processes(config, mesh.world()[1])
+    mesh.connect(config.parallel.timeout_s)
     source, validation = open_sources(config)
     first = mesh.world()[0] == 0
     checkpoint = store.find_latest(config.directory, notify) if first else None
@@ -116,9 +118,9 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     origin = _open_origin(config, source) if first and checkpoint is None else None
     if first:
         _check_space(config.directory)
-    place = mesh.start(config.parallel)
     checkpoint = _share(checkpoint)
     origin = _share(origin)
+    place = mesh.start(config.parallel)
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
     train = config.train
@@ -139,6 +141,8 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     if checkpoint is not None:
         _restore(session, checkpoint)
         notify(f"resumed from {checkpoint.path} (step {session.step})")
+        if join_lanes(stages, carried) and not checkpoint.names(CARRY):
+            notify(f"warning: {checkpoint.path} holds no carried memory; the lanes go on with an empty one")
     elif origin is not None:
         notify(f"new run with the weights of {origin.path}")
     return session

@@ -39,7 +39,7 @@ def build_model() -> Transformer:
     return model
 
 
-def build_engine(model: nn.Module, precision: str = "fp32"):
+def build_engine(model: nn.Module, precision: str = "fp32", zero_stage: int = 1):
     from infini_train.parallel.zero import Engine
 
     return Engine(
@@ -47,7 +47,7 @@ def build_engine(model: nn.Module, precision: str = "fp32"):
         model.named_parameters(),
         parameter_groups(model.named_parameters(), OPTIM),
         optim=OPTIM,
-        parallel=ParallelConfig(),
+        parallel=ParallelConfig(zero_stage=zero_stage),
         precision=precision,
         micro_batch_lanes=2,
     )
@@ -155,6 +155,18 @@ def test_bf16_weights_are_rounded_masters():
         assert torch.equal(parameter.flatten(), masters[name].to(torch.bfloat16)), name
         finer = (masters[name] != parameter.flatten().float()).float().mean()
         assert finer > 0.5, f"{name}: masters keep what bf16 can't hold"
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_bf16_masters_begin_as_the_weights_that_were_given(zero_stage):
+    model = build_model()
+    given = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = build_engine(model, "bf16", zero_stage)
+    masters = {shard.name: shard.values for shard in engine.shards() if shard.kind == "master"}
+    assert masters.keys() == given.keys()
+    for name, values in given.items():
+        assert torch.equal(masters[name], values.flatten()), name
+    engine.close()
 
 
 def test_bf16_follows_fp32():

@@ -76,3 +76,34 @@ def test_sigterm_saves_without_a_traceback_and_the_next_start_goes_on(configure,
     assert lines == [f"resumed from {folder} (step {step})"]
     tools.drive(session, 1)
     assert session.step == step + 1
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_gives_up_the_checkpoint_that_is_being_written(configure, tmp_path):
+    (tmp_path / "endless.yaml").write_text(dump(configure("train.max_steps=1000000", "checkpoint.every_steps=1000000")))
+    program = """
+import time
+from infini_train.checkpoint import store
+store.save = lambda *_, **__: (print("writing", flush=True), time.sleep(1000))
+from infini_train.cli import main
+main(["train", "endless.yaml"])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        for beginning in ("step", "writing"):
+            assert any(line.startswith(beginning) for line in iter(process.stdout.readline, "")), beginning
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert errors == "\nSIGINT: saving after this step\nerror: interrupted\n"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,3 +73,31 @@ def test_a_stopped_rank_ends_the_run_and_is_named(configure, tmp_path):
         text = console.read_text()
     assert re.search(rf"error: rank 2 \(.*\) stopped answering; last heard of in {OPERATION}", text), text
     assert not Path(f"/proc/{victim}").exists(), "the stopped rank was left behind"
+
+
+def test_a_long_look_for_the_checkpoint_is_no_death(configure, tmp_path):
+    """Tasks of srun, where rank 0 hosts the store and alone reads and hashes the newest checkpoint."""
+    config = configure("train.batch_lanes=2", "train.micro_batch_lanes=1", "train.max_steps=2", "parallel.timeout_s=2")
+    (tmp_path / "slow.yaml").write_text(dump(config))
+    program = f"""
+import time
+from infini_train.checkpoint import store
+find = store.find_latest
+store.find_latest = lambda *arguments: (time.sleep({3 * 2 + 2}), find(*arguments))[1]
+from infini_train.cli import main
+main(["train", "slow.yaml"])
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, **meeting, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [(rank.communicate(timeout=100)[1], rank.returncode) for rank in ranks] == [("", 0)] * 2
