@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -55,9 +56,9 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
     def tell(operation: str) -> None:
         doing(f"step {session.step + 1}, {operation}")
 
-    with Metrics(session, total) as metrics, session.saver:
+    with Metrics(session, total) as metrics, session.saver, contextlib.closing(session.batches()) as batches:
         clock = Clock(session)
-        for batch, lanes in session.batches() if session.step < total else ():
+        for batch, lanes in batches if session.step < total else ():
             rates = learning_rates(session.step, total, config.optim)
             clock.start_step()
             with profiled(session):
