@@ -77,7 +77,9 @@ def test_a_stopped_rank_ends_the_run_and_is_named(configure, tmp_path):
 
 def test_a_long_look_for_the_checkpoint_is_no_death(configure, tmp_path):
     """Tasks of srun, where rank 0 hosts the store and alone reads and hashes the newest checkpoint."""
-    config = configure("train.batch_lanes=2", "train.micro_batch_lanes=1", "train.max_steps=3", f"parallel.timeout_s={TIMEOUT_S}")
+    config = configure(
+        "train.batch_lanes=2", "train.micro_batch_lanes=1", "train.max_steps=3", f"parallel.timeout_s={TIMEOUT_S}"
+    )
     (tmp_path / "slow.yaml").write_text(dump(config))
     program = f"""
 import time
