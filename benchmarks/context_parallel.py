@@ -92,7 +92,9 @@ def main() -> None:
     """Writes results.json, table.md and context_parallel.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192], metavar="TOKENS", help="to measure")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[8192, 16384, 32768], metavar="TOKENS", help="to measure"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +104,7 @@ def main() -> None:
     text = "\n\n".join((computed_table(computed), measured_table(measured), composition_table()))
     (options.out / "table.md").write_text(text + "\n")
     (options.out / "results.json").write_text(json.dumps({"computed": computed, "measured": measured}, indent=1))
-    plot(computed, options.out / "context_parallel.png")
+    plot(computed, measured, options.out / "context_parallel.png")
     print(text)
 
 
@@ -220,18 +222,24 @@ def composition_table() -> str:
     return "\n".join(lines)
 
 
-def plot(computed: dict[str, dict[int, float]], file: Path) -> None:
-    """Bytes against tokens, both logarithmic."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def plot(computed: dict[str, dict[int, float]], rows: list[dict[str, Any]], file: Path) -> None:
+    """Bytes (computed) and time (measured) against tokens, all logarithmic."""
+    figure, (sent, took) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for method, marker in zip(METHODS, "osD^", strict=True):
-        axes.loglog(LENGTHS, [computed[method][tokens] for tokens in LENGTHS], marker=marker, label=LABELS[method])
-    axes.set_xticks(LENGTHS, [f"{tokens // 1024}K" for tokens in LENGTHS])
-    axes.minorticks_off()
-    axes.set(xlabel="tokens of the window", ylabel="bytes sent by a rank, one layer, forward")
-    axes.set_title(f"8B model, {RANKS} context-parallel ranks, one lane (computed)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)
+        sent.loglog(LENGTHS, [computed[method][tokens] for tokens in LENGTHS], marker=marker, label=LABELS[method])
+        mine = [row for row in rows if row["method"] == method]
+        took.loglog([row["tokens"] for row in mine], [1e3 * row["seconds"] for row in mine], marker=marker)
+    for axes, lengths in ((sent, LENGTHS), (took, sorted({row["tokens"] for row in rows}))):
+        axes.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens of the window")
+        axes.grid(alpha=0.3)
+    sent.set_ylabel("bytes sent by a rank, one layer, forward")
+    sent.set_title(f"8B model, {RANKS} context-parallel ranks, one lane (computed)")
+    sent.legend()
+    took.set_ylabel("milliseconds of a forward of one layer")
+    took.set_title(f"small layer, {PROCESSES} gloo processes (measured)")
+    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":
