@@ -95,9 +95,10 @@ def read_sections() -> list[Section]:
         for field in dataclasses.fields(schema):
             path, kind = prefix + field.name, types[field.name]
             variants = [v for v in (kind, *get_args(kind)) if isinstance(v, type) and dataclasses.is_dataclass(v)]
+            items = "[]" if get_origin(kind) is tuple else ""
             for variant in variants:
                 suffix = f", kind: {variant.kind}" if len(variants) > 1 else ""
-                inner += visit(variant, f"{path}.", path + suffix)
+                inner += visit(variant, f"{path}{items}.", path + items + suffix)
             if not variants:
                 meaning = comments[schema.__name__, field.name].replace("|", r"\|").replace("<", r"\<")
                 section.rows.append(Row(path, describe_type(kind), describe_default(field), meaning))

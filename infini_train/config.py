@@ -163,22 +163,60 @@ class PasskeyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One of several datasets to train on, all encoded with the same tokenizer."""
+
+    folder: str  # of its shards, or their URL
+    weight: FiniteFloat = 1.0  # its share of the tokens, relative to the other parts' weights
+    epochs: int | None = None  # at most so many passes; then the others share its place; null: no limit
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, "data.mixture.weight", "must be positive; leave out what is not to be read")
+        _require(self.epochs is None or self.epochs > 0, "data.mixture.epochs", "must be positive, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthStage:
+    """Documents that come first, in the first epoch: a stage of a curriculum of lengths."""
+
+    tokens: int  # length of the stage
+    max_document_tokens: int  # longer documents come later
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "max_document_tokens"):
+            _require(getattr(self, name) > 0, f"data.curriculum.{name}", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read: folders of shards written by `infini-data encode`, or texts made while training."""
+    """What is read: shards written by `infini-data encode`, in folders or at URLs, or texts made while training."""
 
     train: str | None = None  # shards to train on; a relative path starts at the folder where the command runs
+    mixture: tuple[MixturePart, ...] = ()  # several datasets to train on, instead of one
+    curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once an epoch
     passkey: PasskeyConfig | None = None  # texts to train on instead of shards
     validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
+    cache_dir: str | None = None  # for URLs (s3://...): a folder of this machine with room for the shards
+    max_corrupt_documents: int = 100  # damaged documents are left out and counted; more than these end the run
 
     def __post_init__(self) -> None:
         value = self.order_seed
         _require(value is None or 0 <= value < 2**31, "data.order_seed", "must lie between 0 and 2147483647, or null")
+        given = [self.train is not None, bool(self.mixture), self.passkey is not None]
         _require(
-            (self.train is None) != (self.passkey is None),
+            sum(given) == 1,
             "data.train",
-            "give a folder of shards to train on (or data.passkey instead, not both)",
+            "give a folder of shards to train on (or data.mixture or data.passkey instead, one of them)",
         )
+        _require(self.passkey is None or not self.curriculum, "data.curriculum", "data.passkey has lengths of its own")
+        _require(self.max_corrupt_documents >= 0, "data.max_corrupt_documents", "must not be negative")
+        for text in (self.train, self.validation, *(part.folder for part in self.mixture)):
+            _require(
+                not (text or "").startswith("pipe:"),
+                "data.train",
+                "a pipe can't be shuffled or resumed; give a folder, or a URL and data.cache_dir",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ WRONG = {
     ),
     "unknown field like no other": (
         "data.zzz=3",
-        "data.zzz: unknown key; known: train, passkey, validation, order_seed",
+        "data.zzz: unknown key; known: train, mixture, curriculum, passkey",
     ),
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),

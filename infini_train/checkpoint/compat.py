@@ -17,6 +17,9 @@ RESUMABLE: Mapping[str, str] = {
     "eval": "validation has a memory of its own and no influence on training",
     "checkpoint": "changes when states are saved, not the states",
     "data.train": "a path; the shards themselves are compared by their hashes",
+    "data.mixture": "paths; the shards, weights and epochs are compared by their hashes",
+    "data.cache_dir": "a folder for copies",
+    "data.max_corrupt_documents": "decides when to give up, not what is read",
     "data.validation": "no influence on training",
     "train.max_steps": "the learning rates follow the schedule of the new length from here on",
     "train.max_tokens": "the learning rates follow the schedule of the new length from here on",
@@ -64,8 +67,8 @@ def check_same_data(saved_hash: str, new_hash: str, path: str) -> None:
     """
     if saved_hash != new_hash:
         raise ConfigError(
-            f"data.train: {path} is not the data that the checkpoint was trained on (tokenizer or shards differ);"
-            " give the original shards, or start a new run with train.init_from"
+            f"data.train: {path} is not the data that the checkpoint was trained on (tokenizer, shards or mixture"
+            " differ); give the original shards, or start a new run with train.init_from"
         )
 
 

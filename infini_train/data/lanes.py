@@ -2,22 +2,23 @@
 
 Shapes: B lanes read by this rank, T window_tokens.
 
-A document of n content tokens x1..xn takes n + 1 positions: inputs bos, x1..xn; labels x1..xn, eos. The order of the
-documents is a pure function of their number and the seed; the lane whose document ends first takes the next one, so
-what a lane reads depends neither on the window nor on how many processes read.
+A document of n content tokens x1..xn takes n + 1 positions: inputs bos, x1..xn; labels x1..xn, eos. The corpus knows
+which document comes next; the lane whose document ends first takes it, so what a lane reads depends neither on the
+window nor on how many processes read.
 """
 
 import heapq
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from infini_train.config import ConfigError
-from infini_train.data.shards import CorruptDocumentError, Dataset
+from infini_train.data.corpus import Corpus, Turn
+from infini_train.data.shards import CorruptDocumentError
 
 IGNORED = -100  # label of a position without a loss
 _FRESH, _ENDED = -1, -2  # a lane before its first document, and after its last one
@@ -50,19 +51,18 @@ class Batch:
 class LaneState:
     """Where all lanes stand (of every rank): enough to go on. `offset` counts positions of the lane's document."""
 
-    epoch: int
-    cursor: int  # documents of this epoch's order that are given out
+    turns: tuple[Turn, ...]  # documents of each part of the corpus that are given out
     document: tuple[int, ...]
     offset: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values for json.dumps."""
-        return {**vars(self), "document": list(self.document), "offset": list(self.offset)}
+        return {name: list(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
         """The state of a `to_json`."""
-        return cls(int(tree["epoch"]), int(tree["cursor"]), tuple(tree["document"]), tuple(tree["offset"]))
+        return cls(tuple(Turn(*turn) for turn in tree["turns"]), tuple(tree["document"]), tuple(tree["offset"]))
 
 
 class Piece(NamedTuple):
@@ -75,27 +75,15 @@ class Piece(NamedTuple):
     stop: int
 
 
-def initial_state(n_lanes: int) -> LaneState:
-    """Before the first document."""
-    return LaneState(0, 0, (_FRESH,) * n_lanes, (0,) * n_lanes)
-
-
-def permute(documents: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: sorts raw random words, whose stream numpy keeps the same in all versions."""
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(documents)
-    return np.argsort(words, kind="stable")
-
-
 class LaneReader:
-    """Reads lanes of a dataset, window by window.
+    """Reads lanes of a corpus, window by window. Lanes that ran out of documents are padded.
 
     Args:
-        dataset: what to read.
+        corpus: what to read.
         n_lanes: lanes of the global batch.
         window_tokens: positions of a lane in one batch.
-        seed: shuffles the documents; None keeps their natural order.
-        epochs: passes over the dataset, None for an endless stream. Lanes that ran out are padded.
         rows: the lanes that this rank reads, default all.
+        on_corrupt: told of each document with damaged data in `rows`, once.
 
     Attributes:
         corrupt_documents: how many documents met so far (in `rows`) have damaged data; masked, so that no lane shifts.
@@ -103,22 +91,19 @@ class LaneReader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        corpus: Corpus,
         n_lanes: int,
         window_tokens: int,
-        seed: int | None,
         *,
-        epochs: int | None = None,
         rows: slice | None = None,
+        on_corrupt: Callable[[str], None] = lambda what: None,
     ) -> None:
-        assert n_lanes > 0 and window_tokens > 0 and (epochs is None or epochs > 0)
-        self.dataset = dataset
+        assert n_lanes > 0 and window_tokens > 0
+        self.corpus = corpus
         self.n_lanes = n_lanes
         self.window_tokens = window_tokens
         self.rows = range(n_lanes)[rows if rows is not None else slice(None)]
-        self._seed = seed
-        self._epochs = epochs
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch used last
+        self._on_corrupt = on_corrupt
         self._corrupt: set[int] = set()
 
     @property
@@ -131,9 +116,21 @@ class LaneReader:
         """The state itself."""
         return state
 
+    def mix(self, state: LaneState) -> dict[str, float]:
+        """Epochs of each part of a mixture that have been given out, and its share of all positions, by name."""
+        parts = self.corpus.parts
+        if len(parts) == 1:
+            return {}
+        given = [self.corpus.given_positions(i, turn) for i, turn in enumerate(state.turns)]
+        found = {}
+        for part, turn, positions in zip(parts, state.turns, given, strict=True):
+            found[f"mix/{part.name}/share"] = positions / max(sum(given), 1)
+            found[f"mix/{part.name}/epochs"] = turn.epoch + turn.cursor / len(part.dataset)
+        return found
+
     def start(self) -> LaneState:
         """Before the first document."""
-        return initial_state(self.n_lanes)
+        return LaneState(self.corpus.start(), (_FRESH,) * self.n_lanes, (0,) * self.n_lanes)
 
     def parse(self, tree: Mapping[str, Any]) -> LaneState:
         """The state of a `LaneState.to_json`."""
@@ -156,7 +153,7 @@ class LaneReader:
 
     def plan(self, state: LaneState) -> tuple[list[Piece], LaneState]:
         """What each lane reads in the window behind `state`; from lengths alone."""
-        window, epoch, cursor = self.window_tokens, state.epoch, state.cursor
+        window, turns = self.window_tokens, state.turns
         document, begin = list(state.document), [-offset for offset in state.offset]  # begin: column of position 0
         ends = [(begin[i] + self._positions(d), i) for i, d in enumerate(document) if d != _ENDED]
         pieces = [Piece(i, 0, _ENDED, 1, 1 + window) for i, d in enumerate(document) if d == _ENDED]
@@ -165,19 +162,17 @@ class LaneReader:
         while ends and ends[0][0] < window:
             column, lane = heapq.heappop(ends)
             begin[lane] = column
-            if self._epochs is not None and epoch >= self._epochs:
+            taken, turns = self.corpus.take(turns)
+            if taken is None:
                 document[lane] = _ENDED
                 pieces.append(Piece(lane, column, _ENDED, 0, window - column))
                 continue
-            document[lane] = self._document_at(epoch, cursor)
-            cursor += 1
-            if cursor == len(self.dataset):
-                epoch, cursor = epoch + 1, 0
+            document[lane] = taken
             end = column + self._positions(document[lane])
             pieces.append(Piece(lane, column, document[lane], 0, min(end, window) - column))
             heapq.heappush(ends, (end, lane))
         offset = tuple(0 if d == _ENDED else window - b for d, b in zip(document, begin, strict=True))
-        return pieces, LaneState(epoch, cursor, tuple(document), offset)
+        return pieces, LaneState(turns, tuple(document), offset)
 
     def _check(self, state: LaneState) -> None:
         if len(state.document) != self.n_lanes or len(state.offset) != self.n_lanes:
@@ -186,33 +181,25 @@ class LaneReader:
                 f"train.batch_lanes: the saved position has {lanes} lanes, not {self.n_lanes}; set it to {lanes}"
             )
         fits = all(
-            d in (_FRESH, _ENDED) or (0 <= d < len(self.dataset) and 0 <= offset <= self._positions(d))
+            d in (_FRESH, _ENDED) or (0 <= d < len(self.corpus) and 0 <= offset <= self._positions(d))
             for d, offset in zip(state.document, state.offset, strict=True)
         )
-        if not fits or not 0 <= state.cursor < len(self.dataset):
-            raise ConfigError(
-                f"data: the saved position does not fit {self.dataset.folder}; give the dataset it was saved with"
-            )
+        if not fits or not self.corpus.fits(state.turns):
+            names = ", ".join(part.name for part in self.corpus.parts)
+            raise ConfigError(f"data: the saved position does not fit {names}; give the data it was saved with")
 
     def _has_ended(self, state: LaneState) -> bool:
-        if self._epochs is None or state.epoch < self._epochs:
+        if not self.corpus.has_ended(state.turns):
             return False
         return all(d == _ENDED or o == self._positions(d) for d, o in zip(state.document, state.offset, strict=True))
 
     def _positions(self, document: int) -> int:
-        return int(self.dataset.lengths_tokens[document]) + 1 if document >= 0 else 0
-
-    def _document_at(self, epoch: int, cursor: int) -> int:
-        if self._seed is None:
-            return cursor
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permute(len(self.dataset), self._seed, epoch))
-        return int(self._order[1][cursor])
+        return int(self.corpus.positions[document]) if document >= 0 else 0
 
     def _read(self, pieces: list[Piece], after: LaneState) -> Batch:
         """The tokens of the pieces that lie in this rank's rows."""
         shape = (len(self.rows), self.window_tokens)
-        tokens_BT = np.full(shape, self.dataset.manifest.pad_id, np.int64)
+        tokens_BT = np.full(shape, self.corpus.manifest.pad_id, np.int64)
         labels_BT = np.full(shape, IGNORED, np.int64)
         starts_BT = np.zeros(shape, bool)
         weights_BT = np.zeros(shape, np.float32)
@@ -226,16 +213,19 @@ class LaneReader:
                 continue
             columns = slice(column, column + stop - start)
             tokens_BT[row, columns], labels_BT[row, columns], weights_BT[row, columns] = text[:-1], text[1:], 1
-            n_bytes += (stop - start) / self._positions(document) * int(self.dataset.lengths_bytes[document])
+            n_bytes += (stop - start) / self._positions(document) * int(self.corpus.lengths_bytes[document])
         document_B = np.array([max(after.document[lane], -1) for lane in self.rows], np.int64)
         return Batch(tokens_BT, labels_BT, starts_BT, weights_BT, document_B, n_bytes)
 
     def _text(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """Inputs and the last label of positions [start, stop): a cut of bos, x1..xn, eos; None if it is damaged."""
-        manifest, n_tokens = self.dataset.manifest, self._positions(document) - 1
+        manifest, n_tokens = self.corpus.manifest, self._positions(document) - 1
+        dataset, number = self.corpus.locate(document)
         try:
-            content = self.dataset.read(document, max(start - 1, 0), min(stop, n_tokens))
-        except CorruptDocumentError:
+            content = dataset.read(number, max(start - 1, 0), min(stop, n_tokens))
+        except CorruptDocumentError as error:
+            if document not in self._corrupt:
+                self._on_corrupt(f"{error}; its {n_tokens:,} tokens are left out")
             self._corrupt.add(document)
             return None
         bos = [manifest.bos_id] if start == 0 else []

@@ -85,6 +85,10 @@ class PasskeyReader:
         self._key_tokens = bare.spans.key.stop - bare.spans.key.start
         self._tail_tokens = bare.tokens - bare.spans.question.start
 
+    def mix(self, position: Progress) -> dict[str, float]:
+        """There is one source."""
+        return {}
+
     def start(self) -> Progress:
         """Before the first window."""
         return Progress(0, self._least, START_LOSS)

@@ -10,13 +10,17 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from infini_train.config import ConfigError
+from infini_train.data.cache import RemoteFolder, is_url
 from infini_train.data.manifest import (
     NPY_HEADER_BYTES,
+    FileEntry,
     Manifest,
     check_sizes,
     read_index,
@@ -44,8 +48,11 @@ class Dataset:
         lengths_bytes: int64, bytes of each document's text.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, index: np.ndarray, fetch: Callable[[FileEntry], Path] | None = None
+    ) -> None:
         self.folder = folder
+        self._fetch = fetch or (lambda entry: folder / entry.file)
         self.manifest = manifest
         parts = [manifest.tokenizer.sha256, *(shard.sha256 for shard in manifest.shards)]
         self.identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -57,15 +64,29 @@ class Dataset:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Dataset":
-        """Open a dataset's folder, check it and its files' sizes (hashes: `infini-data inspect --verify`).
+    def open(cls, location: Path | str, cache_dir: Path | str | None = None) -> "Dataset":
+        """Open a dataset, check it and its files' sizes (hashes: `infini-data inspect --verify`).
+
+        Args:
+            location: its folder, or the folder's URL.
+            cache_dir: where files of a URL are kept; each shard comes when it is first read.
 
         Raises:
             ConfigError: what is missing, truncated, or of another version, in one line.
         """
-        manifest = read_manifest(folder)
-        check_sizes(Path(folder), manifest)
-        return cls(Path(folder), manifest, read_index(Path(folder), manifest))
+        if not is_url(str(location)):
+            folder = Path(location)
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+            return cls(folder, manifest, read_index(folder, manifest))
+        if cache_dir is None:
+            raise ConfigError(f"data.cache_dir: {location} needs one: a folder with room for the whole dataset")
+        remote = RemoteFolder(str(location), Path(cache_dir))
+        manifest = read_manifest(remote.folder)
+        remote.fetch_tokenizer(manifest.tokenizer)
+        remote.check_space(manifest.files)
+        remote.fetch(manifest.index)
+        return cls(remote.folder, manifest, read_index(remote.folder, manifest), remote.fetch)
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -130,7 +151,7 @@ class Dataset:
             if shard not in self._files:
                 if len(self._files) >= _OPEN_FILES:
                     os.close(self._files.popitem(last=False)[1])
-                self._files[shard] = os.open(self.folder / self.manifest.shards[shard].file, os.O_RDONLY)
+                self._files[shard] = os.open(self._fetch(self.manifest.shards[shard]), os.O_RDONLY)
             self._files.move_to_end(shard)
             data = os.pread(self._files[shard], size, offset)
         if len(data) != size:

@@ -1,11 +1,12 @@
 """Where training text comes from: shards on disk, or texts made while training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from infini_train.config import ConfigError, DataConfig, RunConfig
+from infini_train.data.corpus import Corpus, Part
 from infini_train.data.lanes import Batch, LaneReader
 from infini_train.data.passkey_reader import PasskeyReader
 from infini_train.data.shards import Dataset
@@ -27,6 +28,10 @@ class Reader(Protocol):
     @property
     def learns(self) -> bool:
         """Whether what comes next depends on `learn`, so that nothing can be read ahead."""
+        ...
+
+    def mix(self, position: Any) -> dict[str, float]:
+        """What was read of each part so far, as numbers to log; nothing to tell of a single source."""
         ...
 
     def learn(self, position: Any, loss: float) -> Any:
@@ -54,38 +59,58 @@ class Source:
     vocab_size: int
     identity: str  # the same for the same text in the same order
     tokenizer_sha256: str
-    dataset: Dataset | None = None
+    corpus: Corpus | None = None
 
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer, if it is a file."""
-        return None if self.dataset is None else getattr(tokenizer_of(self.dataset.folder), "path", None)
+        if self.corpus is None:
+            return None
+        return getattr(tokenizer_of(self.corpus.parts[0].dataset.folder), "path", None)
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(config: RunConfig) -> Source:
     """The training text of a run.
 
     Raises:
-        ConfigError: the shards can't be opened.
+        ConfigError: shards can't be opened, don't go together, or end before the run does.
     """
+    data = config.data
     if data.passkey is not None:
         byte = ByteTokenizer()
         return Source("data.passkey", byte.vocab_size, f"passkey {data.passkey}", byte.sha256)
-    assert data.train is not None
-    try:
-        dataset = Dataset.open(data.train)
-    except ConfigError as error:
-        raise ConfigError(f"data.train: {error}") from error
-    manifest = dataset.manifest
-    return Source(data.train, manifest.vocab_size, dataset.identity, manifest.tokenizer.sha256, dataset)
-
-
-def open_reader(source: Source, config: RunConfig, rows: slice) -> Reader:
-    """Reads the lanes `rows` of the global batch."""
-    data, train = config.data, config.train
     seed = config.seed if data.order_seed is None else data.order_seed
+    corpus = Corpus(_open_parts(data), seed, data.curriculum)
+    reads = config.train.total_steps * config.train.tokens_per_step
+    if corpus.total_positions < reads:
+        raise ConfigError(
+            f"data.mixture: with these epochs there are {corpus.total_positions:,.0f} tokens, and the run reads"
+            f" {reads:,}; raise epochs, or lower train.max_steps"
+        )
+    name = ", ".join(part.folder for part in data.mixture) or str(data.train)
+    manifest = corpus.manifest
+    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, corpus)
+
+
+def _open_parts(data: DataConfig) -> list[Part]:
+    field = "data.mixture" if data.mixture else "data.train"
+    try:
+        if data.train is not None:
+            return [Part(data.train, Dataset.open(data.train, data.cache_dir))]
+        return [
+            Part(part.folder, Dataset.open(part.folder, data.cache_dir), part.weight, part.epochs)
+            for part in data.mixture
+        ]
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith("data.") else f"{field}: {error}") from error
+
+
+def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Callable[[str], None]) -> Reader:
+    """Reads the lanes `rows` of the global batch; tells `on_corrupt` of damaged documents."""
+    data, train = config.data, config.train
     if data.passkey is not None:
+        seed = config.seed if data.order_seed is None else data.order_seed
         segment = config.model.segment_tokens or train.window_tokens
         return PasskeyReader(data.passkey, train.batch_lanes, train.window_tokens, segment, seed, rows)
-    assert source.dataset is not None
-    return LaneReader(source.dataset, train.batch_lanes, train.window_tokens, seed, rows=rows)
+    assert source.corpus is not None
+    return LaneReader(source.corpus, train.batch_lanes, train.window_tokens, rows=rows, on_corrupt=on_corrupt)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from infini_train.data.lanes import IGNORED, LaneReader, initial_state
+from infini_train.data.corpus import Corpus
+from infini_train.data.lanes import IGNORED, LaneReader
 from infini_train.data.shards import Dataset
 from infini_train.parallel import mesh
 from infini_train.parallel.pipeline import Stages, cut_micro_batches, run_window
@@ -69,11 +70,10 @@ def evaluate_perplexity(
     """
     place = stages.place
     mine = lanes // place.data[1]
-    reader = LaneReader(
-        dataset, lanes, window_tokens, None, epochs=1, rows=slice(mine * place.data[0], mine * (place.data[0] + 1))
-    )
+    rows = slice(mine * place.data[0], mine * (place.data[0] + 1))
+    reader = LaneReader(Corpus.of(dataset, seed=None, epochs=1), lanes, window_tokens, rows=rows)
     micro_batches = _micro_batches(stages)
-    position, carried = initial_state(lanes), stages.initial_carried(mine // micro_batches, micro_batches)
+    position, carried = reader.start(), stages.initial_carried(mine // micro_batches, micro_batches)
     counts_V = np.zeros(dataset.manifest.vocab_size, dtype=np.int64)
     loss_sum, tokens, n_bytes, documents = 0.0, 0, 0.0, 0.0
     while max_tokens is None or tokens < max_tokens:

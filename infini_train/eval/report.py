@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from infini_train.config import ConfigError, RunConfig
+from infini_train.data.cache import is_url
 from infini_train.data.shards import Dataset
 from infini_train.eval.loading import Trained
 from infini_train.eval.perplexity import evaluate_perplexity
@@ -15,7 +16,7 @@ from infini_train.parallel import device
 STREAM_SEGMENTS = 4  # a forward of --stream
 
 
-def find_validation(config: RunConfig, run_dir: Path) -> Path:
+def find_validation(config: RunConfig, run_dir: Path) -> str:
     """The run's validation data: as the config has it, else where the run's folder shows it to be.
 
     The config's paths are relative to the folder where training ran. That is the run's folder without the end that
@@ -30,6 +31,8 @@ def find_validation(config: RunConfig, run_dir: Path) -> Path:
     """
     if config.data.validation is None:
         raise ConfigError("--data: the run has no validation data; name a folder written by infini-data encode")
+    if is_url(config.data.validation):
+        return config.data.validation
     given, trained_as = Path(config.data.validation), config.directory
     homes = [Path()]
     if not trained_as.is_absolute() and run_dir.parts[-len(trained_as.parts) :] == trained_as.parts:
@@ -42,7 +45,7 @@ def find_validation(config: RunConfig, run_dir: Path) -> Path:
         looked = ", ".join(dict.fromkeys(str(place) for place in places))
         problem = f"the run's validation data were not found (looked for {looked})"
         raise ConfigError(f"data.validation: {problem}; name a folder with --data")
-    return found
+    return str(found)
 
 
 def _choose_window(config: RunConfig, window_tokens: int | None, stream: bool) -> int:
@@ -76,8 +79,8 @@ def evaluate_run(
             segment.
     """
     run_dir = Path(os.path.abspath(trained.checkpoint)).parent.parent
-    folder = Path(data) if data else find_validation(trained.config, run_dir)
-    dataset = Dataset.open(folder)
+    folder = data or find_validation(trained.config, run_dir)
+    dataset = Dataset.open(folder, trained.config.data.cache_dir)
     if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
         own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
         raise ConfigError(
@@ -102,7 +105,7 @@ def evaluate_run(
         raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data inspect --verify")
     return {
         "checkpoint": str(trained.checkpoint),
-        "data": str(folder),
+        "data": folder,
         "loss": found.loss,
         "unigram_entropy": found.unigram_entropy,
         "perplexity": found.perplexity,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from infini_train.config import ParallelConfig, RunConfig
+from infini_train.config import ConfigError, ParallelConfig, RunConfig
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device, mesh
@@ -175,6 +175,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
         "grad_norm": result.grad_norm,
         "tokens": session.tokens,
         "data/corrupt_documents": corrupt_documents,
+        **session.reader.mix(session.lanes),
         **{f"lr/{group}": rate for group, rate in rates.items()},
         **clock.values(),
     }
@@ -186,6 +187,11 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)
     metrics.say(line + damaged(corrupt_documents))
     clock.reset()
+    if corrupt_documents > config.data.max_corrupt_documents:
+        raise ConfigError(
+            f"data.max_corrupt_documents: {corrupt_documents} damaged documents were met, and the limit is"
+            f" {config.data.max_corrupt_documents}; see infini-data verify, or raise it"
+        )
 
 
 def report_memory(session: Session, metrics: Metrics, result: StepResult) -> None:

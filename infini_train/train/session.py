@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,11 @@ def open_sources(config: RunConfig) -> tuple[Source, Dataset | None]:
     Raises:
         ConfigError: one can't be opened or has more token ids than the model's vocabulary, or their tokenizers differ.
     """
-    source, validation, folder = open_source(config.data), None, config.data.validation
+    source, validation, folder = open_source(config), None, config.data.validation
     _check_vocabulary("data.train", source.name, source.vocab_size, config)
     if folder is not None:
         try:
-            validation = Dataset.open(folder)
+            validation = Dataset.open(folder, config.data.cache_dir)
         except ConfigError as error:
             raise ConfigError(f"data.validation: {error}") from error
         _check_vocabulary("data.validation", folder, validation.manifest.vocab_size, config)
@@ -124,7 +125,7 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
     train = config.train
-    reader = open_reader(source, config, slice(rows.first, rows.first + config.lanes_per_rank))
+    reader = open_reader(source, config, slice(rows.first, rows.first + config.lanes_per_rank), warn)
     micro_batches = config.lanes_per_rank // config.micro_lanes
     carried = stages.initial_carried(config.micro_lanes, micro_batches, train.carry_memory)
     saver = BackgroundSaver(
@@ -146,6 +147,11 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     elif origin is not None:
         notify(f"new run with the weights of {origin.path}")
     return session
+
+
+def warn(what: str) -> None:
+    """Tells the person at the console, from any rank."""
+    print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, source: Source, notify: Notify) -> None:

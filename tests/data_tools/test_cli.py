@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.data.lanes import LaneReader, initial_state
+from infini_train.data.corpus import Corpus
+from infini_train.data.lanes import LaneReader
 from infini_train.data.shards import Dataset
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,8 @@ def test_from_text_to_lanes(tmp_path) -> None:
     assert '"id": "books/' in first and "\nBook " in first and "more tokens)" in first
     assert call(tmp_path, "inspect", "data/train", "--verify").returncode == 0
     manifest = json.loads(call(tmp_path, "inspect", "data/train", "--json").stdout)
-    batch, _ = LaneReader(Dataset.open(tmp_path / "data" / "train"), 2, 64, 0).next(initial_state(2))
+    reader = LaneReader(Corpus.of(Dataset.open(tmp_path / "data" / "train"), 0), 2, 64)
+    batch, _ = reader.next(reader.start())
     assert batch is not None and batch.tokens_BT[:, 0].tolist() == [manifest["bos_id"]] * 2
 
 

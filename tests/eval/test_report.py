@@ -25,21 +25,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_path_as_given_comes_first(here: Path) -> None:
     (here / "shards" / "held").mkdir(parents=True)
     run_dir = here.parent / "there" / "runs" / "a"
-    assert find_validation(trained("runs/a", "shards/held"), run_dir) == Path("shards/held")
+    assert find_validation(trained("runs/a", "shards/held"), run_dir) == "shards/held"
     absolute = here.parent / "there" / "shards" / "held"
-    assert find_validation(trained("runs/a", absolute), Path("/nowhere/b")) == absolute
+    assert find_validation(trained("runs/a", absolute), Path("/nowhere/b")) == str(absolute)
 
 
 @pytest.mark.parametrize("validation", ["shards/held", "runs/a/held"])
 def test_then_the_folder_where_the_run_was_trained(here: Path, validation: str) -> None:
     run_dir = here.parent / "there" / "runs" / "a"
-    assert find_validation(trained("runs/a", validation), run_dir) == here.parent / "there" / validation
+    assert find_validation(trained("runs/a", validation), run_dir) == str(here.parent / "there" / validation)
 
 
 @pytest.mark.parametrize("was", ["runs/a", "/old/place/a"])
 def test_data_inside_a_run_move_with_it(here: Path, was: str) -> None:
     moved = (here.parent / "there" / "runs" / "a").rename(here.parent / "moved")
-    assert find_validation(trained(was, f"{was}/held"), moved) == moved / "held"
+    assert find_validation(trained(was, f"{was}/held"), moved) == str(moved / "held")
 
 
 def test_whatever_is_nowhere_is_told_in_one_line(here: Path) -> None:

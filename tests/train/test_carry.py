@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from infini_train.config import RunConfig, divide_processes
-from infini_train.data.lanes import Batch, LaneReader, LaneState, initial_state
+from infini_train.data.corpus import Corpus
+from infini_train.data.lanes import Batch, LaneReader, LaneState
 from infini_train.data.shards import Dataset
 from infini_train.train.carry import Lanes
 
@@ -33,8 +34,8 @@ def open_readers(configure, shards):
         config = divide_processes(dataclasses.replace(config, parallel=parallel), processes)
         lanes = [Lanes.of(config, rank) for rank in range(config.parallel.data_size)]
         window, rows = config.train.window_tokens, config.lanes_per_rank
-        dataset = Dataset.open(shards)
-        return [LaneReader(dataset, 8, window, 0, rows=slice(mine.first, mine.first + rows)) for mine in lanes]
+        corpus = Corpus.of(Dataset.open(shards), 0)
+        return [LaneReader(corpus, 8, window, rows=slice(mine.first, mine.first + rows)) for mine in lanes]
 
     return build
 
@@ -52,7 +53,7 @@ def read(readers: list[LaneReader], states: list[LaneState]) -> tuple[dict[str, 
 def test_all_ranks_together_read_the_one_stream(before, after, open_readers) -> None:
     steps, change = 9, 4
     whole, readers = open_readers("one"), open_readers(before)
-    expected_states, states = [initial_state(8)], [initial_state(8)] * len(readers)
+    expected_states, states = [whole[0].start()], [whole[0].start()] * len(readers)
     for step in range(steps):
         if step == change:  # a checkpoint keeps rank 0's position; ranks of another number go on from it
             readers = open_readers(after)

@@ -1,0 +1,123 @@
+"""Datasets that lie elsewhere (s3://, gs://, https://, ...): their files in a folder of this machine. Imports no torch.
+
+Shuffled documents are read from everywhere, so whole shards are fetched, each when it is first needed, and stay: the
+folder needs room for the dataset. Processes of a machine share it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from infini_train.config import ConfigError
+from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
+
+
+def is_url(location: str) -> bool:
+    """Whether a dataset's location is not a folder of this machine."""
+    return "://" in location
+
+
+class RemoteFolder:
+    """A dataset's folder at a URL of fsspec, and its copy below `cache_dir`, named after the manifest's hash.
+
+    Args:
+        url: of the folder that holds manifest.json.
+        cache_dir: on this machine; made if need be.
+
+    Raises:
+        ConfigError: no such protocol or folder, or no access to it.
+    """
+
+    def __init__(self, url: str, cache_dir: Path) -> None:
+        self.url = url.rstrip("/")
+        try:
+            import fsspec
+
+            self._files, self._root = fsspec.core.url_to_fs(self.url)
+            manifest = self._files.cat_file(f"{self._root}/{MANIFEST_FILE}")
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{url}: can't be opened: {error}") from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"{self.url}/{MANIFEST_FILE}: can't be fetched: {reason}") from error
+        digest = hashlib.sha256(manifest).hexdigest()
+        self.folder = cache_dir / f"{self.url.rsplit('/', 1)[-1]}-{digest[:16]}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / MANIFEST_FILE).exists():
+                with self._locked(MANIFEST_FILE):
+                    self._copy(MANIFEST_FILE).rename(self.folder / MANIFEST_FILE)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir: {cache_dir} can't be written: {error.strerror}") from error
+
+    def fetch_tokenizer(self, entry: TokenizerEntry) -> None:
+        """Copies it, if it is a file; whoever opens it compares its hash.
+
+        Raises:
+            ConfigError: it can't be read.
+        """
+        if entry.file is not None and not (self.folder / entry.file).exists():
+            with self._locked(entry.file):
+                self._copy(entry.file).rename(self.folder / entry.file)
+
+    def fetch(self, entry: FileEntry) -> Path:
+        """The copy of a file, fetched and compared with its hash if it is not there yet.
+
+        Raises:
+            ConfigError: it can't be read, or is not the file of the manifest.
+        """
+        path = self.folder / entry.file
+        if self._is_there(entry):
+            return path
+        with self._locked(entry.file):
+            if self._is_there(entry):
+                return path
+            partial = self._copy(entry.file)
+            if partial.stat().st_size != entry.bytes or hash_file(partial) != entry.sha256:
+                partial.unlink()
+                raise ConfigError(f"{self.url}/{entry.file}: is not the file of the manifest; copy the dataset again")
+            return partial.rename(path)
+
+    def check_space(self, entries: Iterable[FileEntry]) -> None:
+        """Finds out at the start that the disk can't take what is missing.
+
+        Raises:
+            ConfigError: tells how much is needed.
+        """
+        missing = sum(entry.bytes for entry in entries if not self._is_there(entry))
+        free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise ConfigError(
+                f"data.cache_dir: {self.folder.parent} has {free / 1e9:.1f} GB free, and {self.url} needs"
+                f" {missing / 1e9:.1f} GB more; choose a larger disk"
+            )
+
+    def _is_there(self, entry: FileEntry) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / entry.file).stat().st_size == entry.bytes
+        return False
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process at a time; the lock ends with its process."""
+        with (self.folder / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _copy(self, name: str) -> Path:
+        """The file beside its place, whole and on disk."""
+        target = self.folder / f".{name}.partial"
+        try:
+            with self._files.open(f"{self._root}/{name}", "rb") as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 22)
+                file.flush()
+                os.fsync(file.fileno())
+            return target
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            reason = error.strerror or str(error)
+            raise ConfigError(f"{self.url}/{name}: can't be fetched to {target.parent}: {reason}") from error

@@ -1,0 +1,73 @@
+"""Datasets at URLs: files come once, whole and verified, and nothing half-fetched is ever read."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infini_train.config import ConfigError
+from infini_train.data.shards import Dataset, ShardWriter
+from infini_train.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    with ShardWriter(tmp_path / "far", ByteTokenizer(), max_shard_bytes=4_000) as writer:
+        for i in range(30):
+            writer.add(np.full(100 + i, i), n_bytes=100 + i, id=f"d{i}")
+    return tmp_path / "far"
+
+
+def test_a_url_is_read_like_a_folder_and_shards_come_when_they_are_needed(remote, tmp_path) -> None:
+    url, near = f"file://{remote}", tmp_path / "near"
+    here, there = Dataset.open(remote), Dataset.open(url, near)
+    assert there.identity == here.identity and len(here.manifest.shards) > 3
+    assert not list(near.rglob("*.tar"))
+    assert np.array_equal(there.read(29, 3, 90), here.read(29, 3, 90))
+    assert len(list(near.rglob("*.tar"))) == 1
+    for document in range(30):
+        assert np.array_equal(there.read(document, 0, 100), here.read(document, 0, 100))
+    shutil.rmtree(remote / "shard-00000.tar", ignore_errors=True)
+    (remote / "shard-00000.tar").unlink()
+    assert np.array_equal(Dataset.open(url, near).read(0, 0, 100), np.full(100, 0))
+
+
+def test_readers_side_by_side_fetch_a_shard_once(remote, tmp_path) -> None:
+    datasets = [Dataset.open(f"file://{remote}", tmp_path / "near") for _ in range(4)]
+    found: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda d=d: found.extend(d.read(i, 0, 90) for i in range(30))) for d in datasets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 120
+    assert not list((tmp_path / "near").rglob("*.partial"))
+
+
+def test_what_can_go_wrong_is_one_line(remote, tmp_path) -> None:
+    near = tmp_path / "near"
+    with pytest.raises(ConfigError, match=r"data.cache_dir: file://\S+ needs one: a folder with room"):
+        Dataset.open(f"file://{remote}")
+    with pytest.raises(ConfigError, match=r"nosuch://x/y: can't be opened: Protocol not known"):
+        Dataset.open("nosuch://x/y", near)
+    with pytest.raises(ConfigError, match=r"file://\S+/missing/manifest.json: can't be fetched: No such file"):
+        Dataset.open(f"file://{remote}/missing", near)
+    dataset = Dataset.open(f"file://{remote}", near)
+    shard = remote / dataset.manifest.shards[1].file
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"shard-00001.tar: is not the file of the manifest; copy the dataset again"):
+        for document in range(30):
+            dataset.read(document, 0, 50)
+    assert not list(near.rglob("shard-00001.tar")) and not list(near.rglob("*.partial"))
+
+
+def test_a_dataset_written_again_is_fetched_again(remote, tmp_path) -> None:
+    Dataset.open(f"file://{remote}", tmp_path / "near").read(0, 0, 9)
+    with ShardWriter(remote, ByteTokenizer(), overwrite=True) as writer:
+        writer.add(np.full(100, 77), n_bytes=100, id="new")
+    again = Dataset.open(f"file://{remote}", tmp_path / "near")
+    assert again.read(0, 0, 9).tolist() == [77] * 9
