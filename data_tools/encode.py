@@ -19,10 +19,10 @@ from data_tools.problems import LeftOut
 from data_tools.readers import Document, Reader, ReadOptions
 from data_tools.storage import suffixes
 from data_tools.tasks import finished_tasks, run_tasks, share
-from data_tools.workplace import Workplace
+from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
 from infini_train.config import ConfigError
-from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest, token_dtype
+from infini_train.data.manifest import Manifest, read_manifest, token_dtype
 from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
@@ -88,7 +88,7 @@ def encode_corpus(
         "version of infini-data": __version__,
     }
     workplace = Workplace(out, restart=options.restart, part=options.part)
-    _check_place(out, options)
+    (check_pair_target if options.holdout else check_target)(out, options.overwrite)
     with workplace as folder:
         plan = make_plan(folder, sources, command, options.max_shard_bytes, options.read.format)
         work = EncodeWork(folder, tokenizer, options)
@@ -108,21 +108,6 @@ def encode_corpus(
                 workplace.publish()
     folders = [out / "train", out / "validation"] if options.holdout else [out]
     return {folder: read_manifest(folder) for folder in folders}, left_out
-
-
-def _check_place(out: Path, options: EncodeOptions) -> None:
-    """With a holdout, `out` holds nothing but the two datasets."""
-    if not options.holdout:
-        check_target(out, options.overwrite)
-        return
-    with explain_disk_errors(out):
-        names = {path.name for path in out.iterdir() if ".partial" not in path.name} if out.is_dir() else set()
-    if MANIFEST_FILE in names:
-        raise ConfigError(f"{out}: is itself a dataset; choose another folder for the two of --holdout")
-    if names - {"train", "validation"}:
-        raise ConfigError(f"{out}: is not empty; choose another folder")
-    if names and not options.overwrite:
-        raise ConfigError(f"{out}: datasets are there already; choose another folder, or pass --overwrite")
 
 
 def _check_documents(joiner: Joiner, workplace: Workplace, options: EncodeOptions, left_out: LeftOut) -> None:

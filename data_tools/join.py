@@ -12,10 +12,10 @@ import numpy as np
 
 from data_tools.problems import LeftOut
 from data_tools.tasks import task_folder
-from infini_train.data.manifest import INDEX_FILE, INDEX_RECORD, ShardEntry, SourceEntry, token_dtype
-from infini_train.data.shard_file import ShardRun
+from infini_train.data.manifest import INDEX_RECORD, ShardEntry, SourceEntry, token_dtype
+from infini_train.data.shard_file import OWN_METADATA, ShardRun
 from infini_train.data.tokenizer import Tokenizer
-from infini_train.data.writer import finish_dataset, write_index_header
+from infini_train.data.writer import ShardWriter, finish_dataset, open_index
 
 RECORD_FILE = "record.json"
 
@@ -45,10 +45,10 @@ def add_sources(total: dict[str, SourceEntry], more: Iterable[SourceEntry], sign
         )
 
 
-def add_documents(run: ShardRun, documents: Iterable[StoredDocument]) -> None:
+def add_documents(run: ShardRun | ShardWriter, documents: Iterable[StoredDocument]) -> None:
     """Write stored documents once more."""
     for tokens, metadata in documents:
-        rest = {key: value for key, value in metadata.items() if key not in ("id", "source", "n_bytes", "n_tokens")}
+        rest = {key: value for key, value in metadata.items() if key not in OWN_METADATA}
         own = {key: metadata[key] for key in ("id", "source", "n_bytes")}
         run.add(tokens, metadata=rest, **own)
 
@@ -94,14 +94,11 @@ class Joiner:
             OSError: the disk is full, say.
         """
         out.mkdir(parents=True, exist_ok=True)
-        with (out / INDEX_FILE).open("wb") as index:
-            write_index_header(index, 0)
+        with open_index(out) as index:
             run = ShardRun(out, "shard", index, self._dtype, self.max_shard_bytes)
             add_documents(run, documents)
             run.close_shard()
-            index.seek(0)
-            write_index_header(index, run.documents)
-        finish_dataset(out, self.tokenizer, run.shards, run.sources.values())
+            finish_dataset(out, index, self.tokenizer, run.shards, run.sources.values())
 
     def move(self, name: str, out: Path, left_out: LeftOut, *, without_first: bool = False) -> None:
         """A dataset of the tasks' shards, renamed; one of them is written again if its first document is not wanted.
@@ -115,8 +112,7 @@ class Joiner:
         for record in self._records():
             add_sources(sources, (SourceEntry(**source) for source in record[name]["sources"]))
         shards = self._shards(name)
-        with (out / INDEX_FILE).open("wb") as index:
-            write_index_header(index, self.count(name) - without_first)
+        with open_index(out) as index:
             if without_first:
                 first, *rest = self._read(next(shards))
                 run = ShardRun(out, "shard", index, self._dtype, self.max_shard_bytes)
@@ -131,8 +127,8 @@ class Joiner:
                 shard.rows["shard"] = len(entries)
                 index.write(shard.rows.tobytes())
                 entries.append(dataclasses.replace(shard.entry, file=file))
-        kept = [source for source in sources.values() if source.documents]
-        finish_dataset(out, self.tokenizer, entries, kept, left_out.documents)
+            kept = [source for source in sources.values() if source.documents]
+            finish_dataset(out, index, self.tokenizer, entries, kept, left_out.documents)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for task in range(self.tasks):

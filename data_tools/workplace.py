@@ -9,10 +9,29 @@ from pathlib import Path
 
 from data_tools.tasks import finished_tasks
 from infini_train.config import ConfigError
+from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.data.writer import explain_disk_errors, replace_folder
 
 _RESULT = "result"
 _PUBLISHING = "publishing"  # from here on the result may have left the folder
+
+
+def check_pair_target(folder: Path, overwrite: bool) -> None:
+    """The folder may become one that holds the datasets train and validation, and nothing else.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    with explain_disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is a file; give a folder")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if MANIFEST_FILE in names:
+        raise ConfigError(f"{folder}: is itself a dataset; choose another folder for the two of --holdout")
+    if names - {"train", "validation"}:
+        raise ConfigError(f"{folder}: is not empty; choose another folder")
+    if names and not overwrite:
+        raise ConfigError(f"{folder}: datasets are there already; choose another folder, or pass --overwrite")
 
 
 class Workplace:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,8 @@ import numpy as np
 
 from infini_train.data.manifest import INDEX_RECORD, NPY_HEADER_BYTES, ShardEntry, SourceEntry
 
+OWN_METADATA = ("id", "source", "n_bytes", "n_tokens", "crc32")  # written for each document
+_CHECKSUM = "crc32"
 _END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, then more up to whole records
 
 
@@ -56,7 +59,7 @@ class ShardRun:
         """
         tokens = np.ascontiguousarray(tokens, self._dtype)
         own = {"id": id, "source": source, "n_bytes": n_bytes, "n_tokens": tokens.size}
-        note = json.dumps({**(metadata or {}), **own}, ensure_ascii=False).encode()
+        note = _encode_note({**(metadata or {}), **own}, tokens)
         size = NPY_HEADER_BYTES + tokens.nbytes + len(note) + 4 * tarfile.BLOCKSIZE
         if self._open is not None and self._open.size + size > self.max_shard_bytes:
             self.close_shard()
@@ -84,6 +87,24 @@ class ShardRun:
                 self._open.file.close()
 
 
+def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
+    """What stands before the ids in a .npy file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (size,)})
+    assert len(header.getvalue()) == NPY_HEADER_BYTES
+    return header.getvalue()
+
+
+def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
+    return json.dumps({**note, _CHECKSUM: document_checksum(note, tokens)}, ensure_ascii=False).encode()
+
+
+def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:
+    """crc32 over the ids as they are stored and over the metadata, but for its own checksum."""
+    note = {key: value for key, value in metadata.items() if key != _CHECKSUM}
+    return zlib.crc32(json.dumps(note, ensure_ascii=False).encode(), zlib.crc32(tokens.view(np.uint8).data))
+
+
 class _Shard:
     """One tar file. Time 0 and owner 0: the same documents give the same bytes."""
 
@@ -97,11 +118,8 @@ class _Shard:
     def add(self, tokens: np.ndarray, note: bytes) -> tuple[int, int]:
         """Append the members of a document; the offsets of its first token id and of its metadata."""
         key = f"{self._documents:010d}"
-        header = io.BytesIO()
-        layout = {"descr": tokens.dtype.str, "fortran_order": False, "shape": tokens.shape}
-        np.lib.format.write_array_header_1_0(header, layout)
-        assert len(header.getvalue()) == NPY_HEADER_BYTES
-        data_offset = self._add_member(f"{key}.npy", header.getvalue(), tokens.view(np.uint8).data)
+        header = npy_header(tokens.dtype, tokens.size)
+        data_offset = self._add_member(f"{key}.npy", header, tokens.view(np.uint8).data)
         json_offset = self._add_member(f"{key}.json", note)
         self._documents += 1
         self._tokens += tokens.size

@@ -58,7 +58,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Dataset":
-        """Open a dataset's folder, check it and its files' sizes (hashes: `infini-data inspect --verify`).
+        """Open a dataset's folder, check it and its files' sizes (hashes: `infini-data verify`).
 
         Raises:
             ConfigError: what is missing, truncated, or of another version, in one line.

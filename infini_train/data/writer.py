@@ -104,30 +104,68 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_index_header(file: BinaryIO, documents: int) -> None:
-    """The header of documents.idx, where the file stands."""
-    file.write(np.array((INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, documents), INDEX_HEADER).tobytes())
+def open_index(folder: Path) -> BinaryIO:
+    """The index of a new dataset, where its first record goes; the header is written by `finish_dataset`."""
+    index = (folder / INDEX_FILE).open("wb")
+    index.write(bytes(INDEX_HEADER.itemsize))
+    return index
+
+
+@contextlib.contextmanager
+def write_aside(folder: Path, *, overwrite: bool) -> Iterator[tuple[Path, BinaryIO]]:
+    """An empty folder and, in it, the open index of a dataset; the block ends by `finish_dataset`.
+
+    If it ends well, the folder takes its place; else nothing is left of it.
+
+    Raises:
+        ConfigError: the place holds something else, or can't be written.
+    """
+    check_target(folder, overwrite)
+    remove_stale(folder)
+    target = Path(os.path.abspath(folder))  # has a name and a parent, also for . or a/..
+    aside = target.parent / f".{target.name}{_ASIDE}{uuid.uuid4().hex[:8]}"
+    try:
+        with explain_disk_errors(folder):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            index = open_index(aside)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield aside, index
+        finally:
+            with contextlib.suppress(OSError):  # closing writes what is buffered
+                index.close()
+        with explain_disk_errors(folder):
+            replace_folder(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def finish_dataset(
     folder: Path,
+    index: BinaryIO,
     tokenizer: Tokenizer,
     shards: Iterable[ShardEntry],
     sources: Iterable[SourceEntry],
     left_out: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Add tokenizer and manifest to a folder that holds shards and index, and have all of it written to the disk.
+    """Add tokenizer and manifest to a folder that holds shards, end its index, and have all of it written to the disk.
 
     Raises:
         OSError: the disk is full, say.
     """
-    index, shards, sources = folder / INDEX_FILE, tuple(shards), tuple(sources)
+    shards, sources = tuple(shards), tuple(sources)
+    documents, index_path = sum(shard.documents for shard in shards), folder / INDEX_FILE
+    index.seek(0)
+    index.write(np.array((INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, documents), INDEX_HEADER).tobytes())
+    index.flush()  # closing it would give up a lock
     if tokenizer.file_name is not None:
         (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool_version=__version__,
-        documents=sum(shard.documents for shard in shards),
+        documents=documents,
         tokens=sum(shard.tokens for shard in shards),
         bytes=sum(source.bytes for source in sources),
         dtype=token_dtype(tokenizer.vocab_size).str,
@@ -136,10 +174,10 @@ def finish_dataset(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         tokenizer=TokenizerEntry(kind=tokenizer.kind, file=tokenizer.file_name, sha256=tokenizer.sha256),
-        index=FileEntry(file=INDEX_FILE, bytes=index.stat().st_size, sha256=hash_file(index)),
+        index=FileEntry(file=INDEX_FILE, bytes=index_path.stat().st_size, sha256=hash_file(index_path)),
         shards=shards,
         sources=sources,
-        length_histogram=_length_histogram(index),
+        length_histogram=_length_histogram(index_path),
         left_out=dict(left_out or {}),
     )
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
@@ -189,31 +227,19 @@ class ShardWriter:
         self.folder = Path(folder)  # as given: messages show it
         self.tokenizer = tokenizer
         self.max_shard_bytes = max_shard_bytes
+        self._overwrite = overwrite
         check_target(self.folder, overwrite)
-        self._target = Path(os.path.abspath(folder))  # has a name and a parent, also for . or a/..
-        self._aside = self._target.parent / f".{self._target.name}{_ASIDE}{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> Self:
-        with explain_disk_errors(self.folder):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._aside.mkdir()
-            self._index = (self._aside / INDEX_FILE).open("wb")
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_index_header(self._index, 0)  # the count is known at the end
+        self._stack = contextlib.ExitStack()
+        aside, self._index = self._stack.enter_context(write_aside(self.folder, overwrite=self._overwrite))
         dtype = token_dtype(self.tokenizer.vocab_size)
-        self._run = ShardRun(self._aside, "shard", self._index, dtype, self.max_shard_bytes)
+        self._run = ShardRun(aside, "shard", self._index, dtype, self.max_shard_bytes)
+        self._stack.push(self._close)  # before the folder is renamed
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            with contextlib.suppress(OSError):  # closing writes what is buffered; the folder goes away in any case
-                self._index.close()
-            self._run.abandon()
-            shutil.rmtree(self._aside, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def add(
         self, tokens: np.ndarray, *, n_bytes: int, id: str, source: str = "", metadata: Mapping[str, Any] | None = None
@@ -224,13 +250,19 @@ class ShardWriter:
         with explain_disk_errors(self.folder):
             self._run.add(tokens, n_bytes=n_bytes, id=id, source=source, metadata=metadata)
 
-    def _finish(self) -> None:
-        if not self._run.documents:
-            raise ConfigError(f"{self.folder}: there is no document to write; check the sources")
-        with explain_disk_errors(self.folder):
-            self._run.close_shard()
-            self._index.seek(0)
-            write_index_header(self._index, self._run.documents)
-            self._index.flush()  # closing it would give up the lock
-            finish_dataset(self._aside, self.tokenizer, self._run.shards, self._run.sources.values())
-            replace_folder(self._aside, self._target)
+    @property
+    def documents(self) -> int:
+        """How many were added."""
+        return self._run.documents
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if not self._run.documents:
+                    raise ConfigError(f"{self.folder}: there is no document to write; check the sources")
+                with explain_disk_errors(self.folder):
+                    self._run.close_shard()
+                    run = self._run
+                    finish_dataset(run.folder, self._index, self.tokenizer, run.shards, run.sources.values())
+        finally:
+            self._run.abandon()

@@ -43,7 +43,7 @@ def test_from_text_to_lanes(tmp_path) -> None:
     assert looked.returncode == 0 and "sources\n  books: " in looked.stdout
     first = call(tmp_path, "inspect", "data/train", "--document", "0").stdout
     assert '"id": "books/' in first and "\nBook " in first and "more tokens)" in first
-    assert call(tmp_path, "inspect", "data/train", "--verify").returncode == 0
+    assert call(tmp_path, "verify", "data/train").returncode == 0
     manifest = json.loads(call(tmp_path, "inspect", "data/train", "--json").stdout)
     batch, _ = LaneReader(Dataset.open(tmp_path / "data" / "train"), 2, 64, 0).next(initial_state(2))
     assert batch is not None and batch.tokens_BT[:, 0].tolist() == [manifest["bos_id"]] * 2
@@ -51,7 +51,7 @@ def test_from_text_to_lanes(tmp_path) -> None:
 
 def test_help_shows_examples(tmp_path) -> None:
     assert "1. infini-data tokenizer" in call(tmp_path, "--help").stdout
-    for command in ("tokenizer", "encode", "inspect"):
+    for command in ("tokenizer", "encode", "inspect", "verify", "stats", "merge", "split"):
         shown = call(tmp_path, command, "--help")
         assert shown.returncode == 0 and f"  infini-data {command} " in shown.stdout
 

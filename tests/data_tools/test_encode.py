@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import encode, inspect, plan
+from data_tools import encode, plan
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
 from infini_train.config import ConfigError
 from infini_train.data.manifest import Manifest, hash_file
@@ -221,24 +221,3 @@ def test_refusals(tmp_path) -> None:
     run(write(tmp_path, corpus(9), "nine.jsonl"), tmp_path / "two", holdout=0.5, overwrite=True)
     assert len(read(tmp_path / "two" / "train")) + len(read(tmp_path / "two" / "validation")) == 9
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["set", "two"]
-
-
-def test_inspect_tells_counts_and_documents(tmp_path) -> None:
-    run(write(tmp_path, corpus(40)), tmp_path / "set")
-    text = inspect.summarise(tmp_path / "set")
-    assert "documents     40" in text and "1.00 bytes a token" in text and "c.jsonl: 40 documents" in text
-    shown = inspect.show_document(tmp_path / "set", 20)
-    assert '"title": "T20"' in shown and shown.count("Text 20: grün\n") == 7
-    with pytest.raises(ConfigError, match="--document: 40 is not there; .* holds documents 0 to 39"):
-        inspect.show_document(tmp_path / "set", 40)
-
-
-def test_verify_finds_one_changed_byte(tmp_path) -> None:
-    run(write(tmp_path, corpus(40)), tmp_path / "set")
-    assert "2 files and the tokenizer are as they were written" in inspect.verify(tmp_path / "set")
-    path = tmp_path / "set" / "shard-00000.tar"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ConfigError, match="shard-00000.tar: is damaged"):
-        inspect.verify(tmp_path / "set")
