@@ -1,4 +1,4 @@
-"""infini-data: train a tokenizer, encode text into shards, look into them."""
+"""infini-data: train a tokenizer, encode text into shards, and look after them."""
 
 import argparse
 import os
@@ -6,160 +6,34 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from data_tools import inspect
+from data_tools import combine, inspect, lengths
 from data_tools.encode import EncodeOptions, encode_corpus
-from data_tools.readers import ReadOptions, Skipped, documents
+from data_tools.options import build_parser
+from data_tools.problems import LeftOut
+from data_tools.readers import ReadOptions, documents
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.verify import verify
 from infini_train.config import ConfigError
-from infini_train.data.tokenizer import load_tokenizer
-
-_ABOUT = """\
-Turn text into the shards that infini-train reads.
-
-  1. infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
-  2. infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
-  3. infini-data inspect data/books/train
-
-Then infini-train train CONFIG, where data.train and data.validation name the two folders and model.vocab_size is 16000.
-
-Sources are text files, folders (searched for .txt .md .py .rst .jsonl .jsonl.gz .jsonl.zst .parquet; hidden files are
-left out), JSON lines, and Parquet files. A text file is one document, so is a line or row."""
-
-_TOKENIZER = """\
-Train a SentencePiece tokenizer on a sample of the sources. It gives every text back exactly: nothing is normalised,
-white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3."""
-_TOKENIZER_EXAMPLES = """\
-examples:
-  infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
-  infini-data tokenizer wiki.jsonl.zst code/ --out t.model --kind unigram --sample-mb 500"""
-
-_ENCODE = """\
-Encode the sources into a folder of WebDataset shards with an index, a manifest, and the tokenizer. The folder appears
-whole at the end, or not at all."""
-_ENCODE_EXAMPLES = """\
-examples:
-  infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
-      writes data/books/train and data/books/validation (whole documents, chosen by their ids)
-  infini-data encode notes.txt --tokenizer byte --out data/notes
-      needs no trained tokenizer: one token a byte
-  infini-data encode dump.parquet --text-field content --id-field url --tokenizer t.model --out data/dump"""
-
-_INSPECT = """\
-Print what a dataset holds: counts, lengths, tokenizer and sources; or one document, or the manifest."""
-_INSPECT_EXAMPLES = """\
-examples:
-  infini-data inspect data/books/train
-  infini-data inspect data/books/train --document 17
-  infini-data inspect data/books/train --verify"""
-
-
-def _add_read_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="text files, folders, .jsonl[.gz|.zst] or .parquet files"
-    )
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="JSON key or column that holds the text (default: text)"
-    )
-    parser.add_argument(
-        "--id-field",
-        metavar="NAME",
-        help="JSON key or column that names a document (default: id if there, else file and line)",
-    )
-    parser.add_argument(
-        "--on-bad-text",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a document that is not valid UTF-8 (default: error)",
-    )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run wrote (default: refuse to)"
-    )
-
-
-def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
-    _add_read_options(tokenizer)
-    tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
-    tokenizer.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
-    tokenizer.add_argument(
-        "--kind", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (default: bpe)"
-    )
-    tokenizer.add_argument(
-        "--sample-mb",
-        type=float,
-        default=100.0,
-        metavar="MB",
-        help="text to train on, drawn evenly from all of it (default: 100)",
-    )
-    tokenizer.add_argument(
-        "--character-coverage",
-        type=float,
-        default=0.9995,
-        metavar="SHARE",
-        help="share of the text's characters that get a token; the rest is spelled in bytes (default: 0.9995)",
-    )
-    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: 0)")
-
-
-def _add_encode_options(encode: argparse.ArgumentParser) -> None:
-    _add_read_options(encode)
-    encode.add_argument("--tokenizer", required=True, metavar="FILE.model", help="a SentencePiece model, or: byte")
-    encode.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    encode.add_argument(
-        "--holdout",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
-    )
-    encode.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
-    encode.add_argument(
-        "--keep-field",
-        action="append",
-        metavar="NAME",
-        help="field to keep in a document's metadata; may be given several times (default: title)",
-    )
-
-
-def _add_inspect_options(look: argparse.ArgumentParser) -> None:
-    look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
-    what = look.add_mutually_exclusive_group()
-    what.add_argument("--document", type=int, metavar="N", help="show one document, by its number from 0")
-    what.add_argument("--verify", action="store_true", help="compare every file with its hash")
-    what.add_argument("--json", action="store_true", help="print the manifest as JSON")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="infini-data", description=_ABOUT, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
-    for name, add_options, short, about, examples in (
-        ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
-        ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
-        ("inspect", _add_inspect_options, "show or verify what encode wrote", _INSPECT, _INSPECT_EXAMPLES),
-    ):
-        add_options(commands.add_parser(name, help=short, description=about, epilog=examples, formatter_class=raw))
-    return parser
+from infini_train.data.manifest import Manifest
 
 
 def _read_options(options: argparse.Namespace) -> ReadOptions:
     keep = tuple(getattr(options, "keep_field", None) or ("title",))
     return ReadOptions(
-        text_field=options.text_field, id_field=options.id_field, keep_fields=keep, on_bad_text=options.on_bad_text
+        text_field=options.text_field,
+        id_field=options.id_field,
+        keep_fields=keep,
+        format=options.format,
+        max_record_bytes=int(options.max_record_mb * 1e6),
     )
 
 
-def _report_skipped(skipped: Skipped) -> None:
-    if skipped.empty:
-        print(f"left out {skipped.empty:,} empty documents", file=sys.stderr)
-    if skipped.bad_texts:
-        print(f"left out {skipped.bad_texts:,} documents that are not valid UTF-8, first:", file=sys.stderr)
-        for place in skipped.bad_text:
-            print(f"  {place.partition(';')[0]}", file=sys.stderr)
+def _report(left_out: LeftOut) -> None:
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
 
 
-def _run_tokenizer(options: argparse.Namespace) -> None:
+def _run_tokenizer(options: argparse.Namespace) -> int:
     settings = TokenizerOptions(
         vocab_size=options.vocab_size,
         kind=options.kind,
@@ -168,54 +42,118 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
         threads=options.threads,
         seed=options.seed,
     )
-    skipped = Skipped()
-    texts = (document.text for document in documents(options.sources, _read_options(options), skipped))
+    left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+    texts = (document.text for document in documents(options.sources, _read_options(options), left_out))
     size = train_tokenizer(texts, options.out, settings, overwrite=options.overwrite)
-    _report_skipped(skipped)
+    _report(left_out)
     print(f"{options.out}: {settings.vocab_size:,} tokens ({settings.kind}), trained on {size:,} bytes of text")
+    return 0
 
 
-def _run_encode(options: argparse.Namespace) -> None:
+def _run_encode(options: argparse.Namespace) -> int:
     settings = EncodeOptions(
         holdout=options.holdout,
         max_shard_bytes=int(options.shard_mb * 1e6),
+        read=_read_options(options),
+        on_bad_record=options.on_bad_record,
+        max_bad_records=options.max_bad_records,
         overwrite=options.overwrite,
-        threads=options.threads or os.cpu_count() or 1,
+        restart=options.restart,
+        workers=options.workers or _cores(),
+        part=options.part,
     )
-    skipped = Skipped()
-    found = documents(options.sources, _read_options(options), skipped)
-    written = encode_corpus(found, load_tokenizer(options.tokenizer), options.out, settings)
-    _report_skipped(skipped)
+    written, left_out = encode_corpus(options.sources, options.tokenizer, options.out, settings)
+    _report(left_out)
+    if not written:
+        print(f"part {options.part} is done; {options.out} appears when the last part is")
     for folder, manifest in written.items():
-        size = manifest.bytes / max(manifest.tokens, 1)
-        print(f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:.2f} bytes a token")
+        _report_dataset(folder, manifest)
+    return 0
 
 
-def _run_inspect(options: argparse.Namespace) -> None:
-    if options.verify:
-        print(inspect.verify(options.folder))
-    elif options.json:
+def _report_dataset(folder: object, manifest: Manifest) -> None:
+    size = manifest.bytes / max(manifest.tokens, 1)
+    print(f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {size:.2f} bytes a token")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    if options.shard is not None and options.document is None:
+        raise ConfigError("--shard: give --document, too")
+    if options.json:
         print(inspect.to_json(options.folder))
     elif options.document is not None:
-        print(inspect.show_document(options.folder, options.document))
+        print(inspect.show_document(options.folder, options.document, options.shard))
     else:
         print(inspect.summarise(options.folder))
+    return 0
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    status = 0
+    for folder in options.folders:
+        problems = verify(folder, options.workers or _cores())
+        for problem in problems:
+            print(problem)
+        if problems:
+            status = 1
+        else:
+            print(f"{folder}: every file and every document is as it was written")
+    return status
+
+
+def _run_stats(options: argparse.Namespace) -> int:
+    found = lengths.read_lengths(options.folders)
+    print(lengths.describe_lengths(found))
+    if options.png:
+        lengths.plot_lengths(found, options.png)
+    return 0
+
+
+def _run_merge(options: argparse.Namespace) -> int:
+    manifest = combine.merge(options.folders, options.out, overwrite=options.overwrite, link=options.link)
+    _report_dataset(options.out, manifest)
+    return 0
+
+
+def _run_split(options: argparse.Namespace) -> int:
+    size = int(options.shard_mb * 1e6)
+    both = combine.split(
+        options.folder, options.out, options.holdout, max_shard_bytes=size, overwrite=options.overwrite
+    )
+    for name, manifest in zip(("train", "validation"), both, strict=True):
+        _report_dataset(os.path.join(options.out, name), manifest)
+    return 0
+
+
+_COMMANDS = {
+    "tokenizer": _run_tokenizer,
+    "encode": _run_encode,
+    "inspect": _run_inspect,
+    "verify": _run_verify,
+    "stats": _run_stats,
+    "merge": _run_merge,
+    "split": _run_split,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run a command; the exit status: 0, 1 for damage found, 2 for a mistake of the user, 130 for Ctrl-C."""
     options = build_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written aside is removed
-    run = {"tokenizer": _run_tokenizer, "encode": _run_encode, "inspect": _run_inspect}[options.command]
     try:
-        run(options)
+        status = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; what is finished stays, and the same command goes on with it", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status

@@ -1,38 +1,55 @@
 """Encode a corpus into a dataset of shards, or two: for training and for validation."""
 
 import contextlib
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from data_tools.readers import Document
+from data_tools.join import RECORD_FILE, Joiner, join_split
+from data_tools.plan import Plan, make_plan
+from data_tools.problems import LeftOut
+from data_tools.readers import Document, Reader, ReadOptions
+from data_tools.storage import suffixes
+from data_tools.tasks import finished_tasks, run_tasks, share
+from data_tools.workplace import Workplace, check_pair_target
+from infini_train import __version__
 from infini_train.config import ConfigError
-from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.data.writer import ShardWriter, explain_disk_errors, remove_stale
+from infini_train.data.manifest import Manifest, read_manifest, token_dtype
+from infini_train.data.shard_file import ShardRun
+from infini_train.data.tokenizer import Tokenizer, load_tokenizer
+from infini_train.data.writer import check_target, explain_disk_errors
 
-_BATCH_CHARS = 4_000_000  # encoded at once
+_BATCH_CHARS = 1_000_000  # encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How to write."""
+    """How to encode; the results depend on `holdout`, `max_shard_bytes` and `read` alone."""
 
     holdout: float = 0.0  # share of the documents that becomes the validation set
     max_shard_bytes: int = 1 << 29
+    read: ReadOptions = ReadOptions()
+    on_bad_record: Literal["error", "skip"] = "error"
+    max_bad_records: int = 1000
     overwrite: bool = False
-    threads: int = 1
-    progress: bool = True
+    restart: bool = False  # throw away what an unfinished run has done
+    workers: int = 1
+    part: str | None = None  # I/N: do the I-th of N parts of the work
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout: {self.holdout} is not a share; give a number from 0 up to (not including) 1")
-        if self.max_shard_bytes < 1 or self.threads < 1:
-            raise ConfigError("--shard-mb and --threads: must be positive")
+        if min(self.max_shard_bytes, self.workers, self.read.max_record_bytes) < 1:
+            raise ConfigError("--shard-mb, --workers and --max-record-mb: must be positive")
+        share(self.part, 0)
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -41,100 +58,170 @@ def is_held_out(document_id: str, share: float) -> bool:
 
 
 def encode_corpus(
-    documents: Iterable[Document], tokenizer: Tokenizer, out: Path | str, options: EncodeOptions | None = None
-) -> dict[Path, Manifest]:
-    """Write the documents to `out`, or with a holdout to `out`/train and `out`/validation.
+    sources: Iterable[str], tokenizer: str, out: Path | str, options: EncodeOptions | None = None
+) -> tuple[dict[Path, Manifest], LeftOut]:
+    """Write the documents of the sources to `out`, or with a holdout to `out`/train and `out`/validation.
 
-    With a holdout and two or more documents both get at least one. What a killed run to `out` has left is deleted.
+    With a holdout and two or more documents both get at least one. The work goes into a hidden folder beside `out`; a
+    run that was stopped, or killed at any moment, leaves its finished tasks there, and the same call does the rest.
+
+    Args:
+        sources: files, folders, patterns, URLs, or - for standard input.
+        tokenizer: as in `load_tokenizer`.
+        out: the folder to write.
+        options: how.
 
     Returns:
-        The manifest of each dataset written.
+        The manifest of each dataset written (none if other parts are not finished), and what was left out.
 
     Raises:
-        ConfigError: the folder holds something else, the disk is full, or the documents can't be read.
+        ConfigError: `out` holds something else, the disk is full, the documents can't be read, or the unfinished work
+            is that of another command.
     """
-    options, out = options or EncodeOptions(), Path(out)
+    options, out, sources = options or EncodeOptions(), Path(out), [str(source) for source in sources]
+    model = load_tokenizer(tokenizer)
+    command = {
+        "tokenizer": model.sha256,
+        "holdout": options.holdout,
+        "shard_mb": options.max_shard_bytes / 1e6,
+        **json.loads(json.dumps(dataclasses.asdict(options.read))),  # with lists, as it will be read
+        "version of infini-data": __version__,
+    }
+    workplace = Workplace(out, restart=options.restart, part=options.part)
+    (check_pair_target if options.holdout else check_target)(out, options.overwrite)
+    with workplace as folder:
+        plan = make_plan(folder, sources, command, options.max_shard_bytes, options.read.format)
+        work = EncodeWork(folder, tokenizer, options)
+        run_tasks(folder, plan, work, workers=options.workers, part=options.part, label="encode")
+        if len(finished_tasks(folder)) < len(plan):
+            return {}, LeftOut()
+        left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+        with workplace.last_step() as is_mine, explain_disk_errors(out):
+            if is_mine:
+                joiner = Joiner(folder, len(plan), model, options.max_shard_bytes)
+                joiner.add_left_out(left_out)
+                _check_documents(joiner, workplace, options, left_out)
+                if options.holdout:
+                    join_split(joiner, workplace.result, left_out)
+                else:
+                    joiner.move("data", workplace.result, left_out)
+                workplace.publish()
     folders = [out / "train", out / "validation"] if options.holdout else [out]
-    for folder in (out, out / "train", out / "validation"):  # the killed run may have had another holdout
-        remove_stale(folder)
-    made = not out.exists()
-    if options.holdout:
-        _check_parent(out, options.overwrite)
-    encoded = _encode(documents, tokenizer, options)
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    ShardWriter(folder, tokenizer, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite)
-                )
-                for folder in folders
-            ]
-            if options.holdout:
-                _write_split(encoded, writers[0], writers[1], options.holdout)
-            else:
-                for document, tokens in encoded:
-                    _add(writers[0], document, tokens)
-            for writer in writers:
-                writer.finish()  # what can fail has been done for both before either is renamed
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-        raise
-    return {folder: read_manifest(folder) for folder in folders}
+    return {folder: read_manifest(folder) for folder in folders}, left_out
 
 
-def _check_parent(out: Path, overwrite: bool) -> None:
-    """With a holdout, `out` holds nothing but the two datasets."""
-    with explain_disk_errors(out):
-        names = {path.name for path in out.iterdir() if ".partial-" not in path.name} if out.is_dir() else set()
-    if MANIFEST_FILE in names:
-        raise ConfigError(f"{out}: is itself a dataset; choose another folder for the two of --holdout")
-    if names - {"train", "validation"}:
-        raise ConfigError(f"{out}: is not empty; choose another folder")
-    if names and not overwrite:
-        raise ConfigError(f"{out}: datasets are there already; choose another folder, or pass --overwrite")
-
-
-def _write_split(
-    encoded: Iterator[tuple[Document, np.ndarray]], train: ShardWriter, validation: ShardWriter, share: float
-) -> None:
-    """Each document to its set. The first one is written last, to the set that would be empty without it."""
-    first = next(encoded, None)
-    for document, tokens in encoded:
-        _add(validation if is_held_out(document.id, share) else train, document, tokens)
-    if first is None or not train.documents + validation.documents:
+def _check_documents(joiner: Joiner, workplace: Workplace, options: EncodeOptions, left_out: LeftOut) -> None:
+    """There are enough of them; else what was done is of no use."""
+    documents = sum(joiner.count(name) for name in set_names(options.holdout))
+    if documents > bool(options.holdout):
+        return
+    workplace.discard()
+    if documents:
         raise ConfigError("--holdout: needs two documents or more; give more text, or leave it out")
-    if train.documents and (not validation.documents or is_held_out(first[0].id, share)):
-        _add(validation, *first)
-    else:
-        _add(train, *first)
+    found = "; ".join(left_out.lines())
+    raise ConfigError(f"no documents found{f' ({found})' if found else ''}; a folder is searched for {suffixes()}")
 
 
-def _add(writer: ShardWriter, document: Document, tokens: np.ndarray) -> None:
-    n_bytes = len(document.text.encode("utf-8"))
-    writer.add(tokens, n_bytes=n_bytes, id=document.id, source=document.source, metadata=document.metadata)
+def set_names(holdout: float) -> tuple[str, ...]:
+    """The datasets that a task writes shards for."""
+    return ("train", "validation") if holdout else ("data",)
 
 
-def _encode(
-    documents: Iterable[Document], tokenizer: Tokenizer, options: EncodeOptions
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """The documents with their tokens, in order."""
-    with tqdm(unit="B", unit_scale=True, desc="encode", disable=None if options.progress else True) as bar:
-        for batch in _batches(documents):
-            ids = tokenizer.encode_many([document.text for document in batch], options.threads)
-            yield from zip(batch, ids, strict=True)
-            bar.update(sum(len(document.text) for document in batch))
+class EncodeWork:
+    """The work of one task: its documents as shards, their index, and a record of what there is."""
+
+    def __init__(self, folder: Path, tokenizer: str, options: EncodeOptions) -> None:
+        self.folder = folder
+        self.tokenizer_name = tokenizer
+        self.options = options
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded once in each process."""
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Read once in each process."""
+        return Plan(self.folder)
+
+    def __call__(self, task: int, folder: Path, threads: int, advance: Callable[[int], None]) -> None:
+        options = self.options
+        left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+        reader = Reader(options.read, left_out, advance)
+        found = chain.from_iterable(reader.documents(piece) for piece in self.plan.pieces(task))
+        with contextlib.ExitStack() as stack:
+            runs = {}
+            for name in set_names(options.holdout):
+                with explain_disk_errors(self.folder):
+                    index = stack.enter_context((folder / f"{name}.idx").open("wb"))
+                dtype = token_dtype(self.tokenizer.vocab_size)
+                runs[name] = ShardRun(folder, name, index, dtype, options.max_shard_bytes)
+                stack.callback(runs[name].abandon)
+            for document, tokens, n_bytes in encode_documents(found, self.tokenizer, left_out, threads):
+                name = "validation" if options.holdout and is_held_out(document.id, options.holdout) else "train"
+                with explain_disk_errors(self.folder):
+                    runs[name if options.holdout else "data"].add(
+                        tokens, n_bytes=n_bytes, id=document.id, source=document.source, metadata=document.metadata
+                    )
+            with explain_disk_errors(self.folder):
+                for run in runs.values():
+                    run.close_shard()
+                record = {name: _describe(run) for name, run in runs.items()}
+                text = json.dumps({**record, "left_out": left_out.to_json()})
+                (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _describe(run: ShardRun) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "shards": [dataclasses.asdict(shard) for shard in run.shards],
+        "sources": [dataclasses.asdict(source) for source in run.sources.values()],
+    }
+
+
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, left_out: LeftOut, threads: int = 1
+) -> Iterator[tuple[Document, np.ndarray, int]]:
+    """The documents, in order, with their token ids and the bytes of their text."""
+    for batch in _batches(documents):
+        if batch[0].tokens is not None:
+            yield from _check_tokens(batch[0], tokenizer, left_out)
+            continue
+        ids = tokenizer.encode_many([document.text for document in batch], threads)
+        for document, tokens in zip(batch, ids, strict=True):
+            yield document, tokens, _utf8_bytes(document.text)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to encode together; one that is stored as tokens stands alone."""
     batch: list[Document] = []
     size = 0
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARS:
+        if batch and (document.tokens is not None or size + len(document.text) > _BATCH_CHARS):
             yield batch
             batch, size = [], 0
+        batch.append(document)
+        size = size + len(document.text) if document.tokens is None else _BATCH_CHARS
     if batch:
         yield batch
+
+
+def _check_tokens(
+    document: Document, tokenizer: Tokenizer, left_out: LeftOut
+) -> Iterator[tuple[Document, np.ndarray, int]]:
+    """The stored ids without the end of text that Megatron puts behind them; the text is known from decoding them."""
+    tokens = document.tokens
+    assert tokens is not None
+    if tokens.size and tokens[-1] == tokenizer.eos_id:
+        tokens = tokens[:-1]
+    if not tokens.size:
+        left_out.documents["empty documents"] += 1
+    elif int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
+        problem = f"holds id {int(tokens.max())}, outside of the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        left_out.bad(document.id, problem, "give the tokenizer of these ids")
+    else:
+        yield document, tokens, _utf8_bytes(tokenizer.decode(tokens))
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))

@@ -1,14 +1,13 @@
-"""What a dataset holds, as text for people; and whether its files are what they were."""
+"""What a dataset holds, as text for people."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from infini_train.config import ConfigError
-from infini_train.data.manifest import TokenizerEntry, check_sizes, hash_file, read_manifest
+from infini_train.data.manifest import TokenizerEntry
 from infini_train.data.shards import CorruptDocumentError, Dataset
 from infini_train.data.tokenizer import tokenizer_of
 
@@ -49,15 +48,23 @@ def describe(tokenizer: TokenizerEntry) -> str:
     return f"{tokenizer.kind} {tokenizer.sha256[:12]}"
 
 
-def show_document(folder: Path | str, document: int) -> str:
-    """A document's metadata and the beginning of its text.
+def show_document(folder: Path | str, document: int, shard: int | None = None) -> str:
+    """The metadata and the beginning of the text of a document, numbered in the dataset or in one of its shards.
 
     Raises:
         ConfigError: as `Dataset.open`; no such document; its data is damaged.
     """
     dataset = Dataset.open(folder)
-    if not 0 <= document < len(dataset):
-        raise ConfigError(f"--document: {document} is not there; {folder} holds documents 0 to {len(dataset) - 1}")
+    number, place, first = len(dataset), str(folder), 0
+    if shard is not None:
+        shards = dataset.manifest.shards
+        if not 0 <= shard < len(shards):
+            raise ConfigError(f"--shard: {shard} is not there; {folder} holds shards 0 to {len(shards) - 1}")
+        number, place = shards[shard].documents, shards[shard].file
+        first = sum(before.documents for before in shards[:shard])
+    if not 0 <= document < number:
+        raise ConfigError(f"--document: {document} is not there; {place} holds documents 0 to {number - 1}")
+    document += first
     n_tokens = int(dataset.lengths_tokens[document])
     try:
         metadata = dataset.metadata(document)
@@ -66,23 +73,6 @@ def show_document(folder: Path | str, document: int) -> str:
         raise ConfigError(f"{error}; copy the dataset again, or encode it again") from error
     more = f"\n... ({n_tokens - _SHOWN_TOKENS:,} more tokens)" if n_tokens > _SHOWN_TOKENS else ""
     return f"{json.dumps(metadata, ensure_ascii=False, indent=1)}\n\n{text}{more}"
-
-
-def verify(folder: Path | str) -> str:
-    """Compare every file with its hash in the manifest.
-
-    Raises:
-        ConfigError: names the first file that differs.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    for entry in tqdm(manifest.files, unit="file", desc="verify", disable=None):
-        if hash_file(folder / entry.file) != entry.sha256:
-            raise ConfigError(f"{folder / entry.file}: is damaged (its hash differs); copy the dataset again")
-    Dataset.open(folder)
-    tokenizer_of(folder)
-    return f"{folder}: {len(manifest.files)} files and the tokenizer are as they were written"
 
 
 def to_json(folder: Path | str) -> str:

@@ -55,7 +55,7 @@ def run_demo(text: str | None, out: Path | None, overrides: Sequence[str]) -> in
     sets = [word for setting in settings for word in ("--set", setting)]
     with explain_disk_errors(out):
         _remember_source(source, out)
-        corpus = [str(source), "--on-bad-text", "skip"] if text else _standard_library(source, out)
+        corpus = [str(source), "--on-bad-record", "skip"] if text else _standard_library(source, out)
     try:
         if not (data / "train" / "manifest.json").exists():
             vocab = str(config.model.vocab_size)

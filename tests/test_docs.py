@@ -19,7 +19,7 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 
-from data_tools.cli import build_parser as build_data_parser
+from data_tools.options import build_parser as build_data_parser
 from infini_train import cli
 from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS
 from infini_train.config import RunConfig

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,11 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset holds. `tokens` counts content tokens (no bos, eos), `bytes` the UTF-8 bytes of the text."""
+    """What a dataset holds. `tokens` counts content tokens (no bos, eos), `bytes` the UTF-8 bytes of the text.
+
+    `length_histogram[k]` counts the documents of 2^(k-1) to 2^k - 1 tokens (k = 0: none), and `left_out` by reason what
+    of the sources is not here; both are empty in datasets of earlier versions.
+    """
 
     format_version: int
     tool_version: str
@@ -83,6 +87,8 @@ class Manifest:
     index: FileEntry
     shards: tuple[ShardEntry, ...]
     sources: tuple[SourceEntry, ...]
+    length_histogram: tuple[int, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:

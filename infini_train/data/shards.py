@@ -65,7 +65,7 @@ class Dataset:
 
     @classmethod
     def open(cls, location: Path | str, cache_dir: Path | str | None = None) -> "Dataset":
-        """Open a dataset, check it and its files' sizes (hashes: `infini-data inspect --verify`).
+        """Open a dataset, check it and its files' sizes (hashes: `infini-data verify`).
 
         Args:
             location: its folder, or the folder's URL.

@@ -1,19 +1,21 @@
-"""Text to token ids and back: plain bytes, or a SentencePiece model. Imports no torch."""
+"""Text to token ids and back: plain bytes, a SentencePiece model, or a tokenizer.json. Imports no torch."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece
 
 from infini_train.config import ConfigError
+from infini_train.data.cuts import SPACE_SYMBOL, cuts_of, keeps_text, parse_model
+from infini_train.data.huggingface import HuggingFaceTokenizer
 
-_CUT_CHARS = 4096  # a long text is encoded in pieces of at most this size: twice as fast as with 32768
-_SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space like this, so it would read the real character as a space
+_BATCH_CHARS = 1_000_000  # encoded at once
 
 
 class Tokenizer(Protocol):
@@ -31,6 +33,15 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
     @property
     def pad_id(self) -> int: ...
+    @property
+    def file_name(self) -> str | None:
+        """Of its copy in a dataset's folder; None: it needs no file."""
+        ...
+
+    @property
+    def model_bytes(self) -> bytes:
+        """What that file holds."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of the text alone, without bos and eos."""
@@ -48,7 +59,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token a UTF-8 byte; needs no training."""
 
-    kind = "byte"
+    kind, file_name, model_bytes = "byte", None, b""
     vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
     sha256 = hashlib.sha256(b"byte tokenizer 1: 256 bytes, bos 256, eos 257, pad 258").hexdigest()
 
@@ -65,27 +76,26 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model file.
 
-    Models trained by `infini-data tokenizer` give every text back exactly; foreign ones may normalise it.
+    Models trained by `infini-data tokenizer` give every text back exactly; foreign ones may normalise it. The ids are
+    those of the whole text, except that the character U+2581, which SentencePiece can't tell from a space, gets the ids
+    of its bytes (models that normalise read it as a space).
 
     Raises:
         ConfigError: no such file, not a SentencePiece model, or a model without bos or eos.
     """
 
     kind = "sentencepiece"
+    file_name = "tokenizer.model"
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            model = self.path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error
-        self.model_bytes = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.model_bytes = _read(self.path)
+        self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         sentencepiece.set_min_log_level(2)  # it would print its C++ source lines over the user's screen
         try:
-            if not model:
+            if not self.model_bytes:
                 raise ValueError("empty file")
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size: int = self._model.vocab_size()
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: is not a SentencePiece model; give the .model file") from error
@@ -95,45 +105,83 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{path}: the tokenizer has no bos or eos token; train it with both")
         pad_id: int = self._model.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
+        proto = parse_model(self.model_bytes)
+        self._keeps_text, self.cuts = keeps_text(proto), cuts_of(proto)
+        self._inner = self._model  # encodes what is not the beginning of a text
+        if self._keeps_text and proto.normalizer_spec.add_dummy_prefix:
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         has_bytes = all(self._model.is_byte(i) for i in symbol)
-        self._symbol_ids = symbol if has_bytes else self._model.encode(_SPACE_SYMBOL)
+        self._symbol_ids = np.array(symbol if has_bytes else self._model.encode(SPACE_SYMBOL), np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        pieces = [list(_cut(text)) for text in texts]
-        flat = [piece for document in pieces for piece in document if piece != _SPACE_SYMBOL]
-        encoded = iter(self._model.encode(flat, num_threads=threads)) if flat else iter(())
-        result = []
-        for document in pieces:
-            ids = [self._symbol_ids if piece == _SPACE_SYMBOL else next(encoded) for piece in document]
-            result.append(
-                np.concatenate([np.asarray(part, np.int32) for part in ids]) if ids else np.zeros(0, np.int32)
-            )
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        pieces = (
+            _Piece(i, number == 0, piece)
+            for i, text in enumerate(texts)
+            for number, piece in enumerate(self._pieces(text))
+        )
+        for batch in _batches(pieces):
+            ids = self._encode_batch(batch, threads)
+            for i, group in groupby(zip(batch, ids, strict=True), key=lambda item: item[0].text_number):
+                parts[i].append(np.concatenate([array for _, array in group]))
+        return [np.concatenate(part) if part else np.zeros(0, np.int32) for part in parts]
+
+    def _encode_batch(self, batch: list["_Piece"], threads: int) -> list[np.ndarray]:
+        result = [self._symbol_ids] * len(batch)
+        for model, is_first in ((self._model, True), (self._inner, False)):
+            chosen = [i for i, p in enumerate(batch) if p.is_first is is_first and p.text != SPACE_SYMBOL]
+            if chosen:
+                ids = model.encode([batch[i].text for i in chosen], return_type="numpy", num_threads=threads)
+                for i, array in zip(chosen, ids, strict=True):
+                    result[i] = array
         return result
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The text cut where its ids allow it; each space symbol is a piece of its own."""
+        if not self._keeps_text:
+            yield text
+            return
+        for number, plain in enumerate(text.split(SPACE_SYMBOL)):
+            if number:
+                yield SPACE_SYMBOL
+            if self.cuts is not None:
+                yield from self.cuts(plain)
+            elif plain:
+                yield plain
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Pieces of the text, cut behind line ends where possible; each space symbol is a piece of its own."""
-    start = 0
-    while start < len(text):
-        if text[start] == _SPACE_SYMBOL:
-            yield _SPACE_SYMBOL
-            start += 1
-            continue
-        stop = min(start + _CUT_CHARS, len(text))
-        symbol = text.find(_SPACE_SYMBOL, start, stop)
-        if symbol >= 0:
-            stop = symbol
-        elif stop < len(text):
-            stop = (text.rfind("\n", start, stop) + 1) or stop
-        yield text[start:stop]
-        start = stop
+class _Piece(NamedTuple):
+    text_number: int
+    is_first: bool  # of its text
+    text: str
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -154,12 +202,14 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a .model file, or the byte tokenizer for ``byte``.
+    """The tokenizer of a .model or tokenizer.json file, or the byte tokenizer for ``byte``.
 
     Raises:
-        ConfigError: as `SentencePieceTokenizer`.
+        ConfigError: as `SentencePieceTokenizer` and `HuggingFaceTokenizer`.
     """
-    return ByteTokenizer() if str(name) == "byte" else SentencePieceTokenizer(name)
+    if str(name) == "byte":
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(name) if Path(name).suffix == ".json" else SentencePieceTokenizer(name)
 
 
 def tokenizer_of(folder: Path | str) -> Tokenizer:
@@ -170,15 +220,21 @@ def tokenizer_of(folder: Path | str) -> Tokenizer:
     """
     path = Path(folder) / "manifest.json"
     try:
-        entry = json.loads(path.read_bytes())["tokenizer"]
+        manifest = json.loads(path.read_bytes())
+        entry = manifest["tokenizer"]
         kind, file, sha256 = entry["kind"], entry["file"], entry["sha256"]
+        special_ids = (manifest["bos_id"], manifest["eos_id"], manifest["pad_id"])
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {os.strerror(error.errno or 0)}; is this a dataset?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is not a dataset's manifest; encode the dataset again") from error
-    if kind == "sentencepiece" and (not isinstance(file, str) or Path(file).name != file):
+    if kind != "byte" and (not isinstance(file, str) or Path(file).name != file):
         raise ConfigError(f"{path}: tokenizer.file must name a file in the dataset's folder")
-    tokenizer = load_tokenizer("byte" if kind == "byte" else path.parent / file)
+    tokenizer: Tokenizer
+    if kind == "huggingface":
+        tokenizer = HuggingFaceTokenizer(path.parent / file, special_ids)
+    else:
+        tokenizer = load_tokenizer("byte" if kind == "byte" else path.parent / file)
     if tokenizer.sha256 != sha256:
         raise ConfigError(f"{path.parent}: the tokenizer is not the one the dataset was encoded with; encode it again")
     return tokenizer

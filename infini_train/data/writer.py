@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
-import tarfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -25,7 +23,6 @@ from infini_train.data.manifest import (
     INDEX_MAGIC,
     INDEX_RECORD,
     MANIFEST_FILE,
-    NPY_HEADER_BYTES,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -34,11 +31,11 @@ from infini_train.data.manifest import (
     hash_file,
     token_dtype,
 )
-from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from infini_train.data.shard_file import ShardRun
+from infini_train.data.tokenizer import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.model"
 _ASIDE = ".partial-"  # in the name of the hidden folder that is written first
-_OLD = "-old"  # and at its end: the dataset that is being replaced
+_OLD = "-old"  # and at its end: what is being replaced
 
 
 @contextlib.contextmanager
@@ -107,6 +104,110 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_index(folder: Path) -> BinaryIO:
+    """The index of a new dataset, where its first record goes; the header is written by `finish_dataset`."""
+    index = (folder / INDEX_FILE).open("wb")
+    index.write(bytes(INDEX_HEADER.itemsize))
+    return index
+
+
+@contextlib.contextmanager
+def write_aside(folder: Path, *, overwrite: bool) -> Iterator[tuple[Path, BinaryIO]]:
+    """An empty folder and, in it, the open index of a dataset; the block ends by `finish_dataset`.
+
+    If it ends well, the folder takes its place; else nothing is left of it.
+
+    Raises:
+        ConfigError: the place holds something else, or can't be written.
+    """
+    check_target(folder, overwrite)
+    remove_stale(folder)
+    target = Path(os.path.abspath(folder))  # has a name and a parent, also for . or a/..
+    aside = target.parent / f".{target.name}{_ASIDE}{uuid.uuid4().hex[:8]}"
+    try:
+        with explain_disk_errors(folder):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            index = open_index(aside)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield aside, index
+        finally:
+            with contextlib.suppress(OSError):  # closing writes what is buffered
+                index.close()
+        with explain_disk_errors(folder):
+            replace_folder(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def finish_dataset(
+    folder: Path,
+    index: BinaryIO,
+    tokenizer: Tokenizer,
+    shards: Iterable[ShardEntry],
+    sources: Iterable[SourceEntry],
+    left_out: Mapping[str, int] | None = None,
+) -> Manifest:
+    """Add tokenizer and manifest to a folder that holds shards, end its index, and have all of it written to the disk.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    shards, sources = tuple(shards), tuple(sources)
+    documents, index_path = sum(shard.documents for shard in shards), folder / INDEX_FILE
+    index.seek(0)
+    index.write(np.array((INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, documents), INDEX_HEADER).tobytes())
+    index.flush()  # closing it would give up a lock
+    if tokenizer.file_name is not None:
+        (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tool_version=__version__,
+        documents=documents,
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(source.bytes for source in sources),
+        dtype=token_dtype(tokenizer.vocab_size).str,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        tokenizer=TokenizerEntry(kind=tokenizer.kind, file=tokenizer.file_name, sha256=tokenizer.sha256),
+        index=FileEntry(file=INDEX_FILE, bytes=index_path.stat().st_size, sha256=hash_file(index_path)),
+        shards=shards,
+        sources=sources,
+        length_histogram=_length_histogram(index_path),
+        left_out=dict(left_out or {}),
+    )
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    for path in (*(path for path in folder.iterdir() if path.suffix != ".tar"), folder):  # shards are on the disk
+        sync(path)
+    return manifest
+
+
+def _length_histogram(index: Path) -> tuple[int, ...]:
+    """Documents by the number of binary digits of their length in tokens."""
+    lengths = np.memmap(index, INDEX_RECORD, "r", INDEX_HEADER.itemsize)["n_tokens"]
+    exponents = np.frexp(lengths.astype(np.float64))[1]
+    return tuple(int(n) for n in np.bincount(exponents))
+
+
+def replace_folder(finished: Path, target: Path) -> None:
+    """Rename a finished folder into its place; what is there is moved aside first, then deleted."""
+    old = target.with_name(f".{target.name}{_ASIDE}{uuid.uuid4().hex[:8]}{_OLD}")
+    if target.exists():
+        target.rename(old)
+    try:
+        finished.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 class ShardWriter:
     """Writes a dataset: a context manager. The folder appears whole when the block ends well, and not at all otherwise.
 
@@ -126,170 +227,42 @@ class ShardWriter:
         self.folder = Path(folder)  # as given: messages show it
         self.tokenizer = tokenizer
         self.max_shard_bytes = max_shard_bytes
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._overwrite = overwrite
         check_target(self.folder, overwrite)
-        self._target = Path(os.path.abspath(folder))  # has a name and a parent, also for . or a/..
-        self._aside = self._target.parent / f".{self._target.name}{_ASIDE}{uuid.uuid4().hex[:8]}"
-        self._shards: list[ShardEntry] = []
-        self._sources: dict[str, SourceEntry] = {}
-        self._documents = self._tokens = self._bytes = self._shard_documents = self._shard_tokens = 0
-        self._file: BinaryIO | None = None
-        self._tar: tarfile.TarFile | None = None
-        self._finished = False
 
     def __enter__(self) -> Self:
-        with explain_disk_errors(self.folder):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._aside.mkdir()
-            self._index = (self._aside / INDEX_FILE).open("wb")
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._index.write(bytes(INDEX_HEADER.itemsize))  # the count is known at the end
+        self._stack = contextlib.ExitStack()
+        aside, self._index = self._stack.enter_context(write_aside(self.folder, overwrite=self._overwrite))
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        self._run = ShardRun(aside, "shard", self._index, dtype, self.max_shard_bytes)
+        self._stack.push(self._close)  # before the folder is renamed
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.finish()
-                self._move()
-        finally:
-            with contextlib.suppress(OSError):  # closing writes what is buffered; the folder goes away in any case
-                self._index.close()
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    self._file.close()
-            shutil.rmtree(self._aside, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def add(
         self, tokens: np.ndarray, *, n_bytes: int, id: str, source: str = "", metadata: Mapping[str, Any] | None = None
     ) -> None:
-        """Append a document.
-
-        Args:
-            tokens: content token ids, 1-D, without bos and eos.
-            n_bytes: UTF-8 bytes of its text.
-            id: names the document in its source.
-            source: names the source.
-            metadata: more JSON values to keep (a title, say).
-        """
-        assert tokens.ndim == 1 and not self._finished
+        """Append a document: as `ShardRun.add`."""
+        assert tokens.ndim == 1
         assert tokens.size == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size
-        own = {"id": id, "source": source, "n_bytes": n_bytes, "n_tokens": tokens.size}
-        note = json.dumps({**(metadata or {}), **own}, ensure_ascii=False).encode()
-        array = io.BytesIO()
-        np.lib.format.write_array(array, tokens.astype(self._dtype), version=(1, 0), allow_pickle=False)
-        data = array.getvalue()
-        assert len(data) == NPY_HEADER_BYTES + tokens.size * self._dtype.itemsize
         with explain_disk_errors(self.folder):
-            self._turn_over(len(data) + len(note) + 4 * tarfile.BLOCKSIZE)
-            data_offset = self._add_member(f"{self._documents:010d}.npy", data) + NPY_HEADER_BYTES
-            json_offset = self._add_member(f"{self._documents:010d}.json", note)
-            row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self._shards))
-            self._index.write(np.array(row, INDEX_RECORD).tobytes())
-        old = self._sources.get(source, SourceEntry(name=source, documents=0, tokens=0, bytes=0))
-        self._sources[source] = SourceEntry(
-            name=source, documents=old.documents + 1, tokens=old.tokens + tokens.size, bytes=old.bytes + n_bytes
-        )
-        self._documents += 1
-        self._tokens += tokens.size
-        self._bytes += n_bytes
-        self._shard_documents += 1
-        self._shard_tokens += tokens.size
+            self._run.add(tokens, n_bytes=n_bytes, id=id, source=source, metadata=metadata)
 
     @property
     def documents(self) -> int:
         """How many were added."""
-        return self._documents
+        return self._run.documents
 
-    def finish(self) -> None:
-        """Write all but the final rename; the end of the block does it too, but two datasets may want it at once."""
-        if self._finished:
-            return
-        if not self._documents:
-            raise ConfigError(f"{self.folder}: there is no document to write; check the sources")
-        with explain_disk_errors(self.folder):
-            self._close_shard()
-            self._index.seek(0)
-            header = (INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, self._documents)
-            self._index.write(np.array(header, INDEX_HEADER).tobytes())
-            self._index.flush()  # closing it would give up the lock
-            file = self._copy_tokenizer()
-            manifest = self._manifest(TokenizerEntry(kind=self.tokenizer.kind, file=file, sha256=self.tokenizer.sha256))
-            text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
-            (self._aside / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
-            for path in (*self._aside.iterdir(), self._aside):
-                sync(path)
-        self._finished = True
-
-    def _manifest(self, tokenizer: TokenizerEntry) -> Manifest:
-        index = self._aside / INDEX_FILE
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            tool_version=__version__,
-            documents=self._documents,
-            tokens=self._tokens,
-            bytes=self._bytes,
-            dtype=self._dtype.str,
-            vocab_size=self.tokenizer.vocab_size,
-            bos_id=self.tokenizer.bos_id,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-            tokenizer=tokenizer,
-            index=FileEntry(file=INDEX_FILE, bytes=index.stat().st_size, sha256=hash_file(index)),
-            shards=tuple(self._shards),
-            sources=tuple(self._sources.values()),
-        )
-
-    def _copy_tokenizer(self) -> str | None:
-        if not isinstance(self.tokenizer, SentencePieceTokenizer):
-            return None
-        (self._aside / TOKENIZER_FILE).write_bytes(self.tokenizer.model_bytes)
-        return TOKENIZER_FILE
-
-    def _add_member(self, name: str, data: bytes) -> int:
-        """Append a file to the open shard; the offset of its data."""
-        assert self._tar is not None and self._file is not None
-        offset = self._file.tell() + tarfile.BLOCKSIZE
-        member = tarfile.TarInfo(name)  # time 0, owner 0: the same input gives the same bytes
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-        return offset
-
-    def _turn_over(self, size: int) -> None:
-        """Have a shard open that takes `size` more bytes."""
-        if self._file is not None and self._file.tell() + size > self.max_shard_bytes:
-            self._close_shard()
-        if self._file is None:
-            self._file = (self._aside / f"shard-{len(self._shards):05d}.tar").open("wb")
-            self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
-
-    def _close_shard(self) -> None:
-        if self._file is None or self._tar is None:
-            return
-        self._tar.close()
-        self._file.close()
-        path = Path(self._file.name)
-        entry = ShardEntry(
-            file=path.name,
-            bytes=path.stat().st_size,
-            sha256=hash_file(path),
-            documents=self._shard_documents,
-            tokens=self._shard_tokens,
-        )
-        self._shards.append(entry)
-        self._file = self._tar = None
-        self._shard_documents = self._shard_tokens = 0
-
-    def _move(self) -> None:
-        """Rename the finished folder into its place; a dataset that is there is moved aside first, then deleted."""
-        old = self._aside.with_name(f"{self._aside.name}{_OLD}")
-        with explain_disk_errors(self.folder):
-            if self._target.exists():
-                self._target.rename(old)
-            try:
-                self._aside.rename(self._target)
-            finally:
-                if old.exists() and not self._target.exists():
-                    old.rename(self._target)
-            sync(self._target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if not self._run.documents:
+                    raise ConfigError(f"{self.folder}: there is no document to write; check the sources")
+                with explain_disk_errors(self.folder):
+                    self._run.close_shard()
+                    run = self._run
+                    finish_dataset(run.folder, self._index, self.tokenizer, run.shards, run.sources.values())
+        finally:
+            self._run.abandon()

@@ -102,7 +102,7 @@ def evaluate_run(
     assert found is not None
     seconds = time.perf_counter() - begin
     if found.tokens == 0:
-        raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data inspect --verify")
+        raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data verify")
     return {
         "checkpoint": str(trained.checkpoint),
         "data": folder,

@@ -44,7 +44,7 @@ def test_from_text_to_lanes(tmp_path) -> None:
     assert looked.returncode == 0 and "sources\n  books: " in looked.stdout
     first = call(tmp_path, "inspect", "data/train", "--document", "0").stdout
     assert '"id": "books/' in first and "\nBook " in first and "more tokens)" in first
-    assert call(tmp_path, "inspect", "data/train", "--verify").returncode == 0
+    assert call(tmp_path, "verify", "data/train").returncode == 0
     manifest = json.loads(call(tmp_path, "inspect", "data/train", "--json").stdout)
     reader = LaneReader(Corpus.of(Dataset.open(tmp_path / "data" / "train"), 0), 2, 64)
     batch, _ = reader.next(reader.start())
@@ -53,7 +53,7 @@ def test_from_text_to_lanes(tmp_path) -> None:
 
 def test_help_shows_examples(tmp_path) -> None:
     assert "1. infini-data tokenizer" in call(tmp_path, "--help").stdout
-    for command in ("tokenizer", "encode", "inspect"):
+    for command in ("tokenizer", "encode", "inspect", "verify", "stats", "merge", "split"):
         shown = call(tmp_path, command, "--help")
         assert shown.returncode == 0 and f"  infini-data {command} " in shown.stdout
 
@@ -91,9 +91,9 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, message) -> None:
 def test_bad_text_is_skipped_on_demand_and_told(tmp_path) -> None:
     write_books(tmp_path, 2)
     (tmp_path / "books" / "bad.txt").write_bytes(b"ab\xff")
-    result = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "d", "--on-bad-text", "skip")
+    result = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "d", "--on-bad-record", "skip")
     assert result.returncode == 0 and "d: 2 documents" in result.stdout
-    assert "left out 1 documents" in result.stderr and "books/bad.txt:1: byte 2 is not valid UTF-8" in result.stderr
+    assert "left out 1 bad records" in result.stderr and "books/bad.txt:1: byte 2 is not valid UTF-8" in result.stderr
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -106,9 +106,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, sent, status) -> None:
         pipe.write(b'{"text": "x"}\n')
         pipe.flush()
         deadline = time.monotonic() + 30
-        while not list(tmp_path.glob("data/.*partial*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".data.partial/.task*")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert list(tmp_path.glob("data/.*partial*"))
+        assert list(tmp_path.glob(".data.partial/.task*"))
         process.send_signal(sent)
         _, screen = process.communicate(timeout=30)
     assert process.returncode == status and "Traceback" not in screen
@@ -127,27 +127,21 @@ def start_encoding(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.parametrize("holdout", [(), ("--holdout", "0.5")], ids=["one folder", "two folders"])
-def test_the_next_run_deletes_what_a_killed_one_left(tmp_path, holdout) -> None:
-    """And leaves alone what a living one writes, although that one is stopped."""
+def test_a_second_run_waits_for_the_first_to_end(tmp_path) -> None:
+    """A living process holds its work, although it is stopped; what a killed one left is taken over or thrown away."""
     write_books(tmp_path, 3)
-    killed = start_encoding(tmp_path, "--out", "data", *holdout)
-    killed.kill()
-    killed.wait(30)
-    left = set(tmp_path.rglob(".*partial*"))
-    assert left
-    living = start_encoding(tmp_path, "--out", "data", *holdout)
+    living = start_encoding(tmp_path, "--out", "data")
     try:
-        theirs = set(tmp_path.rglob(".*partial*")) - left
-        assert theirs and not any(path.exists() for path in left), "the second run has cleaned up after the first"
-        encoded = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "data", "--holdout", "0.5")
-        assert encoded.returncode == 0, encoded.stderr
-        assert set(tmp_path.rglob(".*partial*")) == theirs
+        refused = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "data")
+        assert (refused.returncode, refused.stdout) == (2, "") and "another process is at this work" in refused.stderr
     finally:
         living.kill()
         living.wait(30)
-    again = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "data", "--holdout", "0.5", "--overwrite")
-    assert again.returncode == 0, again.stderr
+    assert (tmp_path / ".data.partial").exists()
+    refused = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "data")
+    assert "another command (sources differs)" in refused.stderr and "--restart" in refused.stderr
+    encoded = call(tmp_path, "encode", "books", "--tokenizer", "byte", "--out", "data", "--restart")
+    assert encoded.returncode == 0, encoded.stderr
     assert not list(tmp_path.rglob(".*partial*"))
 
 

@@ -1,7 +1,9 @@
 """Readers: every format gives the same documents; what can't be read is named with its place."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow
@@ -9,7 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_tools.readers import ReadOptions, Skipped, documents
+from data_tools.problems import LeftOut
+from data_tools.readers import ReadOptions, documents
 from infini_train.config import ConfigError
 
 ROWS = [{"text": f"Zeile {i}\n\tüber", "id": f"k{i}", "title": f"T{i}", "n": i} for i in range(600)]
@@ -21,18 +24,20 @@ def write(folder: Path, name: str) -> Path:
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=100)
     else:
-        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+        pack = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(
+            path.suffix, bytes
+        )
         path.write_bytes(pack(LINES))
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.jsonl.bz2", "a.parquet"])
 def test_all_tables_give_the_same(tmp_path, name) -> None:
     found = list(documents([write(tmp_path, name)]))
     assert [(d.id, d.text, d.metadata) for d in found] == [(r["id"], r["text"], {"title": r["title"]}) for r in ROWS]
     assert {d.source for d in found} == {name}
     renamed = ReadOptions(text_field="title", id_field="n", keep_fields=("n", "none"))
-    assert [tuple(d) for d in documents([tmp_path / name], renamed)][7] == ("7", "T7", name, {"n": 7})
+    assert [tuple(d) for d in documents([tmp_path / name], renamed)][7] == ("7", "T7", name, {"n": 7}, None)
 
 
 def test_zstd_of_several_frames_is_read_whole(tmp_path) -> None:
@@ -42,20 +47,22 @@ def test_zstd_of_several_frames_is_read_whole(tmp_path) -> None:
 
 def test_folders_are_read_in_order_without_hidden_files(tmp_path) -> None:
     root = tmp_path / "tree"
-    for name in ("b.txt", "a/z.md", "a/c.py", "a/.git/x.md", ".hidden.txt", "c.bin", "d.rst", "empty.txt"):
+    for name in ("b.txt", "a/z.md", "a/c.py", "a/.git/x.md", ".hidden.txt", "c.dat", "d.rst", "empty.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"" if name == "empty.txt" else name.encode() + b"\r\n\t")
     write(root, "t.jsonl")
-    skipped = Skipped()
-    found = list(documents([root, root / "c.bin"], skipped=skipped))
+    left_out = LeftOut()
+    found = list(documents([root, root / "c.dat"], left_out=left_out))
     ids = [d.id for d in found]
-    assert ids[:4] == ["tree/b.txt", "tree/d.rst", "k0", "k1"] and ids[-3:] == ["tree/a/c.py", "tree/a/z.md", "c.bin"]
-    assert found[0].text == "b.txt\r\n\t" and skipped.empty == 1 and found[-1].source == "c.bin"
+    assert ids[:4] == ["tree/b.txt", "tree/d.rst", "k0", "k1"] and ids[-3:] == ["tree/a/c.py", "tree/a/z.md", "c.dat"]
+    assert (
+        found[0].text == "b.txt\r\n\t" and left_out.documents == {"empty documents": 1} and found[-1].source == "c.dat"
+    )
 
 
 def test_rows_without_id_are_named_by_place(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": "y", "id": 5}\n')
-    assert [d.id for d in documents([tmp_path / "a.jsonl"])] == ["a.jsonl:1", "5"]
+    assert [d.id for d in documents([tmp_path / "a.jsonl"])] == ["a.jsonl@0", "5"]
 
 
 BROKEN = {
@@ -69,7 +76,7 @@ BROKEN = {
     "a.jsonl.gz: can't be read": b"no gzip",
     "a.jsonl.zst: can't be read": b"no zstd",
     "a.parquet: is not a readable Parquet file": b"no parquet",
-    "a.txt.gz: can't read this format": gzip.compress(b"x"),
+    "a.zip: can't read this format; name it with --format": b"PK",
     "no documents found": b"",
 }
 
@@ -107,7 +114,9 @@ def test_bad_text_can_be_skipped_and_is_counted(tmp_path) -> None:
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fine"}\n{"text": "\\ud800"}\n')
     strings = pyarrow.array([b"\xff", b"row"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": strings}), tmp_path / "d.parquet")
-    skipped = Skipped()
-    found = list(documents([tmp_path], ReadOptions(on_bad_text="skip"), skipped))
+    left_out = LeftOut(on_bad_record="skip", max_bad_records=4)
+    found = list(documents([tmp_path], left_out=left_out))
     assert [d.text for d in found] == ["good", "fine", "row"]
-    assert skipped.bad_texts == 4 and "a.txt:1" in skipped.bad_text[0]
+    assert left_out.documents == {"bad records": 4} and "a.txt:1" in left_out.places[0]
+    with pytest.raises(ConfigError, match="more than 3 bad records, first: .*a.txt:1: byte 0"):
+        list(documents([tmp_path], left_out=LeftOut(on_bad_record="skip", max_bad_records=3)))

@@ -1,0 +1,207 @@
+"""The command line of infini-data: its commands, their options and their help."""
+
+import argparse
+
+from data_tools.storage import FORMATS
+
+_ABOUT = """\
+Turn text into the shards that infini-train reads.
+
+  1. infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
+  2. infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
+  3. infini-data inspect data/books/train
+
+Then infini-train train CONFIG, where data.train and data.validation name the two folders and model.vocab_size is 16000.
+
+Sources are text files, JSON lines, Parquet files, WebDataset tars, the .bin files of Megatron's preprocess_data;
+folders (searched for all of these but .bin; hidden files are left out), patterns such as 'web/*.jsonl.zst', URLs that
+fsspec opens (s3://...), and - for standard input. A text file is one document; so is a line, a row, a sample of a tar.
+Text, JSON lines and tars may be compressed: .gz .zst .xz .bz2."""
+
+_TOKENIZER = """\
+Train a SentencePiece tokenizer on a sample of the sources. It gives every text back exactly: nothing is normalised,
+white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3."""
+_TOKENIZER_EXAMPLES = """\
+examples:
+  infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
+  infini-data tokenizer wiki.jsonl.zst code/ --out t.model --kind unigram --sample-mb 500"""
+
+_ENCODE = """\
+Encode the sources into a folder of WebDataset shards with an index, a manifest, and the tokenizer. The folder appears
+whole at the end. A run that was stopped or killed goes on when the same command is given again. The result does not
+depend on the number of workers or parts."""
+_ENCODE_EXAMPLES = """\
+examples:
+  infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
+      writes data/books/train and data/books/validation (whole documents, chosen by their ids)
+  infini-data encode notes.txt --tokenizer byte --out data/notes
+      needs no trained tokenizer: one token a byte
+  infini-data encode dump.parquet --text-field content --id-field url --tokenizer t.model --out data/dump
+  infini-data encode 'web/*.jsonl.zst' --tokenizer t.model --out data/web --part $SLURM_ARRAY_TASK_ID/8
+      one job of a Slurm array 1-8; the one that finishes last puts everything together"""
+
+_INSPECT = """\
+Print what a dataset holds: counts, lengths, tokenizer and sources; or one document, or the manifest."""
+_INSPECT_EXAMPLES = """\
+examples:
+  infini-data inspect data/books/train
+  infini-data inspect data/books/train --shard 3 --document 17"""
+
+_VERIFY = """\
+Compare every file with its hash, and check every document. Names the shard and the document that is damaged; then the
+exit status is 1."""
+_VERIFY_EXAMPLES = """\
+examples:
+  infini-data verify data/books/train data/books/validation"""
+
+_STATS = """\
+Print how long the documents are, and the share of the tokens in documents longer than 4K, 32K and 128K."""
+_STATS_EXAMPLES = """\
+examples:
+  infini-data stats data/books/train --png lengths.png"""
+
+_MERGE = """\
+Write several datasets as one, without encoding anything again."""
+_MERGE_EXAMPLES = """\
+examples:
+  infini-data merge data/books/train data/web --out data/all --link"""
+
+_SPLIT = """\
+Write a dataset as two, for training and for validation, without encoding anything again. Whole documents are held out,
+the same ones as by encode --holdout."""
+_SPLIT_EXAMPLES = """\
+examples:
+  infini-data split data/all --holdout 0.001 --out data/split"""
+
+
+def _add_read_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, or - for standard input"
+    )
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of all sources (default: what their names tell)")
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="JSON key or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--id-field",
+        metavar="NAME",
+        help="JSON key or column that names a document (default: id if there, else file and place)",
+    )
+    parser.add_argument(
+        "--on-bad-record",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a record or file that can't be read (default: error)",
+    )
+    parser.add_argument(
+        "--max-bad-records", type=int, default=1000, metavar="N", help="more than so many skipped are an error: 1000"
+    )
+    parser.add_argument(
+        "--max-record-mb", type=float, default=1000.0, metavar="MB", help="a larger record is a bad one (default: 1000)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run wrote (default: refuse to)"
+    )
+
+
+def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
+    _add_read_options(tokenizer)
+    tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
+    tokenizer.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
+    tokenizer.add_argument(
+        "--kind", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (default: bpe)"
+    )
+    tokenizer.add_argument(
+        "--sample-mb",
+        type=float,
+        default=100.0,
+        metavar="MB",
+        help="text to train on, drawn evenly from all of it (default: 100)",
+    )
+    tokenizer.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of the text's characters that get a token; the rest is spelled in bytes (default: 0.9995)",
+    )
+    tokenizer.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: 0)")
+
+
+def _add_encode_options(encode: argparse.ArgumentParser) -> None:
+    _add_read_options(encode)
+    encode.add_argument(
+        "--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, a tokenizer.json, or: byte"
+    )
+    encode.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    encode.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
+    )
+    encode.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
+    encode.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    encode.add_argument(
+        "--part", metavar="I/N", help="do part I of N, beside other runs of this command on the same disk"
+    )
+    encode.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
+    encode.add_argument(
+        "--keep-field",
+        action="append",
+        metavar="NAME",
+        help="field to keep in a document's metadata; may be given several times (default: title)",
+    )
+
+
+def _add_inspect_options(look: argparse.ArgumentParser) -> None:
+    look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
+    look.add_argument("--shard", type=int, metavar="S", help="--document counts in this shard, from 0")
+    what = look.add_mutually_exclusive_group()
+    what.add_argument("--document", type=int, metavar="N", help="show one document, by its number from 0")
+    what.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def _add_verify_options(check: argparse.ArgumentParser) -> None:
+    check.add_argument("folders", nargs="+", metavar="DIR", help="datasets")
+    check.add_argument("--workers", type=int, default=0, metavar="N", help="shards read at once (default: one a core)")
+
+
+def _add_stats_options(stats: argparse.ArgumentParser) -> None:
+    stats.add_argument("folders", nargs="+", metavar="DIR", help="datasets, counted together")
+    stats.add_argument("--png", metavar="FILE", help="write a plot")
+
+
+def _add_merge_options(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of the same tokenizer, in this order")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    merge.add_argument("--link", action="store_true", help="hard links instead of copies (same file system)")
+    merge.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+
+
+def _add_split_options(split: argparse.ArgumentParser) -> None:
+    split.add_argument("folder", metavar="DIR", help="a dataset")
+    split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
+    split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
+    split.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
+    split.add_argument("--overwrite", action="store_true", help="replace datasets that are there")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="infini-data", description=_ABOUT, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
+    for name, add_options, short, about, examples in (
+        ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
+        ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
+        ("inspect", _add_inspect_options, "show what a dataset holds", _INSPECT, _INSPECT_EXAMPLES),
+        ("verify", _add_verify_options, "check every hash and every document", _VERIFY, _VERIFY_EXAMPLES),
+        ("stats", _add_stats_options, "show how long the documents are", _STATS, _STATS_EXAMPLES),
+        ("merge", _add_merge_options, "several datasets as one", _MERGE, _MERGE_EXAMPLES),
+        ("split", _add_split_options, "hold out whole documents of a dataset", _SPLIT, _SPLIT_EXAMPLES),
+    ):
+        add_options(commands.add_parser(name, help=short, description=about, epilog=examples, formatter_class=raw))
+    return parser

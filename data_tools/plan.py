@@ -1,0 +1,154 @@
+"""Which part of the sources each task reads: a pure function of the files' names and sizes and of the task size.
+
+The plan is written down before any work begins. A later run of the same command makes it again and compares: only if
+nothing has changed does it go on with what is there. Memory stays constant, whatever the number of files.
+"""
+
+import filecmp
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.readers import Piece
+from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
+from infini_train.config import ConfigError
+
+_FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
+_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any part of such a file
+_MIN_TASK_BYTES = 8_000_000
+_TASKS_WANTED = 64
+
+
+def task_bytes(total_bytes: int, largest: int) -> int:
+    """Source bytes of a task: enough tasks for many workers, neither tiny nor larger than `largest`."""
+    return max(1, min(largest, max(_MIN_TASK_BYTES, total_bytes // _TASKS_WANTED)))
+
+
+def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None) -> Iterator[list[Piece]]:
+    """The pieces of each task, in the order of the files: about `size` bytes, more only for what can't be cut."""
+    task: list[Piece] = []
+    room = size
+    for file in files:
+        whole = compression_of(file.path) or (format or format_of(file.path)) not in _CUT_FORMATS
+        start = 0
+        while start < file.bytes or not start:
+            length = file.bytes if whole or not file.bytes else min(room, file.bytes - start)
+            if task and length > room:
+                yield task
+                task, room = [], size
+                continue
+            task.append(Piece(file.path, file.id, file.source, start, start + length))
+            start, room = start + max(length, 1), room - length
+            if room <= 0:
+                yield task
+                task, room = [], size
+    if task:
+        yield task
+
+
+class Plan:
+    """The tasks of a command, as they lie in its folder.
+
+    Attributes:
+        sizes: bytes of each task.
+        in_process: the sources can only be read by this very process (standard input).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _TASKS
+        starts, sizes = [0], []
+        self.in_process = False
+        with self._path.open("rb") as file:
+            for line in file:
+                starts.append(starts[-1] + len(line))
+                pieces = [Piece(*row) for row in json.loads(line)]
+                sizes.append(sum(piece.stop - piece.start for piece in pieces))
+                self.in_process |= any(piece.path == STDIN for piece in pieces)
+        self._starts, self.sizes = np.array(starts), np.array(sizes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def pieces(self, task: int) -> list[Piece]:
+        """What a task reads."""
+        with self._path.open("rb") as file:
+            file.seek(int(self._starts[task]))
+            return [Piece(*row) for row in json.loads(file.readline())]
+
+
+def make_plan(
+    folder: Path, sources: list[str], command: Mapping[str, Any], largest: int, format: str | None = None
+) -> Plan:
+    """Write the plan into a folder, or check that it is the one that lies there.
+
+    Args:
+        folder: of unfinished work; it exists.
+        sources: files, folders, patterns, URLs.
+        command: whatever else the results depend on, by the name of its option; JSON values.
+        largest: source bytes of a task, at most.
+        format: of all files, if given.
+
+    Raises:
+        ConfigError: the sources can't be found; or the folder holds work of another command or of other sources.
+    """
+    aside = folder / f".plan-{uuid.uuid4().hex[:8]}"
+    files, tasks, options = (aside.with_name(aside.name + suffix) for suffix in ("-files", "-tasks", "-command"))
+    try:
+        total = _write_lines(files, find_files(sources))
+        tasks_of = plan_tasks(_read_files(files), task_bytes(total, largest), format)
+        _write_lines(tasks, tasks_of)
+        options.write_text(json.dumps({"sources": sources, **command}, indent=1) + "\n", encoding="utf-8")
+        if (folder / _COMMAND).exists():
+            _compare(folder, options, files)
+        else:
+            for path, name in ((files, _FILES), (tasks, _TASKS), (options, _COMMAND)):  # the last one makes it valid
+                os.replace(path, folder / name)
+    finally:
+        for path in (files, tasks, options):
+            path.unlink(missing_ok=True)
+    return Plan(folder)
+
+
+def _write_lines(path: Path, rows: Iterable[Any]) -> int:
+    """A JSON line for each; the sum of the files' bytes."""
+    total = 0
+    with path.open("w", encoding="utf-8") as out:
+        for row in rows:
+            total += row.bytes if isinstance(row, SourceFile) else 0
+            out.write(json.dumps(row) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    return total
+
+
+def _read_files(path: Path) -> Iterator[SourceFile]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield SourceFile(*json.loads(line))
+
+
+def _compare(folder: Path, options: Path, files: Path) -> None:
+    """Whether the folder's plan is the same."""
+    old, new = (json.loads(path.read_bytes()) for path in (folder / _COMMAND, options))
+    end = "give the same command to go on with it, or pass --restart to begin again"
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise ConfigError(f"{folder}: holds unfinished work of another command ({_option(name)} differs); {end}")
+    if filecmp.cmp(folder / _FILES, files, shallow=False):
+        return
+    for before, now in zip(_read_files(folder / _FILES), _read_files(files), strict=False):
+        if before != now:
+            path = before.path if before.path == now.path else f"{before.path} or {now.path}"
+            break
+    else:
+        path = "the number of files"
+    raise ConfigError(f"{folder}: holds unfinished work, but the sources have changed since ({path}); {end}")
+
+
+def _option(name: str) -> str:
+    return name if name == "sources" else f"--{name.replace('_', '-')}"

@@ -1,0 +1,178 @@
+"""Files of a corpus: local paths, folders, patterns, URLs that fsspec opens, standard input; plain or compressed."""
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import fsspec
+import zstandard
+
+from infini_train.config import ConfigError
+
+STDIN = "-"
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+FORMATS = {  # the suffixes of each, without a compression's
+    "text": (".txt", ".md", ".py", ".rst"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+    "tar": (".tar",),
+    "megatron": (".bin",),
+}
+_COMPRESSED = ("text", "jsonl", "tar")  # formats that may be compressed as a whole
+_SEARCHED = ("jsonl", "parquet", "tar", "text")  # a folder is searched for these
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+class SourceFile(NamedTuple):
+    """A file to read. `id` names it in the corpus, `source` is the name of the argument it was found by."""
+
+    path: str
+    id: str
+    source: str
+    bytes: int  # 0: unknown
+    mtime_ns: int  # 0: unknown
+
+
+def suffixes() -> str:
+    """What a folder is searched for."""
+    endings = " ".join(suffix for name in _SEARCHED for suffix in FORMATS[name])
+    return f"{endings}, each but .parquet also with {' '.join(COMPRESSIONS)}"
+
+
+def compression_of(path: str) -> str | None:
+    """The suffix of its compression."""
+    return next((suffix for suffix in COMPRESSIONS if path.endswith(suffix)), None)
+
+
+def format_of(path: str) -> str | None:
+    """The format that a file's name tells; None: none of those known."""
+    name = PurePosixPath(path).name
+    compression = compression_of(name) or ""
+    plain = name.removesuffix(compression)
+    for kind, endings in FORMATS.items():
+        if plain.endswith(endings) and (not compression or kind in _COMPRESSED):
+            return kind
+    return "tar" if name.endswith(".tgz") else None
+
+
+def find_files(sources: Iterable[str]) -> Iterator[SourceFile]:
+    """The files of the sources, in order; within a folder or pattern sorted by name.
+
+    Raises:
+        ConfigError: no such file, folder or match.
+    """
+    for source in sources:
+        if source == STDIN:
+            yield SourceFile(STDIN, "stdin", "stdin", 0, 0)
+        elif "://" in source:
+            yield from _find_remote(source)
+        elif os.path.exists(source):
+            yield from _find_local(Path(source))
+        elif glob.has_magic(source):
+            yield from _find_pattern(source)
+        else:
+            raise ConfigError(f"{source}: no such file or folder")
+
+
+def _find_local(path: Path) -> Iterator[SourceFile]:
+    name = path.name or path.resolve().name or "/"
+    if not path.is_dir():
+        yield _local(str(path), name, name)
+        return
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in sorted(files):
+            if not file.startswith(".") and _is_searched(file):
+                found = Path(folder) / file
+                yield _local(str(found), f"{name}/{found.relative_to(path).as_posix()}", name)
+
+
+def _find_pattern(pattern: str) -> Iterator[SourceFile]:
+    fixed = Path(pattern[: pattern.index(next(c for c in pattern if c in "*?["))] + "x").parent
+    name = fixed.name or fixed.resolve().name or "/"
+    found = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    if not found:
+        raise ConfigError(f"{pattern}: no file matches")
+    for path in found:
+        yield _local(path, f"{name}/{Path(path).relative_to(fixed).as_posix()}", name)
+
+
+def _find_remote(url: str) -> Iterator[SourceFile]:
+    protocol, _, rest = url.partition("://")
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        if glob.has_magic(rest):
+            found = sorted(system.glob(path, detail=True).items())
+            base = path[: path.index(next(c for c in path if c in "*?["))].rpartition("/")[0]
+        elif system.isdir(path):
+            inside = sorted(system.find(path, detail=True).items())
+            found = [(name, info) for name, info in inside if _is_searched(name)]
+            base = path.rstrip("/")
+        else:
+            found, base = [(path, system.info(path))], path.rpartition("/")[0]
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConfigError(f"{url}: can't be found: {error}") from error
+    name = PurePosixPath(base).name or protocol
+    for file, info in found:
+        if info["type"] == "file":
+            inner = file.removeprefix(base).lstrip("/")
+            file_id = inner if len(found) == 1 and file == path else f"{name}/{inner}"
+            source = file_id if file_id == inner else name
+            yield SourceFile(system.unstrip_protocol(file), file_id, source, int(info.get("size") or 0), 0)
+
+
+def _is_searched(name: str) -> bool:
+    return not PurePosixPath(name).name.startswith(".") and format_of(name) in _SEARCHED
+
+
+def _local(path: str, file_id: str, source: str) -> SourceFile:
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    if not stat.S_ISREG(info.st_mode):  # a pipe: its size is known when it has been read
+        return SourceFile(path, file_id, source, 0, 0)
+    return SourceFile(path, file_id, source, info.st_size, info.st_mtime_ns)
+
+
+def open_raw(path: str) -> BinaryIO:
+    """The bytes of a file as they are stored.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    if path == STDIN:
+        return sys.stdin.buffer
+    if "://" in path:
+        system, inner = fsspec.core.url_to_fs(path)
+        return cast(BinaryIO, system.open(inner, "rb"))
+    return open(path, "rb", buffering=1 << 20)  # noqa: SIM115  the caller closes it
+
+
+def decompress(raw: BinaryIO, path: str) -> BinaryIO:
+    """What a file holds, given its stored bytes and its name; reading it may raise any of READ_ERRORS."""
+    reader: Any
+    match ".gz" if path.endswith(".tgz") else compression_of(path):
+        case ".gz":
+            reader = gzip.GzipFile(fileobj=raw, mode="rb")
+        case ".xz":
+            reader = lzma.LZMAFile(raw)  # noqa: SIM115  the caller closes what it reads from
+        case ".bz2":
+            reader = bz2.BZ2File(raw)
+        case ".zst":
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+            reader = io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+        case _:
+            reader = raw
+    return cast(BinaryIO, reader)

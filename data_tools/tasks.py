@@ -1,0 +1,184 @@
+"""The tasks of a plan on all cores: each is done whole or not at all, and a later run does those that are missing.
+
+A task writes into a folder of its own, which gets its name by one rename when all of it is on the disk. Worker
+processes are told the numbers of tasks over pipes; a broken pipe tells each side that the other has died.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.plan import Plan
+from infini_train.config import ConfigError
+from infini_train.data.writer import explain_disk_errors, sync
+
+# Called with the number of a task, the empty folder to write into, the threads to use, and a function that is told of
+# source bytes that were read.
+Work = Callable[[int, Path, int, Callable[[int], None]], None]
+
+_SAID_BYTES = 1_000_000  # a worker tells of its progress after so many
+
+
+def finished_tasks(folder: Path) -> set[int]:
+    """The numbers of the tasks whose folders are there."""
+    names = (path.name for path in folder.iterdir())
+    return {int(name.removeprefix("task-")) for name in names if name.startswith("task-")}
+
+
+def task_folder(folder: Path, task: int) -> Path:
+    """Where a finished task lies."""
+    return folder / f"task-{task:06d}"
+
+
+def share(part: str | None, tasks: int) -> range:
+    """The tasks of part I of N, written I/N with I from 1; all without a part.
+
+    Raises:
+        ConfigError: it is not such a part.
+    """
+    if part is None:
+        return range(tasks)
+    first, _, number = part.partition("/")
+    if not (first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number)):
+        raise ConfigError(f"--part: {part!r} is not I/N with I from 1 to N, as in 3/8")
+    return range(int(first) - 1, tasks, int(number))
+
+
+def run_tasks(folder: Path, plan: Plan, work: Work, *, workers: int, part: str | None = None, label: str = "") -> None:
+    """Do the tasks of the plan (or of a part of it) that are not yet done.
+
+    Raises:
+        ConfigError: a task failed, or its process was killed. What was finished stays.
+    """
+    finished, mine = finished_tasks(folder), share(part, len(plan))
+    missing = [task for task in mine if task not in finished]
+    done_bytes = sum(int(plan.sizes[task]) for task in mine if task in finished)
+    total = sum(int(plan.sizes[task]) for task in mine)
+    bar = tqdm(total=total or None, initial=done_bytes, unit="B", unit_scale=True, desc=label, disable=None)
+
+    def advance(n_bytes: int) -> None:
+        bar.update(n_bytes)
+
+    with bar:
+        if plan.in_process or min(workers, len(missing)) <= 1:
+            for task in missing:
+                _do(folder, work, task, workers, advance)
+        else:
+            _Pool(folder, work, min(workers, len(missing))).run(missing, advance)
+
+
+def _do(folder: Path, work: Work, task: int, threads: int, advance: Callable[[int], None]) -> None:
+    """One task: aside, then renamed."""
+    target = task_folder(folder, task)
+    for stale in folder.glob(f".{target.name}.*"):  # of a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    aside = folder / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        with explain_disk_errors(folder):
+            aside.mkdir()
+        work(task, aside, threads, advance)
+        with explain_disk_errors(folder):
+            for path in (*aside.iterdir(), aside):
+                sync(path)
+            try:
+                aside.rename(target)
+            except OSError:
+                if not target.exists():  # a worker whose parent was killed may have finished it just now
+                    raise
+            sync(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _Pool:
+    """Worker processes, each with a pipe: it takes task numbers and gives back bytes read, then None or an error."""
+
+    def __init__(self, folder: Path, work: Work, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes: dict[Connection[Any, Any], Any] = {}
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, folder, work), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def run(self, tasks: list[int], advance: Callable[[int], None]) -> None:
+        waiting = iter(tasks)
+        try:
+            for connection in list(self._processes):
+                self._give(connection, waiting)
+            while self._processes:
+                for ready in wait(list(self._processes)):
+                    self._take(ready, waiting, advance)  # type: ignore[arg-type]
+        finally:
+            for process in self._processes.values():
+                process.terminate()
+            for process in self._processes.values():
+                process.join()
+
+    def _take(self, ready: "Connection[Any, Any]", waiting: Iterator[int], advance: Callable[[int], None]) -> None:
+        try:
+            message = ready.recv()
+        except (EOFError, OSError):
+            process = self._processes[ready]
+            process.join()
+            raise ConfigError(_explain_death(process.exitcode)) from None
+        if isinstance(message, int):
+            advance(message)
+        elif message is None:
+            self._give(ready, waiting)
+        else:
+            raise ConfigError(message)
+
+    def _give(self, connection: "Connection[Any, Any]", waiting: Iterator[int]) -> None:
+        """The next task, or the end."""
+        task = next(waiting, None)
+        with contextlib.suppress(BrokenPipeError):  # it has died; that is told where its answer is waited for
+            connection.send(task)
+        if task is None:
+            process = self._processes.pop(connection)
+            connection.close()
+            process.join()
+
+
+def _explain_death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ": perhaps memory ran out; take fewer --workers" if name == "SIGKILL" else ""
+        return f"a worker process was ended by {name}{hint}; the same command goes on with what is finished"
+    return f"a worker process has ended with status {code}; the same command goes on with what is finished"
+
+
+def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
+    """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    unsaid = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal unsaid
+        unsaid += n_bytes
+        if unsaid >= _SAID_BYTES:
+            connection.send(unsaid)
+            unsaid = 0
+
+    try:
+        while (task := connection.recv()) is not None:
+            try:
+                _do(folder, work, task, 1, advance)
+                connection.send(None)
+            except ConfigError as error:
+                connection.send(str(error))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(1)  # the parent has died

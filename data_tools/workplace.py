@@ -1,0 +1,117 @@
+"""The hidden folder beside a result in which its parts come together; it outlives a run that was stopped or killed."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.tasks import finished_tasks
+from infini_train.config import ConfigError
+from infini_train.data.manifest import MANIFEST_FILE
+from infini_train.data.writer import explain_disk_errors, replace_folder
+
+_RESULT = "result"
+_PUBLISHING = "publishing"  # from here on the result may have left the folder
+
+
+def check_pair_target(folder: Path, overwrite: bool) -> None:
+    """The folder may become one that holds the datasets train and validation, and nothing else.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    with explain_disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is a file; give a folder")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if MANIFEST_FILE in names:
+        raise ConfigError(f"{folder}: is itself a dataset; choose another folder for the two of --holdout")
+    if names - {"train", "validation"}:
+        raise ConfigError(f"{folder}: is not empty; choose another folder")
+    if names and not overwrite:
+        raise ConfigError(f"{folder}: datasets are there already; choose another folder, or pass --overwrite")
+
+
+class Workplace:
+    """A context manager that gives the folder `.NAME.partial` beside the result NAME.
+
+    An error leaves the folder if it holds finished tasks, or if other parts may be at work in it.
+
+    Args:
+        target: what will be written.
+        restart: begin with an empty folder.
+        part: this run's part of the work, if there are others.
+
+    Raises:
+        ConfigError: another process is at the same work, or the folder can't be written.
+    """
+
+    def __init__(self, target: Path, *, restart: bool = False, part: str | None = None) -> None:
+        self._shown = target
+        self._target = Path(os.path.abspath(target))  # has a name and a parent, also for . or a/..
+        self.folder = self._target.parent / f".{self._target.name}.partial"
+        self.result = self.folder / _RESULT
+        self._part = part
+        if restart and part:
+            raise ConfigError(f"--restart: other parts may be at work; remove {self.folder} by hand when none is")
+        self._restart = restart
+
+    def __enter__(self) -> Path:
+        with explain_disk_errors(self._shown):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            if self._restart or not self._is_unfinished():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(exist_ok=True)
+        self._lock = self._open_lock(f"lock-{(self._part or 'all').replace('/', '-of-')}")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(f"{self.folder}: another process is at this work; wait for it, or end it") from None
+        except OSError:  # a file system without locks: two runs at once would do the same work twice
+            pass
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            if kind is not None and self._part is None and not finished_tasks(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    @contextlib.contextmanager
+    def last_step(self) -> Iterator[bool]:
+        """Only one part at a time is in here; gives whether the result is still to be made."""
+        if not self.folder.exists():
+            yield False
+            return
+        lock = self._open_lock("lock-last-step")
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield self._is_unfinished()
+        finally:
+            os.close(lock)
+
+    def publish(self) -> None:
+        """Move the result to its place, and remove this folder.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        with explain_disk_errors(self._shown):
+            (self.folder / _PUBLISHING).touch()
+            replace_folder(self.result, self._target)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove what was done: nothing will come of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _is_unfinished(self) -> bool:
+        return self.folder.exists() and (self.result.exists() or not (self.folder / _PUBLISHING).exists())
+
+    def _open_lock(self, name: str) -> int:
+        with explain_disk_errors(self._shown):
+            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)

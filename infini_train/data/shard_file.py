@@ -1,0 +1,156 @@
+"""Shards: tar files (WebDataset) with two members a document, and the records of an index. Imports no torch."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from infini_train.data.manifest import INDEX_RECORD, NPY_HEADER_BYTES, ShardEntry, SourceEntry
+
+OWN_METADATA = ("id", "source", "n_bytes", "n_tokens", "crc32")  # written for each document
+_CHECKSUM = "crc32"
+_END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, then more up to whole records
+
+
+class ShardRun:
+    """Writes documents into shards PREFIX-00000.tar, PREFIX-00001.tar, ... and counts them by source.
+
+    Args:
+        folder: where the shards go.
+        prefix: of their names.
+        index: gets a record of each document; its field shard counts from 0.
+        dtype: stored type of the ids.
+        max_shard_bytes: a shard is closed before it grows over this size (one larger document gets its own).
+    """
+
+    def __init__(self, folder: Path, prefix: str, index: BinaryIO, dtype: np.dtype[Any], max_shard_bytes: int) -> None:
+        self.folder = folder
+        self.prefix = prefix
+        self.max_shard_bytes = max_shard_bytes
+        self.shards: list[ShardEntry] = []
+        self.sources: dict[str, SourceEntry] = {}
+        self.documents = 0
+        self._dtype = dtype
+        self._index = index
+        self._open: _Shard | None = None
+
+    def add(
+        self, tokens: np.ndarray, *, n_bytes: int, id: str, source: str = "", metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Append a document.
+
+        Args:
+            tokens: content token ids, 1-D, without bos and eos.
+            n_bytes: UTF-8 bytes of its text.
+            id: names the document in its source.
+            source: names the source.
+            metadata: more JSON values to keep (a title, say).
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        tokens = np.ascontiguousarray(tokens, self._dtype)
+        own = {"id": id, "source": source, "n_bytes": n_bytes, "n_tokens": tokens.size}
+        note = _encode_note({**(metadata or {}), **own}, tokens)
+        size = NPY_HEADER_BYTES + tokens.nbytes + len(note) + 4 * tarfile.BLOCKSIZE
+        if self._open is not None and self._open.size + size > self.max_shard_bytes:
+            self.close_shard()
+        if self._open is None:
+            self._open = _Shard(self.folder / f"{self.prefix}-{len(self.shards):05d}.tar")
+        data_offset, json_offset = self._open.add(tokens, note)
+        row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self.shards))
+        self._index.write(np.array(row, INDEX_RECORD).tobytes())
+        self.documents += 1
+        old = self.sources.get(source, SourceEntry(name=source, documents=0, tokens=0, bytes=0))
+        self.sources[source] = SourceEntry(
+            name=source, documents=old.documents + 1, tokens=old.tokens + tokens.size, bytes=old.bytes + n_bytes
+        )
+
+    def close_shard(self) -> None:
+        """Finish the open shard, if there is one; a further document goes to the next."""
+        if self._open is not None:
+            self.shards.append(self._open.close())
+            self._open = None
+
+    def abandon(self) -> None:
+        """Close the open file as it is."""
+        if self._open is not None:
+            with contextlib.suppress(OSError):  # closing writes what is buffered
+                self._open.file.close()
+
+
+def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
+    """What stands before the ids in a .npy file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (size,)})
+    assert len(header.getvalue()) == NPY_HEADER_BYTES
+    return header.getvalue()
+
+
+def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
+    return json.dumps({**note, _CHECKSUM: document_checksum(note, tokens)}, ensure_ascii=False).encode()
+
+
+def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:
+    """crc32 over the ids as they are stored and over the metadata, but for its own checksum."""
+    note = {key: value for key, value in metadata.items() if key != _CHECKSUM}
+    return zlib.crc32(json.dumps(note, ensure_ascii=False).encode(), zlib.crc32(tokens.view(np.uint8).data))
+
+
+class _Shard:
+    """One tar file. Time 0 and owner 0: the same documents give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=1 << 20)
+        self.size = 0
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._documents = self._tokens = 0
+
+    def add(self, tokens: np.ndarray, note: bytes) -> tuple[int, int]:
+        """Append the members of a document; the offsets of its first token id and of its metadata."""
+        key = f"{self._documents:010d}"
+        header = npy_header(tokens.dtype, tokens.size)
+        data_offset = self._add_member(f"{key}.npy", header, tokens.view(np.uint8).data)
+        json_offset = self._add_member(f"{key}.json", note)
+        self._documents += 1
+        self._tokens += tokens.size
+        return data_offset + NPY_HEADER_BYTES, json_offset
+
+    def close(self) -> ShardEntry:
+        padding = -(self.size + _END_BYTES) % tarfile.RECORDSIZE
+        self._write(bytes(_END_BYTES + padding))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return ShardEntry(
+            file=self._path.name,
+            bytes=self.size,
+            sha256=self._hash.hexdigest(),
+            documents=self._documents,
+            tokens=self._tokens,
+        )
+
+    def _add_member(self, name: str, *chunks: bytes | memoryview) -> int:
+        """Append a file of these bytes; the offset of the first."""
+        member = tarfile.TarInfo(name)
+        member.size = sum(len(chunk) for chunk in chunks)
+        self._write(member.tobuf(tarfile.GNU_FORMAT))
+        offset = self.size
+        for chunk in chunks:
+            self._write(chunk)
+        self._write(bytes(-member.size % tarfile.BLOCKSIZE))
+        return offset
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
