@@ -72,6 +72,7 @@ class Corpus:
         self.positions = np.concatenate([part.dataset.lengths_tokens for part in parts]) + 1
         self.lengths_bytes = np.concatenate([part.dataset.lengths_bytes for part in parts])
         self._first = np.cumsum([0, *(len(part.dataset) for part in parts)])  # number of each part's first document
+        self._totals = [int(self._part_positions(i).sum()) for i in range(len(parts))]
         self._orders: dict[int, _Order] = {}  # of the epoch used last, by part
         self.identity = self._identify()
 
@@ -92,8 +93,8 @@ class Corpus:
     def total_positions(self) -> float:
         """Of all epochs of all parts; infinite if one is endless."""
         return sum(
-            float("inf") if part.epochs is None else part.epochs * float(self._part_positions(i).sum())
-            for i, part in enumerate(self.parts)
+            float("inf") if part.epochs is None else part.epochs * total
+            for part, total in zip(self.parts, self._totals, strict=True)
         )
 
     def start(self) -> tuple[Turn, ...]:
@@ -124,8 +125,9 @@ class Corpus:
 
     def given_positions(self, part: int, turn: Turn) -> int:
         """Positions that a part has given out so far."""
-        whole = turn.epoch * int(self._part_positions(part).sum())
-        return whole + (int(self._order(part, turn.epoch).before[turn.cursor]) if turn.cursor else 0)
+        return turn.epoch * self._totals[part] + (
+            int(self._order(part, turn.epoch).before[turn.cursor]) if turn.cursor else 0
+        )
 
     def locate(self, document: int) -> tuple[Dataset, int]:
         """The dataset of a document, and its number there."""

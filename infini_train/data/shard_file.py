@@ -1,6 +1,7 @@
 """Shards: tar files (WebDataset) with two members a document, and the records of an index. Imports no torch."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -87,6 +88,7 @@ class ShardRun:
                 self._open.file.close()
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
     """What stands before the ids in a .npy file."""
     header = io.BytesIO()

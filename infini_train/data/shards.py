@@ -5,7 +5,6 @@ A shard holds two members a document: ``<key>.npy`` (1-D token ids without bos a
 """
 
 import hashlib
-import io
 import json
 import os
 import threading
@@ -26,10 +25,12 @@ from infini_train.data.manifest import (
     read_index,
     read_manifest,
 )
+from infini_train.data.shard_file import npy_header
 from infini_train.data.writer import ShardWriter
 
 __all__ = ["CorruptDocumentError", "Dataset", "Manifest", "ShardWriter"]
 
+_ONE_READ_BYTES = 1 << 16
 _OPEN_FILES = 64  # shards kept open by one dataset
 
 
@@ -101,8 +102,14 @@ class Dataset:
         n_tokens, offset = int(record["n_tokens"]), int(record["data_offset"])
         assert 0 <= start <= stop <= n_tokens, f"document {document} has no tokens [{start}, {stop})"
         shard, size = int(record["shard"]), self._dtype.itemsize
-        self._check_header(document, self._read_bytes(shard, offset - NPY_HEADER_BYTES, NPY_HEADER_BYTES), n_tokens)
-        data = self._read_bytes(shard, offset + start * size, (stop - start) * size)
+        if start * size <= _ONE_READ_BYTES:  # header and tokens at once
+            data = self._read_bytes(shard, offset - NPY_HEADER_BYTES, NPY_HEADER_BYTES + stop * size)
+            header, data = data[:NPY_HEADER_BYTES], data[NPY_HEADER_BYTES + start * size :]
+        else:
+            header = self._read_bytes(shard, offset - NPY_HEADER_BYTES, NPY_HEADER_BYTES)
+            data = self._read_bytes(shard, offset + start * size, (stop - start) * size)
+        if header != npy_header(self._dtype, n_tokens):
+            raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
         tokens = np.frombuffer(data, self._dtype)
         if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
             raise CorruptDocumentError(f"{self.folder}: document {document} holds ids outside of the vocabulary")
@@ -133,18 +140,6 @@ class Dataset:
     def __del__(self) -> None:
         if hasattr(self, "_files"):
             self.close()
-
-    def _check_header(self, document: int, data: bytes, n_tokens: int) -> None:
-        expected = {"shape": (n_tokens,), "fortran_order": False, "dtype": self._dtype}
-        try:
-            file = io.BytesIO(data)
-            np.lib.format.read_magic(file)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # parses a literal, never unpickles
-            found = {"shape": shape, "fortran_order": fortran_order, "dtype": dtype}
-        except ValueError:
-            found = None
-        if found != expected:
-            raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
 
     def _read_bytes(self, shard: int, offset: int, size: int) -> bytes:
         with self._lock:  # pread needs no lock, but the file may be closed by another thread meanwhile
