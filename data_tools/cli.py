@@ -10,7 +10,7 @@ from data_tools import combine, inspect, lengths
 from data_tools.encode import EncodeOptions, encode_corpus
 from data_tools.options import build_parser
 from data_tools.problems import LeftOut
-from data_tools.readers import ReadOptions, documents
+from data_tools.readers import ReadOptions, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
 from infini_train.config import ConfigError
@@ -43,8 +43,8 @@ def _run_tokenizer(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
-    texts = (document.text for document in documents(options.sources, _read_options(options), left_out))
-    size = train_tokenizer(texts, options.out, settings, overwrite=options.overwrite)
+    found = texts(options.sources, _read_options(options), left_out)
+    size = train_tokenizer(found, options.out, settings, overwrite=options.overwrite)
     _report(left_out)
     print(f"{options.out}: {settings.vocab_size:,} tokens ({settings.kind}), trained on {size:,} bytes of text")
     return 0
