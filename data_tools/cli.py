@@ -6,11 +6,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from data_tools import combine, inspect, lengths
+from data_tools import combine, fertility, inspect, lengths
+from data_tools.clean import CleanOptions, clean_corpus
+from data_tools.duplicates import NearKeys, disk_bytes
 from data_tools.encode import EncodeOptions, encode_corpus
+from data_tools.filters import FilterOptions
 from data_tools.options import build_parser
 from data_tools.problems import LeftOut
-from data_tools.readers import ReadOptions, documents
+from data_tools.readers import ReadOptions, documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
 from infini_train.config import ConfigError
@@ -28,6 +31,10 @@ def _read_options(options: argparse.Namespace) -> ReadOptions:
     )
 
 
+def _left_out(options: argparse.Namespace) -> LeftOut:
+    return LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+
+
 def _report(left_out: LeftOut) -> None:
     for line in left_out.lines():
         print(line, file=sys.stderr)
@@ -42,11 +49,54 @@ def _run_tokenizer(options: argparse.Namespace) -> int:
         threads=options.threads,
         seed=options.seed,
     )
-    left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
-    texts = (document.text for document in documents(options.sources, _read_options(options), left_out))
-    size = train_tokenizer(texts, options.out, settings, overwrite=options.overwrite)
+    left_out = _left_out(options)
+    found = texts(options.sources, _read_options(options), left_out)
+    size = train_tokenizer(found, options.out, settings, overwrite=options.overwrite)
     _report(left_out)
     print(f"{options.out}: {settings.vocab_size:,} tokens ({settings.kind}), trained on {size:,} bytes of text")
+    return 0
+
+
+def _run_fertility(options: argparse.Namespace) -> int:
+    left_out = _left_out(options)
+    found = documents(options.sources, _read_options(options), left_out)
+    print(fertility.describe(fertility.measure(found, options.tokenizer, int(options.sample_mb * 1e6))))
+    _report(left_out)
+    return 0
+
+
+def _run_clean(options: argparse.Namespace) -> int:
+    settings = CleanOptions(
+        filters=FilterOptions(
+            nfc=options.nfc,
+            strip_controls=options.strip_controls,
+            min_chars=options.min_chars,
+            max_chars=options.max_chars,
+            max_repeated_lines=options.max_repeated_lines,
+            max_symbols=options.max_symbols,
+            languages=tuple(options.language.split(",")) if options.language else (),
+        ),
+        read=_read_options(options),
+        dedup=options.dedup,
+        near_dedup=options.near_dedup,
+        on_bad_record=options.on_bad_record,
+        max_bad_records=options.max_bad_records,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        workers=options.workers or _cores(),
+        part=options.part,
+    )
+    if settings.near_dedup:
+        size = disk_bytes(NearKeys(settings.near_dedup).bands)
+        print(f"near duplicates: {size} bytes of disk a document, 0.5 GB of memory for all of them", file=sys.stderr)
+    report = clean_corpus(options.sources, options.out, settings)
+    if report is None:
+        print(f"part {options.part} is done; {options.out} appears when the last part is")
+        return 0
+    _report(report.left_out)
+    for name, number in sorted(report.changed.items()):
+        print(f"changed {number:,} documents: {name}", file=sys.stderr)
+    print(f"{options.out}: {report.documents:,} documents, {report.bytes:,} bytes of text")
     return 0
 
 
@@ -130,6 +180,8 @@ def _run_split(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "clean": _run_clean,
+    "fertility": _run_fertility,
     "tokenizer": _run_tokenizer,
     "encode": _run_encode,
     "inspect": _run_inspect,

@@ -26,6 +26,21 @@ examples:
   infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
   infini-data tokenizer wiki.jsonl.zst code/ --out t.model --kind unigram --sample-mb 500"""
 
+_CLEAN = """\
+Write the documents that stay, as JSON lines, in their order, with a report of what was changed and left out. Long
+documents stay whole. What was stopped or killed goes on when the same command is given again."""
+_CLEAN_EXAMPLES = """\
+examples:
+  infini-data clean web/ --out clean --nfc --strip-controls --min-chars 200 --max-symbols 0.3 --dedup
+  infini-data clean web/ --out clean --language en,de --near-dedup 0.8"""
+
+_FERTILITY = """\
+Print how many bytes of text a token stands for, and whether decoding gives the text back. Give text that the tokenizer
+was not trained on."""
+_FERTILITY_EXAMPLES = """\
+examples:
+  infini-data fertility held-out/ --tokenizer tokenizer.model --tokenizer llama/tokenizer.json"""
+
 _ENCODE = """\
 Encode the sources into a folder of WebDataset shards with an index, a manifest, and the tokenizer. The folder appears
 whole at the end. A run that was stopped or killed goes on when the same command is given again. The result does not
@@ -99,13 +114,15 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-record-mb", type=float, default=1000.0, metavar="MB", help="a larger record is a bad one (default: 1000)"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run wrote (default: refuse to)"
-    )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse to)")
 
 
 def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
+    _add_overwrite(tokenizer)
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
     tokenizer.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
@@ -143,17 +160,22 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
     encode.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
-    encode.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
-    encode.add_argument(
-        "--part", metavar="I/N", help="do part I of N, beside other runs of this command on the same disk"
-    )
-    encode.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
     encode.add_argument(
         "--keep-field",
         action="append",
         metavar="NAME",
         help="field to keep in a document's metadata; may be given several times (default: title)",
     )
+    _add_run_options(encode)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--part", metavar="I/N", help="do part I of N, beside other runs of this command on the same disk"
+    )
+    parser.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
+    _add_overwrite(parser)
 
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
@@ -178,7 +200,7 @@ def _add_merge_options(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of the same tokenizer, in this order")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     merge.add_argument("--link", action="store_true", help="hard links instead of copies (same file system)")
-    merge.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+    _add_overwrite(merge)
 
 
 def _add_split_options(split: argparse.ArgumentParser) -> None:
@@ -186,7 +208,53 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
     split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
     split.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
-    split.add_argument("--overwrite", action="store_true", help="replace datasets that are there")
+    _add_overwrite(split)
+
+
+def _add_clean_options(clean: argparse.ArgumentParser) -> None:
+    _add_read_options(clean)
+    clean.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
+    clean.add_argument("--nfc", action="store_true", help="compose characters (Unicode NFC)")
+    clean.add_argument("--strip-controls", action="store_true", help="remove control characters, but tab and line end")
+    clean.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    clean.add_argument("--max-chars", type=int, default=0, metavar="N", help="leave out longer documents")
+    clean.add_argument(
+        "--max-repeated-lines",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out documents with more of their characters in lines that were there before",
+    )
+    clean.add_argument(
+        "--max-symbols",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out documents with more characters that are neither letters nor digits",
+    )
+    clean.add_argument("--language", metavar="CODES", help="leave out other languages, as told by py3langid: en,de")
+    clean.add_argument("--dedup", action="store_true", help="leave out texts that were there before")
+    clean.add_argument(
+        "--near-dedup",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out texts that have about this share of their 5-word shingles in common with one before (MinHash)",
+    )
+    clean.add_argument(
+        "--keep-field", action="append", metavar="NAME", help="field to keep; may be given several times (title)"
+    )
+    _add_run_options(clean)
+
+
+def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
+    _add_read_options(fertility)
+    fertility.add_argument(
+        "--tokenizer", action="append", required=True, metavar="FILE", help="may be given several times, to compare"
+    )
+    fertility.add_argument(
+        "--sample-mb", type=float, default=20.0, metavar="MB", help="so much of the text is enough (default: 20)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,7 +263,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="infini-data", description=_ABOUT, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, add_options, short, about, examples in (
+        ("clean", _add_clean_options, "filter and deduplicate text", _CLEAN, _CLEAN_EXAMPLES),
         ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
+        ("fertility", _add_fertility_options, "bytes a token, of any tokenizer", _FERTILITY, _FERTILITY_EXAMPLES),
         ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
         ("inspect", _add_inspect_options, "show what a dataset holds", _INSPECT, _INSPECT_EXAMPLES),
         ("verify", _add_verify_options, "check every hash and every document", _VERIFY, _VERIFY_EXAMPLES),

@@ -78,12 +78,19 @@ def documents(
             found = True
             yield document
     if not found:
-        raise nothing_found(sources)
+        raise ConfigError(f"{', '.join(sources)}: no documents found; a folder is searched for {suffixes()}")
 
 
-def nothing_found(sources: Iterable[str]) -> ConfigError:
-    """The error for sources without a document."""
-    return ConfigError(f"{', '.join(sources)}: no documents found; a folder is searched for {suffixes()}")
+def texts(sources: Iterable[str], options: ReadOptions | None = None, left_out: LeftOut | None = None) -> Iterator[str]:
+    """The texts of `documents`.
+
+    Raises:
+        ConfigError: a document is stored as token ids.
+    """
+    for document in documents(sources, options, left_out):
+        if document.tokens is not None:
+            raise ConfigError(f"{document.id}: holds token ids, not text; give the text that they were made of")
+        yield document.text
 
 
 def whole(file: SourceFile) -> Piece:

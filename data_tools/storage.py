@@ -171,8 +171,35 @@ def decompress(raw: BinaryIO, path: str) -> BinaryIO:
         case ".bz2":
             reader = bz2.BZ2File(raw)
         case ".zst":
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-            reader = io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+            reader = io.BufferedReader(_ZstdStream(raw), 1 << 20)
         case _:
             reader = raw
     return cast(BinaryIO, reader)
+
+
+class _ZstdStream(io.RawIOBase):
+    """The frames of a zstd file. The library's own stream takes a file that was cut for one that ends."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(1 << 17)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a compressed frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._output, self._input = self._frame.decompress(self._input), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.tasks import finished_tasks
 from infini_train.config import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.data.writer import explain_disk_errors, replace_folder
@@ -76,7 +75,7 @@ class Workplace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):
-            if kind is not None and self._part is None and not finished_tasks(self.folder):
+            if kind is not None and self._part is None and not any(self.folder.glob("**/task-*")):
                 shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from infini_train.config import ConfigError
+from infini_train.data.manifest import token_dtype
 
 # Names that models use, where no tokenizer_config.json lies beside the file.
 _BEGIN = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -58,10 +59,11 @@ class HuggingFaceTokenizer:
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        dtype = token_dtype(self.vocab_size)
         if threads == 1:
-            return [self.encode(text) for text in texts]
+            return [np.array(self._model.encode(text, add_special_tokens=False).ids, dtype) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]

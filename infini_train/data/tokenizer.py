@@ -14,6 +14,7 @@ import sentencepiece
 from infini_train.config import ConfigError
 from infini_train.data.cuts import SPACE_SYMBOL, cuts_of, keeps_text, parse_model
 from infini_train.data.huggingface import HuggingFaceTokenizer
+from infini_train.data.manifest import token_dtype
 
 _BATCH_CHARS = 1_000_000  # encoded at once
 
@@ -48,7 +49,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """`encode` of each text; uses several threads where the tokenizer can."""
+        """`encode` of each text, in the type that shards store; uses several threads where the tokenizer can."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -67,7 +68,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(token_dtype(self.vocab_size)) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -116,10 +117,11 @@ class SentencePieceTokenizer:
         self._symbol_ids = np.array(symbol if has_bytes else self._model.encode(SPACE_SYMBOL), np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_many([text])[0]
+        return self.encode_many([text])[0].astype(np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         parts: list[list[np.ndarray]] = [[] for _ in texts]
+        dtype = token_dtype(self.vocab_size)  # half of int32: a long document's ids are the most that is in memory
         pieces = (
             _Piece(i, number == 0, piece)
             for i, text in enumerate(texts)
@@ -128,8 +130,8 @@ class SentencePieceTokenizer:
         for batch in _batches(pieces):
             ids = self._encode_batch(batch, threads)
             for i, group in groupby(zip(batch, ids, strict=True), key=lambda item: item[0].text_number):
-                parts[i].append(np.concatenate([array for _, array in group]))
-        return [np.concatenate(part) if part else np.zeros(0, np.int32) for part in parts]
+                parts[i].append(np.concatenate([array for _, array in group]).astype(dtype))
+        return [np.concatenate(part) if part else np.zeros(0, dtype) for part in parts]
 
     def _encode_batch(self, batch: list["_Piece"], threads: int) -> list[np.ndarray]:
         result = [self._symbol_ids] * len(batch)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -57,3 +58,49 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(tmp_path, kills) -> None:
     assert start(tmp_path, "set").wait(120) == 0
     assert hashes(tmp_path / "set") == hashes(tmp_path / "whole") and len(hashes(tmp_path / "whole")) > 8
     assert not list(tmp_path.glob(".*"))
+
+
+def call(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_tools", *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=250, **options)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(tmp_path, workers) -> None:
+    """A limit of the size of files stands for the disk: the system refuses to write in the same way."""
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for i in range(40):
+            file.write(json.dumps({"text": f"{i} " * (100_000 if i == 30 else 20_000)}) + "\n")
+    arguments = ["encode", "corpus.jsonl", "--tokenizer", "byte", "--out", "set", "--shard-mb", "0.3"]
+    arguments += ["--workers", workers]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+
+    full = call(tmp_path, *arguments, preexec_fn=limit)
+    assert full.returncode == 2 and full.stderr.splitlines()[-1].endswith("can't be written: File too large")
+    assert not (tmp_path / "set").exists() and list(tmp_path.glob(".set.partial/task-*"))
+    assert not list(tmp_path.glob(".set.partial/.task-*"))
+    assert call(tmp_path, *arguments).returncode == 0
+    assert call(tmp_path, *arguments[:5], "whole", *arguments[6:]).returncode == 0
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_line_of_200_mb_needs_less_than_1_gb(tmp_path) -> None:
+    """With a trained tokenizer, whose own encoding of the whole text would take several times as much."""
+    words = [f"word{i * i} of a line\\n" for i in range(1000)]
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": word * 20}) + "\n" for word in words))
+    assert call(tmp_path, "tokenizer", "small.jsonl", "--out", "t.model", "--vocab-size", "300").returncode == 0
+    with (tmp_path / "long.jsonl").open("w") as file:
+        file.write('{"text": "' + "".join(words) * (200_000_000 // len("".join(words))) + '"}\n{"text": "short"}\n')
+    assert (tmp_path / "long.jsonl").stat().st_size > 199_000_000
+    code = (
+        "import resource, sys; from data_tools.cli import main; status = main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+    )
+    arguments = ["encode", "long.jsonl", "--tokenizer", "t.model", "--out", "set", "--workers", "1"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "set: 2 documents" in done.stdout
+    assert int(done.stdout.split()[-1]) < 1_000_000, "KB"

@@ -2,17 +2,22 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import sys
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_tools.problems import LeftOut
-from data_tools.readers import ReadOptions, documents
+from data_tools.readers import Piece, Reader, ReadOptions, documents
 from infini_train.config import ConfigError
 
 ROWS = [{"text": f"Zeile {i}\n\tüber", "id": f"k{i}", "title": f"T{i}", "n": i} for i in range(600)]
@@ -94,6 +99,111 @@ def test_cut_gzip_is_named(tmp_path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES)[:-100])
     with pytest.raises(ConfigError, match="a.jsonl.gz"):
         list(documents([tmp_path / "a.jsonl.gz"]))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_broken_compressed_files_are_told_and_the_rest_is_read(tmp_path, suffix, damage) -> None:
+    path = write(tmp_path, f"a.jsonl{suffix}")
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] if damage == "cut" else data[:half] + bytes(99) + data[half + 99 :])
+    (tmp_path / "b.txt").write_text("good")
+    with pytest.raises(ConfigError, match=rf"a.jsonl{suffix}.*--on-bad-record skip"):
+        list(documents([path]))
+    left_out = LeftOut(on_bad_record="skip", max_bad_records=10)
+    found = list(documents([path, tmp_path / "b.txt"], left_out=left_out))
+    assert found[-1].text == "good" and {d.text for d in found[:-1]} <= {row["text"] for row in ROWS}
+    assert 1 <= left_out.documents["bad records"] <= 3  # the file, and the lines that the damage hit
+
+
+def test_empty_files_are_no_documents(tmp_path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.jsonl.bz2"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "z.txt").write_text("good")
+    left_out = LeftOut(on_bad_record="skip")
+    assert [d.text for d in documents([tmp_path], left_out=left_out)] == ["good"]
+    assert left_out.documents["empty documents"] == 1
+    with pytest.raises(ConfigError, match="d.parquet: is not a readable Parquet file"):
+        (tmp_path / "d.parquet").write_bytes(b"")
+        list(documents([tmp_path / "d.parquet"]))
+
+
+def test_records_over_the_limit_are_told(tmp_path) -> None:
+    long, options = "x" * 3_000_000, ReadOptions(max_record_bytes=1_000_000)
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{long}"}}\n{{"text": "fine"}}\n')
+    (tmp_path / "b.txt").write_text(long)
+    left_out = LeftOut(on_bad_record="skip")
+    assert [d.text for d in documents([tmp_path], options, left_out)] == ["fine"]
+    assert [place.rpartition("/")[2] for place in left_out.places] == [
+        "a.jsonl:1: has more than 1 MB",
+        "b.txt: has more than 1 MB",
+    ]
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: has more than 1 MB; cut it, or raise --max-record-mb"):
+        list(documents([tmp_path], options))
+
+
+def read_in_pieces(path: Path, bounds: list[int]) -> list[str]:
+    reader = Reader(ReadOptions(), LeftOut())
+    pieces = [Piece(str(path), path.name, "s", a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [document.id for piece in pieces for document in reader.documents(piece)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(st.text("aé", max_size=9), max_size=9), cuts=st.lists(st.integers(0, 999)), end=st.booleans())
+def test_any_cut_of_json_lines_gives_each_record_once(tmp_path_factory, rows, cuts, end) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    lines = [json.dumps({"text": f"x{row}", "id": i}, ensure_ascii=False) for i, row in enumerate(rows)]
+    path.write_text("\n\n".join(lines) + "\n" * end, encoding="utf-8")
+    size = path.stat().st_size
+    bounds = [0, *sorted({cut for cut in cuts if 0 < cut < size}), size]
+    assert read_in_pieces(path, bounds) == ([str(i) for i in range(len(rows))] if size else [])
+
+
+def test_any_cut_of_parquet_gives_each_row_once(tmp_path) -> None:
+    path = write(tmp_path, "a.parquet")
+    size = path.stat().st_size
+    for step in (size, 1000, 777, 100):
+        found = read_in_pieces(path, [*range(0, size, step), size])
+        assert found == [row["id"] for row in ROWS]
+
+
+def test_errors_in_a_piece_tell_the_line_of_the_file(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\n' * 9 + b"{\n")
+    with pytest.raises(ConfigError, match="a.jsonl:10: is not valid JSON"):
+        read_in_pieces(path, [60, path.stat().st_size])
+
+
+def test_patterns_and_urls(tmp_path) -> None:
+    for name in ("in/b.jsonl.gz", "in/a.jsonl", "in/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        text = b"deep" if name.endswith("txt") else f'{{"text": "{name}"}}'.encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    found = list(documents([f"{tmp_path}/in/*.jsonl*"]))
+    assert [(d.id, d.source) for d in found] == [("in/a.jsonl@0", "in"), ("in/b.jsonl.gz@0", "in")]
+    everything = [d.text for d in documents([f"{tmp_path}/in/**"])]
+    assert everything == ["in/a.jsonl", "in/b.jsonl.gz", "deep"]
+    system = fsspec.filesystem("memory")
+    for name in ("in/b.jsonl.gz", "in/a.jsonl", "in/deep/c.txt"):
+        system.pipe_file(f"/corpus/{name}", (tmp_path / name).read_bytes())
+    for url in ("memory://corpus/in", "memory://corpus/in/**"):
+        remote = list(documents([url]))
+        assert [d.text for d in remote] == everything and remote[2].id == "in/deep/c.txt" and remote[0].source == "in"
+    assert [d.text for d in documents(["memory://corpus/in/a.jsonl"])] == ["in/a.jsonl"]
+    with pytest.raises(ConfigError, match="no file matches"):
+        list(documents([f"{tmp_path}/*.nothing"]))
+    with pytest.raises(ConfigError, match="memory://none: can't be found"):
+        list(documents(["memory://none"]))
+    with pytest.raises(ConfigError, match="nosuch://x: "):
+        list(documents(["nosuch://x"]))
+
+
+@pytest.mark.parametrize("kind", [None, "jsonl", "text"])
+def test_standard_input(monkeypatch, kind) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINES)))
+    found = [d.text for d in documents(["-"], ReadOptions(format=kind))]
+    assert found == ([LINES.decode()] if kind == "text" else [row["text"] for row in ROWS])
 
 
 def test_missing_things_are_named(tmp_path) -> None:

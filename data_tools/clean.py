@@ -1,0 +1,225 @@
+"""Clean a corpus: JSON lines of the texts that stay, for the tokenizer and for encoding; every change is counted."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import zstandard
+
+from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
+from data_tools.filters import FilterOptions, Filters
+from data_tools.plan import Plan, make_plan
+from data_tools.problems import LeftOut
+from data_tools.readers import Document, Reader, ReadOptions
+from data_tools.tasks import finished_tasks, run_tasks, share, task_folder
+from data_tools.workplace import Workplace
+from infini_train import __version__
+from infini_train.config import ConfigError
+from infini_train.data.writer import explain_disk_errors, sync
+
+REPORT_FILE = "report.json"
+_RECORD_FILE, _PART_FILE = "record.json", "part.jsonl.zst"
+_TASK_BYTES = 512_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanOptions:
+    """How to clean; the results depend on the first five alone."""
+
+    filters: FilterOptions = FilterOptions()
+    read: ReadOptions = ReadOptions()
+    dedup: bool = False  # leave out texts that were there before
+    near_dedup: float = 0.0  # and texts that share so many of their shingles with one before; 0: don't
+    task_bytes: int = _TASK_BYTES
+    on_bad_record: Literal["error", "skip"] = "error"
+    max_bad_records: int = 1000
+    overwrite: bool = False
+    restart: bool = False
+    workers: int = 1
+    part: str | None = None
+
+    def __post_init__(self) -> None:
+        share(self.part, 0)
+        if self.part and (self.dedup or self.near_dedup):
+            raise ConfigError(
+                "--part: duplicates are looked for on one machine; leave it out, or see docs/data.md for several"
+            )
+
+    def new_left_out(self) -> LeftOut:
+        """Counts by these rules."""
+        return LeftOut(on_bad_record=self.on_bad_record, max_bad_records=self.max_bad_records)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What cleaning has done."""
+
+    documents: int  # that stay
+    bytes: int  # of their texts
+    left_out: LeftOut
+    changed: dict[str, int]  # documents by what was changed in them
+
+
+def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions) -> Report | None:
+    """Write the cleaned documents to `out` as part-00000.jsonl.zst and so on, in their order, with a report.
+
+    What is unfinished goes on in the next call, as in encoding. Looking for duplicates reads the corpus twice.
+
+    Returns:
+        The report; None if other parts are not finished.
+
+    Raises:
+        ConfigError: `out` holds something else, the sources can't be read, or nothing stays.
+    """
+    out, sources = Path(out), [str(source) for source in sources]
+    Filters(options.filters)  # complains now of what is not installed
+    near = NearKeys(options.near_dedup) if options.near_dedup else None
+    command = {
+        **json.loads(json.dumps({**dataclasses.asdict(options.filters), **dataclasses.asdict(options.read)})),
+        "dedup": options.dedup,
+        "near_dedup": options.near_dedup,
+        "version of infini-data": __version__,
+    }
+    _check_target(out, options.overwrite)
+    workplace = Workplace(out, restart=options.restart, part=options.part)
+    with workplace as folder:
+        plan = make_plan(folder, sources, command, options.task_bytes, options.read.format)
+        if options.dedup or near:
+            _look_for_duplicates(folder, plan, options, near)
+        run_tasks(folder, plan, CleanWork(folder, options), workers=options.workers, part=options.part, label="clean")
+        if len(finished_tasks(folder)) < len(plan):
+            return None
+        with workplace.last_step() as is_mine, explain_disk_errors(out):
+            if is_mine:
+                report = _join(folder, len(plan), workplace.result, options)
+                if not report.documents:
+                    workplace.discard()
+                    raise ConfigError(f"nothing stays of the sources: {'; '.join(report.left_out.lines())}")
+                workplace.publish()
+    return report if is_mine else None
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / REPORT_FILE).is_file():
+        raise ConfigError(f"{out}: is not empty and not a cleaned corpus; choose another folder")
+    if not overwrite:
+        raise ConfigError(f"{out}: a cleaned corpus is there already; choose another folder, or pass --overwrite")
+
+
+def _look_for_duplicates(folder: Path, plan: Plan, options: CleanOptions, near: NearKeys | None) -> None:
+    keys = folder / "keys"
+    keys.mkdir(exist_ok=True)
+    run_tasks(keys, plan, KeyWork(folder, options), workers=options.workers, label="look for duplicates")
+    places = [task_folder(keys, task) for task in range(len(plan))]
+    with explain_disk_errors(folder):
+        if options.dedup:
+            find_duplicates([place / "exact" for place in places], folder / "exact")
+        if near:
+            find_duplicates([place / "near" for place in places], folder / "near")
+
+
+class _Work:
+    """Reads a task's documents through the filters."""
+
+    def __init__(self, folder: Path, options: CleanOptions) -> None:
+        self.folder = folder
+        self.options = options
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Read once in each process."""
+        return Plan(self.folder)
+
+    def filtered(
+        self, task: int, filters: Filters, left_out: LeftOut, advance: Callable[[int], None]
+    ) -> Iterator[Document]:
+        """The documents that the filters let through, as they have changed them."""
+        reader = Reader(self.options.read, left_out, advance)
+        for document in chain.from_iterable(reader.documents(piece) for piece in self.plan.pieces(task)):
+            if document.tokens is not None:
+                raise ConfigError(f"{document.id}: holds token ids, not text")
+            text = filters.change(document.text)
+            if (reason := filters.reason_against(text)) is None:
+                yield document._replace(text=text)
+            else:
+                left_out.documents[reason] += 1
+
+
+class KeyWork(_Work):
+    """The keys of a task's documents."""
+
+    def __call__(self, task: int, folder: Path, threads: int, advance: Callable[[int], None]) -> None:
+        options, left_out = self.options, self.options.new_left_out()
+        near = NearKeys(options.near_dedup) if options.near_dedup else None
+        exact_keys, near_keys = KeyFile(task), KeyFile(task)
+        for number, document in enumerate(self.filtered(task, Filters(options.filters), left_out, advance)):
+            if options.dedup:
+                exact_keys.add(number, exact_key(document.text))
+            for key in near(document.text) if near else ():
+                near_keys.add(number, key)
+        with explain_disk_errors(self.folder):
+            exact_keys.write(folder / "exact")
+            near_keys.write(folder / "near")
+
+
+class CleanWork(_Work):
+    """A task's part of the cleaned corpus."""
+
+    def __call__(self, task: int, folder: Path, threads: int, advance: Callable[[int], None]) -> None:
+        options, left_out, filters = self.options, self.options.new_left_out(), Filters(self.options.filters)
+        exact = left_out_of(self.folder / "exact", task) if options.dedup else set()
+        near = left_out_of(self.folder / "near", task) if options.near_dedup else set()
+        documents = n_bytes = 0
+        with explain_disk_errors(self.folder):
+            packed = (folder / _PART_FILE).open("wb")
+        with packed, zstandard.ZstdCompressor(level=3).stream_writer(packed) as out:
+            for number, document in enumerate(self.filtered(task, filters, left_out, advance)):
+                if number in exact or number in near:
+                    left_out.documents["duplicates" if number in exact else "near duplicates"] += 1
+                    continue
+                line = json.dumps(_row(document, options.read.text_field), ensure_ascii=False) + "\n"
+                with explain_disk_errors(self.folder):
+                    out.write(line.encode("utf-8"))
+                documents, n_bytes = documents + 1, n_bytes + len(document.text.encode("utf-8"))
+        record = {"documents": documents, "bytes": n_bytes, "changed": dict(filters.changed)}
+        with explain_disk_errors(self.folder):
+            text = json.dumps({**record, "left_out": left_out.to_json()})
+            (folder / _RECORD_FILE).write_text(text, encoding="utf-8")
+
+
+def _row(document: Document, text_field: str) -> dict[str, Any]:
+    return {"id": document.id, "source": document.source, **document.metadata, text_field: document.text}
+
+
+def _join(folder: Path, tasks: int, result: Path, options: CleanOptions) -> Report:
+    """The parts of all tasks, renamed, and the report."""
+    result.mkdir(exist_ok=True)
+    report = Report(documents=0, bytes=0, left_out=options.new_left_out(), changed={})
+    parts = 0
+    for task in range(tasks):
+        place = task_folder(folder, task)
+        record = json.loads((place / _RECORD_FILE).read_bytes())
+        report.documents += record["documents"]
+        report.bytes += record["bytes"]
+        report.left_out.add(LeftOut.from_json(record["left_out"]))
+        for name, number in record["changed"].items():
+            report.changed[name] = report.changed.get(name, 0) + number
+        if record["documents"]:
+            if (place / _PART_FILE).exists():  # else an earlier attempt has moved it
+                os.replace(place / _PART_FILE, result / f"part-{parts:05d}.jsonl.zst")
+            parts += 1
+    tree = {**vars(report), "left_out": report.left_out.to_json()}
+    (result / REPORT_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (result / REPORT_FILE, result):
+        sync(path)
+    return report

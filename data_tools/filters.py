@@ -1,0 +1,106 @@
+"""Cleaning of single documents: what is changed in a text, and which texts are left out. Each step is counted."""
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from infini_train.config import ConfigError
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
+_SYMBOLS = re.compile(r"[^\w\s]")
+_SPACES = re.compile(r"\s")
+_LANGUAGE_CHARS = 20_000  # of a text that tell its language
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions:
+    """What to do with each document; the defaults change and leave out nothing."""
+
+    nfc: bool = False  # compose characters: e and an accent become one
+    strip_controls: bool = False  # all but tab and line end
+    min_chars: int = 0
+    max_chars: int = 0  # 0: no limit
+    max_repeated_lines: float = 1.0  # share of the characters that stand in lines that were there before
+    max_symbols: float = 1.0  # share of the characters (spaces apart) that are neither letters nor digits
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes; empty: all
+
+    def __post_init__(self) -> None:
+        for name in ("max_repeated_lines", "max_symbols"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: must be a share from 0 to 1")
+        if min(self.min_chars, self.max_chars) < 0:
+            raise ConfigError("--min-chars and --max-chars: must not be negative")
+
+
+class Filters:
+    """Applies the options to texts, one after the other.
+
+    Attributes:
+        changed: how many documents each change has touched.
+
+    Raises:
+        ConfigError: a language is wanted, and the library that tells it is not installed or does not know it.
+    """
+
+    def __init__(self, options: FilterOptions) -> None:
+        self.options = options
+        self.changed: Counter[str] = Counter()
+        if options.languages:
+            unknown = set(options.languages) - {name for name, _ in self._langid.rank("any text ranks them all")}
+            if unknown:
+                raise ConfigError(f"--language: {', '.join(sorted(unknown))} is not known to py3langid")
+
+    def change(self, text: str) -> str:
+        """The text as it is kept."""
+        options = self.options
+        if options.nfc and not unicodedata.is_normalized("NFC", text):
+            text = unicodedata.normalize("NFC", text)
+            self.changed["NFC"] += 1
+        if options.strip_controls and _CONTROLS.search(text):
+            text = _CONTROLS.sub("", text)  # without \r, \r\n is \n
+            self.changed["control characters"] += 1
+        return text
+
+    def reason_against(self, text: str) -> str | None:
+        """Why the text is left out; None if it stays."""
+        options = self.options
+        if len(text) < options.min_chars:
+            return "too short documents"
+        if options.max_chars and len(text) > options.max_chars:
+            return "too long documents"
+        if options.max_symbols < 1 and symbol_share(text) > options.max_symbols:
+            return "documents of too many symbols"
+        if options.max_repeated_lines < 1 and repeated_share(text) > options.max_repeated_lines:
+            return "documents of too many repeated lines"
+        if options.languages and self._language(text) not in options.languages:
+            return "documents of other languages"
+        return None
+
+    def _language(self, text: str) -> str:
+        return self._langid.classify(text[:_LANGUAGE_CHARS])[0]
+
+    @cached_property
+    def _langid(self) -> Any:
+        try:
+            import py3langid
+        except ImportError as error:
+            raise ConfigError(
+                "--language: needs py3langid; install it with: pip install 'infini-train[clean]'"
+            ) from error
+        return py3langid
+
+
+def symbol_share(text: str) -> float:
+    """Share of the characters, spaces apart, that are neither letters, digits nor underscores."""
+    visible = len(text) - len(_SPACES.findall(text))
+    return len(_SYMBOLS.findall(text)) / max(visible, 1)
+
+
+def repeated_share(text: str) -> float:
+    """Share of the characters of all lines that stand in a line that was there before; empty lines apart."""
+    lines = Counter(line for line in map(str.strip, text.splitlines()) if line)
+    total = sum(len(line) * number for line, number in lines.items())
+    return sum(len(line) * (number - 1) for line, number in lines.items()) / max(total, 1)

@@ -1,0 +1,144 @@
+"""Tars and Megatron's token files: every document, nothing unpacked, damage named by file and record."""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from data_tools.encode import EncodeOptions, encode_corpus
+from data_tools.problems import LeftOut
+from data_tools.readers import documents, texts
+from data_tools.verify import verify
+from infini_train.config import ConfigError
+from infini_train.data.shards import Dataset
+from infini_train.data.tokenizer import ByteTokenizer
+
+TEXTS = [f"Über {i}\n" * (1 + i % 5) for i in range(30)]
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_megatron(stem: Path, texts: list[str], end: list[int] = [257]) -> Path:  # noqa: B006
+    ids = [[*text.encode(), *end] for text in texts]
+    np.array([i for document in ids for i in document], "<u2").tofile(stem.with_suffix(".bin"))
+    lengths = np.array([len(document) for document in ids], "<i4")
+    starts = np.concatenate([[0], 2 * np.cumsum(lengths)[:-1]]).astype("<i8")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(ids), len(ids) + 1)
+    bounds = np.arange(len(ids) + 1, dtype="<i8")
+    stem.with_suffix(".idx").write_bytes(head + lengths.tobytes() + starts.tobytes() + bounds.tobytes())
+    return stem.with_suffix(".bin")
+
+
+def texts_of(folder: Path) -> list[str]:
+    dataset = Dataset.open(folder)
+    return [ByteTokenizer().decode(dataset.read(i, 0, int(n))) for i, n in enumerate(dataset.lengths_tokens)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "json", "both"])
+def test_webdataset_samples_are_documents(tmp_path, kind) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i, text in enumerate(TEXTS):
+            row = {"text": text, "title": f"T{i}", "id": f"k{i}"} if kind == "json" else {"title": f"T{i}"}
+            parts = {"txt": {"txt": text}, "json": {"json": row}, "both": {"json": row, "txt": text, "png": b"\x89"}}
+            writer.write({"__key__": f"x/{i:03d}", **parts[kind]})
+    found = list(documents([tmp_path / "a.tar"]))
+    assert [d.text for d in found] == TEXTS
+    assert [d.id for d in found][:2] == (["k0", "k1"] if kind == "json" else ["a.tar:x/000", "a.tar:x/001"])
+    assert found[3].metadata == ({} if kind == "txt" else {"title": "T3"})
+    data = (tmp_path / "a.tar").read_bytes()
+    for name in ("b.tar.gz", "b.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress(data))
+        assert [d.text for d in documents([tmp_path / name])] == TEXTS
+
+
+def test_our_own_shards_are_named_as_what_they_are(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    encode_corpus([str(tmp_path / "a.txt")], "byte", tmp_path / "set")
+    with pytest.raises(ConfigError, match="shard-00000.tar: 0000000000: no field 'text'"):
+        list(documents([tmp_path / "set" / "shard-00000.tar"]))
+
+
+def test_tars_that_lead_elsewhere_are_told_and_left_out(tmp_path) -> None:
+    good = ("a.txt", b"good")
+    path = write_tar(tmp_path / "a.tar", [("../evil.txt", b"x"), ("/etc/evil.txt", b"x"), good, ("b.png", b"x")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    left_out = LeftOut(on_bad_record="skip")
+    assert [d.text for d in documents([path], left_out=left_out)] == ["good"]
+    assert [place.partition(": ")[2] for place in left_out.places] == [
+        "'../evil.txt': leads out of the archive",
+        "'/etc/evil.txt': leads out of the archive",
+        "'link.txt': is a link or device, not a file",
+        "b: has no .txt or .json member but png",
+    ]
+    with pytest.raises(ConfigError, match=r"a.tar: '../evil.txt': leads out of the archive; remove it, or pass"):
+        list(documents([path]))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("stop", [0, 700, 1024 + 512 * 3, -10240])
+def test_cut_tars_are_told(tmp_path, stop) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.txt", text.encode() * 100) for i, text in enumerate(TEXTS)])
+    path.write_bytes(path.read_bytes()[:stop])
+    with pytest.raises(ConfigError, match=r"a.tar: is not a whole tar file|a.tar: can't be read on"):
+        list(documents([path]))
+    left_out = LeftOut(on_bad_record="skip")
+    (tmp_path / "b.txt").write_text("good")
+    found = [d.text for d in documents([path, tmp_path / "b.txt"], left_out=left_out)]
+    assert found[-1] == "good" and found[:-1] == [text * 100 for text in TEXTS][: len(found) - 1]
+    assert left_out.documents == {"bad records": 1}
+
+
+def test_megatron_ids_are_taken_as_they_are(tmp_path) -> None:
+    path = write_megatron(tmp_path / "a", [*TEXTS, ""])
+    manifest = encode_corpus([str(path)], "byte", tmp_path / "set")[0][tmp_path / "set"]
+    assert texts_of(tmp_path / "set") == TEXTS and verify(tmp_path / "set") == []
+    assert manifest.bytes == sum(len(text.encode()) for text in TEXTS) == manifest.tokens
+    assert manifest.left_out == {"empty documents": 1}
+    assert Dataset.open(tmp_path / "set").metadata(7)["id"] == "a.bin:7"
+
+
+def test_megatron_files_of_another_tokenizer_or_cut_are_told(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="a.bin:0: holds id 300, outside of the tokenizer's vocabulary of 259"):
+        encode_corpus([str(write_megatron(tmp_path / "a", TEXTS, [300]))], "byte", tmp_path / "set")
+    path = write_megatron(tmp_path / "b", TEXTS)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ConfigError, match=r"b.bin: ends in document 29"):
+        encode_corpus([str(path)], "byte", tmp_path / "set")
+    skip = EncodeOptions(on_bad_record="skip")
+    _, left_out = encode_corpus([str(path)], "byte", tmp_path / "set", skip)
+    assert texts_of(tmp_path / "set") == TEXTS[:-1] and left_out.documents["bad records"] == 1
+    for size in (0, 20, 60):
+        index = path.with_suffix(".idx")
+        index.write_bytes(index.read_bytes()[:size])
+        with pytest.raises(ConfigError, match=r"b.idx: is not a whole index of Megatron's"):
+            encode_corpus([str(path)], "byte", tmp_path / "other")
+        write_megatron(tmp_path / "b", TEXTS)
+    path.with_suffix(".idx").unlink()
+    with pytest.raises(ConfigError, match=r"b.bin: can't be read on: No such file"):
+        encode_corpus([str(path)], "byte", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"holds token ids, not text"):
+        list(texts([write_megatron(tmp_path / "c", TEXTS)]))
+
+
+def test_json_members_that_are_bad_are_named(tmp_path) -> None:
+    rows = [b"{", json.dumps([1]).encode(), b'{"body": "x"}', b"\xff", b'{"text": 1}', b'{"text": "fine"}']
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.json", row) for i, row in enumerate(rows)])
+    left_out = LeftOut(on_bad_record="skip")
+    assert [d.text for d in documents([path], left_out=left_out)] == ["fine"]
+    assert [place.split(": ", 2)[1] for place in left_out.places] == ["0", "1", "2", "3:1", "4"]

@@ -1,0 +1,171 @@
+"""Cleaning: every filter and both kinds of duplicates, counted; the same result however the work is done."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import cli, duplicates, plan
+from data_tools.clean import CleanOptions, CleanWork, KeyWork, clean_corpus
+from data_tools.filters import FilterOptions, Filters, repeated_share, symbol_share
+from data_tools.readers import documents
+from infini_train.config import ConfigError
+from infini_train.data.manifest import hash_file
+
+WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 6)) for i in range(500)]
+
+
+def prose(seed: int, words: int = 300) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def write(folder: Path, texts: list[str], name: str = "c.jsonl") -> str:
+    rows = [{"id": f"{name}{i}", "text": text, "title": f"T{i}"} for i, text in enumerate(texts)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder / name)
+
+
+def clean(source: str, out: Path, **options):
+    filters = {name: options.pop(name) for name in list(options) if name in FilterOptions.__dataclass_fields__}
+    return clean_corpus([source], out, CleanOptions(filters=FilterOptions(**filters), **options))
+
+
+@pytest.fixture
+def small_tasks(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "_MIN_TASK_BYTES", 20_000)
+
+
+def test_each_step_is_counted(tmp_path) -> None:
+    texts = ["gru\u0308n und mehr", "a\x00b\r\nc\td fine", "short", "x" * 50, "!?!?!? ## a", "ab\nab\nab\nab\nab cd"]
+    report = clean(
+        write(tmp_path, [*texts, ""]),
+        tmp_path / "out",
+        nfc=True,
+        strip_controls=True,
+        min_chars=6,
+        max_chars=40,
+        max_symbols=0.5,
+        max_repeated_lines=0.4,
+    )
+    found = list(documents([tmp_path / "out"]))
+    assert [d.text for d in found] == ["grün und mehr", "ab\nc\td fine"]
+    assert found[0].id == "c.jsonl0" and found[0].metadata == {"title": "T0"}
+    assert report.changed == {"NFC": 1, "control characters": 1}
+    assert report.left_out.documents == {
+        "too short documents": 1,
+        "too long documents": 1,
+        "documents of too many symbols": 1,
+        "documents of too many repeated lines": 1,
+        "empty documents": 1,
+    }
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (stored["documents"], stored["left_out"]["documents"]) == (2, dict(report.left_out.documents))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "out"]
+
+
+def test_shares() -> None:
+    assert symbol_share("ab c_1") == 0 and symbol_share("!? \n") == 1 and symbol_share("a!") == 0.5
+    assert symbol_share("") == 0 == repeated_share("\n\n")
+    assert repeated_share("ab\n ab \n\ncdef") == 0.25 and repeated_share("a\nb") == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_the_defaults_change_nothing(text) -> None:
+    filters = Filters(FilterOptions())
+    assert filters.change(text) == text and filters.reason_against(text) is None and not filters.changed
+
+
+def test_languages(tmp_path) -> None:
+    pytest.importorskip("py3langid")
+    english = "This is a plain English sentence about the weather and about nothing else at all."
+    german = "Dies ist ein ganz gewöhnlicher deutscher Satz über das Wetter und sonst über nichts."
+    report = clean(write(tmp_path, [english, german]), tmp_path / "out", languages=("en",))
+    assert [d.text for d in documents([tmp_path / "out"])] == [english]
+    assert report.left_out.documents == {"documents of other languages": 1}
+    with pytest.raises(ConfigError, match="--language: xx is not known"):
+        Filters(FilterOptions(languages=("en", "xx")))
+
+
+@pytest.mark.parametrize("bucket_records", [4_000_000, 5])
+def test_exact_duplicates_go_and_the_first_stays(tmp_path, small_tasks, monkeypatch, bucket_records) -> None:
+    monkeypatch.setattr(duplicates, "_BUCKET_RECORDS", bucket_records)
+    draw = random.Random(1)
+    texts = [prose(draw.randrange(60), 80) for _ in range(200)]
+    report = clean(write(tmp_path, texts), tmp_path / "out", dedup=True)
+    assert [d.text for d in documents([tmp_path / "out"])] == list(dict.fromkeys(texts))
+    assert report.left_out.documents == {"duplicates": 200 - len(set(texts))}
+    assert len(list((tmp_path / "out").glob("part-*"))) > 2
+
+
+def test_near_duplicates_go_and_others_stay(tmp_path, small_tasks) -> None:
+    pytest.importorskip("rensa")
+    texts = [prose(i) for i in range(60)]
+    changed = [" ".join([*text.split()[:-2], "other", "end"]) for text in texts[:30]]
+    half = [" ".join([*text.split()[:150], *prose(1000 + i, 150).split()]) for i, text in enumerate(texts[:30])]
+    report = clean(write(tmp_path, [*texts, *changed, *half]), tmp_path / "out", near_dedup=0.8)
+    assert [d.text for d in documents([tmp_path / "out"])] == [*texts, *half]
+    assert report.left_out.documents == {"near duplicates": 30}
+    keys = duplicates.NearKeys(0.8)
+    assert 0.75 < (1 / keys.bands) ** (1 / keys.rows) < 0.85 and keys.bands * keys.rows <= 128
+    assert duplicates.disk_bytes(keys.bands) == 32 * keys.bands
+
+
+def test_workers_parts_and_stopped_runs_give_the_same_bytes(tmp_path, small_tasks, monkeypatch) -> None:
+    source = write(tmp_path, [prose(i % 150, 100) for i in range(200)])
+    options = {"dedup": True, "nfc": True}
+    clean(source, tmp_path / "one", **options)
+    clean(source, tmp_path / "two", workers=2, **options)
+    for work in (KeyWork, CleanWork):  # stops once in each pass
+        real = work.__call__
+
+        def stopping(self, task, *rest, real=real) -> None:
+            if task == 2:
+                raise KeyboardInterrupt
+            real(self, task, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(work, "__call__", stopping)
+            clean(source, tmp_path / "set", **options)
+        assert len(list((tmp_path / ".set.partial").glob("**/task-*"))) >= 2
+    clean(source, tmp_path / "set", **options)
+    one = {p.name: hash_file(p) for p in (tmp_path / "one").iterdir()}
+    for name in ("two", "set"):
+        assert {p.name: hash_file(p) for p in (tmp_path / name).iterdir()} == one
+    assert clean(source, tmp_path / "parts", nfc=True, part="1/2") is None
+    report = clean(source, tmp_path / "parts", nfc=True, part="2/2")
+    assert report.documents == 200
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "one", "parts", "set", "two"]
+
+
+def test_refusals(tmp_path) -> None:
+    source = write(tmp_path, ["text"])
+    with pytest.raises(ConfigError, match="--part: duplicates are looked for on one machine"):
+        clean(source, tmp_path / "out", dedup=True, part="1/2")
+    with pytest.raises(ConfigError, match="--near-dedup: 2 is not a share"):
+        clean(source, tmp_path / "out", near_dedup=2)
+    with pytest.raises(ConfigError, match="--max-symbols: must be a share"):
+        FilterOptions(max_symbols=-1)
+    with pytest.raises(ConfigError, match=r"nothing stays of the sources: left out 1 too short documents"):
+        clean(source, tmp_path / "out", min_chars=10)
+    with pytest.raises(ConfigError, match="is not empty and not a cleaned corpus"):
+        clean(source, tmp_path)
+    clean(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="a cleaned corpus is there already"):
+        clean(source, tmp_path / "out")
+    assert clean(source, tmp_path / "out", overwrite=True).documents == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "out"]
+
+
+def test_the_command_and_fertility(tmp_path, capsys) -> None:
+    source = write(tmp_path, ["grün\r\n", "", "two words"])
+    assert cli.main(["clean", source, "--out", str(tmp_path / "out"), "--strip-controls"]) == 0
+    shown = capsys.readouterr()
+    assert "out: 2 documents, 15 bytes" in shown.out
+    assert "left out 1 empty documents\nchanged 1 documents: control characters\n" in shown.err
+    assert cli.main(["fertility", str(tmp_path / "out"), "--tokenizer", "byte"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["1.000", "5.000", "yes", "15", "byte,", "out"]
