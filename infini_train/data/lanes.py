@@ -154,6 +154,11 @@ class LaneReader:
         pieces, after = self.plan(state)
         return self._read(pieces, after), after
 
+    def name_documents(self, state: LaneState) -> list[str]:
+        """The ids of all documents in the window behind `state`, of all ranks' lanes."""
+        numbers = sorted({piece.document for piece in self.plan(state)[0] if piece.document >= 0})
+        return [self.dataset.name(number) for number in numbers]
+
     def plan(self, state: LaneState) -> tuple[list[Piece], LaneState]:
         """What each lane reads in the window behind `state`; from lengths alone."""
         window, epoch, cursor = self.window_tokens, state.epoch, state.cursor
@@ -205,9 +210,10 @@ class LaneReader:
     def _document_at(self, epoch: int, cursor: int) -> int:
         if self._seed is None:
             return cursor
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permute(len(self.dataset), self._seed, epoch))
-        return int(self._order[1][cursor])
+        order = self._order  # a thread may read ahead meanwhile
+        if order is None or order[0] != epoch:
+            order = self._order = (epoch, permute(len(self.dataset), self._seed, epoch))
+        return int(order[1][cursor])
 
     def _read(self, pieces: list[Piece], after: LaneState) -> Batch:
         """The tokens of the pieces that lie in this rank's rows."""
