@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +32,13 @@ def save(session: Session) -> None:
     session.saver.wait()
 
 
-def poison(session: Session, tokens: slice) -> None:
-    """These rows of the embedding become NaN, in the weights and in what the weights are made of."""
+def poison(session: Session, tokens: slice, value: float = math.nan) -> None:
+    """These rows of the embedding get this value, in the weights and in what the weights are made of."""
     name = next(name for name in session.engine.names.values() if name.startswith("embedding"))
     (master,) = (shard for shard in session.engine.shards() if (shard.name, shard.kind) == (name, "master"))
     with torch.no_grad():
-        master.values.view(session.config.model.vocab_size, -1)[tokens] = math.nan
-        session.stages.transformers()[0].embedding.weight[tokens] = math.nan
+        master.values.view(session.config.model.vocab_size, -1)[tokens] = value
+        session.stages.transformers()[0].embedding.weight[tokens] = value
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,45 @@ def test_too_many_in_a_row_end_the_run_with_one_line(odd, tmp_path, capsys):
     assert "rank 0: not finite: embedding" in said.err
     assert [row["step"] for row in read_rows(config, "findings.jsonl")] == [1, 2, 3]
     assert [path.name for path in (config.directory / "checkpoints").glob("step-*")] == ["step-00000000"]
+
+
+def run_ranks(config: RunConfig, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    """Goes on from the run's checkpoint in two processes."""
+    (folder / "run.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "infini_train.cli", "train", str(folder / "run.yaml"), "--nproc=2"]
+    return subprocess.run([*command, *(f"--set={each}" for each in settings)], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_the_same_steps_out(odd, tmp_path):
+    """Though only one of them reads the document."""
+    findings = []
+    for settings in ([], ["parallel.zero_stage=3"]):
+        config = odd(run=f"run{len(settings)}")
+        session = open_session(config, ignore)
+        poison(session, slice(POISON, POISON + 1))
+        save(session)
+        if settings:
+            done = run_ranks(config, tmp_path, *settings)
+            assert done.returncode == 0, done.stderr
+        else:
+            train(config)
+        findings.append([(row["step"], row["documents"]) for row in read_rows(config, "findings.jsonl")])
+    assert findings[0] == findings[1] and findings[0]
+
+
+@pytest.mark.slow
+def test_all_ranks_hear_of_gradients_that_are_no_numbers(odd, tmp_path):
+    """All embeddings at 0 under a tiny norm_eps: the loss is ln V, and gradients overflow, least in the last stage."""
+    config = odd("model.norm_eps=1e-38", "model.num_layers=6", "guard.max_skips=1")
+    session = open_session(config, ignore)
+    poison(session, slice(0, 259), 0.0)
+    save(session)
+    done = run_ranks(config, tmp_path, "parallel.pipeline_size=2")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the gradients are not finite; 2 steps in a row were left out"), done.stderr
+    assert "; all weights are numbers: " in last
 
 
 # --------------------------------------------------------------------------------------------------------------- spikes
