@@ -44,7 +44,7 @@ test-slow: install ## the tests that take long
 	$(BIN)/python -m pytest -q -m 'slow and not slurm'
 
 test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get install slurm-wlm munge shellcheck)
-	$(BIN)/python -m pytest -q -m slurm tests/launch
+	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m slurm tests/launch
 
 test-layouts: install ## every parallel layout against one process, up to 8 processes
 	$(BIN)/python -m pytest -q -m 'layouts or not slow' tests/selftest/test_layouts.py tests/train/test_relayout.py

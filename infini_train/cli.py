@@ -160,9 +160,9 @@ def _train(options: argparse.Namespace) -> None:
         sys.exit(launch(options.nproc, ["train", options.config, *(f"--set={setting}" for setting in options.set)]))
     _prepare()
     from infini_train.parallel.watch import LostRankError
+    from infini_train.train.guards import DivergedError
     from infini_train.train.interrupt import Stopped
     from infini_train.train.loop import train
-    from infini_train.train.step import NonFiniteError
 
     try:
         train(config)
@@ -173,8 +173,8 @@ def _train(options: argparse.Namespace) -> None:
         sys.exit(128 + signal.Signals[str(stopped)])
     except LostRankError as error:
         sys.exit(_fail(str(error), 1))
-    except NonFiniteError as error:
-        sys.exit(_fail(f"{error}; the last checkpoint is as it was. Lower optim.lr, or look at these documents", 1))
+    except DivergedError as error:
+        sys.exit(_fail(str(error), 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ generate

@@ -329,6 +329,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Steps that nothing is learned from: the loss or a gradient is no number, or the loss jumps."""
+
+    max_skips: int = 10  # so many steps in a row may be left out; one more ends the run
+    spikes: Literal["warn", "skip", "rollback"] = "warn"  # skip the step, or go back to the last checkpoint as well
+    spike_window_steps: int = 100  # a loss is compared with those of this many steps before it
+    spike_deviations: FiniteFloat = 6.0  # it is a spike at so many standard deviations above their mean
+
+    def __post_init__(self) -> None:
+        _require(self.max_skips >= 0, "guard.max_skips", "must not be negative")
+        _require(self.spike_window_steps > 1, "guard.spike_window_steps", "must be at least 2")
+        _require(self.spike_deviations > 0, "guard.spike_deviations", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Validation inside the training loop."""
 
@@ -390,6 +405,7 @@ class RunConfig:
     seed: int = 0  # of the initial weights and the order of documents
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

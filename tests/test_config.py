@@ -99,6 +99,7 @@ WRONG = {
     ),
     "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
     "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),
+    "negative skips": ("guard.max_skips=-1", "guard.max_skips: must not be negative"),
     "negative seed": ("seed=-1", "seed: must lie between"),
 }
 
@@ -276,7 +277,7 @@ def leaves(value: Any) -> list[Any]:
 def test_everything_is_frozen(base: Path) -> None:
     config = load_run(str(base))
     sections = leaves(config)
-    assert len(sections) == 10
+    assert len(sections) == 11
     for section in sections:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, dataclasses.fields(section)[0].name, 1)

@@ -13,6 +13,7 @@ Tree = Mapping[str, Any]
 RESUMABLE: Mapping[str, str] = {
     "name": "names the run only",
     "run_dir": "names the run's folder only",
+    "guard": "judges the steps from here on",
     "log": "changes what is shown, not what is trained",
     "eval": "validation has a memory of its own and no influence on training",
     "checkpoint": "changes when states are saved, not the states",

@@ -151,6 +151,11 @@ class LaneReader:
         pieces, after = self.plan(state)
         return self._read(pieces, after), after
 
+    def name_documents(self, state: LaneState) -> list[str]:
+        """The ids of all documents in the window behind `state`, of all ranks' lanes."""
+        numbers = sorted({piece.document for piece in self.plan(state)[0] if piece.document >= 0})
+        return [dataset.name(number) for dataset, number in map(self.corpus.locate, numbers)]
+
     def plan(self, state: LaneState) -> tuple[list[Piece], LaneState]:
         """What each lane reads in the window behind `state`; from lengths alone."""
         window, turns = self.window_tokens, state.turns

@@ -105,6 +105,10 @@ class PasskeyReader:
             longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
         return Progress(position.step, longest, mean)
 
+    def name_documents(self, position: Progress) -> list[str]:
+        """The number of the step for which all texts of the window behind `position` are made."""
+        return [f"texts of step {position.step + 1}"]
+
     def next(self, position: Progress) -> tuple[Batch, Progress]:
         """The window behind a position, and the position behind the window."""
         shape = (len(self.rows), self.window_tokens)

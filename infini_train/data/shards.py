@@ -4,6 +4,7 @@ A shard holds two members a document: ``<key>.npy`` (1-D token ids without bos a
 ``documents.idx`` tells where each document's ids begin, so any window of any document is one read of the file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -130,6 +131,12 @@ class Dataset:
         if not isinstance(metadata, dict):
             raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
         return metadata
+
+    def name(self, document: int) -> str:
+        """Its id, or its number where that can't be read."""
+        with contextlib.suppress(CorruptDocumentError, OSError):
+            return str(self.metadata(document).get("id", document))
+        return str(document)
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""

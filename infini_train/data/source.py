@@ -46,6 +46,10 @@ class Reader(Protocol):
         """The position of a `to_json`."""
         ...
 
+    def name_documents(self, position: Any) -> list[str]:
+        """What the window behind a position holds, in all ranks' lanes."""
+        ...
+
     def next(self, position: Any) -> tuple[Batch | None, Any]:
         """The window behind a position (None at the end), and the position behind the window."""
         ...

@@ -108,6 +108,17 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def skip(self) -> None:
+        """Drops the gradients instead of a `step`; all ranks call it together.
+
+        DeepSpeed leaves out a step whose norm is no number, so it is told such a norm instead of finding one.
+        """
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        norm: Any = [torch.tensor(torch.inf)] if self.stage == 3 else torch.tensor(torch.inf)
+        setattr(self._zero, name, lambda: norm)
+        self._engine.step()
+        delattr(self._zero, name)
+
     def close(self) -> None:
         """Lets go of hooks and buffers, so that another engine can follow in this process."""
         self._engine.destroy()

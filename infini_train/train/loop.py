@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +11,18 @@ import torch
 from torch.profiler import profile
 
 from infini_train.config import ConfigError, ParallelConfig, RunConfig
+from infini_train.data.source import Position
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device, mesh
 from infini_train.parallel.watch import OPENING, Watch
+from infini_train.train.guards import DivergedError, find_bad_tensors, list_names
 from infini_train.train.interrupt import Stopped, StopRequest
 from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
 from infini_train.train.optim import gate_warning, learning_rates
-from infini_train.train.session import Session, hold_folder, open_session, save_session
-from infini_train.train.status import check_fence, end_status, write_status
+from infini_train.train.session import Session, hold_folder, open_session, roll_back, save_session
+from infini_train.train.status import append_finding, check_fence, end_status, write_status
 from infini_train.train.step import StepResult, train_step
 
 
@@ -28,7 +31,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
 
     Raises:
         ConfigError: something about data, checkpoint or config is wrong; nothing was trained.
-        NonFiniteError: the loss is no longer a number; the last checkpoint stays.
+        DivergedError: nothing can be learned any more (`guard`); the last checkpoint stays.
         Stopped: a signal asked for it; a checkpoint of the last step is there.
     """
     first = mesh.world()[0] == 0
@@ -39,7 +42,8 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         session = open_session(config, notify)
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
-            run_steps(session, stop, watch.doing)
+            while run_steps(session, stop, watch.doing):
+                roll_back(session, notify)
             end_status(session, stop.agreed)
     total = session.config.train.total_steps
     if stop.agreed and session.step < total:
@@ -48,8 +52,12 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     return session
 
 
-def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None]) -> None:
-    """Step by step to the end of the budget, or to a signal; tells `doing` what it is about."""
+def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None]) -> bool:
+    """Step by step to the end of the budget, or to a signal; tells `doing` what it is about.
+
+    Returns:
+        Whether to go on from the last checkpoint instead, because the loss has jumped.
+    """
     config, total = session.config, session.config.train.total_steps
     session.saver.on_wait = doing
 
@@ -62,15 +70,18 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             rates = learning_rates(session.step, total, config.optim)
             clock.start_step()
             with profiled(session):
-                result = train_step(session.stages, session.engine, batch, session.carried, rates, tell)
-            session.advance(result, lanes)
+                judge, carried = session.guard.find_problem, session.carried
+                result = train_step(session.stages, session.engine, batch, carried, rates, tell, judge)
             clock.end_step(result)
             metrics.tick()
+            end_step(session, metrics, result, lanes)
+            if session.guard.must_roll_back(result.loss, result.problem):
+                return True
             stop.agree()
             last = session.step == total or stop.agreed is not None
-            if last or session.step % config.log.every_steps == 0:
+            if not result.problem and (last or session.step % config.log.every_steps == 0):
                 report_step(session, metrics, clock, result, rates)
-            if last or session.step % config.log.memory_every_steps == 0:
+            if not result.problem and (last or session.step % config.log.memory_every_steps == 0):
                 report_memory(session, metrics, result)
             if last or config.checkpoint.is_due(session.step):
                 check_fence(session)
@@ -81,6 +92,30 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             clock.pause()
             if last:
                 break
+    return False
+
+
+def end_step(session: Session, metrics: Metrics, result: StepResult, lanes: Position) -> None:
+    """Moves on behind a step; tells of one that was left out, or whose loss has jumped.
+
+    Raises:
+        DivergedError: too many were left out.
+    """
+    guard, before = session.guard, session.lanes
+    finding = result.problem or guard.describe_spike(result.loss)
+    session.advance(result, lanes)
+    if not finding:
+        return
+    if session.place.is_first:
+        documents = session.reader.name_documents(before)
+        learned = f"left out, {guard.skipped} so far" if result.problem else "learned from all the same"
+        metrics.say(f"WARNING: step {session.step}: {finding}; {learned}; documents: {list_names(documents)}")
+        append_finding(session, finding, documents)
+    if guard.gives_up:
+        bad = find_bad_tensors(session.engine)
+        if bad:
+            print(f"rank {session.place.world[0]}: not finite: {list_names(bad)}", file=sys.stderr, flush=True)
+        raise DivergedError(f"{finding}; {guard.diagnose(mesh.max_over_world(float(bool(bad))) > 0)}")
 
 
 def ignore(line: str) -> None:
@@ -174,6 +209,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
         "bits_per_byte/train": found.bits_per_byte,
         "grad_norm": result.grad_norm,
         "tokens": session.tokens,
+        "skipped_steps": session.guard.skipped,
         "data/corrupt_documents": corrupt_documents,
         **session.reader.mix(session.lanes),
         **{f"lr/{group}": rate for group, rate in rates.items()},

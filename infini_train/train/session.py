@@ -5,7 +5,7 @@ import fcntl
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine, Shard
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, carry_fragments, join_lanes, read_carried
+from infini_train.train.guards import Guard
 from infini_train.train.optim import parameter_groups
 from infini_train.train.step import StepResult
 
@@ -36,7 +37,7 @@ Notify = Callable[[str], None]
 
 @dataclass
 class Session:
-    """A run between two steps. `step`, `tokens`, `lanes` and `carried` move on together, after a step was accepted."""
+    """A run between two steps. `step`, `tokens`, `lanes`, `carried` and `guard` move on together."""
 
     config: RunConfig
     place: Place
@@ -51,6 +52,10 @@ class Session:
     tokens: int
     lanes: Position
     carried: Carried
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.config.guard)
 
     def batches(self) -> Iterator[tuple[Batch, Position]]:
         """Batches of this rank's lanes from the present position on, read ahead in the background where they can be."""
@@ -63,9 +68,13 @@ class Session:
             yield batch, lanes
 
     def advance(self, result: StepResult, lanes: Position) -> None:
-        """Accepts a step: counters, data position and memory go on."""
+        """A step is over: counters, data position and memory go on. One that was left out leaves empty memories."""
         self.step += 1
         self.tokens += self.config.train.tokens_per_step
+        self.guard.record(result.loss, result.problem)
+        if result.problem:
+            self.lanes, self.carried = lanes, empty_carried(self.config, self.stages)
+            return
         self.lanes = self.reader.learn(lanes, result.loss)
         if self.config.train.carry_memory:
             self.carried = result.states
@@ -124,10 +133,9 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
     place = mesh.start(config.parallel)
     stages, engine, parameters = build(config, place, origin)
     rows = Lanes.of(config, place.data[0])
-    train = config.train
-    reader = open_reader(source, config, slice(rows.first, rows.first + config.lanes_per_rank), warn)
-    micro_batches = config.lanes_per_rank // config.micro_lanes
-    carried = stages.initial_carried(config.micro_lanes, micro_batches, train.carry_memory)
+    mine = slice(rows.first, rows.first + config.lanes_per_rank)
+    reader = open_reader(source, config, mine, warn)
+    carried = empty_carried(config, stages)
     saver = BackgroundSaver(
         config.directory,
         to_tree(config),
@@ -152,6 +160,12 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
 def warn(what: str) -> None:
     """Tells the person at the console, from any rank."""
     print(f"warning: {what}", file=sys.stderr, flush=True)
+
+
+def empty_carried(config: RunConfig, stages: Stages) -> Carried:
+    """The memory of lanes that have read nothing yet."""
+    micro_batches = config.lanes_per_rank // config.micro_lanes
+    return stages.initial_carried(config.micro_lanes, micro_batches, config.train.carry_memory)
 
 
 def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, source: Source, notify: Notify) -> None:
@@ -226,12 +240,14 @@ def save_session(session: Session, notify: Notify) -> None:
     Raises:
         CheckpointError: the one begun before failed (the disk is full or not writable); earlier checkpoints stay.
     """
+    session.guard.rollbacks = 0
     state = {
         "step": session.step,
         "tokens": session.tokens,
         "lanes": session.lanes.to_json(),
         "data": session.source.identity,
         "optimizer_steps": session.engine.optimizer_steps(),
+        "guard": session.guard.to_json(),
         "rng": rng.capture_rng(),
         "tokenizer": session.source.tokenizer_sha256,
     }
@@ -264,7 +280,24 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
     session.step, session.tokens = state["step"], state["tokens"]
     session.lanes = session.reader.parse(state["lanes"])
+    session.guard.restore(state.get("guard", {}))
     rng.restore_rng(state["rng"])
+
+
+def roll_back(session: Session, notify: Notify) -> None:
+    """Back to weights and step of the newest checkpoint, but on behind the text read since, with empty memories.
+
+    All ranks call it together. Without a checkpoint all stays as it is.
+    """
+    checkpoint = _share(store.find_latest(session.config.directory, notify) if session.place.is_first else None)
+    if checkpoint is None:
+        notify(f"there is no checkpoint to go back to; step {session.step} is left out only")
+        return
+    lanes, skipped, rollbacks = session.lanes, session.guard.skipped, session.guard.rollbacks
+    _restore(session, checkpoint)
+    session.lanes, session.carried = lanes, empty_carried(session.config, session.stages)
+    session.guard.skipped, session.guard.rollbacks = skipped, rollbacks + 1
+    notify(f"rolled back to {checkpoint.path} (step {session.step}); the text read since is left out")
 
 
 # ------------------------------------------------------------------------------------------------------- run directory

@@ -30,8 +30,16 @@ def write_status(session: Session, values: dict[str, float], eta_s: float) -> No
             "loss": values["loss/train"],
             "tokens_per_s": values["speed/tokens_per_s"],
             "eta_s": eta_s,
+            "skipped_steps": session.guard.skipped,
         },
     )
+
+
+def append_finding(session: Session, finding: str, documents: list[str]) -> None:
+    """Rank 0: what was wrong with the step that is just over, and the documents it read, into findings.jsonl."""
+    row = {"time": time.time(), "step": session.step, "finding": finding, "documents": documents}
+    with (session.config.directory / "findings.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def end_status(session: Session, signal_name: str | None) -> None:

@@ -3,6 +3,7 @@
 Legend: B lanes of this data-parallel rank, T window tokens.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,14 +14,14 @@ from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Carried, Stages, cut_micro_batches, run_window
 from infini_train.parallel.zero import Engine
-
-
-class NonFiniteError(ArithmeticError):
-    """A step without a finite loss and gradients; weights and memory are as they were before it."""
+from infini_train.train.guards import describe_non_finite
 
 
 class StepResult(NamedTuple):
-    """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted."""
+    """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted.
+
+    With a `problem` nothing was learned: weights and optimizer are as they were, and the states are of no use.
+    """
 
     loss: float  # nats a label, weighted
     labels: int
@@ -28,6 +29,7 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     states: Carried
     seconds: dict[str, float]  # forward, backward, optimizer
+    problem: str = ""  # why the step was left out
 
 
 class Stopwatch:
@@ -66,6 +68,7 @@ def train_step(
     carried: Carried,
     lr_of_group: dict[str, float],
     tell: Callable[[str], None] = lambda operation: None,
+    find_problem: Callable[[float], str] = describe_non_finite,
 ) -> StepResult:
     """Trains on one window of every lane; all ranks call it together.
 
@@ -76,9 +79,8 @@ def train_step(
         carried: memory of each stage and micro-batch before the window.
         lr_of_group: learning rates by group name.
         tell: told what is going on.
-
-    Raises:
-        NonFiniteError: no labels, or loss or gradients are not finite; names the documents of the batch.
+        find_problem: why a step with this loss is left out, the same on all ranks; empty if it is not. A step is also
+            left out if there are no labels or the gradients are not finite.
     """
     place, parallel = stages.place, stages.parallel
     watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
@@ -88,7 +90,7 @@ def train_step(
     totals = mesh.sum_over_world([float(weight), float(valid_BT.sum()), batch.n_bytes])
     weight, labels, n_bytes = (total / parallel.model_size for total in totals)
     if weight == 0:
-        raise NonFiniteError(f"the batch has no text that can be read (documents {describe_documents(batch)})")
+        return StepResult(math.nan, 0, 0.0, math.nan, carried, {}, "none of its text can be read")
     replicas = place.data[1] * place.context[1]  # whose gradients the engine averages
     loss_sum, states = run_window(
         stages,
@@ -100,18 +102,12 @@ def train_step(
     )
     watch.begin("backward", "(adding up the loss)")
     loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight
-    if not np.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss} (documents of the batch: {describe_documents(batch)})")
     watch.begin("optimizer")
-    grad_norm = engine.step(lr_of_group)
+    problem, grad_norm = find_problem(loss), math.nan
+    if problem:
+        engine.skip()
+    else:
+        grad_norm = engine.step(lr_of_group)  # which changes nothing if the norm is not finite
+        problem = "" if math.isfinite(grad_norm) else "the gradients are not finite"
     watch.end()
-    if not np.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"the gradient's norm is {grad_norm} (documents of the batch: {describe_documents(batch)})"
-        )
-    return StepResult(loss, round(labels), n_bytes, grad_norm, states, watch.seconds)
-
-
-def describe_documents(batch: Batch) -> str:
-    """The numbers of the documents that the lanes end in."""
-    return ", ".join(str(document) for document in sorted(set(batch.document_B.tolist())))
+    return StepResult(loss, round(labels), n_bytes, grad_norm, states, watch.seconds, problem)

@@ -1,6 +1,7 @@
 """A real Slurm cluster of four nodes on this machine, private and below a temporary folder, and tiny runs on it."""
 
 import contextlib
+import fcntl
 import getpass
 import json
 import os
@@ -53,9 +54,12 @@ def wait_until(
         time.sleep(every_s)
 
 
+FIRST_PORT, PORTS = 22000, 40
+
+
 def free_ports(count: int) -> int:
     """First of some free ports in a row, below those that the kernel gives out."""
-    for base in range(21000 + os.getpid() % 500 * 20, 32000, 20):
+    for base in range(FIRST_PORT + os.getpid() % 200 * PORTS, 32000, PORTS):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(base, base + count):
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -100,7 +104,9 @@ class SlurmCluster:
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().split(".")[0]
+        # Ranks meet at a port that follows from their job's number: clusters beside this one have other numbers.
         values = {"home": self.home, "host": host, "port": self.port, "user": getpass.getuser(), "nodes": NODES}
+        values["first_job"] = self.port - FIRST_PORT + 1
         text, hosts = SLURM_CONF.format(**values), Path("/etc/hosts").read_text()
         for i, name in enumerate(self.names, start=1):
             text += NODE_CONF.format(name=name, host=host, port=self.port + i, cores=CORES // 2, gpus=GPUS)
@@ -289,8 +295,7 @@ class Run:
         return int(self.status().get("step", 0))
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: self.step() >= step, START_S, self.story)
-        assert self.status().get("state") != "finished", "too late to disturb it"
+        wait_until(lambda: self.step() >= step, START_S, self.story, every_s=0.02)
 
     def wait_for_end(self) -> str:
         """Slurm's last state of the job."""
@@ -298,18 +303,34 @@ class Run:
         wait_until(lambda: self.slurm.job_state(self.job) not in busy, JOB_S, self.story, every_s=0.5)
         return self.slurm.job_state(self.job)
 
-    def find_rank(self, rank: int) -> int:
-        """A rank's python process."""
+    def find_ranks(self) -> dict[int, int]:
+        """The python process of each rank that trains."""
+        found = {}
+        mine = {f"SLURM_JOB_ID={self.job}", f"SLURM_CONF={self.slurm.environment['SLURM_CONF']}"}
         for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "environ").read_bytes().split(b"\0")
+            with contextlib.suppress(OSError):
+                words = set((path / "environ").read_bytes().decode(errors="replace").split("\0"))
                 name = (path / "comm").read_text().strip()
-            except OSError:
-                continue
-            mine = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_NUM_TASKS=2"}
-            if mine <= set(words) and name.startswith(("python", "infini")):
-                return int(path.name)
-        raise AssertionError(f"no rank {rank}")
+                if mine <= words and name.startswith(("python", "infini")):
+                    variables = dict(word.split("=", 1) for word in words if "=" in word)
+                    if "SLURM_PROCID" in variables:
+                        found[int(variables["SLURM_PROCID"])] = int(path.name)
+        return found
+
+    @contextlib.contextmanager
+    def hold(self, step: int) -> Iterator[dict[int, int]]:
+        """Stops all ranks behind a step, so that what is done inside does not come too late; they go on afterwards."""
+        self.wait_for_step(step)
+        ranks = self.find_ranks()
+        for process in ranks.values():
+            os.kill(process, signal.SIGSTOP)
+        try:
+            assert self.status().get("state") != "finished", "too late to disturb it"
+            yield ranks
+        finally:
+            for process in ranks.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
     def job_log(self) -> str:
         path = self.directory / "launch" / "job.log"
@@ -359,11 +380,18 @@ def submit(slurm: SlurmCluster, run_tree: dict, tmp_path: Path) -> Callable[...,
 
 
 @pytest.fixture(scope="session")
-def quiet_curve(slurm: SlurmCluster, run_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The loss of each step of two processes that nobody disturbs, without Slurm."""
-    folder = tmp_path_factory.mktemp("quiet")
-    (folder / "run.yaml").write_text(yaml.safe_dump({**run_tree, "name": "quiet", "run_dir": str(folder / "run")}))
-    slurm.run("infini-launch", "local", str(folder / "run.yaml"), "--nproc=2", cwd=folder)
+def quiet_curve(run_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss of each step of two processes that nobody disturbs, without Slurm; once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "quiet"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "run").exists():
+            tree = {**run_tree, "name": "quiet", "run_dir": str(folder / "run")}
+            (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+            command = [sys.executable, "-m", "launch.cli", "local", str(folder / "run.yaml"), "--nproc=2"]
+            subprocess.run(command, cwd=folder, check=True)
     losses = read_losses(folder / "run")
     assert list(losses) == list(range(1, STEPS + 1))
     return losses

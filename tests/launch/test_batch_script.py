@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 WAIT_S, STEPS = 120, 100
 
 # Counts steps, saves when a signal comes, goes on from its newest checkpoint; rank 0 writes what was counted.
@@ -26,6 +26,10 @@ saved.mkdir(exist_ok=True, parents=True)
 step = max((int(path.name[5:]) for path in saved.iterdir()), default=0)
 mistake = run / "mistake"
 if mistake.exists():
+    if rank:
+        print("error: rank 0 has failed", file=sys.stderr)
+        sys.exit(1)
+    time.sleep(1)  # it ends behind the others
     print("error: data.train: is wrong", file=sys.stderr)
     sys.exit(int(mistake.read_text()))
 while step < {steps} and not stop:
@@ -76,34 +80,33 @@ def assert_each_step_once(run, starts: int) -> None:
 
 def test_a_signal_requeues_and_the_next_step_follows(start, slurm):
     run = start()
-    run.wait_for_step(5)
-    slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    with run.hold(5):
+        slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
     assert_each_step_once(run, starts=2)
     assert "preemption or time limit: asking the ranks to save" in run.job_log() and "finished" in run.job_log()
 
 
 def test_a_preemption_requeues(start, slurm):
     run = start()
-    run.wait_for_step(5)
-    slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    with run.hold(5):
+        slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        slurm.wait_until(lambda: "preemption or time limit: asking" in run.job_log(), WAIT_S, run.story)
     assert_each_step_once(run, starts=2)
 
 
 def test_ranks_told_to_stop_by_others_requeue(start, slurm):
     """A preemption that only the ranks are told of."""
     run = start()
-    run.wait_for_step(5)
-    slurm.run("scancel", "--signal=TERM", str(run.job))
+    with run.hold(5):
+        slurm.run("scancel", "--signal=TERM", str(run.job))
     assert_each_step_once(run, starts=2)
 
 
 def test_a_time_limit_requeues(start, slurm):
     run = start()
-    run.wait_for_step(2)
-    os.kill(run.find_rank(0), signal.SIGSTOP)  # so that it is not done before Slurm looks at limits again
-    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-    slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
-    os.kill(run.find_rank(0), signal.SIGCONT)
+    with run.hold(2):  # so that it is not done before Slurm looks at limits again
+        slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+        slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
     slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     assert_each_step_once(run, starts=2)
@@ -111,8 +114,8 @@ def test_a_time_limit_requeues(start, slurm):
 
 def test_a_killed_rank_is_named_and_retried(start):
     run = start()
-    run.wait_for_step(5)
-    os.kill(run.find_rank(1), signal.SIGKILL)
+    with run.hold(5) as ranks:
+        os.kill(ranks[1], signal.SIGKILL)
     assert run.wait_for_end() == "COMPLETED", run.story()
     assert run.starts() == 2
     assert "train: rank 1 on n2 failed first, exit code 137" in run.job_log(), run.story()
@@ -120,15 +123,15 @@ def test_a_killed_rank_is_named_and_retried(start):
 
 def test_a_crashed_node_is_left_behind(start, slurm):
     run = start()
-    run.wait_for_step(5)
     try:
-        slurm.kill_node("n2")
+        with run.hold(5):
+            slurm.kill_node("n2")
         assert run.wait_for_end() == "COMPLETED", run.story()
     finally:
         slurm.start_node("n2")
     nodes = (run.directory / "launch" / "starts").read_text().splitlines()[-1].split()[-1]
     assert "n2" not in slurm.run("scontrol", "show", "hostnames", nodes).split()
-    slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", 90, "n2 is back")
+    slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", WAIT_S, "n2 is back")
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
@@ -138,14 +141,15 @@ def test_failures_end_the_job_at_the_cap_and_mistakes_at_once(start, tmp_path, c
     run = start(tasks=2)
     assert run.wait_for_end() == "FAILED", run.story()
     assert run.starts() == starts, run.story()
-    assert f"failed first, exit code {code}: error: data.train: is wrong" in run.job_log(), run.story()
+    reason = "data.train: is wrong" if code == 2 else "rank 0 has failed"
+    assert f"failed first, exit code {code}: error: {reason}" in run.job_log(), run.story()
     assert ("given up after 2 retries" in run.job_log()) == (code == 1)
 
 
 def test_cancel_saves_and_ends_and_a_cancelled_job_is_not_revived(start, slurm):
     run = start()
-    run.wait_for_step(5)
-    assert "saves and ends" in run.launch("cancel", str(run.directory))
+    with run.hold(5):
+        assert "saves and ends" in run.launch("cancel", str(run.directory))
     assert run.wait_for_end() == "COMPLETED", run.story()
     assert "stopped; submit again" in run.job_log() and run.starts() == 1
     again = start()
@@ -159,8 +163,8 @@ def test_cancel_saves_and_ends_and_a_cancelled_job_is_not_revived(start, slurm):
 
 def test_a_chain_goes_on_until_the_run_is_done(start, slurm):
     run = start(chain=3)
-    run.wait_for_step(5)
-    slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    with run.hold(5):
+        slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
     assert run.wait_for_end() == "FAILED", "it did not finish the run"
     run.job += 1
     assert_each_step_once(run, starts=2)

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import time
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 WAIT_S = 400  # on a busy machine
 STEPS = 40
 
@@ -24,8 +23,8 @@ def test_four_nodes_and_two_tasks_a_node_finish_alike(submit, slurm):
 
 def test_a_signal_before_the_limit_saves_and_resumes_at_the_next_step(submit, slurm, quiet_curve):
     run = submit()
-    run.wait_for_step(8)
-    slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+    with run.hold(8):
+        slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
     stopped = run.step()
     assert (run.directory / "checkpoints" / f"step-{stopped:08d}").is_dir(), "the very last step was saved"
@@ -36,11 +35,9 @@ def test_a_signal_before_the_limit_saves_and_resumes_at_the_next_step(submit, sl
 
 def test_a_time_limit_is_survived(submit, slurm, quiet_curve):
     run = submit()
-    run.wait_for_step(2)
-    os.kill(run.find_rank(0), signal.SIGSTOP)  # so that the run is not done before Slurm looks at limits again
-    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-    slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
-    os.kill(run.find_rank(0), signal.SIGCONT)
+    with run.hold(2):
+        slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+        slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
     slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     run.assert_complete(quiet_curve, starts=2)
@@ -48,33 +45,34 @@ def test_a_time_limit_is_survived(submit, slurm, quiet_curve):
 
 def test_a_preempted_job_comes_back(submit, slurm, quiet_curve):
     run = submit()
-    run.wait_for_step(8)
-    slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    with run.hold(8):
+        slurm.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        slurm.wait_until(lambda: "preemption or time limit: asking" in run.job_log(), WAIT_S, run.story)
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
     run.assert_complete(quiet_curve, starts=2)
 
 
 def test_a_killed_rank_is_named_and_the_job_retried(submit, quiet_curve):
     run = submit()
-    run.wait_for_step(8)
-    os.kill(run.find_rank(1), signal.SIGKILL)
+    with run.hold(8) as ranks:
+        os.kill(ranks[1], signal.SIGKILL)
     run.assert_complete(quiet_curve, starts=2)
     assert "rank 1 on n2 failed first, exit code 137" in run.job_log()
 
 
 def test_a_stopped_rank_is_named_and_the_job_retried(submit, quiet_curve):
-    run = submit(settings=("parallel.timeout_s=6",))
-    run.wait_for_step(8)
-    os.kill(run.find_rank(1), signal.SIGSTOP)
+    run = submit(settings=("parallel.timeout_s=20",))
+    with run.hold(8) as ranks:
+        del ranks[1]
     run.assert_complete(quiet_curve, starts=2)
     assert "error: rank 1 (n2, process" in run.job_log() and "stopped answering" in run.job_log()
 
 
 def test_a_crashed_node_is_survived_on_others(submit, slurm, quiet_curve):
     run = submit()
-    run.wait_for_step(8)
     try:
-        slurm.kill_node("n2")
+        with run.hold(8):
+            slurm.kill_node("n2")
         assert run.wait_for_end() == "COMPLETED", run.story()
     finally:
         slurm.start_node("n2")
@@ -82,31 +80,24 @@ def test_a_crashed_node_is_survived_on_others(submit, slurm, quiet_curve):
     assert run.starts() >= 2
     nodes = (run.directory / "launch" / "starts").read_text().splitlines()[-1].split()[-1]
     assert "n2" not in slurm.run("scontrol", "show", "hostnames", nodes).split()
-    slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", 60, "n2 is back")
+    slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", WAIT_S, "n2 is back")
 
 
-def test_a_hopeless_run_is_given_up(submit):
-    """Each start loses its shards' folder: retried, with the reason, up to the cap."""
+def test_a_mistake_that_only_training_finds_is_not_retried(submit):
     run = submit(settings=("train.init_from=/nowhere",))
     assert run.wait_for_end() == "FAILED"
-    assert run.starts() == 1, "a mistake in the config is not retried"
+    assert run.starts() == 1
     assert "error: " in run.job_log() and "mend that" in run.job_log()
 
 
-def test_cancel_saves_and_ends_and_scancel_does_not_revive(submit, slurm, quiet_curve):
+def test_cancel_saves_and_ends_and_the_run_can_be_submitted_again(submit, quiet_curve):
     run = submit()
-    run.wait_for_step(8)
-    run.launch("cancel", str(run.directory))
+    with run.hold(8):
+        run.launch("cancel", str(run.directory))
     assert run.wait_for_end() == "COMPLETED", run.story()
     stopped = run.step()
     assert (run.directory / "checkpoints" / f"step-{stopped:08d}").is_dir() and stopped < STEPS
     assert run.status()["state"] == "stopped by SIGTERM"
     again = submit()
-    again.wait_for_step(stopped + 2)
-    slurm.run("scancel", str(again.job))
-    assert again.wait_for_end() == "CANCELLED", again.story()
-    time.sleep(8)  # longer than a requeued job waits
-    assert slurm.job_state(again.job) == "CANCELLED"
-    last = submit()
-    assert last.wait_for_end() == "COMPLETED", last.story()
-    assert last.losses() == quiet_curve
+    assert again.wait_for_end() == "COMPLETED", again.story()
+    assert again.losses() == quiet_curve

@@ -226,3 +226,20 @@ def test_a_step_with_bad_gradients_changes_nothing(precision, value):
     assert engine.optimizer_steps() == 1
     (engine(torch.ones(16, 16, dtype=dtype))).backward()
     assert engine.step(RATES[0]) == pytest.approx(16.0), "nothing of the bad gradients is left"
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3)])
+def test_a_skipped_step_leaves_nothing(precision, zero_stage):
+    model = Scale()
+    engine = build_engine(model, precision, zero_stage)
+    ones = torch.ones(16, 16, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    engine(ones).backward()
+    engine.step(RATES[0])
+    before = [shard.values.clone() for shard in engine.shards()]
+    engine(100 * ones).backward()
+    engine.skip()
+    assert all(torch.equal(shard.values, old) for shard, old in zip(engine.shards(), before, strict=True))
+    assert engine.optimizer_steps() == 1
+    engine(ones).backward()
+    assert engine.step(RATES[0]) == pytest.approx(16.0), "nothing of the skipped gradients is left"
+    engine.close()

@@ -63,7 +63,7 @@ def test_numbers_are_in_both_places(run_dir):
     lines, board = read_lines(run_dir), read_board(run_dir)
     tags = {tag for line in lines for tag in line if tag != "step"}
     expected = {"loss/train", "perplexity/train", "bits_per_byte/train", "grad_norm", "tokens"}
-    expected |= {"data/corrupt_documents"}
+    expected |= {"data/corrupt_documents", "skipped_steps"}
     expected |= {"loss/validation", "perplexity/validation", "bits_per_byte/validation", "loss/unigram_entropy"}
     expected |= {f"lr/{group}" for group in ("matrices", "vectors", "gates")}
     expected |= {f"speed/{name}" for name in ("step_s", "tokens_per_s", "mfu", "peak_memory_bytes")}

@@ -13,7 +13,7 @@ from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel.pipeline import cut_micro_batches
 from infini_train.train.optim import learning_rates
 from infini_train.train.session import Session, open_session, save_session
-from infini_train.train.step import NonFiniteError, train_step
+from infini_train.train.step import train_step
 
 LANES, WINDOW = 4, 32
 
@@ -94,11 +94,10 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
                 assert close.float().mean() > 0.99, name
 
 
-def test_a_batch_without_labels_is_refused(configure, tools):
+def test_a_batch_without_labels_is_left_out(configure, tools):
     session = open_session(configure(), ignore)
     before = {name: p.detach().clone() for name, p in session.stages.transformers()[0].named_parameters()}
-    with pytest.raises(NonFiniteError, match="no text that can be read"):
-        step(session, draw_batch(0, (0, 0, 0, 0)))
+    assert step(session, draw_batch(0, (0, 0, 0, 0))).problem == "none of its text can be read"
     tools.assert_same(dict(session.stages.transformers()[0].named_parameters()), before)
 
 
@@ -143,8 +142,7 @@ def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
     before, position = tools.capture(session), session.lanes
     batch = draw_batch(0)
     batch.tokens_BT[2, 5] = 200
-    with pytest.raises(NonFiniteError, match=r"loss is nan \(documents of the batch: 0, 1, 2, 3\)"):
-        step(session, batch)
+    assert step(session, batch).problem == "the loss is nan"
     after = tools.capture(session)
     assert before.keys() == after.keys() and session.lanes == position and session.step == 2
     for name, value in after.items():
@@ -160,8 +158,7 @@ def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tool
     with torch.no_grad():
         session.stages.transformers()[0].embedding.weight.zero_()
     before = tools.capture(session)
-    with pytest.raises(NonFiniteError, match="gradient's norm is (inf|nan|-1)"):
-        step(session, draw_batch(0))
+    assert step(session, draw_batch(0)).problem == "the gradients are not finite"
     tools.assert_same(tools.capture(session), before)
     assert session.engine.optimizer_steps() == 0
     with torch.no_grad():
