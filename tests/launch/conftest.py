@@ -216,8 +216,8 @@ CLUSTER = {
     "cores_per_node": 4,
     "memory": "1G",
     "exclusive": True,
-    "time_limit": "10:00",
-    "signal_before_limit_s": 60,
+    "time_limit": "30:00",
+    "signal_before_limit_s": 240,
     "network_interface": "lo",
     "environment": {"GLOO_SOCKET_IFNAME": "lo"},
     "preflight": False,
@@ -331,6 +331,13 @@ class Run:
             for process in ranks.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGCONT)
+
+    def come_near_limit(self) -> None:
+        """Three to four minutes are left: Slurm looks every half a minute, and then warns at once."""
+        begin = int((self.directory / "launch" / "starts").read_text().splitlines()[-1].split()[0])
+        minutes = int(time.time() - begin) // 60 + 4
+        self.slurm.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
+        wait_until(lambda: "time limit: asking" in self.job_log(), 100, self.story)
 
     def job_log(self) -> str:
         path = self.directory / "launch" / "job.log"

@@ -105,10 +105,9 @@ def test_ranks_told_to_stop_by_others_requeue(start, slurm):
 def test_a_time_limit_requeues(start, slurm):
     run = start()
     with run.hold(2):  # so that it is not done before Slurm looks at limits again
-        slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-        slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
+        run.come_near_limit()
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
-    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     assert_each_step_once(run, starts=2)
 
 

@@ -36,10 +36,9 @@ def test_a_signal_before_the_limit_saves_and_resumes_at_the_next_step(submit, sl
 def test_a_time_limit_is_survived(submit, slurm, quiet_curve):
     run = submit()
     with run.hold(2):
-        slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-        slurm.wait_until(lambda: "time limit: asking" in run.job_log(), 100, run.story)
+        run.come_near_limit()
     slurm.wait_until(lambda: run.starts() == 2, WAIT_S, run.story)
-    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     run.assert_complete(quiet_curve, starts=2)
 
 
