@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -167,7 +167,9 @@ def _section(location: Iterable[int | str]) -> Any:
     """The schema's dataclass at a pydantic location, where a variant's kind follows the field that holds it."""
     section: Any = RunConfig
     for part in location:
-        if not dataclasses.is_dataclass(section):  # the union of variants
+        if isinstance(part, int):
+            section = get_args(section)[0]
+        elif not dataclasses.is_dataclass(section):  # the union of variants
             section = KINDS.get(str(part))
         else:
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))

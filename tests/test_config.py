@@ -97,6 +97,19 @@ WRONG = {
         "model.attention.overlap_tokens=33",
         "model.attention.overlap_tokens: must lie between",
     ),
+    "text twice": ("data.mixture=[{folder: a}]", "data.train: give a folder of shards to train on (or data.mixture"),
+    "a pipe": (
+        "data.train='pipe:cat x.tar'",
+        "data.train: a pipe can't be shuffled or resumed; give a folder, or a URL",
+    ),
+    "a weight of nothing": (
+        "data={train: null, mixture: [{folder: a, weight: 0}]}",
+        "data.mixture.weight: must be positive; leave out what is not to be read",
+    ),
+    "a part's field": (
+        "data={train: null, mixture: [{folder: a, wieght: 1}]}",
+        "data.mixture.0.wieght: unknown key; did",
+    ),
     "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
     "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),
     "negative skips": ("guard.max_skips=-1", "guard.max_skips: must not be negative"),
