@@ -62,14 +62,33 @@ class LocalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformerXLConfig:
+    """A baseline: attention inside the segment and to a cache of tokens before it, without gradient into the cache."""
+
+    kind: Literal["transformer_xl"] = "transformer_xl"  # chooses this attention
+    segment_tokens: int = 256  # a token sees its own segment
+    cache_tokens: int = 256  # and this many last tokens of the previous segment
+
+    def __post_init__(self) -> None:
+        _require(self.segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
+        _require(
+            0 < self.cache_tokens <= self.segment_tokens,
+            "model.attention.cache_tokens",
+            f"must lie between 1 and segment_tokens ({self.segment_tokens})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FullConfig:
     """Causal attention over the whole window; its cost grows with the square of the length."""
 
     kind: Literal["full"] = "full"  # chooses this attention
 
 
-AttentionConfig = Annotated[InfiniConfig | LocalConfig | FullConfig, pydantic.Field(discriminator="kind")]
-KINDS = {"infini": InfiniConfig, "local": LocalConfig, "full": FullConfig}
+AttentionConfig = Annotated[
+    InfiniConfig | LocalConfig | TransformerXLConfig | FullConfig, pydantic.Field(discriminator="kind")
+]
+KINDS = {"infini": InfiniConfig, "local": LocalConfig, "transformer_xl": TransformerXLConfig, "full": FullConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +499,11 @@ def _check_model_layout(run: RunConfig) -> None:
         context == 1 or model.segment_tokens is not None,
         "parallel.context_size",
         "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
+    )
+    _require(
+        context == 1 or not isinstance(model.attention, TransformerXLConfig),
+        "parallel.context_size",
+        "the cache of model.attention.kind transformer_xl does not cross ranks; use infini or local, or context_size 1",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig
+from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig, TransformerXLConfig
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")
@@ -28,6 +28,7 @@ VARIANTS = {
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=8),
     "local": LocalConfig(segment_tokens=SEGMENT),
     "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
+    "transformer-xl": TransformerXLConfig(segment_tokens=SEGMENT, cache_tokens=5),
     "full": FullConfig(),
 }
 

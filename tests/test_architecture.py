@@ -44,7 +44,7 @@ DEVICE_SHIM = "infini_train/parallel/device.py"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 ALLOWED_SIZES = {  # (file or file:function, unit) -> (limit, reason)
     ("infini_train/ops/attention.py:infini_attention", "parameters"): (9, "the inputs of the equations, each named"),
-    ("infini_train/config.py", "lines"): (580, "the schema on one page"),
+    ("infini_train/config.py", "lines"): (600, "the schema on one page"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 

@@ -1,6 +1,6 @@
 """Sizes and arithmetic of a model from its config alone."""
 
-from infini_train.config import FullConfig, InfiniConfig, ModelConfig
+from infini_train.config import FullConfig, InfiniConfig, ModelConfig, TransformerXLConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -16,7 +16,13 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def memory_numbers(config: ModelConfig) -> int:
-    """Numbers held by the compressive memories of one sequence: d_k (d_v + 1) K l (the paper's Table 2)."""
+    """Numbers that a sequence's memories hold, as the paper's Table 2 counts them.
+
+    d_k (d_v + 1) K l of Infini-attention; (d_k + d_v) K W l of Transformer-XL's cache of W tokens.
+    """
+    if isinstance(config.attention, TransformerXLConfig):
+        token = (config.key_dim + config.value_dim) * config.kv_heads
+        return token * config.attention.cache_tokens * config.num_layers
     if not isinstance(config.attention, InfiniConfig):
         return 0
     return config.key_dim * (config.value_dim + 1) * config.kv_heads * config.num_layers
@@ -34,6 +40,9 @@ def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
     matrices = count_parameters(config) - (0 if config.tied_embeddings else embeddings)
     attended = window_tokens if isinstance(config.attention, FullConfig) else config.attention.segment_tokens
     mixing = heads * attended * (key + value)  # 2 flops x half of the square
+    if isinstance(config.attention, TransformerXLConfig):  # the cache is seen whole, and projected once more
+        mixing += 2 * heads * config.attention.cache_tokens * (key + value)
+        mixing += 2 * hidden * config.kv_heads * (key + value)
     if isinstance(config.attention, InfiniConfig):
         mixing += 2 * heads * key * (value + 1) + 2 * config.kv_heads * key * (value + 1)
         if config.attention.update == "delta":

@@ -1,9 +1,12 @@
-"""Attention without a compressive memory: inside segments (`local`), or over everything so far (`full`)."""
+"""Attention without a compressive memory.
+
+`local` stays inside segments, `transformer_xl` keeps a cache of the segment before, `full` sees everything so far.
+"""
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
-from infini_train.config import LocalConfig, ModelConfig
+from infini_train.config import LocalConfig, ModelConfig, TransformerXLConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach
 from infini_train.ops.attention import local_attention
 from infini_train.ops.grid import Grid, Recent, no_recent
@@ -37,6 +40,35 @@ class LocalAttention(SequenceMixer):
     def between_windows(self, state: Recent) -> Recent | None:
         """The open segment and the overlap."""
         return detach(state)
+
+
+class TransformerXLAttention(SequenceMixer):
+    """Transformer-XL (arXiv 1901.02860, 3.2): the segment before is seen through hidden values without gradient.
+
+    Two things differ from that paper. Relative positions are rotary, as in all variants here, instead of learned. And
+    between windows keys and values are kept, not hidden values: those of the cache are a step of the optimizer old.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
+        super().__init__()
+        assert isinstance(config.attention, TransformerXLConfig)
+        assert ranks is None, "the cache would have to cross ranks in each layer, and its hidden values with it"
+        self.segment_tokens: int | None = config.attention.segment_tokens
+        self.overlap_tokens = config.attention.cache_tokens
+        self.rope_theta = config.rope_theta
+        self.projections = Projections(config, parallel)
+
+    initial_state = LocalAttention.initial_state
+    between_windows = LocalAttention.between_windows
+
+    def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
+        """See `SequenceMixer.forward`."""
+        q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)
+        cached = self.projections.split_cached(hidden_TBD) if grid.segments > 1 else None
+        out_BHTE, state = local_attention(
+            q_BHTD, k_BKTD, v_BKTE, state, grid, rope_theta=self.rope_theta, overlapping=cached
+        )
+        return self.projections.join(out_BHTE), state
 
 
 class FullAttention(SequenceMixer):

@@ -72,14 +72,21 @@ class Projections(nn.Module):
 
     def split(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_BHTD, k_BKTD, v_BKTE of this rank's heads and, under sequence parallelism too, of all tokens."""
-
-        def heads(projected: Tensor, size: int) -> Tensor:
-            return projected.unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
-
         hidden_TBD = enter_parallel(hidden_TBD, self.parallel)
-        q_BHTD = self.norm_q(heads(self.linear_q(hidden_TBD)[0], self.key_dim))
-        k_BKTD = self.norm_k(heads(self.linear_k(hidden_TBD)[0], self.key_dim))
-        return q_BHTD, k_BKTD, heads(self.linear_v(hidden_TBD)[0], self.value_dim)
+        q_BHTD = self.norm_q(self._heads(self.linear_q(hidden_TBD)[0], self.key_dim))
+        return q_BHTD, *self._keys_and_values(hidden_TBD)
+
+    def split_cached(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
+        """k_BKTD and v_BKTE as in `split`, from hidden values without gradient; these weights get theirs."""
+        return self._keys_and_values(enter_parallel(hidden_TBD.detach(), self.parallel))
+
+    def _keys_and_values(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
+        k_BKTD = self.norm_k(self._heads(self.linear_k(hidden_TBD)[0], self.key_dim))
+        return k_BKTD, self._heads(self.linear_v(hidden_TBD)[0], self.value_dim)
+
+    @staticmethod
+    def _heads(projected: Tensor, size: int) -> Tensor:
+        return projected.unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
 
     def kv_shape(self, lanes: int) -> tuple[int, int, int]:
         """(lanes, K, D) of this rank's keys."""

@@ -4,11 +4,16 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 
 from infini_train.config import ModelConfig
 from infini_train.model.infini import InfiniAttention
-from infini_train.model.local import FullAttention, LocalAttention
+from infini_train.model.local import FullAttention, LocalAttention, TransformerXLAttention
 from infini_train.model.mixer import SequenceMixer
 from infini_train.ops.memory import Ranks
 
-VARIANTS = {"infini": InfiniAttention, "local": LocalAttention, "full": FullAttention}
+VARIANTS = {
+    "infini": InfiniAttention,
+    "local": LocalAttention,
+    "transformer_xl": TransformerXLAttention,
+    "full": FullAttention,
+}
 
 
 def build_mixer(config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> SequenceMixer:

@@ -32,6 +32,7 @@ def local_attention(
     *,
     rope_theta: float = 10_000.0,
     ranks: Ranks | None = None,
+    overlapping: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Recent]:
     """Causal softmax attention inside each segment and document, rotary embedding by position in the segment.
 
@@ -43,12 +44,23 @@ def local_attention(
         grid: of this call (`make_grid`); one endless segment gives full attention.
         rope_theta: base of the rotary frequencies.
         ranks: how the overlap travels between the ranks of `grid.shard`; not asked on one rank.
+        overlapping: keys and values of the same tokens, to be seen by the next segment instead of the first ones; with
+            other gradients, say.
 
     Returns:
         out_BHTE in the dtype of v, and the tokens to carry.
     """
     k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
-    out_BSHQE = _attend_segments(_fold_queries(q_BHTD, grid), k_BKLD, v_BKLE, grid, rope_theta)
+    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
+    if overlapping is not None and grid.segments > 1:
+        before = _join_recent(recent, *overlapping, grid, ranks)[:2]
+        k_BSKJD, v_BSKJE = (
+            torch.cat(
+                (_key_windows(theirs, grid)[..., : grid.overlap_tokens, :], own[..., grid.overlap_tokens :, :]), -2
+            )
+            for theirs, own in zip(before, (k_BSKJD, v_BSKJE), strict=True)
+        )
+    out_BSHQE = _attend_segments(_fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope_theta)
     return _unfold_queries(out_BSHQE, grid), following()
 
 
@@ -92,7 +104,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
     scan = begin_scan(_closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks)
     q_BSHQD = _fold_queries(q_BHTD, grid)
-    local_BSHQE = _attend_segments(q_BSHQD, k_BKLD, v_BKLE, grid, rope_theta)  # while memories travel
+    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
+    local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope_theta)  # while memories travel
     scanned = scan()
     visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
     group = q_BSHQD.shape[2] // kv_heads
@@ -152,10 +165,9 @@ def _closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
     return inside.unflatten(2, (grid.closed, grid.segment_tokens)).transpose(1, 2)
 
 
-def _attend_segments(q_BSHQD: Tensor, k_BKLD: Tensor, v_BKLE: Tensor, grid: Grid, rope_theta: float) -> Tensor:
+def _attend_segments(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, grid: Grid, rope_theta: float) -> Tensor:
     first_query = grid.open_tokens if grid.segments == 1 else 0
     q_rotated = rotate(q_BSHQD, grid.overlap_tokens + first_query, rope_theta)
-    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
     k_rotated = rotate(k_BSKJD, 0, rope_theta)
     group = q_BSHQD.shape[2] // k_BSKJD.shape[2]
     if group > 1:

@@ -24,6 +24,7 @@ from infini_train.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    TransformerXLConfig,
 )
 
 Precision = Literal["fp32", "bf16"]
@@ -38,6 +39,7 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "linear-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=8),
     "local": LocalConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
+    "transformer_xl": TransformerXLConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5),
     "full": FullConfig(),
 }
 # A large epsilon makes AdamW's step a smooth function of the gradient: with the usual one, a gradient of nearly zero
@@ -127,7 +129,7 @@ CASES: tuple[Case, ...] = (
     *_cases("zero3", "linear", precision="bf16"),
     # 2 processes
     *_cases("tp2", "linear", "local", "full"),
-    *_cases("tp2-sp", "linear", "delta"),
+    *_cases("tp2-sp", "linear", "delta", "transformer_xl"),
     *_cases("tp2-sp", "delta-overlap", recompute=True),
     *_cases("tp2-sp", "linear", tied=True),
     *_cases("tp2-sp", "linear", precision="bf16"),
@@ -141,7 +143,7 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-offload", "linear"),
     *_cases("dp2-zero2", "linear", "delta"),
     *_cases("dp2-zero2-offload", "delta"),
-    *_cases("dp2-zero3", "linear", "delta"),
+    *_cases("dp2-zero3", "linear", "delta", "transformer_xl"),
     *_cases("dp2-zero3", "linear", recompute=True),
     *_cases("dp2-zero3", "linear", tied=True),
     *_cases("dp2-zero3", "linear", precision="bf16"),

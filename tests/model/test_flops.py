@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train.config import InfiniConfig
+from infini_train.config import InfiniConfig, TransformerXLConfig
 from infini_train.config_file import load_model
 from infini_train.model.flops import count_parameters, memory_numbers, training_flops_per_token
 from infini_train.model.transformer import Transformer
@@ -48,7 +48,19 @@ def test_memory_numbers_are_those_of_the_state(tools):
     state = tools.build(config).initial_state(1)
     held = sum(layer.memory.memory_BKDE.numel() + layer.memory.normaliser_BKD.numel() for layer in state)
     assert held == memory_numbers(config)
+    cached = tools.tiny("transformer-xl", value_head_dim=12)
+    state = tools.build(cached).initial_state(1)
+    assert memory_numbers(cached) == sum(layer.k_BKRD.numel() + layer.v_BKRE.numel() for layer in state)
     assert memory_numbers(tools.tiny("local")) == memory_numbers(tools.tiny("full")) == 0
+
+
+def test_memory_numbers_are_those_of_the_paper(tools):
+    """Table 2: 12 layers, 8 heads of 128, segments of 2048 tokens."""
+    shape = {"num_layers": 12, "num_heads": 8, "num_kv_heads": 8, "head_dim": 128}
+    infini = tools.tiny(attention=InfiniConfig(segment_tokens=2048), **shape)
+    cached = tools.tiny(attention=TransformerXLConfig(segment_tokens=2048, cache_tokens=2048), **shape)
+    assert round(memory_numbers(infini) / 1e5) == 16
+    assert round(memory_numbers(cached) / 1e6) == 50
 
 
 def test_flops_of_the_matrices_and_of_attention(tools):
