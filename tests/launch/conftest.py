@@ -107,18 +107,12 @@ class SlurmCluster:
         # Ranks meet at a port that follows from their job's number: clusters beside this one have other numbers.
         values = {"home": self.home, "host": host, "port": self.port, "user": getpass.getuser(), "nodes": NODES}
         values["first_job"] = self.port - FIRST_PORT + 1
-        text, hosts = SLURM_CONF.format(**values), Path("/etc/hosts").read_text()
+        shape, hosts = {"host": host, "cores": CORES // 2, "gpus": GPUS}, Path("/etc/hosts").read_text()
+        lines = PAPER_NODES.format(port=self.port, **shape)
         for i, name in enumerate(self.names, start=1):
-            text += NODE_CONF.format(name=name, host=host, port=self.port + i, cores=CORES // 2, gpus=GPUS)
+            lines += NODE_CONF.format(name=name, port=self.port + i, **shape)
             hosts += f"127.0.0.1 {name}\n"
-        text += PAPER_NODES.format(host=host, port=self.port, cores=CORES // 2, gpus=GPUS)
-        nodes, partitions = (
-            text.splitlines()[-NODES - 1 :],
-            text.splitlines()[: -NODES - 1],
-        )  # nodes stand before partitions
-        first = next(i for i, line in enumerate(partitions) if line.startswith("PartitionName"))
-        lines = [*partitions[:first], *nodes, *partitions[first:]]
-        (self.home / "slurm.conf").write_text("\n".join(lines) + "\n")
+        (self.home / "slurm.conf").write_text(SLURM_CONF.format(**values, node_lines=lines))
         (self.home / "hosts").write_text(hosts)
         (self.home / "plugstack.conf").touch()
         for i in range(GPUS):
