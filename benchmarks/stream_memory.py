@@ -39,7 +39,6 @@ def measure(run: Path, tokens: int) -> dict[str, float]:
         ids = np.random.default_rng(0).integers(4, tokenizer.vocab_size - 3, tokens)
         with ShardWriter(data, tokenizer) as writer:
             writer.add(ids, n_bytes=3 * tokens, id="random", source="random", metadata={})
-            writer.finish()
         assert Dataset.open(data).manifest.tokens == tokens
         command = [
             sys.executable,
