@@ -74,6 +74,18 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
     assert len(set(seen)) > 4 and max(map(len, seen)) <= 8 and set().union(*seen) > seen[0]
 
 
+def test_keys_often_repeat_digits():
+    keys = []
+    for step in range(30):
+        batch, _ = reader().next(Progress(step, 3.0, 1.0))
+        for row in range(4):
+            keys += [ByteTokenizer().decode(batch.labels_BT[row, b - 5 : b]) for _, b in texts(batch, row)]
+    different = np.bincount([len(set(key)) for key in keys], minlength=6) / len(keys)
+    assert (different[2:5] > 0.1).all() and different[1] < 0.1 < different[5]
+    shares = np.bincount([int(digit) for digit in "".join(keys)], minlength=10) / (5 * len(keys))
+    assert np.abs(shares - 0.1).max() < 0.03, "all digits are as frequent"
+
+
 def test_texts_grow_while_the_loss_is_low():
     lengths = {}
     for longest in (3.0, 12.0):
