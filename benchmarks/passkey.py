@@ -1,8 +1,8 @@
 """Keeps what passkey tests of trained runs found, and writes the tables of docs/results.md from it.
 
     infini-train train passkey_linear
-    infini-train eval passkey runs/passkey-linear --lengths 8K 32K 128K --samples 40 --seed 1
-    python benchmarks/passkey.py runs/passkey-linear
+    infini-train eval passkey runs/passkey_linear --lengths 8K 32K 128K --samples 40 --seed 1
+    python benchmarks/passkey.py runs/passkey_linear
 
 Every test in eval/ of the runs becomes a file in benchmarks/results/passkey/, under the run's name, its seed and the
 test's. Without runs only the tables are written, from the files that are there.
@@ -85,7 +85,10 @@ def fill_page(page: str, found: list[dict[str, Any]]) -> str:
 def format_tables(found: list[dict[str, Any]]) -> str:
     """Runs, then tests: right answers by length, over all positions of the key."""
     about = {(kept["run"]["name"], kept["run"]["seed"]): kept["run"] for kept in found}
-    runs = ["| run | seed | update | overlap | pressure | texts up to | steps | median step | commit |", "|---" * 9 + "|"]
+    runs = [
+        "| run | seed | update | overlap | pressure | texts up to | steps | median step | commit |",
+        "|---" * 9 + "|",
+    ]
     runs += [
         f"| {name} | {seed} | {run['update']} | {run['overlap_tokens']} | {run['pressure']:g} |"
         f" {run['window_tokens']:,} | {run['steps']:,} | {1000 * run['median_step_s']:.0f} ms | {run['commit']} |"

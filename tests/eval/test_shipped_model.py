@@ -20,7 +20,9 @@ def test_a_shipped_model_recalls_a_key_from_far_behind_its_training_length(name,
     window = trained.config.train.window_tokens
     grid = PasskeyGrid(lengths_tokens=(4 * window,), positions=(0.0, 0.5, 1.0), samples=4, seed=11, wording=wording)
     writer = PasskeyWriter(trained.tokenizer, find_wording(wording), grid.digits)
-    answers = [a for batch in answer_grid(trained.model, writer, grid, trained.tokenizer.bos_id, lanes=12) for a in batch]
+    answers = [
+        a for batch in answer_grid(trained.model, writer, grid, trained.tokenizer.bos_id, lanes=12) for a in batch
+    ]
     assert Score.of(answers).exact >= 11, [(a.position, a.key, a.said) for a in answers if not a.is_exact]
 
 
