@@ -7,6 +7,8 @@ is spelled out before it is read, so a text of millions of tokens costs no memor
 Legend: R probes, P digits of a key, C tokens of the key's sentences.
 """
 
+import copy
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,100 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_train.config import ConfigError
+from infini_train.data.passkey_wordings import PasskeyText
 from infini_train.data.tokenizer import Tokenizer
 
 _ANCHOR = "."  # whatever is encoded stands behind it, as in the text; alone it might begin with a space of its own
-
-
-@dataclass(frozen=True)
-class PasskeyText:
-    """The words of a test; a single space joins the parts.
-
-    Attributes:
-        name: chooses it.
-        intro: what the text begins with.
-        filler: sentences, repeated in this order.
-        key: holds ``{key}`` twice.
-        question: the answer follows it after a space.
-    """
-
-    name: str
-    intro: str
-    filler: tuple[str, ...]
-    key: str
-    question: str
-
-    def __post_init__(self) -> None:
-        assert self.filler and self.key.count("{key}") == 2
-
-
-_INTRO = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about"
-    " the important information there."
-)
-_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-_QUESTION = "What is the pass key? The pass key is"
-
-
-def _refill(name: str, *filler: str) -> PasskeyText:
-    """The paper's words around another filler."""
-    return PasskeyText(name, _INTRO, filler, _KEY, _QUESTION)
-
-
-WORDINGS = {
-    text.name: text
-    for text in (
-        _refill(  # arXiv 2404.07143, as in the landmark attention paper before it
-            "paper",
-            "The grass is green.",
-            "The sky is blue.",
-            "The sun is yellow.",
-            "Here we go.",
-            "There and back again.",
-        ),
-        _refill(
-            "harbour",
-            "Two boats left the harbour before dawn.",
-            "Gulls followed them past the lighthouse.",
-            "By noon the wind had turned.",
-            "Nobody was in a hurry.",
-        ),
-        _refill(
-            "kitchen",
-            "She chopped an onion and put it in the pan.",
-            "Water was boiling on the stove.",
-            "Outside it had begun to rain.",
-            "Dinner would be late once more.",
-            "They did not mind.",
-        ),
-        _refill(
-            "railway",
-            "A train stopped at every village.",
-            "Some people got off, others got on.",
-            "Fields went by, then a forest, then fields.",
-            "Tickets, please!",
-        ),
-        PasskeyText(  # no sentence of the paper's
-            "vault",
-            "Somewhere in the following pages a number is written down that opens a vault. Look out for it, since you"
-            " will be asked for it at the end.",
-            ("Rivers run to the sea.", "Old houses creak at night.", "A clock ticks in the hall.", "Time goes by."),
-            "To open the vault, dial {key}. Do not forget: {key} opens the vault.",
-            "Which number opens the vault? To open the vault, dial",
-        ),
-    )
-}
-
-
-def find_wording(name: str) -> PasskeyText:
-    """The wording of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in WORDINGS:
-        raise ConfigError(f"--wording: {name}: no such wording; choose one of {', '.join(WORDINGS)}")
-    return WORDINGS[name]
 
 
 class Spans(NamedTuple):
@@ -202,9 +114,9 @@ class PasskeyWriter:
 
     def __init__(self, tokenizer: Tokenizer, text: PasskeyText, digits: int = 5) -> None:
         assert digits > 0
-        self.text, self.digits = text, digits
+        self.text, self.digits, self._tokenizer = text, digits, tokenizer
         self._intro = _encode(tokenizer, text.intro, anchor="")
-        self._filler = _encode(tokenizer, " " + " ".join(text.filler))
+        self._filler = _encode_filler(tokenizer, text)
         self._encode_key(tokenizer)
         self.min_tokens = len(self._intro) + len(self._key) + len(self._question) + digits
 
@@ -226,6 +138,13 @@ class PasskeyWriter:
         if not alike or (question_RC != question_RC[0]).any() or len(set(digit_ids.tolist())) < 10:
             raise _joined_digits()
         self._key, self._places, self._question, self._digit_ids = keys_RC[0], places, question_RC[0], digit_ids
+
+    def refill(self, sentences: Iterable[str]) -> "PasskeyWriter":
+        """A writer of the same words around other filler."""
+        other = copy.copy(self)
+        other.text = dataclasses.replace(self.text, filler=tuple(sentences))
+        other._filler = _encode_filler(self._tokenizer, other.text)
+        return other
 
     def compose(
         self, random: np.random.Generator, length_tokens: int, position: float, *, jitter_tokens: int = 0
@@ -290,6 +209,10 @@ def _encode(tokenizer: Tokenizer, text: str, anchor: str = _ANCHOR) -> np.ndarra
             "tokenizer: joins the end of a sentence with what follows; passkey texts can't be cut with it"
         )
     return ids[len(before) :]
+
+
+def _encode_filler(tokenizer: Tokenizer, text: PasskeyText) -> np.ndarray:
+    return _encode(tokenizer, " " + " ".join(text.filler))
 
 
 def _digit_places(keys: list[np.ndarray], digits: int) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ times, so that a window feels like a far longer one. This augmentation is not in
 Shapes: B lanes read by this rank, T window_tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy as np
 
 from infini_train.config import ConfigError, PasskeyConfig
 from infini_train.data.lanes import IGNORED, Batch
-from infini_train.data.passkey import Passkey, PasskeyWriter, find_wording
+from infini_train.data.passkey import Passkey, PasskeyWriter
+from infini_train.data.passkey_wordings import SENTENCES, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 
 # Where the key lies: up to these shares of the texts anywhere, in the first segment's worth of filler, in the last two
@@ -25,7 +27,8 @@ from infini_train.data.tokenizer import ByteTokenizer
 ANYWHERE, AT_START, BEFORE_END = 0.5, 0.65, 0.85
 START_LOSS, MEMORY = 10.0, 0.9  # of the running mean of the loss
 GROWTH = 1.05, 0.1  # a step: segments times this, and this many more
-QUESTION_INSIDE = 0.8  # share of the texts whose question is not cut by a segment's edge
+QUESTION_INSIDE = 0.8  # share of the grown texts whose question is not cut by a segment's edge; before, all
+SENTENCES_DRAWN = 2, 8  # of which a varied filler consists
 
 
 class _Window(NamedTuple):
@@ -34,6 +37,15 @@ class _Window(NamedTuple):
     starts_BT: np.ndarray
     weights_BT: np.ndarray
     loss_weights_BT: np.ndarray
+
+
+def _draw_key(random: np.random.Generator, digits: int, *, repeats: bool) -> np.ndarray:
+    """Any key; with `repeats` one of 2 to 10 different digits at most.
+
+    Where digits repeat, only their place tells what follows them.
+    """
+    different = random.permutation(10)[: random.integers(2, 11) if repeats else 10]
+    return random.choice(different, digits)
 
 
 @dataclass(frozen=True)
@@ -74,15 +86,18 @@ class PasskeyReader:
         self._seed = seed
         self._most = window_tokens // segment_tokens
         self._least = min(config.min_segments, self._most)
-        self._writer = PasskeyWriter(ByteTokenizer(), find_wording(config.wording), config.digits)
-        if self._least * segment_tokens < self._writer.min_tokens:
-            needed = -(-self._writer.min_tokens // segment_tokens)
+        wording, byte = find_wording(config.wording), ByteTokenizer()
+        self._writer = PasskeyWriter(byte, wording, config.digits)
+        self._bare_writer = PasskeyWriter(byte, dataclasses.replace(wording, intro=""), config.digits)
+        least_tokens = self._bare_writer.min_tokens
+        if self._least * segment_tokens < least_tokens:
             raise ConfigError(
                 f"data.passkey.min_segments: {self._least} segments of {segment_tokens} tokens can't hold a text of"
-                f" {self._writer.min_tokens} tokens; use {needed} or more, and a window of as many segments"
+                f" {least_tokens} tokens; use {-(-least_tokens // segment_tokens)} or more, and a window of as many"
+                " segments"
             )
-        bare = self._writer.place(np.zeros(config.digits, np.int64), self._writer.min_tokens, 0)
-        self._key_tokens = bare.spans.key.stop - bare.spans.key.start
+        bare = self._bare_writer.place(np.zeros(config.digits, np.int64), least_tokens, 0)
+        self._key_tokens = bare.spans.key.stop
         self._tail_tokens = bare.tokens - bare.spans.question.start
 
     def mix(self, position: Progress) -> dict[str, float]:
@@ -143,7 +158,7 @@ class PasskeyReader:
 
     def _write_text(self, window: "_Window", row: int, random: np.random.Generator, place: slice, presses: bool) -> int:
         """One text into these columns, from their first one on; returns its bytes."""
-        text = self._compose(random, (place.stop - place.start) // self.segment_tokens)
+        text = self._compose(random, (place.stop - place.start) // self.segment_tokens, presses)
         columns, ids = slice(place.start, place.start + text.tokens), text.ids
         window.starts_BT[row, place.start] = True
         window.tokens_BT[row, columns] = np.concatenate(([ByteTokenizer.bos_id], ids[:-1]))
@@ -152,14 +167,15 @@ class PasskeyReader:
         window.weights_BT[row, columns] = self._weigh_writes(text, random, presses)
         return text.tokens
 
-    def _compose(self, random: np.random.Generator, segments: int) -> Passkey:
+    def _compose(self, random: np.random.Generator, segments: int, grown: bool) -> Passkey:
         """A text that ends in the last of so many segments; the question may reach back into the one before."""
-        writer, size = self._writer, self.segment_tokens
-        kind, inside = random.random(), random.random() < QUESTION_INSIDE
+        size = self.segment_tokens
+        kind, inside = random.random(), random.random() < QUESTION_INSIDE or not grown
         beside = kind >= BEFORE_END and self._key_tokens + self._tail_tokens < size
         least = 1 + (self._key_tokens + self._tail_tokens if beside else self._tail_tokens if inside else 0)
         last_tokens = int(random.integers(min(least, size), size + 1))
-        length = max((segments - 1) * size + last_tokens, writer.min_tokens)
+        length = max((segments - 1) * size + last_tokens, self._bare_writer.min_tokens)
+        writer = self._choose_writer(random, length)
         filler = length - writer.min_tokens
         if beside:
             reach = last_tokens - self._tail_tokens - self._key_tokens
@@ -167,7 +183,16 @@ class PasskeyReader:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
-        return writer.place(random.integers(0, 10, self.config.digits), length, before)
+        return writer.place(_draw_key(random, self.config.digits, repeats=grown), length, before)
+
+    def _choose_writer(self, random: np.random.Generator, length: int) -> PasskeyWriter:
+        """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
+        bare = random.random() < 0.5 or length < self._writer.min_tokens
+        writer = self._bare_writer if bare else self._writer
+        if not self.config.varied_filler:
+            return writer
+        count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
+        return writer.refill(str(sentence) for sentence in random.choice(SENTENCES, count, replace=False))
 
     def _weigh_losses(self, text: Passkey) -> np.ndarray:
         """Every text counts alike, whatever its length; within it, the shares of the config."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infini_train.command_line import describe, positive
 from infini_train.config import ConfigError
-from infini_train.data.passkey import WORDINGS
+from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
 
 EXAMPLES = """\

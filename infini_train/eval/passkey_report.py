@@ -16,7 +16,8 @@ from tqdm import tqdm
 from infini_train.checkpoint.store import FOLDER
 from infini_train.checkpoint.sync import sync_path, write_synced
 from infini_train.config import ConfigError
-from infini_train.data.passkey import PasskeyWriter, find_wording
+from infini_train.data.passkey import PasskeyWriter
+from infini_train.data.passkey_wordings import find_wording
 from infini_train.eval.heatmap import plot_recall
 from infini_train.eval.intervals import format_percent
 from infini_train.eval.loading import Trained
@@ -45,9 +46,9 @@ def name_kind(grid: PasskeyGrid, precision: str) -> str:
 
 
 def find_home(checkpoint: Path) -> Path:
-    """The folder that a checkpoint belongs to: its run's, or the one it lies in."""
-    folder = Path(os.path.abspath(checkpoint)).parent
-    return folder.parent if folder.name == FOLDER else folder
+    """The folder that a checkpoint's results belong to: its run's; its own, if it lies outside of one."""
+    path = Path(os.path.abspath(checkpoint))
+    return path.parent.parent if path.parent.name == FOLDER else path
 
 
 def check_grid(grid: PasskeyGrid, writer: PasskeyWriter) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from infini_train.config import ConfigError
-from infini_train.data.passkey import find_wording
+from infini_train.data.passkey_wordings import find_wording
 from infini_train.eval.intervals import wilson_interval
 
 LENGTHS = ("32K", "128K", "256K", "512K", "1M")  # the paper's

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from infini_train.config import ConfigError
-from infini_train.data.passkey import WORDINGS, PasskeyWriter, choose_before, find_wording
+from infini_train.data.passkey import PasskeyWriter, choose_before
+from infini_train.data.passkey_wordings import SENTENCES, WORDINGS, find_wording
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 PROSE = " ".join(f"{t.intro} {' '.join(t.filler)} {t.key} {t.question} 0123456789." for t in WORDINGS.values())
@@ -91,6 +92,18 @@ def test_any_part_can_be_read(data):
     start = data.draw(st.integers(0, text.tokens))
     stop = data.draw(st.integers(start, text.tokens))
     assert text.read(start, stop).tolist() == text.ids[start:stop].tolist()
+
+
+def test_the_same_words_around_other_filler():
+    writer = PasskeyWriter(ByteTokenizer(), WORDINGS["paper"])
+    other = writer.refill(["One.", "Two and three."])
+    key, length = np.array([1, 2, 3, 4, 5]), writer.min_tokens + 40
+    words = ByteTokenizer().decode(other.place(key, length, 20).ids)
+    assert words == in_words("paper", "12345", " One. Two and three.", " One. Two and three.")
+    assert writer.text == WORDINGS["paper"] and "green" in ByteTokenizer().decode(writer.place(key, length, 20).ids)
+    tests = [sentence for text in WORDINGS.values() for sentence in text.filler]
+    assert len(set(SENTENCES)) == len(SENTENCES) and not set(SENTENCES) & set(tests)
+    assert not any(letter.isdigit() for sentence in SENTENCES for letter in sentence)
 
 
 def test_a_text_of_any_length_takes_no_memory():

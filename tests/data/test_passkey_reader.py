@@ -1,5 +1,6 @@
 """Passkey texts in training windows: where texts begin, what is learned, how lengths grow, what pressure touches."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from infini_train.config import PasskeyConfig
 from infini_train.data.lanes import IGNORED
 from infini_train.data.passkey_reader import PasskeyReader, Progress
+from infini_train.data.passkey_wordings import SENTENCES, WORDINGS
 from infini_train.data.tokenizer import ByteTokenizer
 
 SEGMENT, WINDOW = 128, 128 * 12
@@ -41,6 +43,48 @@ def test_texts_begin_at_segments_and_end_with_the_answer(longest):
     padding = batch.weights_BT == 0
     assert (batch.labels_BT[padding] == IGNORED).all() and (batch.loss_weights_BT[padding] == 0).all()
     assert (batch.labels_BT[~padding] != IGNORED).all()
+
+
+def test_half_of_the_texts_and_all_short_ones_go_without_an_intro():
+    byte, intro = ByteTokenizer(), WORDINGS["paper"].intro
+    for longest, fewest, most in ((3.0, 0, 60), (12.0, 5, 35)):
+        windows = [reader().next(Progress(step, longest, 1.0))[0] for step in range(10)]
+        begun = [
+            byte.decode(window.labels_BT[row, a:b]).startswith(intro)
+            for window in windows
+            for row in range(4)
+            for a, b in texts(window, row)
+        ]
+        assert fewest < sum(begun) * 60 / len(begun) < most
+    short = PasskeyReader(dataclasses.replace(GROWING, min_segments=1), 1, SEGMENT, SEGMENT, 5, slice(None))
+    batch, _ = short.next(short.start())
+    words = byte.decode(batch.labels_BT[0][batch.labels_BT[0] != IGNORED])
+    assert "pass key is" in words and intro[:20] not in words
+
+
+def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
+    config = dataclasses.replace(GROWING, varied_filler=True)
+    batch, _ = reader(config).next(Progress(3, 12.0, 0.1))
+    seen = []
+    for row in range(4):
+        for start, stop in texts(batch, row):
+            words = ByteTokenizer().decode(batch.labels_BT[row, start:stop])
+            assert not any(sentence in words for text in WORDINGS.values() for sentence in text.filler)
+            seen.append(frozenset(sentence for sentence in SENTENCES if sentence in words))
+    assert len(set(seen)) > 4 and max(map(len, seen)) <= 8 and set().union(*seen) > seen[0]
+
+
+@pytest.mark.parametrize(("longest", "steps", "two"), [(3.0, 20, 0.0015), (12.0, 80, 0.17)])
+def test_grown_texts_often_have_keys_that_repeat_digits(longest, steps, two):
+    keys = []
+    for step in range(steps):
+        batch, _ = reader().next(Progress(step, longest, 1.0))
+        for row in range(4):
+            keys += [ByteTokenizer().decode(batch.labels_BT[row, b - 5 : b]) for _, b in texts(batch, row)]
+    different = np.bincount([len(set(key)) for key in keys], minlength=6) / len(keys)
+    assert different[2] == pytest.approx(two, abs=0.04) and 0.08 < different[5] < 0.4
+    shares = np.bincount([int(digit) for digit in "".join(keys)], minlength=10) / (5 * len(keys))
+    assert np.abs(shares - 0.1).max() < 0.03, "all digits are as frequent"
 
 
 def test_texts_grow_while_the_loss_is_low():

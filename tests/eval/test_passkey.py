@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.data.passkey import PasskeyWriter, find_wording
+from infini_train.data.passkey import PasskeyWriter
+from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.generate import generate
 from infini_train.eval.passkey import answer_grid, draw_text, read_prompts

@@ -195,9 +195,9 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("checkpoint", "home"),
-    [("runs/a/checkpoints/step-00000001", "runs/a"), ("models/passkey", "models")],
+    [("runs/a/checkpoints/step-00000001", "runs/a"), ("models/passkey", "models/passkey")],
 )
-def test_results_go_to_the_run(checkpoint, home, tmp_path):
+def test_results_go_to_the_run_or_to_a_checkpoint_of_its_own(checkpoint, home, tmp_path):
     assert find_home(tmp_path / checkpoint) == tmp_path / home
 
 
