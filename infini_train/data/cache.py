@@ -5,15 +5,19 @@ folder needs room for the dataset. Processes of a machine share it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from infini_train.config import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
+
+RETRY_AFTER_S = (1.0, 4.0, 16.0)  # a store that is busy, or a network that is away for a moment
 
 
 def is_url(location: str) -> bool:
@@ -58,7 +62,7 @@ class RemoteFolder:
         """Copies it, if it is a file; whoever opens it compares its hash.
 
         Raises:
-            ConfigError: it can't be read.
+            OSError: it can't be read.
         """
         if entry.file is not None and not (self.folder / entry.file).exists():
             with self._locked(entry.file):
@@ -68,7 +72,8 @@ class RemoteFolder:
         """The copy of a file, fetched and compared with its hash if it is not there yet.
 
         Raises:
-            ConfigError: it can't be read, or is not the file of the manifest.
+            OSError: it can't be read, also after some waiting; starting again may help.
+            ConfigError: it is not the file of the manifest.
         """
         path = self.folder / entry.file
         if self._is_there(entry):
@@ -111,13 +116,18 @@ class RemoteFolder:
     def _copy(self, name: str) -> Path:
         """The file beside its place, whole and on disk."""
         target = self.folder / f".{name}.partial"
-        try:
-            with self._files.open(f"{self._root}/{name}", "rb") as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 22)
-                file.flush()
-                os.fsync(file.fileno())
-            return target
-        except OSError as error:
-            target.unlink(missing_ok=True)
-            reason = error.strerror or str(error)
-            raise ConfigError(f"{self.url}/{name}: can't be fetched to {target.parent}: {reason}") from error
+        for wait_s in (*RETRY_AFTER_S, None):
+            try:
+                with self._files.open(f"{self._root}/{name}", "rb") as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 22)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return target
+            except OSError as error:
+                target.unlink(missing_ok=True)
+                if wait_s is None or error.errno in (errno.ENOENT, errno.ENOSPC, errno.EACCES):
+                    reason = error.strerror or str(error)
+                    text = f"{self.url}/{name}: can't be fetched to {target.parent}: {reason}"
+                    raise OSError(text) from error
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")

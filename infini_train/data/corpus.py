@@ -162,15 +162,19 @@ class Corpus:
 
 
 def _check_parts(parts: Sequence[Part]) -> None:
-    first = parts[0].dataset
     for number, part in enumerate(parts):
-        if part.dataset.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+        if _tokenizer(part.dataset.manifest) != _tokenizer(parts[0].dataset.manifest):
             raise ConfigError(
                 f"data.mixture: {part.name} was encoded with another tokenizer than {parts[0].name};"
                 " encode all with the same one"
             )
         if any(part.dataset.identity == other.dataset.identity for other in parts[:number]):
             raise ConfigError(f"data.mixture: {part.name} is there twice; give it once, with a larger weight")
+
+
+def _tokenizer(manifest: Manifest) -> tuple[str, int, int, int]:
+    """What two datasets must have in common to be read as one."""
+    return manifest.tokenizer.sha256, manifest.bos_id, manifest.eos_id, manifest.pad_id
 
 
 def permute(documents: int, seed: int | None, epoch: int, part: int = 0) -> np.ndarray:

@@ -62,7 +62,8 @@ class LaneState:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
         """The state of a `to_json`."""
-        return cls(tuple(Turn(*turn) for turn in tree["turns"]), tuple(tree["document"]), tuple(tree["offset"]))
+        turns = tree["turns"] if "turns" in tree else [(tree["epoch"], tree["cursor"])]  # older: of a single dataset
+        return cls(tuple(Turn(*turn) for turn in turns), tuple(tree["document"]), tuple(tree["offset"]))
 
 
 class Piece(NamedTuple):

@@ -136,7 +136,8 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ConfigError(f"{path}: {field}: {first['msg']}; encode the dataset again") from error
     if not manifest.documents or manifest.dtype != token_dtype(manifest.vocab_size).str:
         raise ConfigError(f"{path}: documents or dtype can't be right; encode the dataset again")
-    if any(Path(entry.file).name != entry.file for entry in manifest.files):
+    names = [manifest.tokenizer.file or INDEX_FILE, *(entry.file for entry in manifest.files)]
+    if manifest.index.file != INDEX_FILE or any(Path(name).name != name for name in names):
         raise ConfigError(f"{path}: names a file outside the dataset's folder; encode the dataset again")
     return manifest
 

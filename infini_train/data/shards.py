@@ -85,9 +85,12 @@ class Dataset:
             raise ConfigError(f"data.cache_dir: {location} needs one: a folder with room for the whole dataset")
         remote = RemoteFolder(str(location), Path(cache_dir))
         manifest = read_manifest(remote.folder)
-        remote.fetch_tokenizer(manifest.tokenizer)
         remote.check_space(manifest.files)
-        remote.fetch(manifest.index)
+        try:
+            remote.fetch_tokenizer(manifest.tokenizer)
+            remote.fetch(manifest.index)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
         return cls(remote.folder, manifest, read_index(remote.folder, manifest), remote.fetch)
 
     def __len__(self) -> int:
@@ -133,9 +136,11 @@ class Dataset:
         return metadata
 
     def name(self, document: int) -> str:
-        """Its id, or its number where that can't be read."""
+        """Its id, or its number where that can't be read, or not from this machine."""
+        shard = self.manifest.shards[int(self._index[document]["shard"])]
         with contextlib.suppress(CorruptDocumentError, OSError):
-            return str(self.metadata(document).get("id", document))
+            if (self.folder / shard.file).exists():
+                return str(self.metadata(document).get("id", document))
         return str(document)
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from infini_train.checkpoint.store import FOLDER, find_latest, resolve
 from infini_train.checkpoint.weights import load_weights
 from infini_train.config import ConfigError, RunConfig
 from infini_train.config_file import validate
-from infini_train.data.tokenizer import Tokenizer, load_tokenizer
+from infini_train.data.huggingface import HuggingFaceTokenizer
+from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
@@ -54,7 +55,8 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     checkpoint = _open(path)
     config = validate(checkpoint.config)
     run_dir = checkpoint.path.resolve().parent.parent
-    tokenizer_file = run_dir / "tokenizer.model"
+    files = [run_dir / kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer)]
+    tokenizer_file = next((file for file in files if file.is_file()), files[0])
     tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte")
     if tokenizer.sha256 != checkpoint.state["tokenizer"]:
         problem = "is not the tokenizer the model was trained with" if tokenizer_file.is_file() else "is missing"

@@ -43,6 +43,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
             while run_steps(session, stop, watch.doing):
+                watch.doing(OPENING)  # reads a checkpoint, however long that takes
                 roll_back(session, notify)
             end_status(session, stop.agreed)
     total = session.config.train.total_steps
@@ -75,7 +76,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             clock.end_step(result)
             metrics.tick()
             end_step(session, metrics, result, lanes)
-            if session.guard.must_roll_back(result.loss, result.problem):
+            if session.saved and session.guard.must_roll_back(result.loss, result.problem):
                 return True
             stop.agree()
             last = session.step == total or stop.agreed is not None
@@ -92,6 +93,13 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             clock.pause()
             if last:
                 break
+        else:
+            if session.step < total:
+                save_session(session, metrics.say)
+                raise ConfigError(
+                    f"data.mixture: the text ended at step {session.step} of {total}; raise the epochs of a part, or"
+                    f" lower train.max_steps to {session.step}"
+                )
     return False
 
 

@@ -52,6 +52,7 @@ class Session:
     tokens: int
     lanes: Position
     carried: Carried
+    saved: bool = False  # whether there is a checkpoint to go back to
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -254,6 +255,7 @@ def save_session(session: Session, notify: Notify) -> None:
     on_saved = (lambda folder: notify(f"saved {folder}")) if session.place.is_first else (lambda folder: None)
     fragments = own_fragments(session.config, session.stages, session.engine, session.carried)
     session.saver.start(session.step, fragments, state, on_saved)
+    session.saved = True
 
 
 def own_fragments(config: RunConfig, stages: Stages, engine: Engine, carried: Carried) -> Iterator[Fragment]:
@@ -281,17 +283,18 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     session.step, session.tokens = state["step"], state["tokens"]
     session.lanes = session.reader.parse(state["lanes"])
     session.guard.restore(state.get("guard", {}))
+    session.saved = True
     rng.restore_rng(state["rng"])
 
 
 def roll_back(session: Session, notify: Notify) -> None:
     """Back to weights and step of the newest checkpoint, but on behind the text read since, with empty memories.
 
-    All ranks call it together. Without a checkpoint all stays as it is.
+    All ranks call it together. If no checkpoint can be read, all stays as it is.
     """
     checkpoint = _share(store.find_latest(session.config.directory, notify) if session.place.is_first else None)
     if checkpoint is None:
-        notify(f"there is no checkpoint to go back to; step {session.step} is left out only")
+        notify(f"no checkpoint can be read to go back to; step {session.step} is left out only")
         return
     lanes, skipped, rollbacks = session.lanes, session.guard.skipped, session.guard.rollbacks
     _restore(session, checkpoint)
@@ -341,6 +344,6 @@ def write_identity(config: RunConfig, source: Source) -> None:
     try:
         (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
         if source.tokenizer_file is not None:  # the byte tokenizer needs none
-            shutil.copyfile(source.tokenizer_file, config.directory / "tokenizer.model")
+            shutil.copyfile(source.tokenizer_file, config.directory / source.tokenizer_file.name)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error

@@ -1,13 +1,16 @@
 """Datasets at URLs: files come once, whole and verified, and nothing half-fetched is ever read."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from infini_train.config import ConfigError
+from infini_train.data import cache
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -71,3 +74,33 @@ def test_a_dataset_written_again_is_fetched_again(remote, tmp_path) -> None:
         writer.add(np.full(100, 77), n_bytes=100, id="new")
     again = Dataset.open(f"file://{remote}", tmp_path / "near")
     assert again.read(0, 0, 9).tolist() == [77] * 9
+
+
+def test_a_network_that_is_away_for_a_moment_is_waited_for(remote, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "RETRY_AFTER_S", (0.01, 0.01))
+    dataset = Dataset.open(f"file://{remote}", tmp_path / "near")
+    files = LocalFileSystem.open
+    failures = [ConnectionResetError("reset by peer"), TimeoutError("timed out")]
+
+    def fail_first(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return files(*arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "open", fail_first)
+    assert dataset.read(0, 0, 5).tolist() == [0] * 5 and not failures
+    failures += [TimeoutError("timed out")] * 3
+    with pytest.raises(OSError, match=r"shard-000\d\d.tar: can't be fetched to .*: timed out"):
+        dataset.read(29, 0, 5)
+    assert dataset.name(29) == "29", "a name is not worth a shard"
+    assert dataset.name(0) == "d0"
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path) -> None:
+    path = remote / "manifest.json"
+    tree = json.loads(path.read_text())
+    tree["tokenizer"] |= {"kind": "sentencepiece", "file": "../../stolen.sh"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="names a file outside the dataset's folder"):
+        Dataset.open(f"file://{remote}", tmp_path / "near")
+    assert not list(tmp_path.rglob("stolen*"))

@@ -1,5 +1,6 @@
 """A run over a mixture: logged as it is read, resumed exactly, refused when it can't last, ended by too much damage."""
 
+import dataclasses
 import json
 
 import pytest
@@ -77,3 +78,19 @@ def test_too_many_damaged_documents_end_the_run(mixture, tmp_path, capsys):
         train(config, ignore)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert 3 <= len(warnings) <= 6 and all("/code: the data of document" in line for line in warnings)
+
+
+def test_text_that_ends_too_early_is_saved_and_told(mixture, tmp_path):
+    """A rollback reads on behind the text it leaves out, so epochs can end before the run."""
+    parts = ", ".join(f"{{folder: {tmp_path / name}, epochs: 1}}" for name in SETS)
+    config = mixture(f"data.mixture=[{parts}]", "train.max_steps=5", "train.window_tokens=16", "data.curriculum=[]")
+    session = open_session(config, ignore)
+    for _ in range(8):  # windows left out
+        _, session.lanes = session.reader.next(session.lanes)
+    save_session(session, ignore)
+    session.saver.wait()
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=9))
+    with pytest.raises(ConfigError, match=r"data.mixture: the text ended at step \d of 9; raise the epochs"):
+        train(longer, ignore)
+    stopped = open_session(longer, ignore)
+    assert 0 < stopped.step < 9, "what was learned is saved"
