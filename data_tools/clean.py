@@ -167,9 +167,8 @@ class KeyWork(_Work):
                 exact_keys.add(number, exact_key(document.text))
             for key in near(document.text) if near else ():
                 near_keys.add(number, key)
-        with explain_disk_errors(self.folder):
-            exact_keys.write(folder / "exact")
-            near_keys.write(folder / "near")
+        exact_keys.write(folder / "exact")
+        near_keys.write(folder / "near")
 
 
 class CleanWork(_Work):
@@ -180,21 +179,18 @@ class CleanWork(_Work):
         exact = left_out_of(self.folder / "exact", task) if options.dedup else set()
         near = left_out_of(self.folder / "near", task) if options.near_dedup else set()
         documents = n_bytes = 0
-        with explain_disk_errors(self.folder):
-            packed = (folder / _PART_FILE).open("wb")
-        with packed, zstandard.ZstdCompressor(level=3).stream_writer(packed) as out:
+        pack = zstandard.ZstdCompressor(level=3)
+        with (folder / _PART_FILE).open("wb") as packed, pack.stream_writer(packed) as out:
             for number, document in enumerate(self.filtered(task, filters, left_out, advance)):
                 if number in exact or number in near:
                     left_out.documents["duplicates" if number in exact else "near duplicates"] += 1
                     continue
                 line = json.dumps(_row(document, options.read.text_field), ensure_ascii=False) + "\n"
-                with explain_disk_errors(self.folder):
-                    out.write(line.encode("utf-8"))
+                out.write(line.encode("utf-8"))
                 documents, n_bytes = documents + 1, n_bytes + len(document.text.encode("utf-8"))
         record = {"documents": documents, "bytes": n_bytes, "changed": dict(filters.changed)}
-        with explain_disk_errors(self.folder):
-            text = json.dumps({**record, "left_out": left_out.to_json()})
-            (folder / _RECORD_FILE).write_text(text, encoding="utf-8")
+        text = json.dumps({**record, "left_out": left_out.to_json()})
+        (folder / _RECORD_FILE).write_text(text, encoding="utf-8")
 
 
 def _row(document: Document, text_field: str) -> dict[str, Any]:

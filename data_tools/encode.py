@@ -153,23 +153,20 @@ class EncodeWork:
         with contextlib.ExitStack() as stack:
             runs = {}
             for name in set_names(options.holdout):
-                with explain_disk_errors(self.folder):
-                    index = stack.enter_context((folder / f"{name}.idx").open("wb"))
+                index = stack.enter_context((folder / f"{name}.idx").open("wb"))
                 dtype = token_dtype(self.tokenizer.vocab_size)
                 runs[name] = ShardRun(folder, name, index, dtype, options.max_shard_bytes)
                 stack.callback(runs[name].abandon)
             for document, tokens, n_bytes in encode_documents(found, self.tokenizer, left_out, threads):
                 name = "validation" if options.holdout and is_held_out(document.id, options.holdout) else "train"
-                with explain_disk_errors(self.folder):
-                    runs[name if options.holdout else "data"].add(
-                        tokens, n_bytes=n_bytes, id=document.id, source=document.source, metadata=document.metadata
-                    )
-            with explain_disk_errors(self.folder):
-                for run in runs.values():
-                    run.close_shard()
-                record = {name: _describe(run) for name, run in runs.items()}
-                text = json.dumps({**record, "left_out": left_out.to_json()})
-                (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+                runs[name if options.holdout else "data"].add(
+                    tokens, n_bytes=n_bytes, id=document.id, source=document.source, metadata=document.metadata
+                )
+            for run in runs.values():
+                run.close_shard()
+        record = {name: _describe(run) for name, run in runs.items()}
+        text = json.dumps({**record, "left_out": left_out.to_json()})
+        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _describe(run: ShardRun) -> dict[str, list[dict[str, Any]]]:

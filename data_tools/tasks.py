@@ -67,7 +67,8 @@ def run_tasks(folder: Path, plan: Plan, work: Work, *, workers: int, part: str |
     bar = tqdm(total=total or None, initial=done_bytes, unit="B", unit_scale=True, desc=label, disable=None)
 
     def advance(n_bytes: int) -> None:
-        bar.update(n_bytes)
+        with contextlib.suppress(OSError):  # the terminal is gone; to a reader that would look like a broken file
+            bar.update(n_bytes)
 
     with bar:
         if plan.in_process or min(workers, len(missing)) <= 1:
@@ -86,8 +87,7 @@ def _do(folder: Path, work: Work, task: int, threads: int, advance: Callable[[in
     try:
         with explain_disk_errors(folder):
             aside.mkdir()
-        work(task, aside, threads, advance)
-        with explain_disk_errors(folder):
+            work(task, aside, threads, advance)
             for path in (*aside.iterdir(), aside):
                 sync(path)
             try:
@@ -170,7 +170,10 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
         nonlocal unsaid
         unsaid += n_bytes
         if unsaid >= _SAID_BYTES:
-            connection.send(unsaid)
+            try:
+                connection.send(unsaid)
+            except OSError:  # the parent has died; to a reader this would look like a broken file
+                sys.exit(1)
             unsaid = 0
 
     try:

@@ -20,7 +20,18 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def start(folder: Path, out: str) -> subprocess.Popen[bytes]:
-    options = ["--tokenizer", "byte", "--holdout", "0.1", "--shard-mb", "0.4", "--workers", "2"]
+    options = [
+        "--tokenizer",
+        "byte",
+        "--holdout",
+        "0.1",
+        "--shard-mb",
+        "0.4",
+        "--workers",
+        "2",
+        "--on-bad-record",
+        "skip",
+    ]
     command = [sys.executable, "-m", "data_tools", "encode", "corpus.jsonl", "--out", out, *options]
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
 
