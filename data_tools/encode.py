@@ -17,12 +17,12 @@ from data_tools.join import RECORD_FILE, Joiner, join_split
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut
 from data_tools.readers import Document, Reader, ReadOptions
-from data_tools.storage import suffixes
+from data_tools.storage import find_files, suffixes
 from data_tools.tasks import finished_tasks, run_tasks, share
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
 from infini_train.config import ConfigError
-from infini_train.data.manifest import Manifest, read_manifest, token_dtype
+from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest, token_dtype
 from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
@@ -80,6 +80,21 @@ def encode_corpus(
     """
     options, out, sources = options or EncodeOptions(), Path(out), [str(source) for source in sources]
     model = load_tokenizer(tokenizer)
+    folders = [out / "train", out / "validation"] if options.holdout else [out]
+    try:
+        left_out = _encode(sources, tokenizer, model, out, options)
+    except (ConfigError, FileNotFoundError):
+        # The other parts have finished without this one: it has no task, or was started again behind its last.
+        if options.part is None or options.overwrite or not _is_there(folders, sources, model):
+            raise
+        left_out = LeftOut()
+    if left_out is None:
+        return {}, LeftOut()
+    return {folder: read_manifest(folder) for folder in folders}, left_out
+
+
+def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, options: EncodeOptions) -> LeftOut | None:
+    """What was left out; None if other parts are not finished."""
     command = {
         "tokenizer": model.sha256,
         "holdout": options.holdout,
@@ -94,7 +109,7 @@ def encode_corpus(
         work = EncodeWork(folder, tokenizer, options)
         run_tasks(folder, plan, work, workers=options.workers, part=options.part, label="encode")
         if len(finished_tasks(folder)) < len(plan):
-            return {}, LeftOut()
+            return None
         left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
         with workplace.last_step() as is_mine, explain_disk_errors(out):
             if is_mine:
@@ -106,8 +121,19 @@ def encode_corpus(
                 else:
                     joiner.move("data", workplace.result, left_out)
                 workplace.publish()
-    folders = [out / "train", out / "validation"] if options.holdout else [out]
-    return {folder: read_manifest(folder) for folder in folders}, left_out
+    return left_out
+
+
+def _is_there(folders: list[Path], sources: list[str], tokenizer: Tokenizer) -> bool:
+    """Whether the datasets are there, made of these sources as they are now, with this tokenizer."""
+    if not all((folder / MANIFEST_FILE).is_file() for folder in folders):
+        return False
+    manifests = [read_manifest(folder) for folder in folders]
+    made_ns = min((folder / MANIFEST_FILE).stat().st_mtime_ns for folder in folders)
+    found = list(find_files(sources))
+    same_tokenizer = all(manifest.tokenizer.sha256 == tokenizer.sha256 for manifest in manifests)
+    same_names = {source.name for each in manifests for source in each.sources} == {file.source for file in found}
+    return same_tokenizer and same_names and all(file.mtime_ns < made_ns for file in found)
 
 
 def _check_documents(joiner: Joiner, workplace: Workplace, options: EncodeOptions, left_out: LeftOut) -> None:

@@ -60,7 +60,8 @@ class Workplace:
     def __enter__(self) -> Path:
         with explain_disk_errors(self._shown):
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            if self._restart or not self._is_unfinished():
+            # Never what another part has made just now: a folder that is not there is not removed.
+            if self._restart or (self.folder.exists() and not self._is_unfinished()):
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
         self._lock = self._open_lock(f"lock-{(self._part or 'all').replace('/', '-of-')}")

@@ -1,12 +1,13 @@
 """infini-launch: submit, watch and end training jobs on Slurm. No torch; pydantic and Jinja only when needed."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ examples:
   infini-launch logs runs/mine -f --rank 3
   infini-launch cancel runs/mine                         saves the last step, then ends
   infini-launch chain 5 1b --cluster mine.yaml           five jobs, each going on where the last one stopped
+  infini-launch encode 16 --cluster cpu.yaml -- text/ --tokenizer t.model --out data
   infini-launch local debug --nproc 2                    the same on this machine, without Slurm
 
 exit codes: 0 done; 2 something given is wrong, nothing was submitted; others are those of infini-train (local)
@@ -65,6 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
     chain = _add(commands, "chain", _chain, "submit N jobs of a run, each of which waits for the one before")
     chain.add_argument("count", type=_positive, metavar="N", help="the first that finishes the run ends the chain")
     _add_job_options(chain)
+    encode = _add(commands, "encode", _encode, "encode a corpus as a job array, a part a task, on nodes without GPUs")
+    encode.add_argument(
+        "parts", type=_positive, metavar="N", help="tasks of the array; each takes a whole node's cores"
+    )
+    _add_cluster_options(encode)
+    encode.add_argument(
+        "--dry-run", action="store_true", help="show the script; ask sbatch --test-only, if there is one"
+    )
+    encode.add_argument(
+        "words", nargs="+", metavar="WORD", help="behind --, as for infini-data encode: SOURCE ... --out DIR ..."
+    )
     local = _add(commands, "local", _local, "run the job on this machine, without Slurm")
     _add_job_options(local, cluster_required=False)
     local.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes (default: 1)")
@@ -89,12 +102,7 @@ def _add(commands: Any, name: str, command: Any, text: str) -> argparse.Argument
 
 def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = True) -> None:
     parser.add_argument("config", metavar="CONFIG", help="of the run: name below configs/run/, or path of a .yaml file")
-    parser.add_argument(
-        "--cluster",
-        required=cluster_required,
-        metavar="NAME",
-        help="name below configs/cluster/, or path of a .yaml file",
-    )
+    _add_cluster_options(parser, cluster_required)
     parser.add_argument("--nodes", type=_positive, metavar="N", help="default: what parallel.data_size needs, or 1")
     parser.add_argument(
         "--set",
@@ -103,8 +111,18 @@ def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = T
         default=[],
         help="override a field of the run's config (repeatable)",
     )
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--set-cluster", metavar="A=VALUE", action="append", default=[], help="the same for the cluster's (repeatable)"
+        "--cluster", required=required, metavar="NAME", help="name below configs/cluster/, or path of a .yaml file"
+    )
+    parser.add_argument(
+        "--set-cluster",
+        metavar="A=VALUE",
+        action="append",
+        default=[],
+        help="override a field of the cluster's config (repeatable)",
     )
 
 
@@ -145,24 +163,37 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _try(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespace) -> int:
     """Shows the script, and what Slurm would say of it."""
-    import shutil
-    import tempfile
-
-    from launch import slurm
     from launch.job import plan_job
     from launch.render import render_training
 
     job = plan_job(run, cluster, options.config, tuple(options.set), options.nodes)
-    text = render_training(job, cluster)
+    return _show(render_training(job, cluster))
+
+
+def _show(text: str) -> int:
+    """Prints a script, and what Slurm would say of it."""
+    import shutil
+
+    from launch import slurm
+
     print(text, end="")
     if shutil.which("sbatch") is None:
         print("no sbatch here: nothing was checked", file=sys.stderr)
         return 0
+    with _script(text) as path:
+        print(slurm.check(path), file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def _script(text: str) -> Iterator[Path]:
+    """A file for as long as sbatch reads it."""
+    import tempfile
+
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        print(slurm.check(Path(file.name)), file=sys.stderr)
-    return 0
+        yield Path(file.name)
 
 
 def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespace, after: int | None = None) -> int:
@@ -197,6 +228,21 @@ def _chain(options: argparse.Namespace) -> int:
     for _ in range(options.count):
         numbers.append(_send(run, cluster, options, numbers[-1] if numbers else None))
     print(f"jobs {', '.join(map(str, numbers))}; each starts if the one before it could not finish the run")
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from launch import slurm
+    from launch.cluster import load_cluster
+    from launch.render import render_encoding
+
+    cluster = load_cluster(options.cluster, options.set_cluster)
+    text = render_encoding(options.words, options.parts, cluster)
+    if options.dry_run:
+        return _show(text)
+    with _script(text) as path:
+        number = slurm.submit(path)
+    print(f"job {number}, {options.parts} tasks; they write into encode-{number}_*.out here")
     return 0
 
 

@@ -31,16 +31,21 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, text in (("name", self.name), ("run_dir", self.run_dir), ("CONFIG", self.config)):
-            _require_line(name, text)
+            require_line(name, text)
         for setting in self.settings:
-            _require_line("--set", setting)
+            require_line("--set", setting)
         if self.config.startswith("-"):
             raise ConfigError(f"CONFIG: {self.config} looks like an option; write ./{self.config}")
         if self.nodes < 1:
             raise ConfigError(f"--nodes: must be positive, not {self.nodes}")
 
 
-def _require_line(path: str, text: str) -> None:
+def require_line(path: str, text: str) -> None:
+    """A shell's line can hold this text.
+
+    Raises:
+        ConfigError: it can't.
+    """
     if not text.isprintable() or not text.strip():
         raise ConfigError(f"{path}: must be one line of printable text, not {text!r}")
 

@@ -13,10 +13,16 @@ from typing import Any
 
 import jinja2
 
+from infini_train.config import ConfigError
 from launch.cluster import ClusterConfig
-from launch.job import Job
+from launch.job import Job, require_line
 
 MAX_NAME = 60
+ENCODE_REFUSES = {
+    "--part": "the array gives each of its tasks a part; leave it out",
+    "--restart": "the tasks of an array can't begin again; remove the hidden folder of unfinished work by hand",
+    "--overwrite": "a task that starts again would replace what the others made; remove the old dataset by hand",
+}
 
 
 class Directive(str):
@@ -59,6 +65,42 @@ def render_evaluation(name: str, arguments: Iterable[str], cluster: ClusterConfi
         directives=[Directive(each) for each in wanted],
         command=["infini-train", "eval", *arguments],
         exports={"OMP_NUM_THREADS": str(cluster.cores_per_task), **cluster.environment},
+    )
+
+
+def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig) -> str:
+    """The batch script of `infini-data encode ARGUMENTS` as a job array, a part a task; no GPU is asked for.
+
+    Raises:
+        ConfigError: an argument is no line of text, or an option that the array sets itself or can't have.
+    """
+    words = list(arguments)
+    for word in words:
+        require_line("encode", word)
+        name = word.partition("=")[0]  # argparse takes the beginning of an option's name for it
+        for option, hint in ENCODE_REFUSES.items():
+            if len(name) > 2 and option.startswith(name):
+                raise ConfigError(f"encode: {option}: {hint}")
+    wanted = [
+        "--job-name=encode",
+        f"--array=0-{parts - 1}",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--cpus-per-task={cluster.cores_per_node}",
+        f"--mem={cluster.memory}",
+        f"--time={cluster.time_limit}",
+        *([f"--signal=B:USR1@{cluster.signal_before_limit_s}"] if cluster.requeue else []),
+        "--requeue" if cluster.requeue else "--no-requeue",
+        "--open-mode=append",
+        "--output=%x-%A_%a.out",
+        *_place(cluster),
+    ]
+    return _render(
+        "encode.sbatch.j2",
+        cluster,
+        directives=[Directive(each) for each in wanted],
+        command=["infini-data", "encode", *words],
+        exports={"OMP_NUM_THREADS": "1", **cluster.environment},
     )
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 from infini_train.config_file import load_run
 from launch.cluster import load_cluster
 from launch.job import plan_job
-from launch.render import render_evaluation, render_training
+from launch.render import render_encoding, render_evaluation, render_training
 
 FOLDER = Path(__file__).resolve().parent
 CLUSTER = "plain"
 RUNS = tuple(f"{model}{nodes}" for model in ("1b", "3b", "8b") for nodes in ("", "_4nodes", "_16nodes", "_64nodes"))
+
+ENCODE = ("text/", "--tokenizer", "tokenizer.model", "--out", "data", "--holdout", "0.001")
+ENCODE_PARTS = 16
 
 
 def render_all() -> dict[str, str]:
@@ -24,6 +27,7 @@ def render_all() -> dict[str, str]:
         )
         for model in ("1b", "3b", "8b")
     }
+    scripts["encode.sbatch"] = render_encoding(ENCODE, ENCODE_PARTS, cluster)
     return scripts
 
 

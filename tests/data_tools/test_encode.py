@@ -97,6 +97,20 @@ def test_workers_and_parts_give_the_same_bytes(tmp_path, small_tasks) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "one", "parts", "two"]
 
 
+def test_a_part_that_comes_when_all_is_done_finds_it(tmp_path, small_tasks) -> None:
+    """A job that Slurm starts again, or one for which no task is left; but not if the sources have changed since."""
+    source = write(tmp_path, corpus(9))  # one task
+    made = run(source, tmp_path / "set", part="1/2")
+    before = hashes(tmp_path / "set")
+    assert run(source, tmp_path / "set", part="2/2") == made == run(source, tmp_path / "set", part="1/2")
+    assert hashes(tmp_path / "set") == before and sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "set"]
+    with pytest.raises(ConfigError, match="a dataset is there already"):
+        run(source, tmp_path / "set")
+    write(tmp_path, corpus(10))
+    with pytest.raises(ConfigError, match="a dataset is there already"):
+        run(source, tmp_path / "set", part="2/2")
+
+
 class Stop(Exception):
     """Ends a run in the midst of its tasks."""
 

@@ -51,6 +51,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["render", "1b", "--cluster", "plain", "--nodes", "3"], "error: --nodes: 3 nodes x 8 tasks don't fit the run"),
         (["render", "1b", "--cluster", "plain", "--set-cluster", "memory=1"], "memory: must be text"),
         (["submit", "1b", "--cluster", "plain", "--set", f"run_dir={tmp_path}/run"], "error: sbatch: not found"),
+        (["encode", "2", "--cluster", "plain", "--", "a", "--restart"], "error: encode: --restart: "),
+        (["encode", "2", "--cluster", "plain", "--", "a", "--out", "b"], "error: sbatch: not found"),
         (["cancel", str(tmp_path)], "no job of it is in the queue"),
         (["logs", str(tmp_path)], "no job of it has started yet"),
     ):

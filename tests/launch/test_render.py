@@ -1,5 +1,6 @@
 """Batch scripts as text: golden ones, valid bash, and nothing that a config says reaches the shell unquoted."""
 
+import dataclasses
 import os
 import runpy
 import shutil
@@ -15,10 +16,11 @@ from infini_train.config import ConfigError
 from infini_train.config_file import load_run
 from launch.cluster import ContainerConfig, RestartConfig, load_cluster, validate_cluster
 from launch.job import Job, plan_job
-from launch.render import job_name, render_evaluation, render_training
+from launch.render import job_name, render_encoding, render_evaluation, render_training
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = sorted((ROOT / "slurm").glob("*.sbatch"))
+CHECKED = ("encode", "eval_1b", "train_1b", "train_8b_64nodes")  # the others differ in their values only
 CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
 
 # Stand-ins for Slurm's commands and for the programs: they keep the words and variables that reach them.
@@ -42,6 +44,8 @@ def test_every_cluster_renders_to_valid_bash(name: str, tmp_path: Path) -> None:
     texts = [
         render_training(plan_job(load_run("8b"), cluster, "8b"), cluster),
         render_evaluation("eval", ["runs/8b"], cluster),
+        render_encoding(["a b/", "--tokenizer=byte", "--out=x'y"], 3, cluster),
+        render_encoding(["a"], 3, dataclasses.replace(cluster, requeue=False)),
     ]
     for text in texts:
         path = tmp_path / "script.sbatch"
@@ -57,7 +61,9 @@ def test_ready_scripts_pass_shellcheck() -> None:
         subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", *map(str, READY[:4])], capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", *(str(ROOT / "slurm" / f"{name}.sbatch") for name in CHECKED)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -126,6 +132,28 @@ def test_no_value_is_read_by_the_shell(
     assert (folder / run_dir / "launch" / "starts").is_file()
     expected = {"script", "words", "srun", "scontrol", "scancel", "sleep", "environment", "runs"}
     assert {path.name for path in folder.iterdir()} == expected, "something else was written"
+
+
+def test_the_words_of_an_encoding_arrive_as_they_are(tmp_path: Path) -> None:
+    write_programs(tmp_path)
+    tree = {"gpus_per_node": 8, "cores_per_node": 96, "environment": {"VALUE": EVIL}}
+    text = render_encoding([EVIL, "a b/", f"--out={EVIL}"], 7, validate_cluster(tree))
+    assert "#SBATCH --array=0-6\n" in text and "gpu" not in text and "gres" not in text
+    (tmp_path / "script").write_text(text)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0"}
+    environment = {**slurm, "SLURM_ARRAY_TASK_COUNT": "7", "CAUGHT": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", "script"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    words = (tmp_path / "words").read_bytes().decode().split("\0")
+    assert words[-7:-1] == ["infini-data", "encode", EVIL, "a b/", f"--out={EVIL}", "--part=4/7"]
+    assert f"VALUE={EVIL}" in (tmp_path / "environment").read_bytes().decode().split("\0")
+    assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("word", ["--part=1/2", "--par", "--restart", "--overwrite", "a\nb"])
+def test_an_array_refuses_what_its_tasks_cannot_have(word: str) -> None:
+    with pytest.raises(ConfigError, match="^encode: "):
+        render_encoding(["text/", word], 2, load_cluster("plain"))
 
 
 @settings(max_examples=200, deadline=None)
