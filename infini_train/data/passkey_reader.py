@@ -39,15 +39,6 @@ class _Window(NamedTuple):
     loss_weights_BT: np.ndarray
 
 
-def _draw_key(random: np.random.Generator, digits: int, *, repeats: bool) -> np.ndarray:
-    """Any key; with `repeats` one of 2 to 10 different digits at most.
-
-    Where digits repeat, only their place tells what follows them.
-    """
-    different = random.permutation(10)[: random.integers(2, 11) if repeats else 10]
-    return random.choice(different, digits)
-
-
 @dataclass(frozen=True)
 class Progress:
     """Position of a `PasskeyReader`: windows read, segments of the longest texts, running mean of the loss."""
@@ -183,7 +174,7 @@ class PasskeyReader:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
-        return writer.place(_draw_key(random, self.config.digits, repeats=grown), length, before)
+        return writer.place(self._draw_key(random), length, before)
 
     def _choose_writer(self, random: np.random.Generator, length: int) -> PasskeyWriter:
         """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
@@ -193,6 +184,12 @@ class PasskeyReader:
             return writer
         count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
         return writer.refill(str(sentence) for sentence in random.choice(SENTENCES, count, replace=False))
+
+    def _draw_key(self, random: np.random.Generator) -> np.ndarray:
+        """Any digits, or some of few: where digits repeat, only their place tells what follows them."""
+        if not self.config.few_digits:
+            return random.integers(0, 10, self.config.digits)
+        return random.choice(random.permutation(10)[: random.integers(2, 11)], self.config.digits)
 
     def _weigh_losses(self, text: Passkey) -> np.ndarray:
         """Every text counts alike, whatever its length; within it, the shares of the config."""

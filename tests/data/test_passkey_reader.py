@@ -74,17 +74,17 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
     assert len(set(seen)) > 4 and max(map(len, seen)) <= 8 and set().union(*seen) > seen[0]
 
 
-@pytest.mark.parametrize(("longest", "steps", "two"), [(3.0, 20, 0.0015), (12.0, 80, 0.17)])
-def test_grown_texts_often_have_keys_that_repeat_digits(longest, steps, two):
+@pytest.mark.parametrize(("few_digits", "two"), [(False, 0.0135), (True, 0.18)])
+def test_keys_of_few_digits_repeat_them(few_digits, two):
     keys = []
-    for step in range(steps):
-        batch, _ = reader().next(Progress(step, longest, 1.0))
+    for step in range(30):
+        batch, _ = reader(dataclasses.replace(GROWING, few_digits=few_digits)).next(Progress(step, 3.0, 1.0))
         for row in range(4):
             keys += [ByteTokenizer().decode(batch.labels_BT[row, b - 5 : b]) for _, b in texts(batch, row)]
     different = np.bincount([len(set(key)) for key in keys], minlength=6) / len(keys)
-    assert different[2] == pytest.approx(two, abs=0.04) and 0.08 < different[5] < 0.4
+    assert different[2] == pytest.approx(two, abs=0.05) and 0.08 < different[5] < 0.4
     shares = np.bincount([int(digit) for digit in "".join(keys)], minlength=10) / (5 * len(keys))
-    assert np.abs(shares - 0.1).max() < 0.03, "all digits are as frequent"
+    assert np.abs(shares - 0.1).max() < 0.04, "all digits are as frequent"
 
 
 def test_texts_grow_while_the_loss_is_low():
