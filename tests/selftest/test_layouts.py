@@ -53,7 +53,8 @@ def row_of(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Case], dict[str, Any]]:
     """The row of a case: all selected cases of as many processes run together, once for all of pytest's workers."""
-    calls = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    calls = [item.callspec.params.get("case") for item in here]  # other files have cases of the same name
     selected = dict.fromkeys(case for case in calls if isinstance(case, Case))
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
