@@ -6,6 +6,7 @@ environment.txt          variables at submission, without those that look like s
 job                      number of the newest job
 starts                   a line for each start: time, job.start, nodes
 job.log, last_failure    what the batch script says
+ranks/RANK.json         what a rank does, every 10 s (training writes them)
 logs/JOB.START/          each rank's output (train-0.log) and end (train-0.exit: time rank node code)
 """
 
@@ -94,6 +95,13 @@ def newest_logs(run_dir: Path) -> Path | None:
     """The log folder of the newest start."""
     folders = [path for path in (run_dir / "launch" / "logs").glob("*.*") if path.is_dir()]
     return max(folders, key=lambda path: tuple(int(part) for part in path.name.split(".")), default=None)
+
+
+def newest_start(run_dir: Path) -> float:
+    """When the batch script began its newest start, in seconds since 1970; 0 without one."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return float((run_dir / "launch" / "starts").read_text().splitlines()[-1].split()[0])
+    return 0.0
 
 
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch import folder
+from launch import folder, ranks
 from launch.slurm import QueuedJob
 
 COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note")
@@ -19,10 +19,12 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob]) -> dict[str, Any
     """Plain values; `state` joins what training and what Slurm say."""
     status, number = folder.read_status(run_dir), folder.read_job(run_dir)
     job = queue.get(number) if number is not None else None
+    state = _state(status.get("state"), number, job)
+    trouble = ranks.describe_trouble(ranks.read_ranks(run_dir)) if state == "training" else ""
     return {
         "run": str(run_dir),
         "job": number,
-        "state": _state(status.get("state"), number, job),
+        "state": state,
         "step": status.get("step"),
         "total_steps": status.get("total_steps"),
         "loss": status.get("loss"),
@@ -30,7 +32,7 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob]) -> dict[str, Any
         "eta_s": status.get("eta_s"),
         "restarts": status.get("restarts"),
         "heartbeat_age_s": folder.heartbeat_age_s(status),
-        "note": job.reason if job and job.state == "PENDING" else folder.read_failure(run_dir),
+        "note": job.reason if job and job.state == "PENDING" else trouble or folder.read_failure(run_dir),
     }
 
 

@@ -17,10 +17,13 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from torch.distributed import PrefixStore, TCPStore
+
+from infini_train.parallel.diary import Diary
 
 MAX_INTERVAL_S = 0.5
 MAX_TEXT = 200
@@ -73,6 +76,7 @@ class Watch:
         self._left = threading.Event()  # the main thread has come out of the context
         self._one_end = threading.Lock()  # of the two threads that may end the process
         self._pulse_thread: threading.Thread | None = None
+        self._diary: Diary | None = None
 
     def __enter__(self) -> Self:
         if self.world_size > 1:
@@ -88,6 +92,8 @@ class Watch:
     ) -> None:
         if self._pulse_thread is None:
             return
+        if self._diary:
+            self._diary.close(LEAVE_S)
         if error is None:
             self.doing("wait for the other ranks at the end")
             self._finished.set()
@@ -111,6 +117,12 @@ class Watch:
         """Names what this rank does from now on; costs nothing, so call it for each part of a step."""
         self.operation = operation
         self._operations += 1
+
+    def keep_diary(self, folder: Path) -> None:
+        """From now on each rank writes there what it does, now and then, for whoever looks from outside."""
+        if self.world_size > 1:
+            self._diary = Diary(folder, self.rank, self.world_size, self._place, self.timeout_s / 4)
+            self._diary.start(lambda: (self._operations, self.operation))
 
     # -------------------------------------------------------------------------------------------------- the own error
 

@@ -40,6 +40,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     with Watch(*mesh.world(), config.parallel.timeout_s) as watch:
         watch.doing(OPENING)
         session = open_session(config, notify)
+        watch.keep_diary(config.directory / "launch" / "ranks")
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
             while run_steps(session, stop, watch.doing):

@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from launch.ranks import read_ranks
+
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 WAIT_S = 400  # on a busy machine
 STEPS = 40
@@ -16,6 +18,7 @@ def test_four_nodes_and_two_tasks_a_node_finish_alike(submit, slurm):
         run = submit(nodes=nodes, tasks=tasks, settings=("train.max_steps=8",))
         assert run.wait_for_end() == "COMPLETED", run.story()
         assert len(list((run.directory / "launch" / "logs").glob("*/train-*.exit"))) == 4
+        assert [entry.rank for entry in read_ranks(run.directory)] == [0, 1, 2, 3]
         curves.append(run.losses())
         os.rename(run.directory, run.directory.with_name(f"{nodes}x{tasks}"))
     assert curves[0] == curves[1] and list(curves[0]) == list(range(1, 9))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from infini_train.parallel.watch import Silence, Watch
+from launch.ranks import read_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 8.0  # long enough for a busy machine to answer
@@ -19,6 +20,7 @@ MARGIN_S = 12.0
 CASES = ("killed", "stopped", "failed", "deadlock", "well", "host killed", "host stopped", "host failed")
 PROGRAM = """\
 import json, os, signal, socket, sys, threading, time, traceback
+from pathlib import Path
 import torch  # once, for all the processes that are forked below
 import torch.distributed as dist
 from infini_train.parallel.watch import LostRankError, Watch
@@ -37,6 +39,7 @@ def run_rank(case, rank, listener):
                             world_size=3)
     x = torch.ones(1000)
     with Watch(rank, 3, float(timeout_s)) as watch:
+        watch.keep_diary(Path(folder) / f"{case}.run/launch/ranks")
         for step in range(10):
             watch.doing(f"step {step}, all-reduce")
             if step == 5 and rank == (0 if hosted else 2):
@@ -116,9 +119,13 @@ class End(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> dict[tuple[str, int], End]:
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("watch")
+
+
+@pytest.fixture(scope="module")
+def ends(folder: Path) -> dict[tuple[str, int], End]:
     """All cases at once: they mostly wait."""
-    folder = tmp_path_factory.mktemp("watch")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), str(TIMEOUT_S), *CASES],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
@@ -217,3 +224,13 @@ def test_an_absence_of_the_watcher_is_no_silence(monkeypatch):
     now += 0.6
     assert silence.lasts(1)
     assert not silence.lasts(2)
+
+
+def test_each_rank_has_written_what_it_was_doing(ends, folder):
+    """For `infini-launch status`, which runs elsewhere."""
+    ranks = {case: read_ranks(folder / f"{case}.run") for case in CASES}
+    assert [len(found) for found in ranks.values()] == [3] * len(CASES)
+    assert [entry.operation for entry in ranks["deadlock"]] == ["step 5, all-reduce"] * 2 + ["read a slow disk"]
+    first, second, stopped = ranks["stopped"]
+    assert (stopped.rank, stopped.place.split()[-2]) == (2, "process")
+    assert stopped.age_s > max(first.age_s, second.age_s), "it was silent while the others still wrote"
