@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -67,7 +66,6 @@ def collect(run: Path) -> None:
         name = f"{config.name}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
         (FILES / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(folder / "heatmap.png", FILES / f"{name}.png")
 
 
 def load() -> list[dict[str, Any]]:
