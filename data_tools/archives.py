@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -55,11 +55,24 @@ def tar_documents(reader: Reader, piece: Piece) -> Iterator[Document]:
             yield document
 
 
+class _StrictHeader(tarfile.TarInfo):
+    """tarfile takes a damaged header, or none where one is due, for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark of the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
 def _members(reader: Reader, piece: Piece) -> Iterator[_Member]:
     with open_raw(piece.path) as raw:
         meter = Meter(raw, reader.advance)
         try:
-            with tarfile.open(fileobj=decompress(raw, piece.path), mode="r|") as tar:
+            with tarfile.open(fileobj=decompress(raw, piece.path), mode="r|", tarinfo=_StrictHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                     meter.tell()

@@ -186,7 +186,7 @@ class CleanWork(_Work):
                     left_out.documents["duplicates" if number in exact else "near duplicates"] += 1
                     continue
                 line = json.dumps(_row(document, options.read.text_field), ensure_ascii=False) + "\n"
-                out.write(line.encode("utf-8"))
+                out.write(line.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON has it
                 documents, n_bytes = documents + 1, n_bytes + len(document.text.encode("utf-8"))
         record = {"documents": documents, "bytes": n_bytes, "changed": dict(filters.changed)}
         text = json.dumps({**record, "left_out": left_out.to_json()})

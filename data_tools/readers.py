@@ -141,6 +141,9 @@ class Reader:
             yield from read(piece)
         except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) is not None:
+                # The disk or the network, not the data: to leave out the rest would lose documents that are there.
+                raise ConfigError(f"{piece.path}: can't be read on: {reason}; give the same command again") from error
             self.left_out.bad(piece.path, f"can't be read on: {reason}", "mend or remove it")
 
     def _text(self, piece: Piece) -> Iterator[Document]:

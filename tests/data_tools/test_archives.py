@@ -142,3 +142,26 @@ def test_json_members_that_are_bad_are_named(tmp_path) -> None:
     left_out = LeftOut(on_bad_record="skip")
     assert [d.text for d in documents([path], left_out=left_out)] == ["fine"]
     assert [place.split(": ", 2)[1] for place in left_out.places] == ["0", "1", "2", "3:1", "4"]
+
+
+@pytest.mark.parametrize("damage", ["bad header", "cut in a header", "cut before a header", "no mark of the end"])
+def test_a_tar_that_only_seems_to_end_is_told(tmp_path, damage) -> None:
+    """To tarfile a header that can't be read is the end of the archive."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(10):
+            member = tarfile.TarInfo(f"{number}.txt")
+            member.size = 5
+            tar.addfile(member, io.BytesIO(b"hello"))
+    data, header = bytearray(path.read_bytes()), 6 * 1024
+    if damage == "bad header":
+        data[header : header + 100] = b"\xff" * 100
+    else:
+        stops = {"cut in a header": header + 100, "cut before a header": header, "no mark of the end": 10 * 1024}
+        del data[stops[damage] :]
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"x.tar: is not a whole tar file: "):
+        list(documents([str(path)]))
+    left_out = LeftOut(on_bad_record="skip")
+    assert len(list(documents([str(path)], None, left_out))) == (10 if damage == "no mark of the end" else 6)
+    assert left_out.documents["bad records"] == 1

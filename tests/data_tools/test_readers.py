@@ -16,9 +16,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools import readers
+from data_tools.encode import encode_corpus
 from data_tools.problems import LeftOut
 from data_tools.readers import Piece, Reader, ReadOptions, documents
 from infini_train.config import ConfigError
+from infini_train.data.shards import Dataset
 
 ROWS = [{"text": f"Zeile {i}\n\tüber", "id": f"k{i}", "title": f"T{i}", "n": i} for i in range(600)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -230,3 +233,29 @@ def test_bad_text_can_be_skipped_and_is_counted(tmp_path) -> None:
     assert left_out.documents == {"bad records": 4} and "a.txt:1" in left_out.places[0]
     with pytest.raises(ConfigError, match="more than 3 bad records, first: .*a.txt:1: byte 0"):
         list(documents([tmp_path], left_out=LeftOut(on_bad_record="skip", max_bad_records=3)))
+
+
+def test_a_disk_or_network_that_fails_is_never_a_bad_record(tmp_path, monkeypatch) -> None:
+    """Under --on-bad-record skip the rest of the file would be left out, though it is there."""
+
+    class Broken(io.BytesIO):
+        def readline(self, size=-1):
+            if self.tell():
+                raise ConnectionResetError(104, "Connection reset by peer")
+            return super().readline(size)
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    monkeypatch.setattr(readers, "decompress", lambda raw, name: Broken(raw.read()))
+    with pytest.raises(
+        ConfigError, match=r"a.jsonl: can't be read on: Connection reset by peer; give the same command"
+    ):
+        list(documents([str(path)], None, LeftOut(on_bad_record="skip")))
+
+
+def test_half_a_surrogate_pair_outside_of_the_text_does_no_harm(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": "x\\\\ud83d", "title": "y\\\\ud83d"}\n'.replace("\\\\", "\\"))
+    encode_corpus([str(path)], "byte", tmp_path / "out")
+    found = Dataset.open(tmp_path / "out").metadata(0)
+    assert (found["id"], found["title"]) == ("x\ud83d", "y\ud83d")
