@@ -61,18 +61,23 @@ class Workplace:
         with explain_disk_errors(self._shown):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             # Never what another part has made just now: a folder that is not there is not removed.
-            if self._restart or (self.folder.exists() and not self._is_unfinished()):
+            if self.folder.exists() and (self._restart or not self._is_unfinished()):
+                os.close(self._take_lock())  # nobody is at work there
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
-        self._lock = self._open_lock(f"lock-{(self._part or 'all').replace('/', '-of-')}")
+        self._lock = self._take_lock()
+        return self.folder
+
+    def _take_lock(self) -> int:
+        lock = self._open_lock(f"lock-{(self._part or 'all').replace('/', '-of-')}")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            os.close(lock)
             raise ConfigError(f"{self.folder}: another process is at this work; wait for it, or end it") from None
         except OSError:  # a file system without locks: two runs at once would do the same work twice
             pass
-        return self.folder
+        return lock
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):

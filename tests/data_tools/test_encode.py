@@ -197,8 +197,12 @@ def test_nothing_is_left_of_a_run_that_finished_no_task(tmp_path, holdout) -> No
 
 def test_two_runs_at_once_are_refused(tmp_path, small_tasks) -> None:
     source = write(tmp_path, corpus(30))
-    with encode.Workplace(tmp_path / "set"), pytest.raises(ConfigError, match="another process is at this work"):
-        run(source, tmp_path / "set")
+    with encode.Workplace(tmp_path / "set") as folder:
+        (folder / "task-0").touch()
+        for restart in (False, True):
+            with pytest.raises(ConfigError, match="another process is at this work"):
+                run(source, tmp_path / "set", restart=restart)
+        assert (folder / "task-0").exists()
 
 
 def test_a_killed_worker_is_told(tmp_path, small_tasks) -> None:
