@@ -163,6 +163,7 @@ def _explain_death(code: int | None) -> str:
 def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
     """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the parent gives up: what lies aside is removed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     unsaid = 0
 

@@ -128,6 +128,9 @@ class Watch:
 
     def _find_cause(self, error: BaseException) -> str | None:
         """Another rank's fault, as one line; None: this rank's own error, which the others are now told."""
+        deadline = time.monotonic() + LEAVE_S
+        while self._store is None and time.monotonic() < deadline:  # the pulse is still connecting
+            time.sleep(self.interval_s / 4)
         text = " ".join(str(error).split())[:MAX_TEXT]
         told = f"rank {self.rank} ({self._place}) failed in '{self.operation}': {type(error).__name__}: {text}"
         try:
