@@ -5,6 +5,7 @@ processes are told the numbers of tasks over pipes; a broken pipe tells each sid
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from infini_train.data.writer import explain_disk_errors, sync
 # source bytes that were read.
 Work = Callable[[int, Path, int, Callable[[int], None]], None]
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SAID_BYTES = 1_000_000  # a worker tells of its progress after so many
 
 
@@ -108,7 +110,7 @@ class _Pool:
         self._processes: dict[Connection[Any, Any], Any] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, work), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, folder, work, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -160,8 +162,17 @@ def _explain_death(code: int | None) -> str:
     return f"a worker process has ended with status {code}; the same command goes on with what is finished"
 
 
-def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
+def _die_with(parent: int) -> None:
+    """A worker that outlived its parent could meet the next run's workers at the same task."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work, parent: int) -> None:
     """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
+    _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the parent gives up: what lies aside is removed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
