@@ -110,7 +110,7 @@ class _Pool:
         self._processes: dict[Connection[Any, Any], Any] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, work, os.getpid()), daemon=True)
+            process = context.Process(target=_start, args=(os.getpid(), theirs, folder, work), daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -162,19 +162,19 @@ def _explain_death(code: int | None) -> str:
     return f"a worker process has ended with status {code}; the same command goes on with what is finished"
 
 
-def _die_with(parent: int) -> None:
-    """A worker that outlived its parent could meet the next run's workers at the same task."""
+def _start(parent: int, connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
+    """A worker's process. If it outlived its parent, it could meet the next run's workers at the same task."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-
-
-def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work, parent: int) -> None:
-    """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
-    _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the parent gives up: what lies aside is removed
+    _serve(connection, folder, work)
+
+
+def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
+    """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     unsaid = 0
 
