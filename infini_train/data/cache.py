@@ -54,7 +54,9 @@ class RemoteFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / MANIFEST_FILE).exists():
                 with self._locked(MANIFEST_FILE):
-                    self._copy(MANIFEST_FILE).rename(self.folder / MANIFEST_FILE)
+                    partial = self.folder / f".{MANIFEST_FILE}.partial"
+                    partial.write_bytes(manifest)  # what was hashed: a second fetch might find another one
+                    partial.rename(self.folder / MANIFEST_FILE)
         except OSError as error:
             raise ConfigError(f"data.cache_dir: {cache_dir} can't be written: {error.strerror}") from error
 

@@ -15,6 +15,18 @@ from infini_train.train.session import open_session
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Python in this folder, on one thread."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_only_asks(number):
     before = signal.getsignal(number)
@@ -44,14 +56,7 @@ def test_handlers_are_put_back_after_an_error():
 def test_sigterm_saves_without_a_traceback_and_the_next_start_goes_on(configure, tmp_path, tools):
     config = configure("train.max_steps=1000000", "checkpoint.every_steps=1000000", "optim.schedule=wsd")
     (tmp_path / "endless.yaml").write_text(dump(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "infini_train.cli", "train", "endless.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start(tmp_path, "-m", "infini_train.cli", "train", "endless.yaml")
     try:
         assert process.stdout is not None
         said = ""
@@ -88,14 +93,7 @@ store.save = lambda *_, **__: (print("writing", flush=True), time.sleep(1000))
 from infini_train.cli import main
 main(["train", "endless.yaml"])
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start(tmp_path, "-c", program)
     try:
         assert process.stdout is not None
         for beginning in ("step", "writing"):
