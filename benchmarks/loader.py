@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
 from infini_train.data.corpus import Corpus
 from infini_train.data.lanes import LaneReader
 from infini_train.data.shards import Dataset, ShardWriter

@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from infini_train.config_file import read_tree, validate
+from infini_train.config.files import read_tree, validate
 from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.intervals import format_percent, wilson_interval
 from infini_train.eval.passkey_scores import format_length

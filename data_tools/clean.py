@@ -20,7 +20,7 @@ from data_tools.readers import Document, Reader, ReadOptions
 from data_tools.tasks import finished_tasks, run_tasks, share, task_folder
 from data_tools.workplace import Workplace
 from infini_train import __version__
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors, sync
 
 REPORT_FILE = "report.json"

@@ -16,7 +16,7 @@ from data_tools.problems import LeftOut
 from data_tools.readers import ReadOptions, documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
 
 

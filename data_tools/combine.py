@@ -14,7 +14,7 @@ from data_tools.encode import is_held_out
 from data_tools.join import StoredDocument, add_documents, add_sources
 from data_tools.tasks import finished_tasks
 from data_tools.workplace import Workplace, check_pair_target
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, ShardEntry, SourceEntry, hash_file, read_index, read_manifest
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import tokenizer_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 KEY_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("task", "<u4"), ("number", "<u4")])
 _KEY, _KEY_HALVES = struct.Struct("<QQII"), struct.Struct(">QQ")

@@ -21,7 +21,7 @@ from data_tools.storage import find_files, suffixes
 from data_tools.tasks import finished_tasks, run_tasks, share
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest, token_dtype
 from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.readers import Document
 from data_tools.tokenizer import cut_text
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
 _SYMBOLS = re.compile(r"[^\w\s]")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import TokenizerEntry
 from infini_train.data.shards import CorruptDocumentError, Dataset
 from infini_train.data.tokenizer import tokenizer_of

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.readers import Piece
 from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any part of such a file

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 _PLACES = 5  # bad records that are named
 

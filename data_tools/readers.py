@@ -23,7 +23,7 @@ from data_tools.storage import (
     open_raw,
     suffixes,
 )
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 _PARQUET_ROWS = 256  # read at once
 _NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", ".gz", ".zst", ".xz", ".bz2")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 import zstandard
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")

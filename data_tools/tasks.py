@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.plan import Plan
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors, sync
 
 # Called with the number of a task, the empty folder to write into, the threads to use, and a function that is told of

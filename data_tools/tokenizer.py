@@ -15,7 +15,7 @@ from typing import Literal
 
 import sentencepiece
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors, sync
 
 PIECE_BYTES = 4000  # SentencePiece leaves out longer "sentences"

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import (
     INDEX_FILE,
     NPY_HEADER_BYTES,

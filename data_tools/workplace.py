@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.data.writer import explain_disk_errors, replace_folder
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema: infini_train/config.py, its types, defaults and comments.
+"""Writes docs/configuration.md from the schema: infini_train/config/, its types, defaults and comments.
 
 python docs/generate_configuration.py
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from infini_train import config
+from infini_train.config import run
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
-<!-- Generated from infini_train/config.py by docs/generate_configuration.py; change the schema, then run it. -->
+<!-- Generated from infini_train/config/ by docs/generate_configuration.py; change the schema, then run it. -->
 
 # Configuration
 
@@ -87,7 +87,8 @@ def describe_default(field: dataclasses.Field[Any]) -> str:
 
 def read_sections() -> list[Section]:
     """The schema, section by section; the fields of no section come first."""
-    comments = read_comments(Path(config.__file__).read_text(encoding="utf-8"))
+    files = sorted(Path(run.__file__).parent.glob("*.py"))
+    comments = {key: text for file in files for key, text in read_comments(file.read_text(encoding="utf-8")).items()}
 
     def visit(schema: type, prefix: str, title: str) -> Iterator[Section]:
         types, inner = get_type_hints(schema), []
@@ -105,7 +106,7 @@ def read_sections() -> list[Section]:
         yield section
         yield from inner
 
-    return list(visit(config.RunConfig, "", "The run"))
+    return list(visit(run.RunConfig, "", "The run"))
 
 
 def render() -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from infini_train import __version__
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.command_line import describe, positive
-from infini_train.config import ConfigError
-from infini_train.config_file import config_roots, load_run
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import config_roots, load_run
 from infini_train.eval.commands import CommandParser
 from infini_train.eval.commands import add_commands as add_eval_commands
 from infini_train.plan.command import add_command as add_plan_command
@@ -148,7 +148,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     config = load_run(options.config, options.set)
     if options.print_config:
-        from infini_train.config_file import dump
+        from infini_train.config.files import dump
 
         print(dump(config), end="")
         return

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_train.config import ConfigError
-from infini_train.config_file import load_run
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_run
 from infini_train.data.writer import explain_disk_errors
 
 DATA = [sys.executable, "-m", "data_tools"]

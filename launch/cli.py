@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infini_train.config import RunConfig
+    from infini_train.config.run import RunConfig
     from launch.cluster import ClusterConfig
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they do, and end them. Docs: docs/slurm.md."
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output has gone
     except (ValueError, OSError) as error:
-        from infini_train.config import ConfigError  # late: status and logs don't wait for it
+        from infini_train.config.errors import ConfigError  # late: status and logs don't wait for it
 
         if not isinstance(error, ConfigError | OSError):
             raise
@@ -137,7 +137,7 @@ def _positive(text: str) -> int:
 
 
 def _load(options: argparse.Namespace, *more: str) -> tuple["RunConfig", "ClusterConfig"]:
-    from infini_train.config_file import load_run
+    from infini_train.config.files import load_run
     from launch.cluster import load_cluster
 
     return load_run(options.config, options.set), load_cluster(options.cluster, [*options.set_cluster, *more])
@@ -201,7 +201,7 @@ def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespac
 
     The script trains from a copy of the resolved config: what is edited while the job waits does not change it.
     """
-    from infini_train.config_file import dump
+    from infini_train.config.files import dump
     from launch import folder, slurm
     from launch.job import plan_job
     from launch.render import render_training
@@ -247,8 +247,8 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _local(options: argparse.Namespace) -> int:
-    from infini_train.config import divide_processes
-    from infini_train.config_file import load_run
+    from infini_train.config.files import load_run
+    from infini_train.config.run import divide_processes
     from launch.cluster import ClusterConfig, load_cluster
     from launch.job import Job, rank_environment
     from launch.local import run_locally
@@ -323,7 +323,7 @@ def _follow(path: Path, run_dir: Path, follow: bool) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from infini_train.config import ConfigError
+    from infini_train.config.errors import ConfigError
     from launch import folder, slurm
 
     number = folder.read_job(options.run)

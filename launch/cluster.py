@@ -11,8 +11,8 @@ from typing import Any
 
 import pydantic
 
-from infini_train.config import ConfigError
-from infini_train.config_file import override, read_tree, resolve
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import override, read_tree, resolve
 
 # sbatch reads its #SBATCH lines with rules of its own, so what goes there is restricted instead of quoted.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@%+\[\]&|*/-]*")

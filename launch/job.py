@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from infini_train.config import ConfigError, RunConfig, divide_processes
+from infini_train.config.errors import ConfigError
+from infini_train.config.run import RunConfig, divide_processes
 from launch.cluster import ClusterConfig
 
 MAX_THREADS = 8  # of a rank on a GPU: what is left to the CPU there gains nothing from more

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from launch.cluster import ClusterConfig
 from launch.job import Job, require_line
 

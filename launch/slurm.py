@@ -83,6 +83,6 @@ def _last_line(text: str) -> str:
 
 def _error(message: str) -> Exception:
     """A ConfigError, whose module `status` need not wait for when all is well."""
-    from infini_train.config import ConfigError
+    from infini_train.config.errors import ConfigError
 
     return ConfigError(message)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
 from launch.cluster import load_cluster
 from launch.job import plan_job
 from launch.render import render_encoding, render_evaluation, render_training

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from infini_train.config import FullConfig, InfiniConfig, LocalConfig, ModelConfig, TransformerXLConfig
+from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig, TransformerXLConfig
+from infini_train.config.model import ModelConfig
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")

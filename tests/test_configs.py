@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import InfiniConfig, ModelConfig
-from infini_train.config_file import dump, load_model, load_run, override, read_tree, validate
+from infini_train.config.attention import InfiniConfig
+from infini_train.config.files import dump, load_model, load_run, override, read_tree, validate
+from infini_train.config.model import ModelConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

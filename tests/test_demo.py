@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.demo import run_demo
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,8 @@ import pytest
 from data_tools.options import build_parser as build_data_parser
 from infini_train import cli
 from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS
-from infini_train.config import RunConfig
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
+from infini_train.config.run import RunConfig
 from infini_train.train.optim import gate_warning
 from launch.cli import build_parser as build_launch_parser
 

@@ -13,7 +13,7 @@ import torch
 
 from infini_train.checkpoint import store
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
-from infini_train.config import CheckpointConfig
+from infini_train.config.training import CheckpointConfig
 
 POLL_S = 1.0
 
@@ -49,7 +49,7 @@ class BackgroundSaver:
 
     Args:
         run_dir: the run's folder, seen by all ranks.
-        config_tree: the run's config as plain values (`infini_train.config.to_tree`).
+        config_tree: the run's config as plain values (`infini_train.config.files.to_tree`).
         retention: which checkpoints rank 0 keeps when a new one is there.
         rank: this process among `world_size`.
         world_size: the number of processes that save together.

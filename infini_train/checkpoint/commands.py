@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from infini_train.command_line import describe
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 ANYWHERE = "Training resumes from any checkpoint in any layout (tensor, pipeline, context, data parallel, ZeRO)"
 EXAMPLES = f"""\

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from infini_train.config import ConfigError
-from infini_train.config_file import to_tree, validate
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import to_tree, validate
 
 Tree = Mapping[str, Any]
 

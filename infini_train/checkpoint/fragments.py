@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 
 class CheckpointError(ConfigError):

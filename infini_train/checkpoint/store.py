@@ -51,7 +51,7 @@ def save(
         step: optimizer steps done.
         fragments: what this rank owns; together all ranks' fragments cover each tensor exactly once.
         state: JSON-able values of rank 0 (data position, generators, tokens seen, ...); other ranks' are ignored.
-        config_tree: the run's config as plain values (`infini_train.config.to_tree`).
+        config_tree: the run's config as plain values (`infini_train.config.files.to_tree`).
         rank: this process among `world_size`.
         world_size: the number of processes that call.
         barrier: returns when all ranks have called it; called three times.

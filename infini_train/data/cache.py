@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
 
 RETRY_AFTER_S = (1.0, 4.0, 16.0)  # a store that is busy, or a network that is away for a moment

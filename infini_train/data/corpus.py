@@ -11,7 +11,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from infini_train.config import ConfigError, LengthStage
+from infini_train.config.data import LengthStage
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
 from infini_train.data.shards import Dataset
 

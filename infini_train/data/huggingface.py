@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import token_dtype
 
 # Names that models use, where no tokenizer_config.json lies beside the file.

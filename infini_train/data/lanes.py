@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.corpus import Corpus, Turn
 from infini_train.data.shards import CorruptDocumentError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 FORMAT_VERSION = 1
 INDEX_FILE = "documents.idx"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.passkey_wordings import PasskeyText
 from infini_train.data.tokenizer import Tokenizer
 

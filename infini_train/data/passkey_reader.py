@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infini_train.config import ConfigError, PasskeyConfig
+from infini_train.config.data import PasskeyConfig
+from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter
 from infini_train.data.passkey_wordings import SENTENCES, find_wording

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 
 @dataclass(frozen=True)

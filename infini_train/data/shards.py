@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.cache import RemoteFolder, is_url
 from infini_train.data.manifest import (
     NPY_HEADER_BYTES,

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from infini_train.config import ConfigError, DataConfig, RunConfig
+from infini_train.config.data import DataConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.run import RunConfig
 from infini_train.data.corpus import Corpus, Part
 from infini_train.data.lanes import Batch, LaneReader
 from infini_train.data.passkey_reader import PasskeyReader

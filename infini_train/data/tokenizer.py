@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import sentencepiece
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.cuts import SPACE_SYMBOL, cuts_of, keeps_text, parse_model
 from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.manifest import token_dtype

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
 

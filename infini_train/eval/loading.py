@@ -9,8 +9,9 @@ import torch
 from infini_train.checkpoint.reader import Checkpoint, open_checkpoint
 from infini_train.checkpoint.store import FOLDER, find_latest, resolve
 from infini_train.checkpoint.weights import load_weights
-from infini_train.config import ConfigError, RunConfig
-from infini_train.config_file import validate
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import validate
+from infini_train.config.run import RunConfig
 from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from infini_train.model.transformer import Transformer

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from infini_train.checkpoint.store import FOLDER
 from infini_train.checkpoint.sync import sync_path, write_synced
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.eval.heatmap import plot_recall

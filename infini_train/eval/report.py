@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infini_train.config import ConfigError, RunConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.run import RunConfig
 from infini_train.data.cache import is_url
 from infini_train.data.shards import Dataset
 from infini_train.eval.loading import Trained

@@ -1,6 +1,7 @@
 """Sizes and arithmetic of a model from its config alone."""
 
-from infini_train.config import FullConfig, InfiniConfig, ModelConfig, TransformerXLConfig
+from infini_train.config.attention import FullConfig, InfiniConfig, TransformerXLConfig
+from infini_train.config.model import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:

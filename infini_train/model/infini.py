@@ -4,7 +4,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from infini_train.config import InfiniConfig, ModelConfig
+from infini_train.config.attention import InfiniConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter
 from infini_train.ops.attention import InfiniState, infini_attention
 from infini_train.ops.grid import Grid, no_recent

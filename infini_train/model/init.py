@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from infini_train.config import InfiniConfig, ModelConfig
+from infini_train.config.attention import InfiniConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
 

@@ -6,7 +6,8 @@
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
-from infini_train.config import LocalConfig, ModelConfig, TransformerXLConfig
+from infini_train.config.attention import LocalConfig, TransformerXLConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach
 from infini_train.ops.attention import local_attention
 from infini_train.ops.grid import Grid, Recent, no_recent

@@ -14,7 +14,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from infini_train.config import ModelConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.ops.grid import Grid
 

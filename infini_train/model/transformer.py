@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infini_train.config import ModelConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.layers import (
     Embedding,
     FeedForward,

@@ -2,7 +2,7 @@
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 
-from infini_train.config import ModelConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.infini import InfiniAttention
 from infini_train.model.local import FullAttention, LocalAttention, TransformerXLAttention
 from infini_train.model.mixer import SequenceMixer

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 MATMUL_PROBE_SIZE = 2048
 

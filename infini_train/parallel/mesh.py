@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from infini_train.config import ConfigError, ParallelConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.parallel import ParallelConfig
 from infini_train.parallel import device
 
 BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint

@@ -17,7 +17,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from infini_train.config import ModelConfig, ParallelConfig
+from infini_train.config.model import ModelConfig
+from infini_train.config.parallel import ParallelConfig
 from infini_train.data.lanes import Batch
 from infini_train.model.layers import parallel_config
 from infini_train.model.transformer import ModelState, Stage, Transformer

@@ -12,7 +12,8 @@ import deepspeed.ops
 import torch
 from torch import Tensor, nn
 
-from infini_train.config import OptimConfig, ParallelConfig
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.training import OptimConfig
 from infini_train.parallel.mesh import ModelParallelUnit
 
 # Asked for, this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
 
 DESCRIPTION = """\
 What each rank of a layout would hold, without the cluster and without the data: builds the modules of one rank of each

@@ -13,7 +13,9 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from infini_train.config import ConfigError, ParallelConfig, RunConfig, divide_processes
+from infini_train.config.errors import ConfigError
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.run import RunConfig, divide_processes
 from infini_train.model.layers import HeadLinear, parallel_config
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from infini_train.config import RunConfig
+from infini_train.config.run import RunConfig
 
 FP32_BYTES = 4
 STATES = 3  # what is kept of a parameter in fp32: its master and two moments

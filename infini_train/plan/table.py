@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from infini_train.checkpoint.contents import format_size
-from infini_train.config import RunConfig
+from infini_train.config.run import RunConfig
 from infini_train.plan.dry_run import Plan, RankPlan, Span
 from infini_train.plan.states import StateBytes
 

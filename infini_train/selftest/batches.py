@@ -5,7 +5,7 @@ Legend: L lanes of the global batch, B of a data-parallel rank, T window tokens.
 
 import numpy as np
 
-from infini_train.config import RunConfig
+from infini_train.config.run import RunConfig
 from infini_train.data.lanes import IGNORED, Batch
 
 # Columns at which documents start, by lane modulo 8: nowhere, inside a segment, on the edges of segments and of the

@@ -11,21 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from infini_train.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    ConfigError,
-    DataConfig,
-    FullConfig,
-    InfiniConfig,
-    LocalConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-    TransformerXLConfig,
-)
+from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig, LocalConfig, TransformerXLConfig
+from infini_train.config.data import DataConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.model import ModelConfig
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.run import RunConfig
+from infini_train.config.training import CheckpointConfig, OptimConfig, TrainConfig
 
 Precision = Literal["fp32", "bf16"]
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from infini_train.command_line import positive
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.selftest.cases import CASES, choose_cases
 
 DESCRIPTION = """\

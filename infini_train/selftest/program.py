@@ -3,8 +3,8 @@
 import gc
 
 from infini_train.checkpoint import store
-from infini_train.config import RunConfig
-from infini_train.config_file import to_tree
+from infini_train.config.files import to_tree
+from infini_train.config.run import RunConfig
 from infini_train.parallel import mesh
 from infini_train.selftest.batches import make_batch, take_lanes
 from infini_train.selftest.cases import STEPS

@@ -2,7 +2,7 @@
 
 import sys
 
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
 
 
 def main(files: list[str]) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 from infini_train import __version__
 from infini_train.checkpoint import store
-from infini_train.config import ConfigError, ParallelConfig, RunConfig
-from infini_train.config_file import dump
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import dump
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.run import RunConfig
 from infini_train.parallel import device, mesh
 from infini_train.selftest.cases import STEPS, TIMEOUT_S, Case, configure, reference_of
 from infini_train.selftest.parity import Errors, compare_runs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infini_train.checkpoint.fragments import Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
-from infini_train.config import RunConfig
+from infini_train.config.run import RunConfig
 from infini_train.model.slices import divide
 from infini_train.parallel.pipeline import Carried, Stages
 

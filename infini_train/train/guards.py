@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from infini_train.config import GuardConfig
+from infini_train.config.training import GuardConfig
 from infini_train.parallel.zero import Engine
 
 MIN_DEVIATION = 0.01  # of the mean: a loss that hardly moves any more must not make a spike of every breath

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from infini_train.config import ConfigError, ParallelConfig, RunConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.run import RunConfig
 from infini_train.data.source import Position
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.flops import training_flops_per_token

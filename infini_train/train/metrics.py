@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infini_train.config_file import dump
+from infini_train.config.files import dump
 from infini_train.train.plots import plot_gates
 from infini_train.train.session import Session
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from infini_train.config import OptimConfig
+from infini_train.config.training import OptimConfig
 
 # How far a gate has to travel to become local (sigmoid(-4) = 0.02) or global (0.98).
 GATE_TRAVEL = 4.0

@@ -15,8 +15,9 @@ from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.weights import load_weights
-from infini_train.config import ConfigError, RunConfig, divide_processes
-from infini_train.config_file import dump, to_tree
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import dump, to_tree
+from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.lanes import Batch, prefetch
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Position, Reader, Source, open_reader, open_source

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.train.session import Session
 
 

@@ -13,7 +13,7 @@ import torch
 from infini_train.checkpoint.background import BackgroundSaver, HostBuffers
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, whole_fragment
 from infini_train.checkpoint.store import open_checkpoint
-from infini_train.config import CheckpointConfig
+from infini_train.config.training import CheckpointConfig
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
 

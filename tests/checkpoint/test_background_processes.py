@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, whole_fragment
-from infini_train.config import CheckpointConfig
+from infini_train.config.training import CheckpointConfig
 
 KEEP = CheckpointConfig(keep_last=2)
 

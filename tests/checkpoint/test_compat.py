@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS, check_resumable, check_same_data, check_same_model
-from infini_train.config import ConfigError, FullConfig, InfiniConfig, LocalConfig, RunConfig
-from infini_train.config_file import override, to_tree, validate
+from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import override, to_tree, validate
+from infini_train.config.run import RunConfig
 
 SHORT = {
     "model": {"vocab_size": 64, "hidden_size": 256, "num_layers": 1, "num_heads": 2, "ffn_size": 32},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data import cache
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer

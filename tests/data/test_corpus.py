@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infini_train.config import ConfigError, LengthStage
+from infini_train.config.data import LengthStage
+from infini_train.config.errors import ConfigError
 from infini_train.data.corpus import Corpus, Part, bring_forward, permute
 from infini_train.data.lanes import Batch, LaneReader, LaneState
 from infini_train.data.shards import Dataset, ShardWriter

@@ -7,7 +7,7 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers")
 
-from infini_train.config import ConfigError  # noqa: E402
+from infini_train.config.errors import ConfigError  # noqa: E402
 from infini_train.data.shards import Dataset, ShardWriter  # noqa: E402
 from infini_train.data.tokenizer import load_tokenizer, tokenizer_of  # noqa: E402
 

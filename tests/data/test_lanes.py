@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.corpus import Corpus, Turn, permute
 from infini_train.data.lanes import IGNORED, Batch, LaneReader, LaneState, prefetch
 from infini_train.data.manifest import NPY_HEADER_BYTES

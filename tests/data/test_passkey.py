@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.passkey import PasskeyWriter, choose_before
 from infini_train.data.passkey_wordings import SENTENCES, WORDINGS, find_wording
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer

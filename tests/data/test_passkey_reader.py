@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from infini_train.config import PasskeyConfig
+from infini_train.config.data import PasskeyConfig
 from infini_train.data.lanes import IGNORED
 from infini_train.data.passkey_reader import PasskeyReader, Progress
 from infini_train.data.passkey_wordings import SENTENCES, WORDINGS

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import webdataset
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import INDEX_FILE, MANIFEST_FILE, NPY_HEADER_BYTES, hash_file
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of

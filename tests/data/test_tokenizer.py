@@ -5,7 +5,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, decode_stream, load_tokenizer
 
 

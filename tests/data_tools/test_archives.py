@@ -15,7 +15,7 @@ from data_tools.encode import EncodeOptions, encode_corpus
 from data_tools.problems import LeftOut
 from data_tools.readers import documents, texts
 from data_tools.verify import verify
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import ByteTokenizer
 

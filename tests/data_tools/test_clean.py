@@ -12,7 +12,7 @@ from data_tools import cli, duplicates, plan
 from data_tools.clean import CleanOptions, CleanWork, KeyWork, clean_corpus
 from data_tools.filters import FilterOptions, Filters, repeated_share, symbol_share
 from data_tools.readers import documents
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import hash_file
 
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 6)) for i in range(500)]

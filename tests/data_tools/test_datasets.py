@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_tools import cli, combine, inspect, lengths
 from data_tools.encode import is_held_out
 from data_tools.verify import verify
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, hash_file
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_tools import encode, plan
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, hash_file
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import tokenizer_of

@@ -20,7 +20,7 @@ from data_tools import readers
 from data_tools.encode import encode_corpus
 from data_tools.problems import LeftOut
 from data_tools.readers import Piece, Reader, ReadOptions, documents
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
 
 ROWS = [{"text": f"Zeile {i}\n\tüber", "id": f"k{i}", "title": f"T{i}", "n": i} for i in range(600)]

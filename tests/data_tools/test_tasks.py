@@ -12,7 +12,7 @@ from data_tools import tasks
 from data_tools.plan import plan_tasks, task_bytes
 from data_tools.readers import Piece
 from data_tools.storage import SourceFile
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 
 
 @given(number=st.integers(1, 9), n_tasks=st.integers(0, 40))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.tokenizer import TokenizerOptions, cut_text, sample_pieces, train_tokenizer
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import SentencePieceTokenizer, decode_stream
 
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 6)) for i in range(300)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from infini_train.config import ModelConfig
+from infini_train.config.model import ModelConfig
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.model.init import initialise

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.eval.generate import choose_token, feed, generate
 from infini_train.eval.sampling import Sampling
 

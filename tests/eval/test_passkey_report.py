@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.cli import main
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from infini_train.eval import passkey_report

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.eval.passkey_scores import (
     Answer,
     PasskeyGrid,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import ConfigError, RunConfig
-from infini_train.config_file import load_run
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_run
+from infini_train.config.run import RunConfig
 from infini_train.eval.report import find_validation
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
-from infini_train.config_file import override, validate
+from infini_train.config.files import override, validate
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from launch.cluster import load_cluster, validate_cluster
 
 LEAST = {"gpus_per_node": 8, "cores_per_node": 96}

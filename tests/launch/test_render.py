@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from infini_train.config import ConfigError
-from infini_train.config_file import load_run
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_run
 from launch.cluster import ContainerConfig, RestartConfig, load_cluster, validate_cluster
 from launch.job import Job, plan_job
 from launch.render import job_name, render_encoding, render_evaluation, render_training

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.config import ModelConfig
+from infini_train.config.model import ModelConfig
 from infini_train.model.init import initialise
 from infini_train.model.transformer import ModelState, Transformer
 

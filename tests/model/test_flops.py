@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train.config import InfiniConfig, TransformerXLConfig
-from infini_train.config_file import load_model
+from infini_train.config.attention import InfiniConfig, TransformerXLConfig
+from infini_train.config.files import load_model
 from infini_train.model.flops import count_parameters, memory_numbers, training_flops_per_token
 from infini_train.model.transformer import Transformer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infini_train.config import InfiniConfig
+from infini_train.config.attention import InfiniConfig
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.config import ConfigError, TransformerXLConfig
-from infini_train.config_file import validate
+from infini_train.config.attention import TransformerXLConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import validate
 from infini_train.model.local import TransformerXLAttention
 from infini_train.ops.rope import rotate
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_train.config import InfiniConfig, LocalConfig
+from infini_train.config.attention import InfiniConfig, LocalConfig
 from infini_train.model.local import FullAttention
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # fp32, logits of size 1 to 10

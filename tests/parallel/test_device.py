@@ -2,7 +2,7 @@
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.parallel.device import check_count
 
 

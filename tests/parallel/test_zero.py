@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infini_train.config import InfiniConfig, ModelConfig, OptimConfig, ParallelConfig
+from infini_train.config.attention import InfiniConfig
+from infini_train.config.model import ModelConfig
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.training import OptimConfig
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from infini_train.cli import main
-from infini_train.config import ConfigError, InfiniConfig, ModelConfig, RunConfig
-from infini_train.config_file import load_model, to_tree, validate
+from infini_train.config.attention import InfiniConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_model, to_tree, validate
+from infini_train.config.model import ModelConfig
+from infini_train.config.run import RunConfig
 from infini_train.model.flops import count_parameters, memory_numbers
 from infini_train.parallel import device, mesh
 from infini_train.plan.dry_run import Plan, RankPlan, dry_run

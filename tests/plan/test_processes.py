@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from infini_train.config import RunConfig
-from infini_train.config_file import validate
+from infini_train.config.files import validate
+from infini_train.config.run import RunConfig
 
 WORLD = 4
 MODEL = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config import RunConfig
+from infini_train.config.run import RunConfig
 from infini_train.selftest.cases import Case, configure, parse_layout, reference_of
 
 

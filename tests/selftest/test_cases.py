@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infini_train.config import ConfigError
-from infini_train.config_file import dump as dump_config
-from infini_train.config_file import load_run
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import dump as dump_config
+from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
 from infini_train.selftest.batches import EMPTY_STEP, make_batch, take_lanes
 from infini_train.selftest.cases import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.selftest import run
 from infini_train.selftest.cases import choose_cases
 from infini_train.selftest.program import run_program

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.config import RunConfig
-from infini_train.config_file import override, validate
+from infini_train.config.files import override, validate
+from infini_train.config.run import RunConfig
 from infini_train.data.lanes import Batch
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer

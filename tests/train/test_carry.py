@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from infini_train.config import RunConfig, divide_processes
+from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.corpus import Corpus
 from infini_train.data.lanes import Batch, LaneReader, LaneState
 from infini_train.data.shards import Dataset

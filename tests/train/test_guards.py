@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from infini_train.cli import main
-from infini_train.config import GuardConfig, RunConfig
-from infini_train.config_file import dump
+from infini_train.config.files import dump
+from infini_train.config.run import RunConfig
+from infini_train.config.training import GuardConfig
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.train.guards import SHOWN, DivergedError, Guard, list_names

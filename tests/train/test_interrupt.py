@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config_file import dump, load_run
+from infini_train.config.files import dump, load_run
 from infini_train.train.interrupt import StopRequest
 from infini_train.train.session import open_session
 

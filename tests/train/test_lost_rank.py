@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config_file import dump
+from infini_train.config.files import dump
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 6

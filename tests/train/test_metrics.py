@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from infini_train.checkpoint import store
-from infini_train.config_file import load_run
+from infini_train.config.files import load_run
 from infini_train.train.loop import train
 from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, trim_metrics
 from infini_train.train.session import Session, open_session, save_session

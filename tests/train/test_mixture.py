@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
 from infini_train.train.loop import ignore, train
 from infini_train.train.session import open_session, save_session

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from infini_train.config import OptimConfig
+from infini_train.config.training import OptimConfig
 from infini_train.train.optim import GATE_TRAVEL, gate_warning, learning_rates, parameter_groups, schedule_factor
 
 

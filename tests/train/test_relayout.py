@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.config_file import dump, override, validate
+from infini_train.config.files import dump, override, validate
 
 STOP, STEPS = 3, 5
 TOLERANCE = 1e-5

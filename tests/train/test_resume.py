@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from infini_train.checkpoint import store
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.train.interrupt import Stopped
 from infini_train.train.loop import train
 from infini_train.train.session import Session, open_session, save_session

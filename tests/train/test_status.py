@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from infini_train.config import ConfigError
+from infini_train.config.errors import ConfigError
 from infini_train.train.loop import train
 
 

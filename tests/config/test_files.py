@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.config import ConfigError, FullConfig, InfiniConfig, LocalConfig, RunConfig
-from infini_train.config_file import dump, load_model, load_run, override, read_tree, resolve, to_tree, validate
+from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import dump, load_model, load_run, override, read_tree, resolve, to_tree, validate
+from infini_train.config.run import RunConfig
 
-RUNS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs" / "run").glob("*.yaml"))
+RUNS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
 BASE = """
 model: {vocab_size: 259, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160,
         attention: {kind: infini, segment_tokens: 32}}
@@ -334,7 +336,7 @@ def test_a_budget_in_tokens_rounds_up(base: Path) -> None:
 def test_configs_are_read_without_torch() -> None:
     """Login nodes render jobs, and CI checks YAML, where no torch is installed."""
     code = (
-        "import sys; from infini_train.config_file import load_run; load_run('demo'); "
+        "import sys; from infini_train.config.files import load_run; load_run('demo'); "
         "heavy = {'torch', 'deepspeed', 'megatron', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """Config files: found by name, merged, overridden, and validated at one edge. Imports no torch.
 
 A run is one tree of plain YAML. `load_run` reads it (with an explicit ``include`` list, later wins), applies ``--set``
-overrides, and validates the whole into the frozen dataclasses of config.py.
+overrides, and validates the whole into the frozen dataclasses of the schema (run.py).
 """
 
 import dataclasses
@@ -16,7 +16,10 @@ from typing import Any, get_args
 import pydantic
 import yaml
 
-from infini_train.config import KINDS, ConfigError, InfiniConfig, ModelConfig, RunConfig
+from infini_train.config.attention import KINDS, InfiniConfig
+from infini_train.config.errors import ConfigError
+from infini_train.config.model import ModelConfig
+from infini_train.config.run import RunConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +69,7 @@ def _parse(text: str, source: str) -> Any:
 
 def config_roots() -> list[Path]:
     """Folders searched for configs by name: the checkout's configs/, or the copy inside an installed wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     return [root for root in (package.parent / "configs", package / "configs") if root.is_dir()]
 
 

@@ -1,0 +1,67 @@
+"""`model`: the sizes of the decoder."""
+
+from dataclasses import dataclass, field
+
+from pydantic import FiniteFloat
+
+from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig
+from infini_train.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-shaped decoder. `num_kv_heads`, `head_dim` and `value_head_dim` have the usual defaults when null."""
+
+    vocab_size: int  # at least the tokenizer's ids
+    hidden_size: int  # of a token's vector between the layers
+    num_layers: int  # each of attention and feed-forward
+    num_heads: int  # query heads of a layer; each has a gate with infini
+    ffn_size: int  # inner size of the feed-forward (SwiGLU)
+    num_kv_heads: int | None = None  # key-value heads, each with a memory; a divisor of num_heads; null: num_heads
+    head_dim: int | None = None  # of queries and keys; null: hidden_size / num_heads
+    value_head_dim: int | None = None  # of values; null: head_dim
+    attention: AttentionConfig = field(default_factory=InfiniConfig)  # one variant for all layers
+    rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
+    norm_eps: FiniteFloat = 1e-5  # of the RMS norms
+    tied_embeddings: bool = False  # one matrix embeds tokens and gives the logits
+    qk_norm: bool = False  # RMS norm of queries and keys, a head each
+    qkv_bias: bool = False  # biases in the query, key and value projections
+    init_std: FiniteFloat | None = None  # of the initial matrices; null: 1/sqrt(fan in), embeddings 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):
+            require(getattr(self, name) > 0, f"model.{name}", "must be positive")
+        for name in ("num_kv_heads", "head_dim", "value_head_dim"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name}", "must be positive, or null for its default")
+        require(
+            self.num_heads % self.kv_heads == 0,
+            "model.num_kv_heads",
+            f"{self.kv_heads} key-value heads can't share {self.num_heads} query heads evenly; choose a divisor",
+        )
+        require(
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
+            "model.num_heads",
+            f"{self.num_heads} heads don't divide hidden_size {self.hidden_size}; change one or set model.head_dim",
+        )
+        for name in ("rope_theta", "norm_eps"):
+            require(getattr(self, name) > 0, f"model.{name}", "must be positive")
+        require(self.init_std is None or self.init_std > 0, "model.init_std", "must be positive, or null")
+        require(self.key_dim % 2 == 0, "model.head_dim", f"rotary embedding needs an even size, not {self.key_dim}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.key_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def segment_tokens(self) -> int | None:
+        """Tokens a segment, or None for a variant without segments."""
+        return None if isinstance(self.attention, FullConfig) else self.attention.segment_tokens

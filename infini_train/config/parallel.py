@@ -1,0 +1,49 @@
+"""`parallel`: how a run is divided over processes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import FiniteFloat
+
+from infini_train.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is divided over processes: tensor x pipeline x context x data of them."""
+
+    tensor_size: int = 1  # ranks that share every layer: heads, gates, memories, feed-forward, vocabulary
+    sequence_parallel: bool = False  # norms and residuals divided along the sequence over the tensor-parallel ranks
+    pipeline_size: int = 1  # stages of consecutive layers
+    virtual_stages: int = 1  # stages on each pipeline rank (interleaved schedule)
+    context_size: int = 1  # ranks that share every window, each a run of whole segments
+    data_size: int | None = None  # ranks that share the lanes; null: all processes that are left
+    zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 divides optimizer states, 2 also gradients, 3 also weights
+    offload_optimizer: bool = False  # optimizer states and AdamW in host memory
+    timeout_s: FiniteFloat = 600.0  # a rank that doesn't answer for this long ends the run
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_size", "pipeline_size", "virtual_stages", "context_size", "data_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"parallel.{name}", "must be positive")
+        require(self.timeout_s > 0, "parallel.timeout_s", "must be positive")
+        require(
+            not self.sequence_parallel or self.tensor_size > 1,
+            "parallel.sequence_parallel",
+            "divides the sequence over tensor-parallel ranks, but parallel.tensor_size is 1; raise it or set false",
+        )
+        require(
+            self.virtual_stages == 1 or self.pipeline_size > 1,
+            "parallel.virtual_stages",
+            "needs parallel.pipeline_size above 1",
+        )
+        require(
+            self.zero_stage < 3 or self.pipeline_size == 1,
+            "parallel.zero_stage",
+            "3 does not work with parallel.pipeline_size above 1 (DeepSpeed would hang); use stage 1 or 2",
+        )
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one replica of the model and its window."""
+        return self.tensor_size * self.pipeline_size * self.context_size

@@ -1,0 +1,181 @@
+"""The whole of a run, and the checks that concern several sections. Each part of the program gets its section only."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infini_train.config.attention import TransformerXLConfig
+from infini_train.config.data import DataConfig
+from infini_train.config.errors import require
+from infini_train.config.model import ModelConfig
+from infini_train.config.parallel import ParallelConfig
+from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    name: str = "run"  # names the run's folder
+    run_dir: str | None = None  # all that the run writes; null: runs/ and the name
+    seed: int = 0  # of the initial weights and the order of documents
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed", "must lie between 0 and 2147483647")
+        require(
+            self.eval.every_steps is None or self.data.validation is not None,
+            "data.validation",
+            "is needed because eval.every_steps is set; give a folder of shards, or set eval.every_steps to null",
+        )
+        require(
+            self.optim.warmup_steps < self.train.total_steps,
+            "optim.warmup_steps",
+            f"{self.optim.warmup_steps} warm-up steps don't fit into a run of {self.train.total_steps}",
+        )
+        warmup, decay = self.optim.warmup_steps, self.optim.decay_steps or 0
+        require(
+            warmup + decay <= self.train.total_steps,
+            "optim.decay_steps",
+            f"{decay} steps after {warmup} of warm-up don't fit into a run of {self.train.total_steps}",
+        )
+
+        _check_model_layout(self)
+        _check_batch_layout(self)
+
+    @property
+    def lanes_per_rank(self) -> int:
+        """Lanes of one data-parallel rank."""
+        return self.train.batch_lanes // (self.parallel.data_size or 1)
+
+    @property
+    def micro_lanes(self) -> int:
+        """Lanes in one forward."""
+        return self.train.micro_batch_lanes or self.lanes_per_rank
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+
+def _check_model_layout(run: RunConfig) -> None:
+    """Whether the model can be divided as `parallel` asks; whatever could not work is refused here, by name."""
+    model, parallel = run.model, run.parallel
+    tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
+    for name in ("num_heads", "ffn_size", "vocab_size"):
+        value = getattr(model, name)
+        lower, upper = value // tensor * tensor, -(-value // tensor) * tensor
+        near = f"{lower} or {upper}" if lower and name != "vocab_size" else str(upper)
+        require(
+            value % tensor == 0,
+            f"model.{name}",
+            f"{value} can't be divided over parallel.tensor_size {tensor}; use {near}, or another tensor_size",
+        )
+    require(
+        model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0,
+        "model.num_kv_heads",
+        f"{model.kv_heads} key-value heads and parallel.tensor_size {tensor}: one must be a multiple of the other",
+    )
+    stages = pipeline * parallel.virtual_stages
+    require(
+        model.num_layers >= stages,
+        "parallel.pipeline_size",
+        f"{stages} stages need at least as many layers, but model.num_layers is {model.num_layers}",
+    )
+    require(
+        pipeline == 1 or not model.tied_embeddings,
+        "model.tied_embeddings",
+        "embedding and head lie on different stages with parallel.pipeline_size above 1; set it to false",
+    )
+    require(
+        context == 1 or model.segment_tokens is not None,
+        "parallel.context_size",
+        "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
+    )
+    require(
+        context == 1 or not isinstance(model.attention, TransformerXLConfig),
+        "parallel.context_size",
+        "the cache of model.attention.kind transformer_xl does not cross ranks; use infini or local, or context_size 1",
+    )
+
+
+def _check_batch_layout(run: RunConfig) -> None:
+    """The same for windows and lanes."""
+    model, train, parallel = run.model, run.train, run.parallel
+    tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
+    piece = (model.segment_tokens or 1) * context
+    unit = "model.attention.segment_tokens" + (" x parallel.context_size" if context > 1 else "")
+    for name, window in (("train.window_tokens", train.window_tokens), ("eval.window_tokens", run.eval.window_tokens)):
+        if window is None:
+            continue
+        lower, upper = window // piece * piece, (window // piece + 1) * piece
+        require(
+            window % piece == 0,
+            name,
+            f"{window} is not a multiple of {unit} ({piece}); use {f'{lower} or {upper}' if lower else upper}",
+        )
+        require(
+            not parallel.sequence_parallel or window // context % tensor == 0,
+            name,
+            f"{window // context} tokens a context-parallel rank can't be divided over parallel.tensor_size {tensor}"
+            " (parallel.sequence_parallel is true)",
+        )
+    data = parallel.data_size or 1
+    for name, lanes in (("train.batch_lanes", train.batch_lanes), ("eval.batch_lanes", run.eval.batch_lanes)):
+        require(
+            lanes is None or lanes % data == 0,
+            name,
+            f"{lanes} lanes can't be divided over {data} data-parallel ranks; use a multiple of {data}",
+        )
+    rounds = data * (pipeline if parallel.virtual_stages > 1 else 1)
+    require(
+        run.eval.batch_lanes is None or run.eval.batch_lanes % rounds == 0,
+        "eval.batch_lanes",
+        f"{run.eval.batch_lanes} lanes: with parallel.virtual_stages each data-parallel rank needs a multiple of"
+        f" parallel.pipeline_size; use a multiple of {rounds}",
+    )
+    require(
+        run.lanes_per_rank % run.micro_lanes == 0,
+        "train.micro_batch_lanes",
+        f"{run.lanes_per_rank} lanes{' of a data-parallel rank' if data > 1 else ''} can't be cut into micro-batches of"
+        f" {run.micro_lanes}; choose a divisor",
+    )
+    micro_batches = run.lanes_per_rank // run.micro_lanes
+    require(
+        parallel.virtual_stages == 1 or micro_batches % pipeline == 0,
+        "train.micro_batch_lanes",
+        f"parallel.virtual_stages needs micro-batches in multiples of parallel.pipeline_size ({pipeline}), but there"
+        f" are {micro_batches}; change it or train.batch_lanes",
+    )
+
+
+def divide_processes(run: RunConfig, world_size: int) -> RunConfig:
+    """The config with `parallel.data_size` filled in for this many processes.
+
+    Raises:
+        ConfigError: the processes can't be divided like that.
+    """
+    parallel = run.parallel
+    needed = parallel.model_size * (parallel.data_size or 1)
+    product = " x ".join(
+        f"{name} {getattr(parallel, f'{name}_size')}"
+        for name in ("tensor", "pipeline", "context", "data")
+        if getattr(parallel, f"{name}_size") is not None
+    )
+    exact = parallel.data_size is not None
+    require(
+        world_size == needed if exact else world_size % needed == 0,
+        "parallel",
+        f"{product} needs {'' if exact else 'a multiple of '}{needed} processes, but {world_size}"
+        f" {'was' if world_size == 1 else 'were'} started; start {needed} (--nproc {needed}) or change the sizes",
+    )
+    data = world_size // parallel.model_size
+    return dataclasses.replace(run, parallel=dataclasses.replace(parallel, data_size=data))

@@ -1,0 +1,141 @@
+"""How a run goes: `train`, `optim`, `guard`, `eval`, `log` and `checkpoint`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import FiniteFloat
+
+from infini_train.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Size and length of training. A lane is one row of the global batch; a step reads one window of every lane."""
+
+    window_tokens: int  # tokens of a lane in one step; gradients flow through all its segments
+    batch_lanes: int  # lanes of the global batch
+    micro_batch_lanes: int | None = None  # lanes in one forward; null: all that a data-parallel rank has
+    max_steps: int | None = None  # length of the run; give exactly one of max_steps and max_tokens
+    max_tokens: int | None = None  # length of the run, padding included; rounded up to whole steps
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps masters, moments and the memory in fp32
+    carry_memory: bool = True  # the memory goes on from window to window (without gradient)
+    activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep a layer's input, compute the rest again
+    init_from: str | None = None  # a checkpoint folder: start anew from its weights only
+
+    def __post_init__(self) -> None:
+        for name in ("window_tokens", "batch_lanes"):
+            require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+        require(
+            (self.max_steps is None) != (self.max_tokens is None),
+            "train.max_steps",
+            "give exactly one of train.max_steps and train.max_tokens",
+        )
+        for name in ("max_steps", "max_tokens", "micro_batch_lanes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}", "must be positive, or null")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.window_tokens * self.batch_lanes
+
+    @property
+    def total_steps(self) -> int:
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        return -(-self.max_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. The gates have a learning rate of their own: at a common rate they hardly move (docs/architecture.md)."""
+
+    lr: FiniteFloat = 3e-4  # peak learning rate of all but the gates
+    gate_lr: FiniteFloat = 1e-2  # peak learning rate of the gates
+    schedule: Literal["cosine", "wsd"] = "cosine"  # how the rates fall; wsd: warm-up, stable, linear decay
+    warmup_steps: int = 100  # the rates rise linearly to their peak
+    decay_steps: int | None = None  # of the decay, wsd only; null: the last fifth
+    min_lr_ratio: FiniteFloat = 0.1  # the schedule ends at this share of the learning rates
+    weight_decay: FiniteFloat = 0.1  # matrices only; never norms, biases or gates
+    beta1: FiniteFloat = 0.9  # of the first moment
+    beta2: FiniteFloat = 0.95  # of the second moment
+    eps: FiniteFloat = 1e-8  # added to the root of the second moment
+    clip_norm: FiniteFloat = 1.0  # the global gradient norm is cut to it
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "gate_lr", "eps", "clip_norm"):
+            require(getattr(self, name) > 0, f"optim.{name}", "must be positive")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "must lie in [0, 1)")
+        for name in ("warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", "must lie between 0 and 1")
+        require(
+            self.decay_steps is None or self.schedule == "wsd", "optim.decay_steps", "is used by schedule: wsd only"
+        )
+        require(self.decay_steps is None or self.decay_steps > 0, "optim.decay_steps", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Steps that nothing is learned from: the loss or a gradient is no number, or the loss jumps."""
+
+    max_skips: int = 10  # so many steps in a row may be left out; one more ends the run
+    spikes: Literal["warn", "skip", "rollback"] = "warn"  # skip the step, or go back to the last checkpoint as well
+    spike_window_steps: int = 100  # a loss is compared with those of this many steps before it
+    spike_deviations: FiniteFloat = 6.0  # it is a spike at so many standard deviations above their mean
+
+    def __post_init__(self) -> None:
+        require(self.max_skips >= 0, "guard.max_skips", "must not be negative")
+        require(self.spike_window_steps > 1, "guard.spike_window_steps", "must be at least 2")
+        require(self.spike_deviations > 0, "guard.spike_deviations", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation inside the training loop."""
+
+    every_steps: int | None = None  # steps from one validation to the next; null: never
+    max_tokens: int = 65_536  # of validation text each time
+    batch_lanes: int | None = None  # documents side by side; null: those of one micro-batch
+    window_tokens: int | None = None  # tokens of a lane in one forward; null: as in training
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "batch_lanes", "window_tokens"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"eval.{name}", "must be positive, or null")
+        require(self.max_tokens > 0, "eval.max_tokens", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Console, metrics.jsonl and TensorBoard."""
+
+    every_steps: int = 10  # steps from one console line and row of metrics to the next
+    memory_every_steps: int = 100  # the same for gates and memory norms: scalars, heat map, histogram
+    profile_steps: tuple[int, ...] = ()  # steps recorded by torch.profiler
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "memory_every_steps"):
+            require(getattr(self, name) > 0, f"log.{name}", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int = 500  # steps from one checkpoint to the next; the last step is always saved
+    keep_last: int = 2  # this many of the newest stay, older ones are deleted
+    milestone_every_steps: int | None = None  # checkpoints at these steps are never deleted
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, "checkpoint.every_steps", "must be positive")
+        require(self.keep_last >= 1, "checkpoint.keep_last", "must be at least 1")
+        value = self.milestone_every_steps
+        require(value is None or value > 0, "checkpoint.milestone_every_steps", "must be positive, or null")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs to this step."""
+        return step % self.every_steps == 0 or (
+            self.milestone_every_steps is not None and step % self.milestone_every_steps == 0
+        )
