@@ -59,6 +59,15 @@ class Passkey:
         """int32 ids of the whole text; ``ids[:spans.answer.start]`` is the prompt."""
         return self.read(0, self.tokens)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Before the answer."""
+        return self.spans.answer.start
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.answer_ids)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """The int32 ids [start, stop), for texts too long to hold."""
         assert 0 <= start <= stop <= self.tokens

@@ -1,4 +1,4 @@
-"""infini-train eval: perplexity, passkey. Imports torch only when a command runs."""
+"""infini-train eval and its commands; those of perplexity and passkey here. Imports torch only when a command runs."""
 
 import argparse
 import json
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
-from infini_train.config.errors import ConfigError
 from infini_train.data.passkey_wordings import WORDINGS
+from infini_train.eval.context_commands import add_context, add_gates, check_folder
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
 
 EXAMPLES = """\
@@ -16,7 +16,9 @@ examples:
   infini-train eval runs/demo                            perplexity of the newest checkpoint; short for:
   infini-train eval perplexity runs/demo
   infini-train eval runs/demo --stream --data data/books/validation
+  infini-train eval context runs/demo                    by position in the document, and by visible context
   infini-train eval passkey runs/demo --lengths 4K 32K   a key hidden in 4K and 32K tokens
+  infini-train eval gates runs/demo                      which heads read the memory, over training
 
 Each has a help of its own: infini-train eval passkey --help
 """
@@ -60,17 +62,20 @@ def add_commands(parser: CommandParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     perplexity = commands.add_parser("perplexity", help="of held-out text, at any length in constant memory")
     passkey = commands.add_parser("passkey", help="a key hidden in up to millions of tokens of filler")
-    for command in (perplexity, passkey):
+    context = commands.add_parser("context", help="loss by position in the document and by visible context")
+    for command in (perplexity, passkey, context):
         command.add_argument(
             "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
         )
     _add_perplexity(perplexity)
     _add_passkey(passkey)
-    for command in (perplexity, passkey):
+    add_context(context)
+    for command in (perplexity, passkey, context):
         command.add_argument(
             "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations (default: fp32)"
         )
         command.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    add_gates(commands.add_parser("gates", help="how the gates moved over training, from a run's metrics"))
     parser.default_command = "perplexity", (*commands.choices, "-h", "--help")
 
 
@@ -192,8 +197,7 @@ def _passkey(options: argparse.Namespace) -> None:
         digits=options.digits,
         wording=options.wording,
     )
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out: {options.out} is a file; name a folder")
+    check_folder(options.out)
     _prepare()
     from infini_train.eval.loading import open_trained
     from infini_train.eval.passkey_report import evaluate_passkey, format_results

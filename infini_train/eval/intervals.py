@@ -1,6 +1,9 @@
 """How far a share found in a sample may lie from the truth. Imports no torch."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 Z_95 = 1.959963984540054  # the normal distribution holds 95 % within so many standard deviations
 
@@ -19,6 +22,25 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     low, high = centre - half, centre + half
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+def bootstrap_ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of sum(sums) / sum(sizes) by bootstrap over the pairs, always with the same draws.
+
+    The pairs are what was sampled (documents); what lies inside one is not independent. Of a single pair nothing is
+    known beyond itself: both ends are its ratio.
+
+    Args:
+        sums: of each pair.
+        sizes: of each pair, positive.
+        draws: resamples of as many pairs, with replacement.
+    """
+    n = len(sizes)
+    assert n == len(sums) and min(sizes) > 0
+    chosen = np.random.default_rng(0).integers(0, n, (draws, n))
+    ratios = np.asarray(sums, np.float64)[chosen].sum(1) / np.asarray(sizes, np.float64)[chosen].sum(1)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def format_percent(share: float) -> str:

@@ -1,10 +1,7 @@
 """A passkey test of a trained model from its settings to files: answers as they come, then table, picture, scalars."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,6 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infini_train.checkpoint.store import FOLDER
-from infini_train.checkpoint.sync import sync_path, write_synced
 from infini_train.config.errors import ConfigError
 from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
@@ -31,6 +26,7 @@ from infini_train.eval.passkey_scores import (
     score_cells,
     summarise,
 )
+from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
 
 ANSWERS, RESULTS, PICTURE = "answers.jsonl", "results.json", "heatmap.png"
 
@@ -45,12 +41,6 @@ def name_kind(grid: PasskeyGrid, precision: str) -> str:
     return "".join(kinds)
 
 
-def find_home(checkpoint: Path) -> Path:
-    """The folder that a checkpoint's results belong to: its run's; its own, if it lies outside of one."""
-    path = Path(os.path.abspath(checkpoint))
-    return path.parent.parent if path.parent.name == FOLDER else path
-
-
 def check_grid(grid: PasskeyGrid, writer: PasskeyWriter) -> None:
     """Whether the prompts fit into the lengths.
 
@@ -61,76 +51,6 @@ def check_grid(grid: PasskeyGrid, writer: PasskeyWriter) -> None:
     if shortest < needed:
         what = f"wording {grid.wording} with {grid.digits} digits takes {needed} tokens without any filler"
         raise ConfigError(f"--lengths: {shortest} tokens can't hold the prompt; {what}")
-
-
-class AnswerFile:
-    """Answers on disk, a line each, so that a test goes on where it was stopped.
-
-    Args:
-        path: of the file; its folder need not exist.
-        settings: what the answers depend on besides their prompts; the file's first line.
-        overwrite: begin anew.
-
-    Attributes:
-        answers: all that are there.
-
-    Raises:
-        ConfigError: the file holds answers under other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-        self._path, self._settings = path, settings
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() and not overwrite else ""
-        head, *lines = text.splitlines() or [""]
-        self.answers = [answer for line in lines if (answer := _parse_answer(line)) is not None]
-        if text:
-            self._compare(head)
-        self._begun = bool(text) and text.endswith("\n") and len(self.answers) == len(lines)
-
-    def _compare(self, head: str) -> None:
-        advice = "name another folder, or pass --overwrite"
-        try:
-            there = dict(json.loads(head)["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"--out: {self._path} holds no answers of a passkey test; {advice}") from error
-        for name, value in self._settings.items():
-            if there.get(name) != value:
-                raise ConfigError(
-                    f"--out: {self._path.parent} holds another test ({name}: {there.get(name)}, not {value}); {advice}"
-                )
-
-    def append(self, answers: Sequence[Answer]) -> None:
-        """Adds answers; they are on disk when this returns."""
-        self.answers += answers
-        if not self._begun:  # a new file, or one that was torn: whole or not at all
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [{"settings": self._settings}, *map(asdict, self.answers)]
-            write_file(self._path, "".join(json.dumps(line) + "\n" for line in lines))
-            self._begun = True
-            return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _parse_answer(line: str) -> Answer | None:
-    try:
-        answer = Answer(**json.loads(line))
-    except (ValueError, TypeError):
-        return None  # the last line of a process that was killed
-    return answer
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write_synced(aside, text)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_path(path.parent)
 
 
 def evaluate_passkey(
@@ -161,17 +81,16 @@ def evaluate_passkey(
     check_grid(grid, writer)
     home, kind = find_home(trained.checkpoint), name_kind(grid, precision)
     folder = out or home / "eval" / f"passkey-{trained.step}{kind}"
-    index = (trained.checkpoint / "index.json").read_bytes()
     settings = {
-        "checkpoint_sha256": hashlib.sha256(index).hexdigest(),
+        "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
         "wording": grid.wording,
         "digits": grid.digits,
         "seed": grid.seed,
         "precision": precision,
     }
-    file = AnswerFile(folder / ANSWERS, settings, overwrite=overwrite)
+    file = RecordFile(folder / ANSWERS, Answer, settings, overwrite=overwrite)
     _answer_rest(trained, writer, grid, file, lanes, say)
-    answers = [answer for answer in file.answers if answer.prompt in _all_prompts(grid)]
+    answers = [answer for answer in file.records if answer.prompt in _all_prompts(grid)]
     segment = trained.config.model.segment_tokens
     results = {
         "checkpoint": str(trained.checkpoint),
@@ -184,7 +103,7 @@ def evaluate_passkey(
     }
     write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     figure = _draw(grid, answers, f"{home.name}, step {trained.step}")
-    _save_picture(figure, folder / PICTURE)
+    save_picture(figure, folder / PICTURE)
     board = (out or home) / "tensorboard" / "eval"
     _write_board(board, f"passkey{kind}", trained.step, score_cells(grid, answers), figure)
     return results
@@ -198,13 +117,13 @@ def _answer_rest(
     trained: Trained,
     writer: PasskeyWriter,
     grid: PasskeyGrid,
-    file: AnswerFile,
+    file: RecordFile[Answer],
     lanes: int,
     say: Callable[[str], object],
 ) -> None:
     """Answers the prompts that the file lacks; tells each cell when its last answer is there."""
     wanted = _all_prompts(grid)
-    done = {answer.prompt for answer in file.answers} & wanted
+    done = {answer.prompt for answer in file.records} & wanted
     if done:
         say(f"{len(done)} of {len(wanted)} answers were there already")
     total = sum(prompt.length_tokens for prompt in wanted - done)
@@ -214,7 +133,7 @@ def _answer_rest(
         )
         for answers in batches:
             file.append(answers)
-            scores = score_cells(grid, file.answers)
+            scores = score_cells(grid, file.records)
             for cell in dict.fromkeys((answer.length_tokens, answer.position) for answer in answers):
                 if scores[cell].samples == grid.samples:
                     with bar.external_write_mode():
@@ -281,15 +200,6 @@ def _draw(grid: PasskeyGrid, answers: Sequence[Answer], title: str) -> Figure:
     note = f"{what}\nn = {grid.samples} a cell, 95 % interval below"
     lengths, positions = map(format_length, grid.lengths_tokens), (f"{place:.3g}" for place in grid.positions)
     return plot_recall(share_LP, interval_LP2, list(lengths), list(positions), f"{title}\n{note}")
-
-
-def _save_picture(figure: Figure, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", dpi=150)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_board(folder: Path, name: str, step: int, scores: dict[tuple[int, float], Score], figure: Figure) -> None:

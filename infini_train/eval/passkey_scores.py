@@ -184,11 +184,11 @@ def summarise(grid: PasskeyGrid, answers: Sequence[Answer], segment_tokens: int 
     return summary
 
 
-def parse_length(text: str) -> int:
-    """Tokens of a length such as 5000, 32K or 1M (K: 1024, M: 1024 K)."""
+def parse_length(text: str, option: str = "--lengths") -> int:
+    """Tokens of a length such as 5000, 32K or 1M (K: 1024, M: 1024 K), given with an option."""
     match = re.fullmatch(r"(\d+)([KM]?)", text.upper())
     if match is None:
-        raise ConfigError(f"--lengths: {text} is no length; write tokens as 5000, 32K or 1M")
+        raise ConfigError(f"{option}: {text} is no length; write tokens as 5000, 32K or 1M")
     return int(match[1]) * _UNITS[match[2]]
 
 

@@ -63,6 +63,27 @@ def _choose_window(config: RunConfig, window_tokens: int | None, stream: bool) -
     return window
 
 
+def open_data(trained: Trained, data: str | None) -> tuple[str, Dataset]:
+    """The documents to evaluate on, and where they lie.
+
+    Args:
+        trained: the model.
+        data: folder or URL; None: the run's validation data.
+
+    Raises:
+        ConfigError: they can't be opened, or were encoded with another tokenizer.
+    """
+    run_dir = Path(os.path.abspath(trained.checkpoint)).parent.parent
+    folder = data or find_validation(trained.config, run_dir)
+    dataset = Dataset.open(folder, trained.config.data.cache_dir)
+    if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
+        own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
+        raise ConfigError(
+            f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
+        )
+    return folder, dataset
+
+
 def evaluate_run(
     trained: Trained,
     data: str | None,
@@ -79,14 +100,7 @@ def evaluate_run(
         ConfigError: the data can't be opened, was encoded with another tokenizer, or the window is no multiple of the
             segment.
     """
-    run_dir = Path(os.path.abspath(trained.checkpoint)).parent.parent
-    folder = data or find_validation(trained.config, run_dir)
-    dataset = Dataset.open(folder, trained.config.data.cache_dir)
-    if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
-        own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
-        raise ConfigError(
-            f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
-        )
+    folder, dataset = open_data(trained, data)
     window = _choose_window(trained.config, window_tokens, stream)
     begin = time.perf_counter()
     total = dataset.manifest.tokens + dataset.manifest.documents

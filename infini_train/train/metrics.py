@@ -20,6 +20,7 @@ from infini_train.config.files import dump
 from infini_train.train.plots import plot_gates
 from infini_train.train.session import Session
 
+LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
 LAYOUT = {
     "Learning": {
         "loss, training and validation": ["Multiline", ["loss/train", "loss/validation", "loss/unigram_entropy"]],
@@ -37,6 +38,7 @@ LAYOUT = {
     },
     "Memory of the model": {
         "gates: mean, lowest, highest": ["Margin", ["gates/mean", "gates/lowest", "gates/highest"]],
+        "share of heads: local, mixed, memory": ["Multiline", ["gates/local", "gates/mixed", "gates/memory"]],
         "norm of M, by layer": ["Multiline", [r"memory/norm/.*"]],
         "norm of z, by layer": ["Multiline", [r"memory/normaliser/.*"]],
     },
@@ -109,8 +111,20 @@ class Metrics:
             return
         self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
-        extremes = {"gates/mean": gates_LH.mean(), "gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
-        self.write(step, {name: float(value) for name, value in extremes.items()})
+        self.write(step, summarise_gates(gates_LH))
+
+
+def summarise_gates(gates_LH: np.ndarray) -> dict[str, float]:
+    """Mean and extremes of the gates, and the shares of heads that specialised in the segment or in the memory."""
+    local, memory = float((gates_LH < LOCAL_BELOW).mean()), float((gates_LH > MEMORY_ABOVE).mean())
+    return {
+        "gates/mean": float(gates_LH.mean()),
+        "gates/lowest": float(gates_LH.min()),
+        "gates/highest": float(gates_LH.max()),
+        "gates/local": local,
+        "gates/memory": memory,
+        "gates/mixed": 1 - local - memory,
+    }
 
 
 def tell(line: str) -> None:

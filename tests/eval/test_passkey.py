@@ -11,9 +11,10 @@ from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.generate import generate
-from infini_train.eval.passkey import answer_grid, draw_text, read_prompts
+from infini_train.eval.passkey import answer_grid, draw_text
 from infini_train.eval.passkey_scores import PasskeyGrid, Prompt, score_cells, summarise
 from infini_train.eval.sampling import Sampling
+from infini_train.eval.streaming import read_prompts
 
 BOS = ByteTokenizer.bos_id
 WRITER = PasskeyWriter(ByteTokenizer(), find_wording("paper"))

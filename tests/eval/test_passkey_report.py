@@ -2,68 +2,26 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import sentencepiece
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_train.cli import main
 from infini_train.config.errors import ConfigError
-from infini_train.data.shards import ShardWriter
-from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from infini_train.data.tokenizer import SentencePieceTokenizer
 from infini_train.eval import passkey_report
 from infini_train.eval.loading import open_trained
-from infini_train.eval.passkey_report import AnswerFile, evaluate_passkey, find_home
+from infini_train.eval.passkey_report import evaluate_passkey
 from infini_train.eval.passkey_scores import Answer, PasskeyGrid
-from infini_train.parallel import device
+from infini_train.eval.records import RecordFile
 
-SETTINGS = {"wording": "paper", "seed": 0}
 SMALL = ("--lengths", "260", "300", "--positions", "3", "--samples", "2", "--lanes", "6")
-
-
-def call(*arguments: object) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step over bytes."""
-    home = tmp_path_factory.mktemp("home")
-    with ShardWriter(home / "train", ByteTokenizer()) as writer:
-        writer.add(ByteTokenizer().encode("The grass is green. " * 20), n_bytes=400, id="document")
-    shape = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48, "init_std": 0.3}
-    tree = {
-        "run_dir": str(home / "run"),
-        "model": {**shape, "attention": {"kind": "infini", "segment_tokens": 16}},
-        "data": {"train": str(home / "train"), "validation": str(home / "train")},
-        "train": {"window_tokens": 32, "batch_lanes": 2, "max_steps": 1},
-        "optim": {"warmup_steps": 0, "gate_lr": 3.0},
-    }
-    (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "MATMUL_PROBE_SIZE", 64)
-        assert call("train", home / "tiny.yaml") == 0
-    return home / "run"
-
-
-@pytest.fixture
-def run(trained_run: Path, tmp_path: Path) -> Path:
-    """A copy to write into."""
-    return Path(shutil.copytree(trained_run, tmp_path / "run"))
 
 
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_writes_table_lines_picture_and_scalars(run, capsys):
+def test_the_command_writes_table_lines_picture_and_scalars(run, capsys, call):
     capsys.readouterr()
     assert call("eval", "passkey", run, *SMALL) == 0
     said = capsys.readouterr().out
@@ -82,7 +40,7 @@ def test_the_command_writes_table_lines_picture_and_scalars(run, capsys):
     assert board.Scalars("eval/passkey/digits/300 at 1")[0].step == 1
 
 
-def test_json_is_one_line_and_other_tests_have_other_folders(run, capsys):
+def test_json_is_one_line_and_other_tests_have_other_folders(run, capsys, call):
     capsys.readouterr()
     assert call("eval", "passkey", run, *SMALL, "--samples", 1, "--wording", "harbour", "--seed", 3, "--json") == 0
     said = capsys.readouterr()
@@ -98,7 +56,7 @@ def test_json_is_one_line_and_other_tests_have_other_folders(run, capsys):
     }
 
 
-def test_more_samples_and_lengths_add_to_what_is_there(run, capsys):
+def test_more_samples_and_lengths_add_to_what_is_there(run, capsys, call):
     assert call("eval", "passkey", run, *SMALL) == 0
     file = run / "eval" / "passkey-1" / "answers.jsonl"
     before = file.read_text()
@@ -108,12 +66,12 @@ def test_more_samples_and_lengths_add_to_what_is_there(run, capsys):
     after = file.read_text()
     assert after.startswith(before) and after.count("\n") == before.count("\n") + 8
     assert call("eval", "passkey", run, *more, "--out", run / "fresh") == 0
-    answers = [AnswerFile(path, {}).answers for path in (file, run / "fresh" / "answers.jsonl")]
+    answers = [RecordFile(path, Answer, {}).records for path in (file, run / "fresh" / "answers.jsonl")]
     first, fresh = ({a.prompt: (a.key, a.said, a.key_token) for a in found} for found in answers)
     assert fresh.items() <= first.items() and len(fresh) == 12
 
 
-def test_perplexity_may_be_left_out(run, capsys):
+def test_perplexity_may_be_left_out(run, capsys, call):
     found = []
     for command in (["eval"], ["eval", "perplexity"]):
         for words in ([run, "--max-tokens", 64, "--json"], ["--json", "--max-tokens", 64, run]):
@@ -138,7 +96,7 @@ def test_perplexity_may_be_left_out(run, capsys):
         (["--out", __file__], f"--out: {__file__} is a file; name a folder"),
     ],
 )
-def test_mistakes_get_one_line(arguments, line, run, capsys):
+def test_mistakes_get_one_line(arguments, line, run, capsys, call):
     before = sorted(run.rglob("*"))
     capsys.readouterr()
     assert call("eval", "passkey", run, *arguments) == 2
@@ -147,7 +105,7 @@ def test_mistakes_get_one_line(arguments, line, run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
-def test_a_run_without_a_checkpoint(tmp_path, capsys):
+def test_a_run_without_a_checkpoint(tmp_path, capsys, call):
     assert call("eval", "passkey", tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds no checkpoint")
 
@@ -191,59 +149,3 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
     assert said[0] == "4 of 12 answers were there already"
     whole = evaluate_passkey(trained, grid, lanes=2, out=run / "whole", say=lambda line: None)
     assert stopped["cells"] == whole["cells"] and stopped["key_phases"] == whole["key_phases"]
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "home"),
-    [("runs/a/checkpoints/step-00000001", "runs/a"), ("models/passkey", "models/passkey")],
-)
-def test_results_go_to_the_run_or_to_a_checkpoint_of_its_own(checkpoint, home, tmp_path):
-    assert find_home(tmp_path / checkpoint) == tmp_path / home
-
-
-# ---------------------------------------------------------------------------------------------------------- the answers
-
-
-def answers_of(samples: int) -> list[Answer]:
-    places = {"length_tokens": 300, "position": 0.1, "tokens": 290, "key_token": 17, "question_token": 250}
-    measured = {"start_tokens_per_s": None, "end_tokens_per_s": 90.5, "lanes": 2, "peak_memory_bytes": 2**20}
-    return [Answer(**places, **measured, sample=sample, key="123", said="12?") for sample in range(samples)]
-
-
-def test_answers_come_back_from_disk(tmp_path):
-    first, more = answers_of(4)[:3], answers_of(4)[3:]
-    file = AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS)
-    assert file.answers == [] and not (tmp_path / "new").exists()
-    file.append(first)
-    AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS).append(more)
-    again = AnswerFile(tmp_path / "new" / "answers.jsonl", SETTINGS)
-    assert again.answers == first + more
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["answers.jsonl"]
-
-
-@pytest.mark.parametrize("torn", [1, 40])
-def test_a_torn_line_is_asked_again(torn, tmp_path):
-    path, answers = tmp_path / "answers.jsonl", answers_of(3)
-    AnswerFile(path, SETTINGS).append(answers)
-    path.write_bytes(path.read_bytes()[:-torn])
-    file = AnswerFile(path, SETTINGS)
-    assert file.answers == answers[: 3 if torn == 1 else 2]  # only the line's end was lost
-    file.append(answers_of(5)[len(file.answers) :])
-    assert AnswerFile(path, SETTINGS).answers == answers_of(5)
-
-
-def test_answers_of_another_test_are_not_mixed(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    AnswerFile(path, SETTINGS).append(answers_of(2))
-    with pytest.raises(ConfigError) as caught:
-        AnswerFile(path, {**SETTINGS, "seed": 1})
-    assert str(caught.value) == (
-        f"--out: {tmp_path} holds another test (seed: 0, not 1); name another folder, or pass --overwrite"
-    )
-    file = AnswerFile(path, {**SETTINGS, "seed": 1}, overwrite=True)
-    assert file.answers == [] and len(AnswerFile(path, SETTINGS).answers) == 2, "nothing is lost before there is more"
-    file.append(answers_of(1))
-    assert json.loads(path.read_text().splitlines()[0]) == {"settings": {**SETTINGS, "seed": 1}}
-    path.write_text("something else\n")
-    with pytest.raises(ConfigError, match="holds no answers of a passkey test"):
-        AnswerFile(path, SETTINGS)

@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from infini_train.checkpoint import store
 from infini_train.config.files import load_run
 from infini_train.train.loop import train
-from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, trim_metrics
+from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, summarise_gates, trim_metrics
 from infini_train.train.session import Session, open_session, save_session
 
 
@@ -69,6 +69,7 @@ def test_numbers_are_in_both_places(run_dir):
     expected |= {f"speed/{name}" for name in ("step_s", "tokens_per_s", "mfu", "peak_memory_bytes")}
     expected |= {f"seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
     expected |= {"gates/mean", "gates/lowest", "gates/highest", "memory/written_tokens"}
+    expected |= {"gates/local", "gates/mixed", "gates/memory"}
     expected |= {f"memory/{kind}/layer {layer}" for kind in ("norm", "normaliser") for layer in (0, 1)}
     assert tags == expected == set(board.Tags()["scalars"])
     for tag in expected:
@@ -195,3 +196,10 @@ def test_a_line_without_gates():
     assert step_line(7, 100, values, 61.0) == (
         "step   7/100  loss 1.2346  ppl 3.44  bpb 0.500  lr 3.00e-04  |g| 0.79  12,346 tok/s  mfu 26%  eta 1m01s"
     )
+
+
+def test_the_shares_of_specialised_heads_are_counted():
+    found = summarise_gates(np.array([[0.05, 0.1, 0.5, 0.95], [0.0, 0.9, 0.91, 1.0]]))
+    assert found["gates/local"] == 0.25 and found["gates/memory"] == 0.375
+    assert found["gates/mixed"] == 1 - 0.25 - 0.375
+    assert found["gates/mean"] == pytest.approx(0.55125)

@@ -1,0 +1,114 @@
+"""Speed and memory of streaming evaluation while one document of a million tokens is read.
+
+    python benchmarks/streaming.py models/passkey-linear
+
+Speed where 32K tokens have been read against speed at the end (medians over the forwards of 32K tokens there), and the
+resident memory at both places. Each repeat is a process of its own. The document is random tokens of the model's
+vocabulary, which cost the same as text. The result is kept in benchmarks/results/streaming.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "streaming.json"
+EARLY_TOKENS = 32 * 1024
+LEAST_SPEED, MOST_MEMORY = 0.95, 1.05  # of those at 32K
+
+
+def main() -> None:
+    """Measures in processes of their own, prints and keeps the result; exit code 1 if the goals are missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a run's folder or a checkpoint")
+    parser.add_argument("--tokens", type=int, default=1024 * 1024, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process that measures
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(measure(options.model, options.tokens)))
+        return
+    command = [sys.executable, __file__, str(options.model), "--tokens", str(options.tokens), "--alone"]
+    runs = []
+    for _ in range(options.repeats):
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+        print(format_run(runs[-1]), flush=True)
+    result = summarise(runs, options.model.name, options.tokens)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"speed at the end {result['speed_ratio']:.4f} of that at 32K, memory {result['memory_ratio']:.4f}")
+    sys.exit(result["speed_ratio"] < LEAST_SPEED or result["memory_ratio"] > MOST_MEMORY)
+
+
+def measure(model: Path, tokens: int) -> dict[str, float]:
+    """Reads one document, and tells speed and resident memory around 32K tokens and at the end."""
+    from infini_train.parallel import device
+
+    device.prepare()
+    from infini_train.data.shards import Dataset, ShardWriter
+    from infini_train.eval.loading import open_trained
+    from infini_train.eval.perplexity import evaluate_perplexity
+    from infini_train.eval.report import STREAM_SEGMENTS
+
+    trained = open_trained(model)
+    window = STREAM_SEGMENTS * (trained.config.model.segment_tokens or 64)
+    clocks, resident = [time.perf_counter()], [0]
+
+    def note(_: int) -> None:
+        clocks.append(time.perf_counter())
+        resident.append(resident_bytes())
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "document"
+        ids = np.random.default_rng(0).integers(4, trained.tokenizer.vocab_size - 3, tokens)
+        with ShardWriter(data, trained.tokenizer) as writer:
+            writer.add(ids, n_bytes=tokens, id="random")
+        evaluate_perplexity(trained.stages, Dataset.open(data), lanes=1, window_tokens=window, on_progress=note)
+    seconds = np.diff(clocks)[: tokens // window]  # without the ragged end
+    early, span = EARLY_TOKENS // window, EARLY_TOKENS // window
+    return {
+        "early_tokens_per_s": window / float(np.median(seconds[early - span // 2 : early + span // 2])),
+        "late_tokens_per_s": window / float(np.median(seconds[-span:])),
+        "early_resident_mb": resident[early] / 2**20,
+        "late_resident_mb": resident[-1] / 2**20,
+        "whole_tokens_per_s": tokens / (clocks[-1] - clocks[0]),
+    }
+
+
+def resident_bytes() -> int:
+    """Of this process, now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def summarise(runs: list[dict[str, float]], model: str, tokens: int) -> dict[str, Any]:
+    """Medians of the ratios, with what they come from."""
+    return {
+        "model": model,
+        "tokens": tokens,
+        "speed_ratio": statistics.median(run["late_tokens_per_s"] / run["early_tokens_per_s"] for run in runs),
+        "memory_ratio": statistics.median(run["late_resident_mb"] / run["early_resident_mb"] for run in runs),
+        "runs": runs,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+    }
+
+
+def format_run(run: dict[str, float]) -> str:
+    return (
+        f"32K: {run['early_tokens_per_s']:9,.0f} tok/s {run['early_resident_mb']:7.1f} MB   end:"
+        f" {run['late_tokens_per_s']:9,.0f} tok/s {run['late_resident_mb']:7.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""infini-train eval: context, gates. Imports torch only when a command runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from infini_train.command_line import describe, positive
+from infini_train.config.errors import ConfigError
+from infini_train.eval.passkey_scores import parse_length
+
+CONTEXTS = ("256", "1K", "4K")
+CONTEXT_EXAMPLES = """\
+examples:
+  infini-train eval context runs/books                       the run's validation data
+  infini-train eval context runs/books --data data/books/validation --contexts 256 1K 4K 16K --targets 16
+  infini-train eval context runs/books --documents 10 --json
+
+Stopped by Ctrl-C? The same command goes on with the next document. More documents add to what is there.
+"""
+GATES_EXAMPLES = """\
+examples:
+  infini-train eval gates runs/books
+"""
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval context` its options."""
+    description = (
+        "Loss and perplexity over whole documents, streamed in constant memory: by tokens since the document's start,"
+        " and, for a sample of targets, by how many tokens before them are visible (what is older is forgotten)."
+        " 95 % intervals by bootstrap over documents."
+    )
+    describe(parser, description, CONTEXT_EXAMPLES)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
+    )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        default=CONTEXTS,
+        metavar="N",
+        help=f"tokens visible before a target; K is 1024, M is 1024 K (default: {' '.join(CONTEXTS)})",
+    )
+    parser.add_argument(
+        "--targets", type=int, default=8, metavar="N", help="in each document that is long enough (default: 8)"
+    )
+    parser.add_argument(
+        "--target-tokens", type=int, default=64, metavar="N", help="tokens of a target (default: %(default)s)"
+    )
+    parser.add_argument("--documents", type=positive, metavar="N", help="the first N documents (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the targets' places (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for everything (default: eval/context-STEP and tensorboard/eval of the run)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="drop what is there")
+    parser.set_defaults(command=_context)
+
+
+def _context(options: argparse.Namespace) -> None:
+    from infini_train.eval.context import ContextPlan
+
+    plan = ContextPlan(
+        contexts_tokens=tuple(parse_length(text, "--contexts") for text in options.contexts),
+        targets=options.targets,
+        target_tokens=options.target_tokens,
+        seed=options.seed,
+    )
+    check_folder(options.out)
+    from infini_train.parallel import device
+
+    device.prepare()
+    from infini_train.eval.context_report import evaluate_context, format_results
+    from infini_train.eval.loading import open_trained
+
+    results = evaluate_context(
+        open_trained(options.model, options.precision),
+        plan,
+        data=options.data,
+        max_documents=options.documents,
+        out=options.out,
+        overwrite=options.overwrite,
+        precision=options.precision,
+        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
+    )
+    print(json.dumps(results) if options.json else f"\n{format_results(results)}")
+
+
+def check_folder(out: Path | None) -> None:
+    """Whether results can go there.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is a file; name a folder")
+
+
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval gates` its options."""
+    description = (
+        "The gates over training, from the run's metrics: share of heads that became local (gate below 0.1) or read the"
+        " memory (above 0.9), mean, lowest and highest; as a picture and in TensorBoard."
+    )
+    describe(parser, description, GATES_EXAMPLES)
+    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for everything (default: eval/ and tensorboard/eval of the run)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    parser.set_defaults(command=_gates)
+
+
+def _gates(options: argparse.Namespace) -> None:
+    check_folder(options.out)
+    from infini_train.eval.gates import report_gates
+
+    found = report_gates(options.model, options.out)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<18}{f'{value:.4f}' if isinstance(value, float) else value}")

@@ -1,0 +1,125 @@
+"""Prompts of any length through a model side by side, then an answer that it writes freely.
+
+The lanes of a batch read whole segments together, as far as the shortest prompt goes. The rest of each prompt, less
+than two segments and seldom as long as another's, is read lane by lane, like a prompt of `infini-train generate`.
+Memory holds one forward's tokens and the model's state, whatever the length.
+
+Legend: B lanes, T tokens of a forward, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from infini_train.eval.generate import feed
+from infini_train.model.transformer import ModelState, Transformer
+from infini_train.parallel import device
+
+FORWARD_SEGMENTS = 4
+UNSEGMENTED_TOKENS = 256  # in place of a segment, for variants without
+
+
+class PromptText(Protocol):
+    """A text whose end is the answer to its beginning; never spelled out as a whole."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Before the answer, without bos."""
+        ...
+
+    @property
+    def answer_tokens(self) -> int:
+        """That the model may write."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The int32 ids [start, stop)."""
+        ...
+
+
+class Reading(NamedTuple):
+    """What came of a batch of prompts."""
+
+    said: list[list[int]]  # ids, of each lane
+    start_tokens_per_s: float | None  # None: too short to tell
+    end_tokens_per_s: float | None
+
+
+@torch.no_grad()
+def read_prompts(
+    model: Transformer,
+    texts: Sequence[PromptText],
+    bos_id: int,
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> Reading:
+    """Reads the prompts of the texts side by side, and lets the model write as many tokens as each answer has.
+
+    The model reads on from its own tokens, not from the right ones.
+
+    Args:
+        model: any variant; memory stays constant with `infini` and `local`.
+        texts: a lane each; whatever follows the prompt is not shown.
+        bos_id: begins each prompt.
+        on_progress: called with the tokens read, of all lanes together.
+    """
+    segment = model.config.segment_tokens or UNSEGMENTED_TOKENS
+    chunk = FORWARD_SEGMENTS * segment
+    lengths = [text.prompt_tokens + 1 for text in texts]
+    together = (min(lengths) - 1) // segment * segment  # the last token of every prompt is left for the lanes alone
+    state, seconds = None, []
+    for begin in range(0, together, chunk):
+        stop, clock = min(begin + chunk, together), time.perf_counter()
+        tokens_BT = torch.from_numpy(np.stack([_lane(text, bos_id, begin, stop) for text in texts]))
+        state = _advance(model, tokens_BT, state)
+        device.synchronise()
+        seconds.append((time.perf_counter() - clock) / tokens_BT.numel())
+        on_progress(tokens_BT.numel())
+    said = []
+    for lane, text in enumerate(texts):
+        rest = _lane(text, bos_id, together, lengths[lane]).tolist()
+        said.append(_answer(model, rest, _take_lane(state, lane), text.answer_tokens, chunk))
+        on_progress(len(rest))
+    return Reading(said, *_speeds(seconds))
+
+
+def _lane(text: PromptText, bos_id: int, start: int, stop: int) -> np.ndarray:
+    """int64 tokens [start, stop) of bos and the text."""
+    ids = text.read(max(start - 1, 0), stop - 1).astype(np.int64)
+    return ids if start else np.concatenate((np.array([bos_id]), ids))
+
+
+def _advance(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
+    """The state behind tokens; before the first ones it is None."""
+    starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+    starts_BT[:, 0] = state is None
+    grid = model.make_grid(starts_BT, torch.ones(tokens_BT.shape), state).to(device.current())
+    return model.decode(tokens_BT.to(device.current()), grid, state)[1]
+
+
+def _take_lane(state: ModelState | None, lane: int) -> ModelState | None:
+    """The state of one lane: every tensor of a state has the lanes first."""
+    return pytree.tree_map_only(Tensor, lambda x_B: x_B[lane : lane + 1], state)
+
+
+def _answer(model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int) -> list[int]:
+    """The most likely token, so many times, behind the rest of a prompt."""
+    logits_V, state = feed(model, rest, state, first=state is None, chunk_tokens=chunk_tokens)
+    said = [int(logits_V.argmax())]
+    while len(said) < tokens:
+        logits_V, state = feed(model, said[-1:], state, first=False, chunk_tokens=chunk_tokens)
+        said.append(int(logits_V.argmax()))
+    return said
+
+
+def _speeds(seconds_a_token: list[float]) -> tuple[float, float] | tuple[None, None]:
+    """Tokens a second in the first and in the last tenth of the forwards (medians); the very first one warms up."""
+    if len(seconds_a_token) < 2:
+        return None, None
+    measured = seconds_a_token[1:]
+    tenth = max(len(measured) // 10, 1)
+    return 1 / float(np.median(measured[:tenth])), 1 / float(np.median(measured[-tenth:]))
