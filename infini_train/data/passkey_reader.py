@@ -175,7 +175,7 @@ class PasskeyReader:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
-        return writer.place(self._draw_key(random), length, before)
+        return writer.place(self._draw_key(random, grown), length, before)
 
     def _choose_writer(self, random: np.random.Generator, length: int) -> PasskeyWriter:
         """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
@@ -186,9 +186,12 @@ class PasskeyReader:
         count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
         return writer.refill(str(sentence) for sentence in random.choice(SENTENCES, count, replace=False))
 
-    def _draw_key(self, random: np.random.Generator) -> np.ndarray:
-        """Any digits, or some of few: where digits repeat, only their place tells what follows them."""
-        if not self.config.few_digits:
+    def _draw_key(self, random: np.random.Generator, grown: bool) -> np.ndarray:
+        """Any digits, or some of few: where digits repeat, only their place tells what follows them.
+
+        Such keys before anything is learned of the others keep the loss on a plateau, so they wait for grown texts.
+        """
+        if not (self.config.few_digits and grown):
             return random.integers(0, 10, self.config.digits)
         return random.choice(random.permutation(10)[: random.integers(2, 11)], self.config.digits)
 

@@ -206,9 +206,7 @@ def _begin_delta(
     (z_entering,), z_leaving = z_crossing()
     z_states, count_states = _split_count(segmented_scan(z_entering, z_increment_BCF, grid.keep_BC), shape)
     visible_BC = grid.keep_BC & (count_states[:, :-1] > 0)
-    transition = _delta_transition(
-        writes.feature_BCKND, writes.weight_BC1N1, z_states[:, :-1], visible_BC, grid.keep_BC
-    )
+    transition = _delta_transition(writes, z_states[:, :-1] + _sum_repeats(writes), visible_BC, grid.keep_BC)
     m_crossing = _begin_affine(transition, increment, initial.memory_BKDE, grid, ranks)
 
     def finish() -> Scanned:
@@ -237,6 +235,13 @@ def _leave(states: Memory, final: Memory | None, grid: Grid) -> Scanned:
 def _sum_products(writes: _Writes, initial: Memory) -> Tensor:
     """sigma(K)^T V of each segment (B, C, K, D, E), in the memory's dtype."""
     return (writes.weighted_BCKND.transpose(-1, -2) @ writes.v_BCKNE).to(initial.memory_BKDE.dtype)
+
+
+def _sum_repeats(writes: _Writes) -> Tensor:
+    """What weights above 1 add to z while their segment is written (B, C, K, D): see `_delta_transition`."""
+    repeats_BC11N = (writes.weight_BC1N1 - 1).clamp_min(0).transpose(-1, -2)
+    dtype = torch.promote_types(writes.feature_BCKND.dtype, torch.float32)
+    return (repeats_BC11N.to(dtype) @ writes.feature_BCKND.to(dtype))[..., 0, :]
 
 
 def _join_count(z_KD: Tensor, count: Tensor) -> Tensor:
@@ -287,15 +292,20 @@ def _begin_affine(
     return finish
 
 
-def _delta_transition(
-    feature_BCKND: Tensor, weight_BC1N1: Tensor, z_BCKD: Tensor, visible_BC: Tensor, keep_BC: Tensor
-) -> Tensor:
-    """I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K): 0 where a document starts, I while the memory is empty."""
-    feature = feature_BCKND.to(z_BCKD.dtype)  # the chain multiplies errors: fp32 throughout
+def _delta_transition(writes: _Writes, z_BCKD: Tensor, visible_BC: Tensor, keep_BC: Tensor) -> Tensor:
+    """I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K): 0 where a document starts, I while the memory is empty.
+
+    z is the normaliser entering the segment. A weight w > 1 means that the segment is read so many times in a row, each
+    time with the z that the times before have left; z_BCKD then holds what all but the last have added. For keys of
+    one number that is exactly their product; for others it never takes back more of M than there is, as w times the old
+    quotient would.
+    """
+    feature = writes.feature_BCKND.to(z_BCKD.dtype)  # the chain multiplies errors: fp32 throughout
     visible = visible_BC[:, :, None, None, None]
     denominator = torch.where(visible, feature @ z_BCKD[..., None], 1.0).clamp_min(TINY)
     # Two square roots instead of one quotient: its gradient would divide by the denominator's square and overflow.
-    share = feature * torch.where(visible, weight_BC1N1.to(feature.dtype), 0.0).sqrt() / denominator.sqrt()
+    weight_BC1N1 = torch.where(visible, writes.weight_BC1N1.to(feature.dtype), 0.0)
+    share = feature * weight_BC1N1.sqrt() / denominator.sqrt()
     identity = torch.eye(feature.shape[-1], dtype=feature.dtype, device=feature.device)
     return (identity - share.transpose(-1, -2) @ share) * keep_BC[:, :, None, None, None].to(feature.dtype)
 

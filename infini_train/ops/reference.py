@@ -99,10 +99,12 @@ def write(past: HeadMemory, tokens: HeadTokens, segment: range, update: str) -> 
     """The memory after a segment, given the one before it."""
     past, segment = forget(past, tokens, segment)
     memory_DE, normaliser_D, written = past
+    repeats = [(tokens.weights_U[t] - 1).clamp_min(0) * sigma(tokens.k_UD[t]) for t in segment]
+    last = past._replace(normaliser_D=sum(repeats, normaliser_D))  # before the last of several readings of the segment
     for t in segment:
         k_D, v_E, weight = tokens.k_UD[t], tokens.v_UE[t], tokens.weights_U[t]
         if update == "delta" and past.written > 0:
-            v_E = v_E - read(k_D, past)  # eq (9): every key of the segment reads the memory before the segment
+            v_E = v_E - read(k_D, last)  # eq (9): every key of the segment reads the memory before the segment
         memory_DE = memory_DE + weight * torch.outer(sigma(k_D), v_E)  # eq (8), eq (9)
         normaliser_D = normaliser_D + weight * sigma(k_D)  # eq (8)
         written = written + (weight > 0)
