@@ -41,16 +41,15 @@ def feed(
         chunk_tokens: tokens a forward; memory use depends on it, the result does not.
     """
     assert tokens
-    logits_V = torch.empty(0)
     for begin in range(0, len(tokens), chunk_tokens):
         chunk_BT = torch.tensor([tokens[begin : begin + chunk_tokens]])
         starts_BT = torch.zeros(chunk_BT.shape, dtype=torch.bool)
         starts_BT[0, 0] = first and begin == 0
         grid = model.make_grid(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
-        hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
-        logits_V = model.logits(hidden_TBD[-1:])[0, 0]
-    assert state is not None
-    return logits_V, state
+        if begin + chunk_tokens < len(tokens):
+            state = model.remember(chunk_BT.to(device.current()), grid, state)
+    hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
+    return model.logits(hidden_TBD[-1:])[0, 0], state
 
 
 def generate(

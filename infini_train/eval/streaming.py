@@ -98,7 +98,7 @@ def _advance(model: Transformer, tokens_BT: Tensor, state: ModelState | None) ->
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     starts_BT[:, 0] = state is None
     grid = model.make_grid(starts_BT, torch.ones(tokens_BT.shape), state).to(device.current())
-    return model.decode(tokens_BT.to(device.current()), grid, state)[1]
+    return model.remember(tokens_BT.to(device.current()), grid, state)
 
 
 def _take_lane(state: ModelState | None, lane: int) -> ModelState | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.model import ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter
-from infini_train.ops.attention import InfiniState, infini_attention
+from infini_train.ops.attention import InfiniState, infini_attention, write_memory
 from infini_train.ops.grid import Grid, no_recent
 from infini_train.ops.memory import Ranks, empty_memory
 
@@ -50,6 +50,11 @@ class InfiniAttention(SequenceMixer):
             ranks=self.ranks,
         )
         return self.projections.join(out_BHTE), state
+
+    def remember(self, hidden_TBD: Tensor, state: InfiniState | None, grid: Grid) -> InfiniState:
+        """See `SequenceMixer.remember`: keys and values only, no attention."""
+        k_BKTD, v_BKTE = self.projections.split_keys(hidden_TBD)
+        return write_memory(k_BKTD, v_BKTE, state, grid, update=self.update, ranks=self.ranks)
 
     def between_windows(self, state: InfiniState) -> InfiniState:
         """The memory, the open segment and the overlap."""

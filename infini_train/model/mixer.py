@@ -43,6 +43,10 @@ class SequenceMixer(nn.Module, ABC):
     def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
         """Mixes along time; pure in the state. None is the state before the first token."""
 
+    def remember(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
+        """The state that `forward` leaves, for whoever needs no output: of a prompt's last layer, say."""
+        return self(hidden_TBD, state, grid)[1]
+
     @abstractmethod
     def between_windows(self, state: State) -> State | None:
         """What travels from one training window to the next, detached; of bounded size."""
@@ -78,7 +82,11 @@ class Projections(nn.Module):
 
     def split_cached(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
         """k_BKTD and v_BKTE as in `split`, from hidden values without gradient; these weights get theirs."""
-        return self._keys_and_values(enter_parallel(hidden_TBD.detach(), self.parallel))
+        return self.split_keys(hidden_TBD.detach())
+
+    def split_keys(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
+        """k_BKTD and v_BKTE as in `split`."""
+        return self._keys_and_values(enter_parallel(hidden_TBD, self.parallel))
 
     def _keys_and_values(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
         k_BKTD = self.norm_k(self._heads(self.linear_k(hidden_TBD)[0], self.key_dim))

@@ -49,6 +49,10 @@ class DecoderLayer(nn.Module):
         hidden_TBD = hidden_TBD + mixed_TBD
         return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD)), state
 
+    def remember(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
+        """The state after the layer, without its output."""
+        return self.attention.remember(self.norm_attention(hidden_TBD), state, grid)
+
 
 class Stage(NamedTuple):
     """Consecutive layers of a model that one pipeline stage holds; the first also embeds, the last one predicts."""
@@ -133,9 +137,26 @@ class Transformer(nn.Module):
 
     def decode(self, inputs: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
-        hidden_TBD = self.embedding(inputs) if self.stage.embeds else inputs
+        layer_states = state or (None,) * len(self.layers)
+        return self._run_layers(self._enter(inputs), grid, list(zip(self.layers.values(), layer_states, strict=True)))
+
+    def remember(self, tokens_BT: Tensor, grid: Grid, state: ModelState | None) -> ModelState:
+        """The state that `decode` leaves after tokens that predict nothing: a prompt is read without its last outputs.
+
+        For a whole model. Saves what the last layer would compute for the head: all but the keys and values.
+        """
+        *lower, last = zip(self.layers.values(), state or (None,) * len(self.layers), strict=True)
+        hidden_TBD, states = self._run_layers(self._enter(tokens_BT), grid, lower)
+        return (*states, cast(DecoderLayer, last[0]).remember(hidden_TBD, last[1], grid))
+
+    def _enter(self, inputs: Tensor) -> Tensor:
+        return self.embedding(inputs) if self.stage.embeds else inputs
+
+    def _run_layers(
+        self, hidden_TBD: Tensor, grid: Grid, layers: list[tuple[nn.Module, State | None]]
+    ) -> tuple[Tensor, ModelState]:
         states = []
-        for layer, layer_state in zip(self.layers.values(), state or (None,) * len(self.layers), strict=True):
+        for layer, layer_state in layers:
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden_TBD, layer_state = checkpoint(
                     layer, hidden_TBD, layer_state, grid, use_reentrant=False, preserve_rng_state=False

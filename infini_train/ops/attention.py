@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid, Recent, carry_recent
-from infini_train.ops.memory import Memory, Ranks, Update, begin_scan, empty_memory, read_memory
+from infini_train.ops.memory import Memory, Ranks, Scanned, Update, begin_scan, empty_memory, read_memory
 from infini_train.ops.rope import rotate
 
 
@@ -97,12 +97,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         in `state.recent`; if a document started in it, the older memory is dropped at once, since nothing can read it
         any more.
     """
-    lanes, kv_heads, _, key_dim = k_BKTD.shape
-    value_dim = v_BKTE.shape[-1]
-    memory = empty_memory(lanes, kv_heads, key_dim, value_dim, q_BHTD) if state is None else state.memory
-    recent = None if state is None else state.recent
-    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
-    scan = begin_scan(_closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks)
+    kv_heads = k_BKTD.shape[1]
+    k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
     q_BSHQD = _fold_queries(q_BHTD, grid)
     k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
     local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope_theta)  # while memories travel
@@ -117,6 +113,32 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     gate = share_H[:, None, None] * visible_BSQ[:, :, None, :, None]
     out_BSHQE = torch.lerp(local_BSHQE, memory_BSHQE, gate)  # Eq. 10
     return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
+
+
+def write_memory(
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    state: InfiniState | None,
+    grid: Grid,
+    *,
+    update: Update = "linear",
+    ranks: Ranks | None = None,
+) -> InfiniState:
+    """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
+    *_, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
+    return InfiniState(scan().final, following())
+
+
+def _begin_writing(
+    k_BKTD: Tensor, v_BKTE: Tensor, state: InfiniState | None, grid: Grid, update: Update, ranks: Ranks | None
+) -> tuple[Tensor, Tensor, Callable[[], Recent], Callable[[], Scanned]]:
+    """Carried and new keys and values joined, the tokens to carry, and the memories entering the segments."""
+    lanes, kv_heads, _, key_dim = k_BKTD.shape
+    memory = empty_memory(lanes, kv_heads, key_dim, v_BKTE.shape[-1], k_BKTD) if state is None else state.memory
+    recent = None if state is None else state.recent
+    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
+    scan = begin_scan(_closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks)
+    return k_BKLD, v_BKLE, following, scan
 
 
 def _join_recent(

@@ -296,9 +296,9 @@ def _delta_transition(writes: _Writes, z_BCKD: Tensor, visible_BC: Tensor, keep_
     """I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K): 0 where a document starts, I while the memory is empty.
 
     z is the normaliser entering the segment. A weight w > 1 means that the segment is read so many times in a row, each
-    time with the z that the times before have left; z_BCKD then holds what all but the last have added. For keys of
-    one number that is exactly their product; for others it never takes back more of M than there is, as w times the old
-    quotient would.
+    time with the z that the times before have left; z_BCKD then holds what all but the last have added. For keys in one
+    direction that is exactly the product of so many transitions; and it never takes back more of M than there is, as w
+    times the quotient of one reading would.
     """
     feature = writes.feature_BCKND.to(z_BCKD.dtype)  # the chain multiplies errors: fp32 throughout
     visible = visible_BC[:, :, None, None, None]

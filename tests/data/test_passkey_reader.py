@@ -78,7 +78,7 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
 def test_keys_of_few_digits_repeat_them(few_digits, two):
     keys = []
     for step in range(30):
-        batch, _ = reader(dataclasses.replace(GROWING, few_digits=few_digits)).next(Progress(step, 3.0, 1.0))
+        batch, _ = reader(dataclasses.replace(GROWING, few_digits=few_digits)).next(Progress(step, 12.0, 1.0))
         for row in range(4):
             keys += [ByteTokenizer().decode(batch.labels_BT[row, b - 5 : b]) for _, b in texts(batch, row)]
     different = np.bincount([len(set(key)) for key in keys], minlength=6) / len(keys)

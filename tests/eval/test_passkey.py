@@ -70,8 +70,11 @@ class Reader:
     def to(self, device):
         return self
 
+    def remember(self, tokens_BT, grid, state):
+        return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
+
     def decode(self, tokens_BT, grid, state):
-        seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
+        (seen_BT,) = self.remember(tokens_BT, grid, state)
         return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
 
     def _next(self, seen: list[int]) -> torch.Tensor:

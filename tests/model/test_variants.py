@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 from infini_train.config.attention import InfiniConfig, LocalConfig
 from infini_train.model.local import FullAttention
@@ -24,6 +25,22 @@ def test_streaming_in_pieces_equals_one_pass(variant, cuts, tools):
         logits_BTV, state = tools.run(model, tokens_BT[:, begin:end], starts_BT[:, begin:end], state)
         pieces.append(logits_BTV)
     torch.testing.assert_close(torch.cat(pieces, 1), whole_BTV, **CLOSE)
+
+
+def test_remembering_leaves_the_state_that_decoding_leaves(variant, tools):
+    model, tokens_BT = tools.build(tools.tiny(variant)), tools.draw(45)
+    starts_BT = torch.zeros(2, 45, dtype=torch.bool)
+    starts_BT[0, [0, 19]] = starts_BT[1, [13, 32]] = True
+    decoded, remembered = None, None
+    for begin, end in ((0, 8), (8, 13), (13, 14), (14, 45)):  # whole segments and parts of them
+        part_BT, marks_BT = tokens_BT[:, begin:end], starts_BT[:, begin:end]
+        grid = model.make_grid(marks_BT, torch.ones(part_BT.shape), decoded)
+        _, decoded = model.decode(part_BT, grid, decoded)
+        remembered = model.remember(part_BT, grid, remembered)
+    expected, found = pytree.tree_leaves(decoded), pytree.tree_leaves(remembered)
+    assert len(expected) == len(found) > 0
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [3, 8, 21, 39])

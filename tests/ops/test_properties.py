@@ -79,21 +79,21 @@ def values_carried(out, state):
 
 @quick
 @given(layout=layouts(batch=1), counts=st.lists(st.integers(0, 3), min_size=10, max_size=10))
-def test_a_whole_weight_writes_as_often_as_it_says(ops, update, layout, counts):
-    """For the delta update within one segment: the next one would read what the copies before it wrote."""
+def test_a_whole_weight_writes_as_often_as_it_says(ops, layout, counts):
+    """Under the linear update, wherever the copies lie; for delta see test_reference.py."""
     shape, marks = layout
     times = torch.tensor(counts[: shape["tokens"]])
     copies = int(times.sum())
     assume(copies > 0)
-    single = {"segment_tokens": 1} if update == "linear" else {"segment_tokens": shape["tokens"]}
-    window = ops.draw(ops.Shape(**shape | single | {"overlap_tokens": 0}), **(marks | {"start_share": 0.0}))
-    _, weighted = window._replace(weights_BT=times[None].double()).attend(update)
+    window = ops.draw(ops.Shape(**shape | {"segment_tokens": 1, "overlap_tokens": 0}), **(marks | {"start_share": 0.0}))
+    _, weighted = window._replace(weights_BT=times[None].double()).attend("linear")
 
     index = torch.arange(len(times)).repeat_interleave(times)
     q, k, v = (x[:, :, index] for x in window[1:4])
-    repeated_shape = window.shape._replace(tokens=copies, segment_tokens=1 if update == "linear" else copies)
     marks_BT = torch.zeros(1, copies, dtype=torch.bool), torch.ones(1, copies, dtype=torch.float64)
-    _, repeated = type(window)(repeated_shape, q, k, v, window.beta_H, *marks_BT, window.memory).attend(update)
+    _, repeated = type(window)(
+        window.shape._replace(tokens=copies), q, k, v, window.beta_H, *marks_BT, window.memory
+    ).attend("linear")
     torch.testing.assert_close(weighted.memory.memory_BKDE, repeated.memory.memory_BKDE, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(weighted.memory.normaliser_BKD, repeated.memory.normaliser_BKD, rtol=1e-10, atol=1e-10)
 

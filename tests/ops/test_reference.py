@@ -206,7 +206,10 @@ def test_the_papers_equations_on_a_whole_sequence(update: str):
 
 
 def test_delta_is_an_affine_map_of_the_old_memory():
-    """M_s = A M_{s-1} + B with A = I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K) and B = sigma(K)^T diag(w) V."""
+    """M_s = A M_{s-1} + B with A = I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K) and B = sigma(K)^T diag(w) V.
+
+    Weights above 1 add to z what all but the last of so many readings have left there.
+    """
     torch.manual_seed(2)
     k, v = torch.randn(1, 1, 5, 4, dtype=torch.float64), torch.randn(1, 1, 5, 3, dtype=torch.float64)
     old = empty_memory(k, v)._replace(
@@ -217,9 +220,29 @@ def test_delta_is_an_affine_map_of_the_old_memory():
     given = marks(5, weights={1: 0.0, 2: 2.5})
     _, new = attend(k, k, v, torch.zeros(1, dtype=torch.float64), given, old, Form(5, "delta"))
     sigma_k, weight = sigma(k[0, 0]), given.weights_BT[0, :, None]
-    transition = torch.eye(4) - sigma_k.mT @ (weight / (sigma_k @ old.normaliser_BKD[0, 0])[:, None] * sigma_k)
+    normaliser = old.normaliser_BKD[0, 0] + ((weight - 1).clamp_min(0) * sigma_k).sum(0)
+    transition = torch.eye(4) - sigma_k.mT @ (weight / (sigma_k @ normaliser)[:, None] * sigma_k)
     increment = sigma_k.mT @ (weight * v[0, 0])
     torch.testing.assert_close(new.memory_BKDE[0, 0], transition @ old.memory_BKDE[0, 0] + increment)
+
+
+@pytest.mark.parametrize("times", [1, 2, 7])
+def test_delta_forgets_by_weight_what_it_forgets_in_so_many_segments(times: int):
+    """Exact for keys in one direction (here of two equal numbers), where the transitions multiply to a closed form."""
+    torch.manual_seed(4)
+    k = torch.randn(1, 1, 5, 1, dtype=torch.float64).repeat(1, 1, 1, 2)
+    v = torch.zeros(1, 1, 5, 3, dtype=torch.float64)
+    old = empty_memory(k, v)._replace(
+        memory_BKDE=torch.randn(1, 1, 1, 3, dtype=torch.float64).repeat(1, 1, 2, 1),
+        normaliser_BKD=torch.full((1, 1, 2), 0.5, dtype=torch.float64),
+        written_B=torch.ones(1, dtype=torch.float64),
+    )
+    beta, form = torch.zeros(1, dtype=torch.float64), Form(5, "delta")
+    _, weighted = attend(k, k, v, beta, marks(5, weights=dict.fromkeys(range(5), float(times))), old, form)
+    k, v = k.repeat(1, 1, times, 1), v.repeat(1, 1, times, 1)
+    _, repeated = attend(k, k, v, beta, marks(5 * times), old, form)
+    torch.testing.assert_close(weighted.memory_BKDE, repeated.memory_BKDE, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weighted.normaliser_BKD, repeated.normaliser_BKD, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("update", ["linear", "delta"])
