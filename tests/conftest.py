@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig, TransformerXLConfig
+from infini_train.config.attention import (
+    FullConfig,
+    InfiniConfig,
+    LocalConfig,
+    MemorizingConfig,
+    RmtConfig,
+    TransformerXLConfig,
+)
 from infini_train.config.model import ModelConfig
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
@@ -30,6 +37,8 @@ VARIANTS = {
     "local": LocalConfig(segment_tokens=SEGMENT),
     "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
     "transformer-xl": TransformerXLConfig(segment_tokens=SEGMENT, cache_tokens=5),
+    "memorizing": MemorizingConfig(segment_tokens=SEGMENT, cache_tokens=5, stored_tokens=20, top_k=3),
+    "rmt": RmtConfig(segment_tokens=SEGMENT, memory_tokens=3),
     "full": FullConfig(),
 }
 

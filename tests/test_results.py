@@ -20,6 +20,32 @@ def test_the_passkey_tables_are_those_of_the_files(passkey):
     assert page.count("\n| passkey") >= len(found)
 
 
+@pytest.fixture(scope="module")
+def table2() -> dict[str, object]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "table2_report.py"))
+
+
+def test_table_2_is_that_of_the_files(table2):
+    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table2["load"]()
+    assert found and table2["fill_page"](page, found) == page, "run python benchmarks/table2.py --report"
+
+
+def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
+    """Not by the test books, and not by other sizes of the memory or other seeds."""
+
+    def run(rate: str, validation: float, test: float, seed: int = 0, size: str = "") -> dict[str, object]:
+        losses = {"validation": {"loss": validation}, "test": {"loss": test, "perplexity": 2.0}}
+        more = {"memory_numbers": 10, "carried_bytes": 40, "train_tokens_per_cpu_s": None, "train_peak_rss_bytes": 1}
+        return {"arm": "rmt", "size": size, "rate": rate, "seed": seed, "parameters": 3, **losses, **more}
+
+    found = [run("1", 3.0, 1.0), run("2", 2.0, 4.0), run("1", 1.0, 0.5, seed=1), run("1", 1.0, 0.5, size="small")]
+    found.append(run("2", 2.0, 5.0, seed=1))
+    assert table2["best_rate"](found, "rmt") == "2"
+    assert [each["test"]["loss"] for each in table2["chosen"](found, "rmt")] == [4.0, 5.0]
+    row = table2["tabulate_arms"](found).splitlines()[-1]
+    assert "| rmt | 2 |" in row and "4.5000, 4.0000 to 5.0000" in row
+
+
 def test_kept_files_name_no_machine():
     for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
         text = path.read_text(encoding="utf-8")

@@ -38,6 +38,8 @@ SAME_WEIGHTS: Mapping[str, str] = {
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
     "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
     "model.attention.cache_tokens": "the same weights whatever they see",
+    "model.attention.stored_tokens": "the same weights whatever they see",
+    "model.attention.top_k": "the same weights whatever they see",
     "model.attention.segment_tokens": "local attention has the same weights whatever it sees",
     "model.init_std": "for initial values; the checkpoint's weights are used",
 }

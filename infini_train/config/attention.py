@@ -63,6 +63,46 @@ class TransformerXLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorizingConfig:
+    """A baseline: Transformer-XL whose one layer also retrieves from stored keys and values (arXiv 2203.08913)."""
+
+    kind: Literal["memorizing"] = "memorizing"  # chooses this attention
+    segment_tokens: int = 256  # a token sees its own segment
+    cache_tokens: int = 256  # and this many last tokens of the previous segment; 0: none
+    stored_tokens: int = 65_536  # keys and values of so many last tokens are stored, without gradient
+    top_k: int = 32  # a query attends to so many of them, those with the highest scores
+    layer: int | None = None  # the layer that stores and retrieves, the first is 0; null: behind three quarters
+    gate_init: FiniteFloat = 0.0  # of its gates; sigmoid(gate) is the share of what was retrieved
+
+    def __post_init__(self) -> None:
+        for name in ("segment_tokens", "stored_tokens", "top_k"):
+            require(getattr(self, name) > 0, f"model.attention.{name}", "must be positive")
+        require(
+            0 <= self.cache_tokens <= self.segment_tokens,
+            "model.attention.cache_tokens",
+            f"must lie between 0 and segment_tokens ({self.segment_tokens})",
+        )
+        require(
+            self.top_k <= self.stored_tokens,
+            "model.attention.top_k",
+            f"can't be more than stored_tokens ({self.stored_tokens})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmtConfig:
+    """A baseline: memory tokens that a segment hands to the next one (Recurrent Memory Transformer, 2207.06881)."""
+
+    kind: Literal["rmt"] = "rmt"  # chooses this attention
+    segment_tokens: int = 256  # a token sees its own segment, and the memory tokens
+    memory_tokens: int = 10  # read before a segment, and written behind it
+
+    def __post_init__(self) -> None:
+        for name in ("segment_tokens", "memory_tokens"):
+            require(getattr(self, name) > 0, f"model.attention.{name}", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FullConfig:
     """Causal attention over the whole window; its cost grows with the square of the length."""
 
@@ -70,6 +110,14 @@ class FullConfig:
 
 
 AttentionConfig = Annotated[
-    InfiniConfig | LocalConfig | TransformerXLConfig | FullConfig, pydantic.Field(discriminator="kind")
+    InfiniConfig | LocalConfig | TransformerXLConfig | MemorizingConfig | RmtConfig | FullConfig,
+    pydantic.Field(discriminator="kind"),
 ]
-KINDS = {"infini": InfiniConfig, "local": LocalConfig, "transformer_xl": TransformerXLConfig, "full": FullConfig}
+KINDS = {
+    "infini": InfiniConfig,
+    "local": LocalConfig,
+    "transformer_xl": TransformerXLConfig,
+    "memorizing": MemorizingConfig,
+    "rmt": RmtConfig,
+    "full": FullConfig,
+}

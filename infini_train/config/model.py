@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from pydantic import FiniteFloat
 
-from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig
+from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig, MemorizingConfig
 from infini_train.config.errors import require
 
 
@@ -48,6 +48,12 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"model.{name}", "must be positive")
         require(self.init_std is None or self.init_std > 0, "model.init_std", "must be positive, or null")
         require(self.key_dim % 2 == 0, "model.head_dim", f"rotary embedding needs an even size, not {self.key_dim}")
+        layer = self.retrieval_layer
+        require(
+            layer is None or 0 <= layer < self.num_layers,
+            "model.attention.layer",
+            f"{layer} is none of the {self.num_layers} layers; choose one from 0 to {self.num_layers - 1}",
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -60,6 +66,13 @@ class ModelConfig:
     @property
     def value_dim(self) -> int:
         return self.key_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def retrieval_layer(self) -> int | None:
+        """The layer of a memorizing model that stores and retrieves, counted from 0; None for other variants."""
+        if not isinstance(self.attention, MemorizingConfig):
+            return None
+        return 3 * self.num_layers // 4 if self.attention.layer is None else self.attention.layer
 
     @property
     def segment_tokens(self) -> int | None:

@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infini_train.config.attention import TransformerXLConfig
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
@@ -100,10 +99,29 @@ def _check_model_layout(run: RunConfig) -> None:
         "parallel.context_size",
         "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
     )
+    _check_baseline_layout(model, parallel)
+
+
+def _check_baseline_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What the baselines can't be divided over."""
+    kind = model.attention.kind
+    carried = {"transformer_xl": "the cache", "memorizing": "the store", "rmt": "what a segment hands to the next one"}
     require(
-        context == 1 or not isinstance(model.attention, TransformerXLConfig),
+        parallel.context_size == 1 or kind not in carried,
         "parallel.context_size",
-        "the cache of model.attention.kind transformer_xl does not cross ranks; use infini or local, or context_size 1",
+        f"{carried.get(kind)} of model.attention.kind {kind} does not cross ranks; use infini or"
+        " local, or context_size 1",
+    )
+    require(
+        parallel.pipeline_size == 1 or kind != "rmt",
+        "parallel.pipeline_size",
+        "the first layer of model.attention.kind rmt reads what the last one wrote a segment before, so its stages"
+        " would wait for one another; use parallel.tensor_size or data_size instead, and pipeline_size 1",
+    )
+    require(
+        not parallel.sequence_parallel or kind != "rmt",
+        "parallel.sequence_parallel",
+        "the memory tokens of model.attention.kind rmt are not divided along the sequence; set it to false",
     )
 
 

@@ -1,6 +1,6 @@
 """Sizes and arithmetic of a model from its config alone."""
 
-from infini_train.config.attention import FullConfig, InfiniConfig, TransformerXLConfig
+from infini_train.config.attention import FullConfig, InfiniConfig, MemorizingConfig, RmtConfig, TransformerXLConfig
 from infini_train.config.model import ModelConfig
 
 
@@ -13,20 +13,29 @@ def count_parameters(config: ModelConfig) -> int:
     layer += 2 * config.key_dim if config.qk_norm else 0
     layer += heads if isinstance(config.attention, InfiniConfig) else 0
     embeddings = config.vocab_size * hidden * (1 if config.tied_embeddings else 2)
-    return embeddings + config.num_layers * layer + hidden
+    once = heads if isinstance(config.attention, MemorizingConfig) else 0
+    once += hidden * config.attention.memory_tokens if isinstance(config.attention, RmtConfig) else 0
+    return embeddings + config.num_layers * layer + hidden + once
 
 
 def memory_numbers(config: ModelConfig) -> int:
-    """Numbers that a sequence's memories hold, as the paper's Table 2 counts them.
+    """Numbers that a sequence's memories hold, as the paper's Table 2 counts them; T tokens, l layers, K heads.
 
-    d_k (d_v + 1) K l of Infini-attention; (d_k + d_v) K W l of Transformer-XL's cache of W tokens.
+    d_k (d_v + 1) K l of Infini-attention; (d_k + d_v) K T l of Transformer-XL's cache; (d_k + d_v) K (M + T l) with a
+    store of M; (d_k + d_v) K p l of p memory tokens (there d_model p l 2), of which RMT hands only d_model p on.
     """
-    if isinstance(config.attention, TransformerXLConfig):
-        token = (config.key_dim + config.value_dim) * config.kv_heads
-        return token * config.attention.cache_tokens * config.num_layers
-    if not isinstance(config.attention, InfiniConfig):
-        return 0
-    return config.key_dim * (config.value_dim + 1) * config.kv_heads * config.num_layers
+    attention, layers = config.attention, config.num_layers
+    token = (config.key_dim + config.value_dim) * config.kv_heads
+    match attention:
+        case InfiniConfig():
+            return config.key_dim * (config.value_dim + 1) * config.kv_heads * layers
+        case TransformerXLConfig():
+            return token * attention.cache_tokens * layers
+        case MemorizingConfig():
+            return token * (attention.stored_tokens + attention.cache_tokens * layers)
+        case RmtConfig():
+            return token * attention.memory_tokens * layers
+    return 0
 
 
 def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
@@ -41,11 +50,19 @@ def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
     matrices = count_parameters(config) - (0 if config.tied_embeddings else embeddings)
     attended = window_tokens if isinstance(config.attention, FullConfig) else config.attention.segment_tokens
     mixing = heads * attended * (key + value)  # 2 flops x half of the square
-    if isinstance(config.attention, TransformerXLConfig):  # the cache is seen whole, and projected once more
+    once = 0.0  # a token, of the layer that retrieves
+    if isinstance(config.attention, TransformerXLConfig | MemorizingConfig):  # the cache is seen whole, projected again
         mixing += 2 * heads * config.attention.cache_tokens * (key + value)
         mixing += 2 * hidden * config.kv_heads * (key + value)
+    if isinstance(config.attention, MemorizingConfig):  # the search has no backward
+        once = 2 * heads * (config.attention.stored_tokens * key / 3 + config.attention.top_k * (key + value))
+    if isinstance(config.attention, RmtConfig):  # memory tokens pass the layers before and behind a segment
+        both = 2 * config.attention.memory_tokens
+        longer = 1 + both / attended
+        matrices += (longer - 1) * (matrices - embeddings)
+        mixing = longer * heads * (attended + both) * (key + value)
     if isinstance(config.attention, InfiniConfig):
         mixing += 2 * heads * key * (value + 1) + 2 * config.kv_heads * key * (value + 1)
         if config.attention.update == "delta":
             mixing += 2 * config.kv_heads * key * key * (1 + value / config.attention.segment_tokens)
-    return 3 * (2 * matrices + config.num_layers * mixing)
+    return 3 * (2 * matrices + config.num_layers * mixing + once)

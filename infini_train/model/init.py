@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from infini_train.config.attention import InfiniConfig
+from infini_train.config.attention import InfiniConfig, MemorizingConfig
 from infini_train.config.model import ModelConfig
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
@@ -19,7 +19,8 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
     """Fills all parameters in place.
 
     Matrices are normal with std 1/sqrt(fan in) (or ``config.init_std``), those that write into the residual stream
-    smaller by 1/sqrt(2 layers); embedding and head normal with std 0.02; norms 1, biases 0, gates ``gate_init``.
+    smaller by 1/sqrt(2 layers); embedding, memory tokens and head normal with std 0.02; norms 1, biases
+    0, gates ``gate_init``.
     """
     for name, parameter in model.named_parameters():
         place = find_slice(parameter)
@@ -30,14 +31,14 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
 def _initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     owner, kind = name.split(".")[-2:]
     if kind == "gate":
-        assert isinstance(config.attention, InfiniConfig)
+        assert isinstance(config.attention, InfiniConfig | MemorizingConfig)
         return torch.full(shape, config.attention.gate_init)
     if kind == "bias":
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     std = config.init_std
-    if owner in ("embedding", "head"):
+    if owner in ("embedding", "head", "memory_tokens"):
         std = EMBEDDING_STD if std is None else std
     else:
         std = shape[1] ** -0.5 if std is None else std

@@ -6,7 +6,7 @@
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
-from infini_train.config.attention import LocalConfig, TransformerXLConfig
+from infini_train.config.attention import LocalConfig, MemorizingConfig, RmtConfig, TransformerXLConfig
 from infini_train.config.model import ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach
 from infini_train.ops.attention import local_attention
@@ -19,10 +19,10 @@ class LocalAttention(SequenceMixer):
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
-        assert isinstance(config.attention, LocalConfig)
+        assert isinstance(config.attention, LocalConfig | RmtConfig)
         self.ranks = ranks
         self.segment_tokens: int | None = config.attention.segment_tokens
-        self.overlap_tokens = config.attention.overlap_tokens
+        self.overlap_tokens = getattr(config.attention, "overlap_tokens", 0)
         self.rope_theta = config.rope_theta
         self.projections = Projections(config, parallel)
 
@@ -52,7 +52,7 @@ class TransformerXLAttention(SequenceMixer):
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
-        assert isinstance(config.attention, TransformerXLConfig)
+        assert isinstance(config.attention, TransformerXLConfig | MemorizingConfig)
         assert ranks is None, "the cache would have to cross ranks in each layer, and its hidden values with it"
         self.segment_tokens: int | None = config.attention.segment_tokens
         self.overlap_tokens = config.attention.cache_tokens
@@ -64,12 +64,15 @@ class TransformerXLAttention(SequenceMixer):
 
     def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
         """See `SequenceMixer.forward`."""
-        q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)
-        cached = self.projections.split_cached(hidden_TBD) if grid.segments > 1 else None
-        out_BHTE, state = local_attention(
-            q_BHTD, k_BKTD, v_BKTE, state, grid, rope_theta=self.rope_theta, overlapping=cached
-        )
+        out_BHTE, state = self.attend(hidden_TBD, self.projections.split(hidden_TBD), state, grid)
         return self.projections.join(out_BHTE), state
+
+    def attend(
+        self, hidden_TBD: Tensor, projected: tuple[Tensor, Tensor, Tensor], state: Recent | None, grid: Grid
+    ) -> tuple[Tensor, Recent]:
+        """out_BHTE of queries, keys and values that are `split` from these hidden values, and what to carry."""
+        cached = self.projections.split_cached(hidden_TBD) if grid.segments > 1 and self.overlap_tokens else None
+        return local_attention(*projected, state, grid, rope_theta=self.rope_theta, overlapping=cached)
 
 
 class FullAttention(SequenceMixer):

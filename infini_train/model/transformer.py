@@ -6,6 +6,7 @@ Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from infini_train.model.layers import (
     parallel_config,
 )
 from infini_train.model.mixer import SequenceMixer, State
+from infini_train.model.recurrent import MemoryTokens, decode_segments
 from infini_train.model.variants import build_mixer
 from infini_train.ops.grid import Grid, make_grid
 from infini_train.ops.memory import Ranks
@@ -36,10 +38,10 @@ ModelState = tuple[State, ...]
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None) -> None:
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None, number: int) -> None:
         super().__init__()
         self.norm_attention = _norm(config, parallel)
-        self.attention = build_mixer(config, parallel, ranks)
+        self.attention = build_mixer(config, parallel, ranks, number)
         self.norm_feed_forward = _norm(config, parallel)
         self.feed_forward = FeedForward(config.hidden_size, config.ffn_size, parallel)
 
@@ -90,8 +92,9 @@ class Transformer(nn.Module):
         self.recompute_layers = recompute_layers
         if stage.embeds:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, parallel)
+        self.memory_tokens = MemoryTokens(config, parallel) if config.attention.kind == "rmt" else None
         numbers = range(stage.first_layer, stage.last_layer)
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks) for number in numbers})
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks, number) for number in numbers})
         if stage.predicts:
             self.norm_final = _norm(config, parallel)
             self.head = _head(config, parallel)
@@ -137,26 +140,34 @@ class Transformer(nn.Module):
 
     def decode(self, inputs: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
-        layer_states = state or (None,) * len(self.layers)
-        return self._run_layers(self._enter(inputs), grid, list(zip(self.layers.values(), layer_states, strict=True)))
+        hidden_TBD = self._enter(inputs)
+        if self.memory_tokens is None:
+            return self._run_layers(hidden_TBD, grid, state, self._layers())
+        first_MBD = self.memory_tokens(hidden_TBD.shape[1])
+        stack = partial(self._run_layers, layers=self._layers())
+        return decode_segments(stack, self.norm_final, first_MBD, hidden_TBD, grid, state)
 
     def remember(self, tokens_BT: Tensor, grid: Grid, state: ModelState | None) -> ModelState:
         """The state that `decode` leaves after tokens that predict nothing: a prompt is read without its last outputs.
 
-        For a whole model. Saves what the last layer would compute for the head: all but the keys and values.
+        For a whole model. Saves what the last layer would compute for the head: all but the keys and values; nothing
+        where the state is made of its outputs.
         """
-        *lower, last = zip(self.layers.values(), state or (None,) * len(self.layers), strict=True)
-        hidden_TBD, states = self._run_layers(self._enter(tokens_BT), grid, lower)
-        return (*states, cast(DecoderLayer, last[0]).remember(hidden_TBD, last[1], grid))
+        if self.memory_tokens is not None:
+            return self.decode(tokens_BT, grid, state)[1]
+        *lower, last = self._layers()
+        below, last_state = (None, None) if state is None else (state[:-1], state[-1])
+        hidden_TBD, states = self._run_layers(self._enter(tokens_BT), grid, below, lower)
+        return (*states, last.remember(hidden_TBD, last_state, grid))
 
     def _enter(self, inputs: Tensor) -> Tensor:
         return self.embedding(inputs) if self.stage.embeds else inputs
 
     def _run_layers(
-        self, hidden_TBD: Tensor, grid: Grid, layers: list[tuple[nn.Module, State | None]]
+        self, hidden_TBD: Tensor, grid: Grid, state: ModelState | None, layers: list[DecoderLayer]
     ) -> tuple[Tensor, ModelState]:
         states = []
-        for layer, layer_state in layers:
+        for layer, layer_state in zip(layers, state or (None,) * len(layers), strict=True):
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden_TBD, layer_state = checkpoint(
                     layer, hidden_TBD, layer_state, grid, use_reentrant=False, preserve_rng_state=False
@@ -179,8 +190,11 @@ class Transformer(nn.Module):
         )
         return None if kept[0] is None else kept
 
+    def _layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.layers.values()))
+
     def _mixers(self) -> list[SequenceMixer]:
-        return [cast(DecoderLayer, layer).attention for layer in self.layers.values()]
+        return [layer.attention for layer in self._layers()]
 
 
 def _norm(config: ModelConfig, parallel: ModelParallelConfig) -> Norm:

@@ -60,8 +60,8 @@ def local_attention(
             )
             for theirs, own in zip(before, (k_BSKJD, v_BSKJE), strict=True)
         )
-    out_BSHQE = _attend_segments(_fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope_theta)
-    return _unfold_queries(out_BSHQE, grid), following()
+    out_BSHQE = _attend_segments(fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope_theta)
+    return unfold_queries(out_BSHQE, grid), following()
 
 
 def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of them would only hide them)
@@ -99,7 +99,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     """
     kv_heads = k_BKTD.shape[1]
     k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
-    q_BSHQD = _fold_queries(q_BHTD, grid)
+    q_BSHQD = fold_queries(q_BHTD, grid)
     k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
     local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope_theta)  # while memories travel
     scanned = scan()
@@ -109,10 +109,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)
     memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group))
     memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
-    share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)
-    gate = share_H[:, None, None] * visible_BSQ[:, :, None, :, None]
-    out_BSHQE = torch.lerp(local_BSHQE, memory_BSHQE, gate)  # Eq. 10
-    return _unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
+    out_BSHQE = mix_by_gate(local_BSHQE, memory_BSHQE, beta_H, visible_BSQ)  # Eq. 10
+    return unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
 
 
 def write_memory(
@@ -137,7 +135,7 @@ def _begin_writing(
     memory = empty_memory(lanes, kv_heads, key_dim, v_BKTE.shape[-1], k_BKTD) if state is None else state.memory
     recent = None if state is None else state.recent
     k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
-    scan = begin_scan(_closed_segments(k_BKLD, grid), _closed_segments(v_BKLE, grid), memory, grid, update, ranks)
+    scan = begin_scan(closed_segments(k_BKLD, grid), closed_segments(v_BKLE, grid), memory, grid, update, ranks)
     return k_BKLD, v_BKLE, following, scan
 
 
@@ -166,7 +164,14 @@ def _join_recent(
     return k_BKLD, v_BKLE, lambda: as_recent(last())
 
 
-def _fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:
+def mix_by_gate(local_BSHQE: Tensor, memory_BSHQE: Tensor, beta_H: Tensor, visible_BSQ: Tensor) -> Tensor:
+    """sigmoid(beta) of what was remembered and the rest of the local result; all of the latter where nothing was."""
+    share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)
+    return torch.lerp(local_BSHQE, memory_BSHQE, share_H[:, None, None] * visible_BSQ[:, :, None, :, None])
+
+
+def fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:
+    """(B, S, H, Q, D): the queries of each segment; carried and padded places are zeros."""
     if grid.segments == 1:
         return q_BHTD[:, None]
     if grid.open_tokens or grid.padding:
@@ -174,13 +179,14 @@ def _fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:
     return q_BHTD.unflatten(2, (grid.segments, grid.segment_tokens)).transpose(1, 2)
 
 
-def _unfold_queries(out_BSHQE: Tensor, grid: Grid) -> Tensor:
+def unfold_queries(out_BSHQE: Tensor, grid: Grid) -> Tensor:
+    """(B, H, T, E): the results of the call's own tokens."""
     if grid.segments == 1:
         return out_BSHQE[:, 0]
     return out_BSHQE.transpose(1, 2).flatten(2, 3)[:, :, grid.open_tokens : grid.open_tokens + grid.tokens]
 
 
-def _closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
+def closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
     """(B, C, K, N, D): the tokens of the segments that this call closes."""
     first = grid.overlap_tokens
     inside = x_BKLD[:, :, first : first + grid.closed * grid.segment_tokens]

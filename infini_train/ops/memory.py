@@ -109,17 +109,17 @@ def segmented_scan(initial_BF: Tensor, increment_BCF: Tensor, keep_BC: Tensor) -
     states, state_BF = [], initial_BF
     for increment, keep in zip(increment_BCF.split(SCAN_BLOCK, 1), keep_BC.split(SCAN_BLOCK, 1), strict=True):
         items = torch.cat((state_BF[:, None], increment), 1)
-        scanned = _visible_items(keep).to(items.dtype) @ items
+        scanned = visible_items(keep).to(items.dtype) @ items
         states.append(scanned[:, :-1])
         state_BF = scanned[:, -1]
     return torch.cat((*states, state_BF[:, None]), 1)
 
 
-def _visible_items(keep_BC: Tensor) -> Tensor:
+def visible_items(keep_BC: Tensor) -> Tensor:
     """(B, C + 1, C + 1): item j (0: the initial state) is part of the state after i segments."""
     index = torch.arange(keep_BC.shape[1] + 1, device=keep_BC.device)
     oldest = torch.where(keep_BC, 0, index[1:]).cummax(1).values
-    oldest = torch.cat((torch.zeros_like(oldest[:, :1]), oldest), 1)
+    oldest = torch.cat((oldest.new_zeros(len(oldest), 1), oldest), 1)
     return (index <= index[:, None]) & (index >= oldest[..., None])
 
 
@@ -264,7 +264,7 @@ def _begin_sum(
     dropped_B = torch.where(grid.keep_BC, 0, index).amax(1)  # all before the last start
     stays_B1C = (index >= dropped_B[:, None]).to(starts_BF[0].dtype)[:, None]
     gathered = ranks.gather(torch.cat([(stays_B1C @ increment)[:, 0] for increment in increments_BCF], 1))
-    ends_B2P = _visible_items(grid.keep_BP)[:, [rank, size]].to(starts_BF[0].dtype)
+    ends_B2P = visible_items(grid.keep_BP)[:, [rank, size]].to(starts_BF[0].dtype)
 
     def finish() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         start_BF = torch.cat(starts_BF, 1)

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig, LocalConfig, TransformerXLConfig
+from infini_train.config.attention import (
+    AttentionConfig,
+    FullConfig,
+    InfiniConfig,
+    LocalConfig,
+    MemorizingConfig,
+    RmtConfig,
+    TransformerXLConfig,
+)
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
@@ -32,6 +40,8 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=8),
     "local": LocalConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "transformer_xl": TransformerXLConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5),
+    "memorizing": MemorizingConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5, stored_tokens=20, top_k=3),
+    "rmt": RmtConfig(segment_tokens=SEGMENT_TOKENS, memory_tokens=3),
     "full": FullConfig(),
 }
 # A large epsilon makes AdamW's step a smooth function of the gradient: with the usual one, a gradient of nearly zero
@@ -120,12 +130,12 @@ CASES: tuple[Case, ...] = (
     *_cases("one", "delta-overlap", recompute=True),
     *_cases("zero3", "linear", precision="bf16"),
     # 2 processes
-    *_cases("tp2", "linear", "local", "full"),
-    *_cases("tp2-sp", "linear", "delta", "transformer_xl"),
+    *_cases("tp2", "linear", "local", "full", "rmt"),
+    *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
     *_cases("tp2-sp", "delta-overlap", recompute=True),
     *_cases("tp2-sp", "linear", tied=True),
     *_cases("tp2-sp", "linear", precision="bf16"),
-    *_cases("pp2", "linear", "delta", "full"),
+    *_cases("pp2", "linear", "delta", "full", "memorizing"),
     *_cases("pp2", "linear", recompute=True),
     *_cases("pp2", "delta", precision="bf16"),
     *_cases("pp2-v2", "linear", "delta-overlap"),
@@ -133,9 +143,9 @@ CASES: tuple[Case, ...] = (
     *_cases("cp2", "delta", precision="bf16"),
     *_cases("dp2", "linear", "delta", "full"),
     *_cases("dp2-offload", "linear"),
-    *_cases("dp2-zero2", "linear", "delta"),
+    *_cases("dp2-zero2", "linear", "delta", "rmt"),
     *_cases("dp2-zero2-offload", "delta"),
-    *_cases("dp2-zero3", "linear", "delta", "transformer_xl"),
+    *_cases("dp2-zero3", "linear", "delta", "transformer_xl", "memorizing", "rmt"),
     *_cases("dp2-zero3", "linear", recompute=True),
     *_cases("dp2-zero3", "linear", tied=True),
     *_cases("dp2-zero3", "linear", precision="bf16"),

@@ -193,7 +193,11 @@ def announce(session: Session, notify: Callable[[str], None]) -> None:
         f" {config.train.total_steps} steps, {config.train.precision}{describe_layout(config.parallel)}"
         f" -> {config.directory}"
     )
-    warning = gate_warning(config.optim, config.train.total_steps) if config.model.attention.kind == "infini" else None
+    warning = (
+        gate_warning(config.optim, config.train.total_steps)
+        if config.model.attention.kind in ("infini", "memorizing")
+        else None
+    )
     if warning:
         notify(f"warning: {warning}")
     if session.step >= config.train.total_steps:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train.config.attention import InfiniConfig, TransformerXLConfig
+from infini_train.config.attention import InfiniConfig, MemorizingConfig, RmtConfig, TransformerXLConfig
 from infini_train.config.files import load_model
 from infini_train.model.flops import count_parameters, memory_numbers, training_flops_per_token
 from infini_train.model.transformer import Transformer
@@ -54,6 +54,25 @@ def test_memory_numbers_are_those_of_the_state(tools):
     assert memory_numbers(tools.tiny("local")) == memory_numbers(tools.tiny("full")) == 0
 
 
+def test_memory_numbers_of_a_store_are_those_of_the_state(tools):
+    config = tools.tiny("memorizing", value_head_dim=12)
+    *cached, retrieving = tools.build(config).initial_state(1)
+    held = [*cached, retrieving.recent]
+    numbers = sum(layer.k_BKRD.numel() + layer.v_BKRE.numel() for layer in held)
+    assert numbers + retrieving.store.k_BKMD.numel() + retrieving.store.v_BKME.numel() == memory_numbers(config)
+
+
+def test_memory_numbers_of_memory_tokens_are_their_keys_and_values(tools):
+    """Of all layers, in the state of an open segment; a closed one hands on the tokens alone."""
+    config = tools.tiny("rmt", value_head_dim=12)
+    model = tools.build(config)
+    first, *others = tools.run(model, tools.draw(8 + 3, 1))[1]
+    numbers = sum(layer.k_BKRD.numel() + layer.v_BKRE.numel() for layer in (first.recent, *others))
+    open_tokens = 3 * (config.key_dim + config.value_dim) * config.kv_heads * config.num_layers
+    assert numbers - open_tokens == memory_numbers(config)
+    assert first.memory_BMD.numel() == 3 * config.hidden_size
+
+
 def test_memory_numbers_are_those_of_the_paper(tools):
     """Table 2: 12 layers, 8 heads of 128, segments of 2048 tokens."""
     shape = {"num_layers": 12, "num_heads": 8, "num_kv_heads": 8, "head_dim": 128}
@@ -61,6 +80,24 @@ def test_memory_numbers_are_those_of_the_paper(tools):
     cached = tools.tiny(attention=TransformerXLConfig(segment_tokens=2048, cache_tokens=2048), **shape)
     assert round(memory_numbers(infini) / 1e5) == 16
     assert round(memory_numbers(cached) / 1e6) == 50
+    store = MemorizingConfig(segment_tokens=2048, cache_tokens=2048, stored_tokens=65_000)
+    assert round(memory_numbers(tools.tiny(attention=store, **shape)) / 1e6) == 183
+    tokens = RmtConfig(segment_tokens=2048, memory_tokens=100)
+    assert round(memory_numbers(tools.tiny(attention=tokens, **shape)) / 1e5) == 25
+
+
+def test_flops_of_the_baselines(tools):
+    """A search costs a third of an attention that also goes backward; memory tokens make a segment longer."""
+    local, cached = tools.tiny("local"), tools.tiny("transformer-xl")
+    store = MemorizingConfig(segment_tokens=8, cache_tokens=5, stored_tokens=20, top_k=3)
+    more = MemorizingConfig(segment_tokens=8, cache_tokens=5, stored_tokens=60, top_k=3)
+    one, three = (training_flops_per_token(tools.tiny(attention=each), 64) for each in (store, more))
+    assert three - one == pytest.approx(2 * local.num_heads * local.key_dim * 40)
+    assert training_flops_per_token(cached, 64) < one
+    few, many = (tools.tiny(attention=RmtConfig(segment_tokens=8, memory_tokens=n)) for n in (1, 4))
+    assert training_flops_per_token(local, 64) < training_flops_per_token(few, 64)
+    inside = count_parameters(local) - 2 * local.vocab_size * local.hidden_size
+    assert training_flops_per_token(many, 64) > training_flops_per_token(local, 64) + 6 * inside
 
 
 def test_flops_of_the_matrices_and_of_attention(tools):

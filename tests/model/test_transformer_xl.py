@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from infini_train.config.attention import TransformerXLConfig
-from infini_train.config.errors import ConfigError
-from infini_train.config.files import validate
 from infini_train.model.local import TransformerXLAttention
 from infini_train.ops.rope import rotate
 
@@ -58,22 +56,3 @@ def test_no_gradient_reaches_the_cache(tools):
     out_TBD, _ = model.layers["0"].attention(hidden_TBD, None, grid)
     (gradient,) = torch.autograd.grad(out_TBD[8:].square().sum(), hidden_TBD)
     assert gradient[:8].abs().max() == 0 and gradient[8:].abs().min(0).values.max() > 0
-
-
-def test_context_parallelism_is_refused(tmp_path):
-    tree = {
-        "model": {
-            "vocab_size": 40,
-            "hidden_size": 32,
-            "num_layers": 1,
-            "num_heads": 4,
-            "ffn_size": 48,
-            "attention": {"kind": "transformer_xl", "segment_tokens": 8, "cache_tokens": 8},
-        },
-        "data": {"train": "x"},
-        "train": {"window_tokens": 32, "batch_lanes": 1, "max_steps": 30},
-        "optim": {"warmup_steps": 2},
-    }
-    assert validate(tree).model.attention == TransformerXLConfig(segment_tokens=8, cache_tokens=8)
-    with pytest.raises(ConfigError, match=r"parallel.context_size: the cache of model.attention.kind transformer_xl"):
-        validate({**tree, "parallel": {"context_size": 2}})

@@ -1,0 +1,220 @@
+"""The paper's Table 2 at small scale: attention variants on long books, with equal parameters, tokens and tuning.
+
+    python benchmarks/table2.py --train train.jsonl.gz --validation validation.jsonl.gz --test test.jsonl.gz
+
+Any long documents will do. Encodes them; trains configs/run/table2.yaml with every arm and learning rate; chooses each
+arm's rate by the validation books, and trains it with more seeds, and with other sizes of its memory. Held-out books
+are read whole, streamed. Each run becomes a file in benchmarks/results/table2/; a run whose file is there is not made
+again, so that an interrupted benchmark goes on. The tables and plots of docs/results.md are made of the files; with
+--report that is all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_tools.readers import documents
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ROOT / "benchmarks" / "results" / "table2"
+RATES = ("2e-3", "4e-3")  # tried by every arm with the first seed
+SEEDS = (0, 1, 2)
+VALIDATION_BOOKS, TEST_BOOKS = 1, 3  # the first of each file, whole
+VOCABULARY, SAMPLE_MB = 1024, 4
+
+XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=128"]
+MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=128", "model.attention.top_k=32"]
+RMT = ["model.attention.kind=rmt"]
+ARMS = {  # name -> what differs from configs/run/table2.yaml
+    "infini-linear": [],
+    "infini-delta": ["model.attention.update=delta"],
+    "transformer_xl": XL,
+    "memorizing": [*MEMORIZING, "model.attention.stored_tokens=2048"],
+    "rmt": [*RMT, "model.attention.memory_tokens=8"],
+    "local": ["model.attention.kind=local"],
+    "full": ["model.attention.kind=full"],
+}
+SIZES = {  # other sizes of an arm's memory, trained with its rate and the first seed: arm -> name -> what differs
+    "transformer_xl": {"cache 32": [*XL[:1], "model.attention.cache_tokens=32"]},
+    "memorizing": {
+        "store 512": [*MEMORIZING, "model.attention.stored_tokens=512"],
+        "store 8192": [*MEMORIZING, "model.attention.stored_tokens=8192"],
+    },
+    "rmt": {"2 tokens": [*RMT, "model.attention.memory_tokens=2"]},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `size` is "" for the arm's own memory."""
+
+    arm: str
+    rate: str
+    seed: int
+    size: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.arm, *([self.size.replace(" ", "_")] if self.size else []), self.rate, str(self.seed)])
+
+    @property
+    def settings(self) -> list[str]:
+        own = SIZES[self.arm][self.size] if self.size else ARMS[self.arm]
+        return [*own, f"optim.lr={self.rate}", f"seed={self.seed}"]
+
+
+def main() -> None:
+    """Makes what is missing, then reports."""
+    options = parse()
+    if not options.report:
+        prepare(options)
+        for run in plan(options.arms):
+            make(options, run)
+        for arm in options.arms:
+            rate = best_rate(arm)
+            for run in [Run(arm, rate, seed) for seed in SEEDS[1:]] + [
+                Run(arm, rate, SEEDS[0], size) for size in SIZES.get(arm, ())
+            ]:
+                make(options, run)
+    from table2_report import write_report  # matplotlib is not needed before
+
+    write_report(FILES)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for split in ("train", "validation", "test"):
+        parser.add_argument(f"--{split}", metavar="FILE", help="long documents (first time only)")
+    parser.add_argument("--out", type=Path, default=Path("runs/table2"), help="data and runs (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=list(ARMS))
+    parser.add_argument("--report", action="store_true", help="only write tables and plots from the files")
+    return parser.parse_args()
+
+
+def plan(arms: list[str]) -> list[Run]:
+    """The runs that tune: the same for every arm."""
+    return [Run(arm, rate, SEEDS[0]) for rate in RATES for arm in arms]
+
+
+def best_rate(arm: str) -> str:
+    """The arm's learning rate with the lowest loss on the validation books."""
+    found = {rate: load(Run(arm, rate, SEEDS[0]))["validation"]["loss"] for rate in RATES}
+    return min(found, key=lambda rate: found[rate])
+
+
+def load(run: Run) -> dict[str, Any]:
+    """What a finished run found."""
+    found: dict[str, Any] = json.loads((FILES / f"{run.name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """A tokenizer of 1024 pieces and the shards, unless they are there."""
+    data, model = options.out / "data", options.out / "tokenizer.model"
+    sources = {"train": options.train, "validation": options.validation, "test": options.test}
+    missing = [split for split in sources if not (data / split / "manifest.json").exists()]
+    if missing and not all(sources.values()):
+        sys.exit(f"error: {data} holds no shards for {missing[0]} yet; give --train, --validation and --test")
+    options.out.mkdir(parents=True, exist_ok=True)
+    tool = [sys.executable, "-m", "data_tools"]
+    if not model.exists():
+        words = ["--vocab-size", str(VOCABULARY), "--sample-mb", str(SAMPLE_MB), "--out", str(model)]
+        subprocess.run([*tool, "tokenizer", options.train, *words], check=True)
+    for split in missing:
+        source = Path(sources[split])
+        if split != "train":
+            source = cut_books(source, options.out / f"{split}.jsonl", {"validation": VALIDATION_BOOKS}.get(split))
+        words = ["--tokenizer", str(model), "--out", str(data / split), "--overwrite"]
+        subprocess.run([*tool, "encode", str(source), *words], check=True)
+
+
+def cut_books(source: Path, target: Path, count: int | None) -> Path:
+    """A file of the first books."""
+    with target.open("w", encoding="utf-8") as file:
+        for document in islice(documents([str(source)]), count or TEST_BOOKS):
+            file.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
+    return target
+
+
+def make(options: argparse.Namespace, run: Run) -> None:
+    """Trains (or finishes) a run, evaluates it, and writes its file, unless it is there."""
+    path = FILES / f"{run.name}.json"
+    if path.exists():
+        return
+    run_dir = options.out / run.name
+    places = [f"run_dir={run_dir}", f"data.train={options.out / 'data' / 'train'}"]
+    sets = [word for setting in [*run.settings, *places] for word in ("--set", setting)]
+    tool = [sys.executable, "-m", "infini_train.cli"]
+    was_begun = (run_dir / "metrics.jsonl").exists()  # then the time of the end tells nothing about the whole
+    with (options.out / "log.txt").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen([*tool, "train", "table2", *sets], stdout=log, env=one_thread())
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        sys.exit(f"error: {run.name} failed; see {options.out / 'log.txt'}")
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokens = max(line.get("tokens", 0) for line in metrics)
+    found = {
+        "arm": run.arm,
+        "size": run.size,
+        "rate": run.rate,
+        "seed": run.seed,
+        "settings": run.settings,
+        **describe(run_dir),
+        "train_tokens": tokens,
+        "train_tokens_per_cpu_s": None if was_begun else tokens / (usage.ru_utime + usage.ru_stime),
+        "train_peak_rss_bytes": usage.ru_maxrss * 1024,
+        "train_loss": statistics.mean([line["loss/train"] for line in metrics if "loss/train" in line][-5:]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "machine": f"{platform.machine()}, one thread, shared",
+    }
+    for split, books in (("validation", VALIDATION_BOOKS), ("test", TEST_BOOKS)):
+        command = [*tool, "eval", "perplexity", str(run_dir), "--data", str(options.out / "data" / split)]
+        command += ["--lanes", str(books), "--json"]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one_thread())
+        values = json.loads(result.stdout)
+        found[split] = {name: values[name] for name in ("loss", "perplexity", "bits_per_byte", "tokens", "documents")}
+    FILES.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".part").rename(path)
+    print(f"{run.name}: validation {found['validation']['loss']:.4f}, test {found['test']['loss']:.4f}", flush=True)
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a run."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def describe(run_dir: Path) -> dict[str, Any]:
+    """Sizes of a trained model, and what it really carries from window to window."""
+    import torch
+
+    from infini_train.eval.loading import open_trained
+    from infini_train.model.flops import count_parameters, memory_numbers
+    from infini_train.train.carry import name_leaves
+
+    trained = open_trained(run_dir)
+    model, window = trained.model, trained.config.train.window_tokens
+    tokens_BT = torch.randint(0, model.config.vocab_size, (1, window))
+    with torch.no_grad():
+        grid = model.make_grid(torch.zeros(1, window, dtype=torch.bool), torch.ones(1, window), None)
+        kept = model.between_windows(model.decode(tokens_BT, grid, None)[1])
+    return {
+        "parameters": count_parameters(model.config),
+        "memory_numbers": memory_numbers(model.config),
+        "carried_bytes": sum(leaf.nbytes for _, leaf in name_leaves(kept, "")) if kept is not None else 0,
+    }
+
+
+if __name__ == "__main__":
+    main()

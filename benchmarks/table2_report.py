@@ -1,0 +1,152 @@
+"""The tables and the plot of docs/results.md from the files of benchmarks/table2.py."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ROOT / "benchmarks" / "results" / "table2"
+PAGE = ROOT / "docs" / "results.md"
+IMAGE = ROOT / "docs" / "images" / "table2_memory.png"
+BEGIN, END = "<!-- table 2: written by benchmarks/table2.py -->", "<!-- end of table 2 -->"
+ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
+COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+REFERENCE = "memorizing"  # whose memory the others are compared with, as in the paper
+
+Found = dict[str, Any]
+
+
+def write_report(files: Path = FILES) -> None:
+    """Tables into the page, and the plot beside it."""
+    found = load(files)
+    draw(found, IMAGE)
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def load(files: Path = FILES) -> list[Found]:
+    """All runs, in the order of the arms."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files.glob("*.json"))]
+    return sorted(found, key=lambda run: (ORDER.index(run["arm"]), run["size"], run["rate"], run["seed"]))
+
+
+def fill_page(page: str, found: list[Found]) -> str:
+    """The page with the tables between its two marks written anew."""
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    tables = "\n\n".join((tabulate_arms(found), tabulate_sizes(found), tabulate_rates(found)))
+    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}"
+
+
+def best_rate(found: list[Found], arm: str) -> str:
+    """The rate with the lowest loss on the validation books, with the first seed."""
+    tried = [run for run in found if run["arm"] == arm and not run["size"] and run["seed"] == 0]
+    rate: str = min(tried, key=lambda run: run["validation"]["loss"])["rate"]
+    return rate
+
+
+def chosen(found: list[Found], arm: str) -> list[Found]:
+    """The runs of an arm with its own memory and its best rate, one a seed."""
+    rate = best_rate(found, arm)
+    return [run for run in found if run["arm"] == arm and not run["size"] and run["rate"] == rate]
+
+
+def arms_of(found: list[Found]) -> list[str]:
+    """Those that have a run, in order."""
+    return [arm for arm in ORDER if any(run["arm"] == arm and not run["size"] for run in found)]
+
+
+def tabulate_arms(found: list[Found]) -> str:
+    """A line an arm: means over its seeds."""
+    reference = [run["memory_numbers"] for run in found if run["arm"] == REFERENCE and not run["size"]]
+    lines = [
+        "| arm | seeds | perplexity of the test books | loss (nats a token), its range | memory (numbers) | compression"
+        " | carried (bytes) | tokens a CPU second | peak RSS (MB) | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms_of(found):
+        runs = chosen(found, arm)
+        losses = [run["test"]["loss"] for run in runs]
+        perplexity = statistics.mean(run["test"]["perplexity"] for run in runs)
+        speeds = [run["train_tokens_per_cpu_s"] for run in runs if run["train_tokens_per_cpu_s"]]
+        numbers = runs[0]["memory_numbers"]
+        compression = f"{reference[0] / numbers:.1f}x" if reference and numbers else "-"
+        lines.append(
+            f"| {arm} | {len(runs)} | {perplexity:.2f} | {statistics.mean(losses):.4f}, {min(losses):.4f} to"
+            f" {max(losses):.4f} | {numbers:,} | {compression} | {runs[0]['carried_bytes']:,} |"
+            f" {statistics.mean(speeds) if speeds else float('nan'):,.0f} |"
+            f" {max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f} | {runs[0]['parameters']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def tabulate_sizes(found: list[Found]) -> str:
+    """A line a size of the memory, all with the first seed."""
+    lines = [
+        "| arm | size | memory (numbers) | carried (bytes) | loss of the test books, seed 0 |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms_of(found):
+        for run in by_size(found, arm):
+            lines.append(
+                f"| {arm} | {run['size'] or 'as above'} | {run['memory_numbers']:,} | {run['carried_bytes']:,} |"
+                f" {run['test']['loss']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def by_size(found: list[Found], arm: str) -> list[Found]:
+    """The runs of the first seed, from the smallest memory to the largest."""
+    own = [run for run in chosen(found, arm) if run["seed"] == 0]
+    return sorted([run for run in found if run["arm"] == arm and run["size"]] + own, key=lambda r: r["memory_numbers"])
+
+
+def tabulate_rates(found: list[Found]) -> str:
+    """The grid of learning rates, the same for all arms; the validation books choose."""
+    rates = sorted({run["rate"] for run in found}, key=float)
+    lines = ["| loss of the validation books, seed 0 | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for arm in arms_of(found):
+        tried = {run["rate"]: run for run in found if run["arm"] == arm and not run["size"] and run["seed"] == 0}
+        cells = [f"{tried[rate]['validation']['loss']:.4f}" if rate in tried else "" for rate in rates]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(found: list[Found], path: Path) -> None:
+    """Perplexity against the bytes of the memory in fp32; arms without one are lines across."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for arm in arms_of(found):
+        colour, runs = COLOURS[arm], by_size(found, arm)
+        if runs[0]["memory_numbers"] == 0:
+            style = {"local": "--", "full": ":"}[arm]
+            axes.axhline(runs[0]["test"]["perplexity"], color=colour, linestyle=style, label=f"{arm} (carries nothing)")
+            continue
+        sizes = [4 * run["memory_numbers"] for run in runs]
+        axes.plot(sizes, [run["test"]["perplexity"] for run in runs], "o-", color=colour, label=arm)
+        others = [run for run in chosen(found, arm) if run["seed"] != 0]
+        axes.plot(
+            [4 * run["memory_numbers"] for run in others],
+            [run["test"]["perplexity"] for run in others],
+            "x",
+            color=colour,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="memory of a sequence (bytes, fp32)",
+        ylabel="perplexity of the test books",
+        title="Line: seed 0, by size of the memory; crosses: other seeds",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    write_report()
