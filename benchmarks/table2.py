@@ -25,13 +25,13 @@ from data_tools.readers import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "benchmarks" / "results" / "table2"
-RATES = ("2e-3", "4e-3")  # tried by every arm with the first seed
+RATES = ("3e-3", "6e-3")  # tried by every arm with the first seed
 SEEDS = (0, 1, 2)
 VALIDATION_BOOKS, TEST_BOOKS = 1, 3  # the first of each file, whole
 VOCABULARY, SAMPLE_MB = 1024, 4
 
-XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=128"]
-MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=128", "model.attention.top_k=32"]
+XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=64"]
+MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=64", "model.attention.top_k=32"]
 RMT = ["model.attention.kind=rmt"]
 ARMS = {  # name -> what differs from configs/run/table2.yaml
     "infini-linear": [],
@@ -43,7 +43,7 @@ ARMS = {  # name -> what differs from configs/run/table2.yaml
     "full": ["model.attention.kind=full"],
 }
 SIZES = {  # other sizes of an arm's memory, trained with its rate and the first seed: arm -> name -> what differs
-    "transformer_xl": {"cache 32": [*XL[:1], "model.attention.cache_tokens=32"]},
+    "transformer_xl": {"cache 16": [*XL[:1], "model.attention.cache_tokens=16"]},
     "memorizing": {
         "store 512": [*MEMORIZING, "model.attention.stored_tokens=512"],
         "store 8192": [*MEMORIZING, "model.attention.stored_tokens=8192"],
