@@ -25,11 +25,6 @@ def table2() -> dict[str, object]:
     return runpy.run_path(str(ROOT / "benchmarks" / "table2_report.py"))
 
 
-def test_table_2_is_that_of_the_files(table2):
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table2["load"]()
-    assert found and table2["fill_page"](page, found) == page, "run python benchmarks/table2.py --report"
-
-
 def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
     """Not by the test books, and not by other sizes of the memory or other seeds."""
 
