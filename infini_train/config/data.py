@@ -17,7 +17,7 @@ class PasskeyConfig:
     wording: str = "paper"  # of text and question
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
     digits: int = 5  # of the number
-    few_digits: bool = False  # numbers often consist of few different digits, so that a digit comes twice
+    few_digits: bool = False  # when texts have grown they begin short again, with numbers that repeat digits
     min_segments: int = 3  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number

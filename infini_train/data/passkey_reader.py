@@ -1,9 +1,10 @@
 """Passkey texts as training windows: composed on the fly, a pure function of seed, step and lane.
 
 A window holds one text, or several short ones one behind the other, each from a segment's edge on, so that gradients
-reach from the answer back to the key. Texts grow while the loss is low. When they are as long as a window, some come
-under pressure: the segments that don't hold the key write more into the memory, as if their text had been read many
-times, so that a window feels like a far longer one. This augmentation is not in the paper.
+reach from the answer back to the key. Texts grow while the loss is low. With keys of few digits to come, they then begin
+short once more, now with such keys. When they have grown for good, some come under pressure: the segments that don't
+hold the key write more into the memory, as if their text had been read many times, so that a window feels like a far
+longer one. This augmentation is not in the paper.
 
 Shapes: B lanes read by this rank, T window_tokens.
 """
@@ -40,13 +41,26 @@ class _Window(NamedTuple):
     loss_weights_BT: np.ndarray
 
 
+class _Stage(NamedTuple):
+    few_digits: bool
+    grown: bool  # as long as a window
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Position of a `PasskeyReader`: windows read, segments of the longest texts, running mean of the loss."""
+    """Position of a `PasskeyReader`.
+
+    Attributes:
+        step: windows read.
+        longest: segments of the longest texts.
+        loss: its running mean.
+        few_digits: texts have grown once, and have keys of few digits now.
+    """
 
     step: int
     longest: float
     loss: float
+    few_digits: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain values for json.dumps."""
@@ -102,7 +116,7 @@ class PasskeyReader:
 
     def parse(self, tree: Mapping[str, Any]) -> Progress:
         """The position of a `Progress.to_json`."""
-        return Progress(int(tree["step"]), float(tree["longest"]), float(tree["loss"]))
+        return Progress(int(tree["step"]), float(tree["longest"]), float(tree["loss"]), bool(tree["few_digits"]))
 
     def learn(self, position: Progress, loss: float) -> Progress:
         """The position when its last window was learned with this loss: the texts grow while it is low."""
@@ -110,7 +124,9 @@ class PasskeyReader:
         longest = position.longest
         if mean < self.config.grow_below_loss:
             longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
-        return Progress(position.step, longest, mean)
+        if longest >= self._most and self.config.few_digits and not position.few_digits:
+            return Progress(position.step, self._least, START_LOSS, few_digits=True)
+        return dataclasses.replace(position, longest=longest, loss=mean)
 
     def name_documents(self, position: Progress) -> list[str]:
         """The number of the step for which all texts of the window behind `position` are made."""
@@ -127,7 +143,7 @@ class PasskeyReader:
             loss_weights_BT=np.zeros(shape, np.float32),
         )
         step, n_bytes = position.step, 0
-        presses = position.longest >= self._most
+        stage = _Stage(position.few_digits, grown=position.longest >= self._most)
         drawn = self._draw_segments(
             np.random.default_rng([self._seed, step]), position.longest
         )  # the same in all lanes
@@ -137,32 +153,32 @@ class PasskeyReader:
             while left >= self._least:
                 segments = min(drawn, left)
                 begin, stop = first * self.segment_tokens, (first + segments) * self.segment_tokens
-                n_bytes += self._write_text(window, row, random, slice(begin, stop), presses)
+                n_bytes += self._write_text(window, row, random, slice(begin, stop), stage)
                 first, left = first + segments, left - segments
         document_B = np.full(len(self.rows), step, np.int64)
         batch = Batch(**window._asdict(), document_B=document_B, n_bytes=float(n_bytes))
-        return batch, Progress(step + 1, position.longest, position.loss)
+        return batch, dataclasses.replace(position, step=step + 1)
 
     def _draw_segments(self, random: np.random.Generator, longest: float) -> int:
         """Log-uniform."""
         most = int(longest)
         return min(most, int(math.exp(random.uniform(math.log(self._least), math.log(most + 1)))))
 
-    def _write_text(self, window: "_Window", row: int, random: np.random.Generator, place: slice, presses: bool) -> int:
+    def _write_text(self, window: _Window, row: int, random: np.random.Generator, place: slice, stage: _Stage) -> int:
         """One text into these columns, from their first one on; returns its bytes."""
-        text = self._compose(random, (place.stop - place.start) // self.segment_tokens, presses)
+        text = self._compose(random, (place.stop - place.start) // self.segment_tokens, stage)
         columns, ids = slice(place.start, place.start + text.tokens), text.ids
         window.starts_BT[row, place.start] = True
         window.tokens_BT[row, columns] = np.concatenate(([ByteTokenizer.bos_id], ids[:-1]))
         window.labels_BT[row, columns] = ids
         window.loss_weights_BT[row, columns] = self._weigh_losses(text)
-        window.weights_BT[row, columns] = self._weigh_writes(text, random, presses)
+        window.weights_BT[row, columns] = self._weigh_writes(text, random, stage.grown)
         return text.tokens
 
-    def _compose(self, random: np.random.Generator, segments: int, grown: bool) -> Passkey:
+    def _compose(self, random: np.random.Generator, segments: int, stage: _Stage) -> Passkey:
         """A text that ends in the last of so many segments; the question may reach back into the one before."""
         size = self.segment_tokens
-        kind, inside = random.random(), random.random() < QUESTION_INSIDE or not grown
+        kind, inside = random.random(), random.random() < QUESTION_INSIDE or not stage.grown
         beside = kind >= BEFORE_END and self._key_tokens + self._tail_tokens < size
         least = 1 + (self._key_tokens + self._tail_tokens if beside else self._tail_tokens if inside else 0)
         last_tokens = int(random.integers(min(least, size), size + 1))
@@ -175,7 +191,7 @@ class PasskeyReader:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
-        return writer.place(self._draw_key(random, grown), length, before)
+        return writer.place(self._draw_key(random, stage.few_digits), length, before)
 
     def _choose_writer(self, random: np.random.Generator, length: int) -> PasskeyWriter:
         """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
@@ -186,12 +202,9 @@ class PasskeyReader:
         count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
         return writer.refill(str(sentence) for sentence in random.choice(SENTENCES, count, replace=False))
 
-    def _draw_key(self, random: np.random.Generator, grown: bool) -> np.ndarray:
-        """Any digits, or some of few: where digits repeat, only their place tells what follows them.
-
-        Such keys before anything is learned of the others keep the loss on a plateau, so they wait for grown texts.
-        """
-        if not (self.config.few_digits and grown):
+    def _draw_key(self, random: np.random.Generator, few_digits: bool) -> np.ndarray:
+        """Any digits, or some of few: where digits repeat, only their place tells what follows them."""
+        if not few_digits:
             return random.integers(0, 10, self.config.digits)
         return random.choice(random.permutation(10)[: random.integers(2, 11)], self.config.digits)
 

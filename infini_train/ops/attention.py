@@ -213,5 +213,8 @@ def _key_windows(x_BKLD: Tensor, grid: Grid) -> Tensor:
         return x_BKLD[:, None]
     if grid.overlap_tokens == 0:
         return x_BKLD.unflatten(2, (grid.segments, grid.segment_tokens)).transpose(1, 2)
-    size = grid.overlap_tokens + grid.segment_tokens
-    return x_BKLD.unfold(2, size, grid.segment_tokens).permute(0, 2, 1, 4, 3)
+    # Not unfold, whose backward is slow and whose last dimension is not the contiguous one.
+    whole = (grid.segments, grid.segment_tokens)
+    before_BKSWD = x_BKLD[:, :, : -grid.overlap_tokens].unflatten(2, whole)[..., : grid.overlap_tokens, :]
+    inside_BKSND = x_BKLD[:, :, grid.overlap_tokens :].unflatten(2, whole)
+    return torch.cat((before_BKSWD, inside_BKSND), 3).transpose(1, 2)

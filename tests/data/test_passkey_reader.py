@@ -78,7 +78,7 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
 def test_keys_of_few_digits_repeat_them(few_digits, two):
     keys = []
     for step in range(30):
-        batch, _ = reader(dataclasses.replace(GROWING, few_digits=few_digits)).next(Progress(step, 12.0, 1.0))
+        batch, _ = reader().next(Progress(step, 3.0, 1.0, few_digits))
         for row in range(4):
             keys += [ByteTokenizer().decode(batch.labels_BT[row, b - 5 : b]) for _, b in texts(batch, row)]
     different = np.bincount([len(set(key)) for key in keys], minlength=6) / len(keys)
@@ -105,6 +105,20 @@ def test_texts_grow_while_the_loss_is_low():
         seen.append(position.longest)
     assert seen == sorted(seen) and seen[-1] == 12
     assert reader().learn(position, 9.0).longest == 12, "they never shrink"
+
+
+def test_texts_grow_again_with_keys_of_few_digits():
+    twice = reader(dataclasses.replace(GROWING, few_digits=True))
+    position, stages = twice.start(), []
+    for _ in range(120):
+        position = twice.learn(position, 0.2)
+        stages.append((position.few_digits, position.longest))
+    turn = [few_digits for few_digits, _ in stages].index(True)
+    assert stages[turn] == (True, 3) and max(longest for _, longest in stages[:turn]) > 10
+    assert stages[-1] == (True, 12) and stages == sorted(stages), "they never get short a second time"
+    assert stages[turn + 1] == (True, 3), "what was learned of other keys doesn't count"
+    window, after = twice.next(position)
+    assert after.few_digits and twice.parse(after.to_json()) == after and window.weights_BT.max() > 1
 
 
 def test_every_text_counts_alike():
