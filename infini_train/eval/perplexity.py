@@ -63,7 +63,7 @@ def evaluate_perplexity(
         dataset: documents; only one window of each lane is in memory.
         lanes: documents read side by side. 1 streams one after the other.
         window_tokens: tokens of a lane in one forward, a multiple of the segment (of every context-parallel rank).
-        max_tokens: stop after about this many tokens; None: all of them.
+        max_tokens: stop when about this many tokens are read; None: all of them.
         carry_memory: as in training; False forgets at each window's edge.
         on_progress: called with the tokens of each window.
         gives_up: asked before each window; if it is true on any rank, all return None.
@@ -76,7 +76,8 @@ def evaluate_perplexity(
     position, carried = reader.start(), stages.initial_carried(mine // micro_batches, micro_batches)
     counts_V = np.zeros(dataset.manifest.vocab_size, dtype=np.int64)
     loss_sum, tokens, n_bytes, documents = 0.0, 0, 0.0, 0.0
-    while max_tokens is None or tokens < max_tokens:
+    read = 0  # more than `tokens` where some are read without a loss
+    while max_tokens is None or read < max_tokens:
         batch, position = reader.next(position)
         if batch is None:
             break
@@ -84,14 +85,19 @@ def evaluate_perplexity(
         carried = after if carry_memory else carried
         valid = batch.labels_BT[batch.labels_BT != IGNORED]
         counts_V += np.bincount(valid, minlength=len(counts_V))
-        begun = (batch.starts_BT & (batch.weights_BT > 0)).sum()
-        found = mesh.sum_over_world([loss_here, len(valid), batch.n_bytes, float(begun), float(gives_up())])
+        text_BT = batch.weights_BT > 0
+        begun, text = (batch.starts_BT & text_BT).sum(), text_BT.sum()
+        found = mesh.sum_over_world(
+            [loss_here, len(valid), batch.n_bytes, float(begun), float(text), float(gives_up())]
+        )
         if found[-1]:
             return None
-        read = round(found[1] / stages.parallel.model_size)
-        loss_sum, tokens = loss_sum + found[0] / stages.parallel.tensor_size, tokens + read
+        loss_sum += found[0] / stages.parallel.tensor_size
+        tokens += round(found[1] / stages.parallel.model_size)
         n_bytes, documents = n_bytes + found[2] / stages.parallel.model_size, documents + found[3]
-        on_progress(read)
+        text = round(found[4] / stages.parallel.model_size)
+        read += text
+        on_progress(text)
     *counts, damaged = mesh.sum_over_world([*counts_V.tolist(), float(reader.corrupt_documents)])
     return Perplexity(
         loss_sum / tokens if tokens else math.nan,

@@ -229,6 +229,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     gates_LH = gate_matrix(session.stages, session.engine)
     extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
     eta_s = (config.train.total_steps - step) * values["speed/step_s"]
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # without labels there is no loss
     metrics.write(step, values)
     write_status(session, values, eta_s)
     line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)

@@ -27,7 +27,7 @@ def write_status(session: Session, values: dict[str, float], eta_s: float) -> No
         session,
         {
             "state": "training" if session.step < total else "finished",
-            "loss": values["loss/train"],
+            "loss": values.get("loss/train"),
             "tokens_per_s": values["speed/tokens_per_s"],
             "eta_s": eta_s,
             "skipped_steps": session.guard.skipped,
