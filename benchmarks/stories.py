@@ -58,14 +58,14 @@ BEASTS = "horse dog donkey goat cat crow fox bear mule goose hare wolf swan calf
 SEASONS = "spring summer autumn winter January February March April May June July August harvest Easter Advent Lent"
 COLOURS = "silver golden copper wooden glass iron ivory marble velvet leather bronze paper stone amber pearl tin"
 FACTS = {  # the words to choose from, and the sentences that state one of them
-    "hero": (PERSONS, ["This is the story of {}.", "{} is the one we follow here.", "Our tale is about {}."]),
-    "trade": (TRADES.split(), ["By trade our hero was a {}.", "A {} by profession was the one we follow."]),
-    "home": (PLACES, ["The home of our hero was {}.", "Our hero was born in {} and lived there."]),
-    "season": (SEASONS.split(), ["The journey began in {}.", "It was {} when the journey began."]),
-    "friend": (PERSONS, ["A true companion was found in {}.", "{} became a true companion on the road."]),
-    "beast": (BEASTS.split(), ["All the baggage was carried by a {}.", "A {} carried all the baggage."]),
-    "colour": (COLOURS.split(), ["What they sought was {}, people said.", "People said that what they sought was {}."]),
-    "thing": (THINGS.split(), ["It was a lost {} that they sought.", "They sought a lost {}."]),
+    "hero": (PERSONS, ["This is the story of {}.", "We follow the story of {}."]),
+    "trade": (TRADES.split(), ["By trade our hero was a {}.", "Our hero worked as a {}."]),
+    "home": (PLACES, ["The home of our hero was {}.", "Our hero was born in {}."]),
+    "season": (SEASONS.split(), ["The journey began in {}.", "The time of the journey was {}."]),
+    "friend": (PERSONS, ["A true companion was {}.", "On the way came a companion, {}."]),
+    "beast": (BEASTS.split(), ["All the baggage was carried by a {}.", "For the baggage there was a {}."]),
+    "colour": (COLOURS.split(), ["What they sought was {}.", "They said that it was {}."]),
+    "thing": (THINGS.split(), ["They sought a lost {}.", "The road should lead to a lost {}."]),
 }
 SUMMARY = (
     "{hero}, a {trade} of {home}, set out in {season} with {friend} and a {beast} and found the lost {colour} {thing}."

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ def _go_offline() -> None:
         ) from error
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # they may have been imported before
     datasets.config.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every default that a task file leaves open
 
 
 def evaluate_harness(
@@ -152,13 +155,25 @@ def _explained(names: Sequence[str]) -> Iterator[None]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """The tables that lm_eval prints."""
-    from lm_eval.utils import make_table
-
-    tables = [make_table(results)]
-    if results.get("groups"):
-        tables.append(make_table(results, "groups"))
-    return "\n".join([*tables, f"written to {results['folder']}"])
+    """A line for each measure of each task and group."""
+    rows = [("task", "n-shot", "filter", "measure", "value", "stderr")]
+    for name, values in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in values.items():
+            measure, _, filtered = key.partition(",")
+            if isinstance(value, float) and not measure.endswith("_stderr"):
+                error = values.get(f"{measure}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                shots = str(results.get("n-shot", {}).get(name, "-"))
+                rows.append((name, shots, filtered, measure, f"{value:,.4f}", shown))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:>{width}}" if place > 3 else f"{cell:<{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, f"written to {results['folder']}"])
 
 
 def _write_board(folder: Path, step: int, results: dict[str, Any]) -> None:

@@ -203,3 +203,10 @@ def test_the_shares_of_specialised_heads_are_counted():
     assert found["gates/local"] == 0.25 and found["gates/memory"] == 0.375
     assert found["gates/mixed"] == 1 - 0.25 - 0.375
     assert found["gates/mean"] == pytest.approx(0.55125)
+
+
+def test_a_line_of_a_window_without_labels():
+    values = {"lr/matrices": 3e-4, "speed/tokens_per_s": 100.0, "speed/mfu": 0.2}
+    assert step_line(7, 10, values, 2.0) == (
+        "step  7/10  read only: no labels here  lr 3.00e-04  100 tok/s  mfu 20%  eta 2s"
+    )
