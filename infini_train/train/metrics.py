@@ -33,7 +33,7 @@ LAYOUT = {
         "model FLOP utilisation": ["Multiline", ["speed/mfu"]],
         "parts of a step (s)": [
             "Multiline",
-            ["seconds/data", "seconds/forward", "seconds/backward", "seconds/optimizer"],
+            ["seconds/data", "seconds/wait", "seconds/forward", "seconds/backward", "seconds/optimizer"],
         ],
     },
     "Memory of the model": {

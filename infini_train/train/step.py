@@ -30,7 +30,7 @@ class StepResult(NamedTuple):
     n_bytes: float  # of text
     grad_norm: float  # before clipping
     states: Carried
-    seconds: dict[str, float]  # forward, backward, optimizer
+    seconds: dict[str, float]  # wait, forward, backward, optimizer
     problem: str = ""  # why the step was left out
 
 
@@ -86,7 +86,7 @@ def train_step(
     """
     place, parallel = stages.place, stages.parallel
     watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
-    watch.begin("forward", "(counting labels)")
+    watch.begin("wait", "for all ranks to count their labels")
     valid_BT = batch.labels_BT != IGNORED
     weight = valid_BT.sum() if batch.loss_weights_BT is None else batch.loss_weights_BT[valid_BT].sum(dtype=np.float64)
     text = float((batch.weights_BT > 0).sum())

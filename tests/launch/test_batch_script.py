@@ -133,16 +133,17 @@ def test_a_crashed_node_is_left_behind(start, slurm):
     slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", WAIT_S, "n2 is back")
 
 
-@pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("code", "starts"), [(2, 1), (4, 1), (1, 3)])
 def test_failures_end_the_job_at_the_cap_and_mistakes_at_once(start, tmp_path, code, starts):
     (tmp_path / "a run's folder").mkdir()
     (tmp_path / "a run's folder" / "mistake").write_text(str(code))
     run = start(tasks=2)
     assert run.wait_for_end() == "FAILED", run.story()
     assert run.starts() == starts, run.story()
-    reason = "data.train: is wrong" if code == 2 else "rank 0 has failed"
+    reason = "rank 0 has failed" if code == 1 else "data.train: is wrong"
     assert f"failed first, exit code {code}: error: {reason}" in run.job_log(), run.story()
-    assert ("given up after 2 retries" in run.job_log()) == (code == 1)
+    said = {1: "given up after 2 retries", 2: "mend that and submit again", 4: "training would diverge again"}
+    assert [text in run.job_log() for text in said.values()] == [each == code for each in said]
 
 
 def test_cancel_saves_and_ends_and_a_cancelled_job_is_not_revived(start, slurm):

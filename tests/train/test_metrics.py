@@ -67,7 +67,7 @@ def test_numbers_are_in_both_places(run_dir):
     expected |= {"loss/validation", "perplexity/validation", "bits_per_byte/validation", "loss/unigram_entropy"}
     expected |= {f"lr/{group}" for group in ("matrices", "vectors", "gates")}
     expected |= {f"speed/{name}" for name in ("step_s", "tokens_per_s", "mfu", "peak_memory_bytes")}
-    expected |= {f"seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
+    expected |= {f"seconds/{part}" for part in ("data", "wait", "forward", "backward", "optimizer")}
     expected |= {"gates/mean", "gates/lowest", "gates/highest", "memory/written_tokens"}
     expected |= {"gates/local", "gates/mixed", "gates/memory"}
     expected |= {f"memory/{kind}/layer {layer}" for kind in ("norm", "normaliser") for layer in (0, 1)}
@@ -86,7 +86,7 @@ def test_values_make_sense(run_dir):
     assert [line["tokens"] for line in steps] == [128 * n for n in range(1, 7)]
     for line in steps:
         assert line["perplexity/train"] == pytest.approx(math.exp(line["loss/train"]))
-        parts = sum(line[f"seconds/{part}"] for part in ("data", "forward", "backward", "optimizer"))
+        parts = sum(line[f"seconds/{part}"] for part in ("data", "wait", "forward", "backward", "optimizer"))
         assert 0 < parts <= line["speed/step_s"] * 1.01
         assert line["speed/tokens_per_s"] == pytest.approx(128 / line["speed/step_s"])
     assert steps[1]["lr/matrices"] == pytest.approx(3e-3) and steps[1]["lr/gates"] == pytest.approx(5e-2)

@@ -265,4 +265,4 @@ def test_clipping_and_parts_of_the_time(configure):
     assert result.grad_norm > 0.1, "the norm before clipping"
     moved = (session.stages.transformers()[0].embedding.weight - before).norm().item()
     assert 0 < moved <= 1e-3 * session.config.optim.lr  # eps 1 makes AdamW's step about lr x gradient
-    assert set(result.seconds) == {"forward", "backward", "optimizer"} and min(result.seconds.values()) > 0
+    assert set(result.seconds) == {"wait", "forward", "backward", "optimizer"} and min(result.seconds.values()) > 0
