@@ -205,7 +205,7 @@ def _refuse_twice(run_dir: Path) -> None:
     Raises:
         ConfigError: the queue holds a job of this run.
     """
-    from infini_train.config import ConfigError
+    from infini_train.config.errors import ConfigError
     from launch import folder, slurm
 
     queue = slurm.queue()
@@ -354,7 +354,7 @@ def _is_over(run_dir: Path) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _is_queued(number: int, moment: int) -> bool:
-    from infini_train.config import ConfigError
+    from infini_train.config.errors import ConfigError
     from launch import slurm
 
     try:
