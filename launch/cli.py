@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,8 +297,15 @@ def _status(options: argparse.Namespace) -> int:
 
     runs = folder.find_runs(options.folder)
     jobs = {number for run in runs if (number := folder.read_job(run)) is not None}
-    queue = slurm.queue() if jobs else {}
-    rows = status.describe_runs(runs, queue, slurm.accounts(sorted(jobs - queue.keys())))
+    queue: Mapping[int, slurm.QueuedJob] | None = {}
+    ended: Mapping[int, slurm.EndedJob] = {}
+    try:
+        queue = slurm.queue() if jobs else {}
+        ended = slurm.accounts(sorted(jobs - queue.keys()))
+    except ValueError as error:  # a controller that is away: what the runs' folders say is worth a table
+        print(f"warning: {error}; this is what the runs' folders say", file=sys.stderr)
+        queue = None
+    rows = status.describe_runs(runs, queue, ended)
     if options.json:
         print("".join(json.dumps(row) + "\n" for row in rows), end="")
     elif rows:

@@ -134,4 +134,4 @@ def read_fence(run_dir: Path) -> str:
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:
     """Seconds since training said something."""
     beat = status.get("heartbeat")
-    return time.time() - beat if isinstance(beat, int | float) else None
+    return max(0.0, time.time() - beat) if isinstance(beat, int | float) else None  # clocks differ

@@ -11,16 +11,16 @@ COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "
 
 
 def describe_runs(
-    runs: list[Path], queue: Mapping[int, QueuedJob], ended: Mapping[int, EndedJob] | None = None
+    runs: list[Path], queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob] | None = None
 ) -> list[dict[str, Any]]:
-    """One row a run, from its folder, the queue, and the accounting of jobs that are not in it."""
+    """One row a run, from its folder, the queue (None: not known), and the accounting of jobs that are not in it."""
     return [describe_run(run, queue, ended or {}) for run in runs]
 
 
-def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob], ended: Mapping[int, EndedJob]) -> dict[str, Any]:
+def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob]) -> dict[str, Any]:
     """Plain values; `state` joins what training and what Slurm say."""
-    status, number = folder.read_status(run_dir), folder.read_job(run_dir)
-    job = queue.get(number) if number is not None else None
+    status, number = folder.read_status(run_dir), None if queue is None else folder.read_job(run_dir)
+    job = queue.get(number) if queue is not None and number is not None else None
     past = ended.get(number) if number is not None and job is None else None
     failure = folder.read_failure(run_dir)
     state = _state(status.get("state"), number, job, past, failure)
@@ -30,7 +30,7 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob], ended: Mapping[i
         notes.append(past.describe())
     return {
         "run": str(run_dir),
-        "job": number,
+        "job": folder.read_job(run_dir),
         "state": state,
         "step": status.get("step"),
         "total_steps": status.get("total_steps"),
