@@ -226,7 +226,7 @@ class Watch:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame, STACK_LINES)) if frame else ""
         if self._stacks:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # a full disk; closed by the main thread
                 self._stacks.dump()
         sys.stderr.write(f"rank {self.rank} was here:\n{stack}error: {message}\n")
         sys.stderr.flush()
