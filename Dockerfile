@@ -1,8 +1,10 @@
-# An image for GPU nodes. Written, not built: there was no GPU here to try it on.
+# An image for GPU nodes. Never built as an image, nor run on a GPU: hadolint reads it, and tests/test_dockerfile.py runs
+# what it copies and installs, in a folder and an environment of the CPU build.
 # For Pyxis: docker build -t infini-train . && enroot import dockerd://infini-train
 FROM python:3.11-slim-bookworm
 
 # A compiler for torch.compile and DeepSpeed's own extensions; git for the revision in a run's folder.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential git \
     && rm -rf /var/lib/apt/lists/*

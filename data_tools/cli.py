@@ -18,6 +18,7 @@ from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
+from infini_train.data.pairs import PairForm
 
 
 def _read_options(options: argparse.Namespace) -> ReadOptions:
@@ -28,6 +29,7 @@ def _read_options(options: argparse.Namespace) -> ReadOptions:
         keep_fields=keep,
         format=options.format,
         max_record_bytes=int(options.max_record_mb * 1e6),
+        summary_field=getattr(options, "summary_field", None),
     )
 
 
@@ -111,6 +113,8 @@ def _run_encode(options: argparse.Namespace) -> int:
         restart=options.restart,
         workers=options.workers or _cores(),
         part=options.part,
+        form=PairForm(prompt=options.prompt, separator=options.separator),
+        max_tokens=options.max_tokens,
     )
     written, left_out = encode_corpus(options.sources, options.tokenizer, options.out, settings)
     _report(left_out)

@@ -22,7 +22,8 @@ from data_tools.tasks import finished_tasks, run_tasks, share
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
 from infini_train.config.errors import ConfigError
-from infini_train.data.manifest import MANIFEST_FILE, Manifest, read_manifest, token_dtype
+from infini_train.data.manifest import LOSS_START, MANIFEST_FILE, Manifest, read_manifest, token_dtype
+from infini_train.data.pairs import PairForm
 from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
@@ -32,7 +33,7 @@ _BATCH_CHARS = 1_000_000  # encoded at once
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How to encode; the results depend on `holdout`, `max_shard_bytes` and `read` alone."""
+    """How to encode; the results depend on `holdout`, `max_shard_bytes`, `read`, `form` and `max_tokens` alone."""
 
     holdout: float = 0.0  # share of the documents that becomes the validation set
     max_shard_bytes: int = 1 << 29
@@ -43,12 +44,16 @@ class EncodeOptions:
     restart: bool = False  # throw away what an unfinished run has done
     workers: int = 1
     part: str | None = None  # I/N: do the I-th of N parts of the work
+    form: PairForm = PairForm()  # of pairs, with `read.summary_field`
+    max_tokens: int | None = None  # of a pair; a longer book is cut at its end
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout: {self.holdout} is not a share; give a number from 0 up to (not including) 1")
         if min(self.max_shard_bytes, self.workers, self.read.max_record_bytes) < 1:
             raise ConfigError("--shard-mb, --workers and --max-record-mb: must be positive")
+        if self.read.summary_field is None and (self.form != PairForm() or self.max_tokens is not None):
+            raise ConfigError("--prompt, --separator and --max-tokens: are for pairs; name their --summary-field")
         share(self.part, 0)
 
 
@@ -100,6 +105,8 @@ def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, opt
         "holdout": options.holdout,
         "shard_mb": options.max_shard_bytes / 1e6,
         **json.loads(json.dumps(dataclasses.asdict(options.read))),  # with lists, as it will be read
+        **dataclasses.asdict(options.form),
+        "max_tokens": options.max_tokens,
         "version of infini-data": __version__,
     }
     workplace = Workplace(out, restart=options.restart, part=options.part)
@@ -183,7 +190,11 @@ class EncodeWork:
                 dtype = token_dtype(self.tokenizer.vocab_size)
                 runs[name] = ShardRun(folder, name, index, dtype, options.max_shard_bytes)
                 stack.callback(runs[name].abandon)
-            for document, tokens, n_bytes in encode_documents(found, self.tokenizer, left_out, threads):
+            if options.read.summary_field is None:
+                encoded = encode_documents(found, self.tokenizer, left_out, threads)
+            else:
+                encoded = encode_pairs(found, self.tokenizer, options)
+            for document, tokens, n_bytes in encoded:
                 name = "validation" if options.holdout and is_held_out(document.id, options.holdout) else "train"
                 runs[name if options.holdout else "data"].add(
                     tokens, n_bytes=n_bytes, id=document.id, source=document.source, metadata=document.metadata
@@ -213,6 +224,21 @@ def encode_documents(
         ids = tokenizer.encode_many([document.text for document in batch], threads)
         for document, tokens in zip(batch, ids, strict=True):
             yield document, tokens, _utf8_bytes(document.text)
+
+
+def encode_pairs(
+    documents: Iterable[Document], tokenizer: Tokenizer, options: EncodeOptions
+) -> Iterator[tuple[Document, np.ndarray, int]]:
+    """The documents with the ids of book and summary in one, and in their metadata where the summary begins."""
+    for document in documents:
+        if document.summary is None:
+            raise ConfigError(f"{document.id}: has no fields, so no {options.read.summary_field!r}; give JSON lines")
+        try:
+            tokens, start = options.form.encode(tokenizer, document.text, document.summary, options.max_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"{document.id}: {error}") from error
+        metadata = {**document.metadata, LOSS_START: start}
+        yield document._replace(metadata=metadata), tokens, _utf8_bytes(tokenizer.decode(tokens))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -3,6 +3,7 @@
 import argparse
 
 from data_tools.storage import FORMATS
+from infini_train.data.pairs import SEPARATOR
 
 _ABOUT = """\
 Turn text into the shards that infini-train reads.
@@ -52,6 +53,7 @@ examples:
   infini-data encode notes.txt --tokenizer byte --out data/notes
       needs no trained tokenizer: one token a byte
   infini-data encode dump.parquet --text-field content --id-field url --tokenizer t.model --out data/dump
+  infini-data encode booksum.jsonl --text-field book --summary-field summary --tokenizer t.model --out data/booksum
   infini-data encode 'web/*.jsonl.zst' --tokenizer t.model --out data/web --part $SLURM_ARRAY_TASK_ID/8
       one job of a Slurm array 1-8; the one that finishes last puts everything together"""
 
@@ -165,6 +167,13 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="field to keep in a document's metadata; may be given several times (default: title)",
+    )
+    pairs = encode.add_argument_group("pairs of a book and its summary (docs/summarisation.md)")
+    pairs.add_argument("--summary-field", metavar="NAME", help="JSON key or column of the summary; only it is learned")
+    pairs.add_argument("--prompt", default="", metavar="TEXT", help="before the book (default: nothing)")
+    pairs.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="before the summary (default: Summary:)")
+    pairs.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of a pair; a longer book is cut at its end (default: none is cut)"
     )
     _add_run_options(encode)
 

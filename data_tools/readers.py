@@ -32,7 +32,7 @@ _NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", ".gz", ".zst", ".xz", ".bz2"
 class Document(NamedTuple):
     """A text with its name (`id`, within `source`) and what its source said about it.
 
-    `tokens` are the ids of a document that is stored as ids; its text is empty then.
+    `tokens` are the ids of a document that is stored as ids; its text is empty then. `summary` makes it one of a pair.
     """
 
     id: str
@@ -40,6 +40,7 @@ class Document(NamedTuple):
     source: str
     metadata: Mapping[str, Any]
     tokens: np.ndarray | None = None
+    summary: str | None = None
 
 
 class Piece(NamedTuple):
@@ -61,6 +62,7 @@ class ReadOptions:
     keep_fields: tuple[str, ...] = ("title",)  # fields that go into the dataset's metadata
     format: str | None = None  # of all files; None: what their names tell
     max_record_bytes: int = 1_000_000_000  # a larger one is a bad record
+    summary_field: str | None = None  # of a summary of the text
 
 
 def documents(
@@ -198,6 +200,7 @@ class Reader:
                 if not self._has_fields(names, piece.path):
                     return
                 wanted = {self.options.text_field, self.options.id_field or "id", *self.options.keep_fields}
+                wanted.add(self.options.summary_field or self.options.text_field)
                 columns, number = [name for name in names if name in wanted], 0
                 for i in range(file.num_row_groups):
                     group = file.metadata.row_group(i)
@@ -232,17 +235,28 @@ class Reader:
             return None
         if not self._has_fields(row, where):
             return None
-        text = row[self.options.text_field]
+        text = self._text_of(row, self.options.text_field, "--text-field", where)
+        if text is None:
+            return None
+        summary = None
+        if self.options.summary_field is not None:
+            summary = self._text_of(row, self.options.summary_field, "--summary-field", where)
+            if summary is None:
+                return None
+        name = row.get(self.options.id_field or "id")
+        metadata = {key: _plain(row[key]) for key in self.options.keep_fields if row.get(key) is not None}
+        return Document(place_id if name is None else str(name), text, source, metadata, summary=summary)
+
+    def _text_of(self, row: Mapping[str, Any], field: str, option: str, where: object) -> str | None:
+        """The text in a field; None if it is bad."""
+        text = row[field]
         if not isinstance(text, str):
-            problem = f"field {self.options.text_field!r} holds {type(text).__name__}, not text"
-            self.left_out.bad(where, problem, "choose with --text-field")
+            self.left_out.bad(where, f"field {field!r} holds {type(text).__name__}, not text", f"choose with {option}")
             return None
         if not text.isascii() and (half := _half_pair(text)) is not None:
             self.left_out.bad(where, f"character {half} of the text is half a surrogate pair", "repair it")
             return None
-        name = row.get(self.options.id_field or "id")
-        metadata = {key: _plain(row[key]) for key in self.options.keep_fields if row.get(key) is not None}
-        return Document(place_id if name is None else str(name), text, source, metadata)
+        return text
 
     def decode(self, data: bytes, where: object) -> str | None:
         """The text of UTF-8 bytes; None if they are something else. `where` is a file, or a line in it."""
@@ -261,7 +275,11 @@ class Reader:
 
     def _has_fields(self, names: Iterable[str], where: object) -> bool:
         names = list(names)
-        for name, option in ((self.options.text_field, "--text-field"), (self.options.id_field, "--id-field")):
+        for name, option in (
+            (self.options.text_field, "--text-field"),
+            (self.options.id_field, "--id-field"),
+            (self.options.summary_field, "--summary-field"),
+        ):
             if name is not None and name not in names:
                 problem = f"no field {name!r}; the fields here are: {', '.join(names)}"
                 self.left_out.bad(where, problem, f"choose with {option}")

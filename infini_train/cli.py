@@ -35,8 +35,10 @@ A run goes on where it stopped: give the same command again. Text is prepared by
 Each command has a help of its own: infini-train train --help
 
 exit codes: 0 done; 2 something given is wrong, nothing was changed; 1 the run failed (its last checkpoint stays);
+4 training diverged (the same command would do so again; the line says what to change);
 130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
 """
+DIVERGED = 4  # 3 is preflight's bad node
 MACHINE_TROUBLE = {  # of the machine or its permissions, not of the program: one line is enough
     errno.ENOSPC,
     errno.EDQUOT,
@@ -174,7 +176,7 @@ def _train(options: argparse.Namespace) -> None:
     except LostRankError as error:
         sys.exit(_fail(str(error), 1))
     except DivergedError as error:
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_fail(str(error), DIVERGED))
 
 
 # ------------------------------------------------------------------------------------------------------------ generate

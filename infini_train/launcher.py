@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the others hang in collectives that nobody will finish
+STACKS_S = 0.5  # for a rank that has to be killed to write where it was
 HOLD_S = 5.0  # an error's lines are kept back this long, to be shown last if its rank ends by it
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = tuple(128 + number for number in PASSED_ON)  # exit codes of a run that has saved
@@ -181,6 +182,7 @@ class Ranks:
                 if rank.block and now > rank.block_since + HOLD_S and self.kill_at == math.inf:
                     self._release(rank)  # it lives on: that was not its end
             if now > self.kill_at:
+                self._ask_for_stacks()
                 self._kill()
         return self._report()
 
@@ -238,6 +240,12 @@ class Ranks:
             if rank.process.poll() is None:
                 rank.ended = True
                 os.killpg(rank.process.pid, signal.SIGKILL)
+
+    def _ask_for_stacks(self) -> None:
+        """Of ranks that don't end, into the run's logs (`parallel/stacks.py`); a stopped one has to go on to answer."""
+        for number in (signal.SIGURG, signal.SIGCONT):
+            self._send(number)
+        time.sleep(STACKS_S)
 
     def _end_others(self) -> None:
         """Asks the ranks to end, but for those that are about to, with an error of their own."""

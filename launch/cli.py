@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ examples:
 
 exit codes: 0 done; 2 something given is wrong, nothing was submitted; others are those of infini-train (local)
 """
+ASK_EVERY_S = 15  # whether a job whose log is followed is still in the queue
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,6 +159,7 @@ def _submit(options: argparse.Namespace) -> int:
     run, cluster = _load(options)
     if options.dry_run:
         return _try(run, cluster, options)
+    _refuse_twice(run.directory)
     print(f"job {_send(run, cluster, options)}; see: infini-launch status, infini-launch logs {run.directory} -f")
     return 0
 
@@ -196,6 +199,22 @@ def _script(text: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
+def _refuse_twice(run_dir: Path) -> None:
+    """A job that waits or runs would read what a second submission writes.
+
+    Raises:
+        ConfigError: the queue holds a job of this run.
+    """
+    from infini_train.config.errors import ConfigError
+    from launch import folder, slurm
+
+    queue = slurm.queue()
+    for number in folder.read_submitted(run_dir):
+        if number in queue and queue[number].state != "COMPLETING":
+            said = f"job {number} of this run is {queue[number].state.lower()}"
+            raise ConfigError(f"{run_dir}: {said}; infini-launch cancel {shlex.quote(str(run_dir))} ends it")
+
+
 def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespace, after: int | None = None) -> int:
     """Writes the run's launch folder and submits the script in it; its number. `after`: only if that job has failed.
 
@@ -212,8 +231,7 @@ def _send(run: "RunConfig", cluster: "ClusterConfig", options: argparse.Namespac
     there = folder.prepare(run.directory, files, Path(__file__).resolve().parent)
     wait = [] if after is None else [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"]
     number = slurm.submit(there / "train.sbatch", [*_output(there), *wait])
-    if after is None:
-        folder.write_aside(there / "job", f"{number}\n")
+    folder.note_submitted(run.directory, number, first=after is None)
     return number
 
 
@@ -225,6 +243,7 @@ def _output(there: Path) -> list[str]:
 def _chain(options: argparse.Namespace) -> int:
     run, cluster = _load(options, "requeue=false")
     numbers: list[int] = []
+    _refuse_twice(run.directory)
     for _ in range(options.count):
         numbers.append(_send(run, cluster, options, numbers[-1] if numbers else None))
     print(f"jobs {', '.join(map(str, numbers))}; each starts if the one before it could not finish the run")
@@ -277,8 +296,16 @@ def _status(options: argparse.Namespace) -> int:
     from launch import folder, slurm, status
 
     runs = folder.find_runs(options.folder)
-    submitted = any(folder.read_job(run) is not None for run in runs)
-    rows = status.describe_runs(runs, slurm.queue() if submitted else {})
+    jobs = {number for run in runs if (number := folder.read_job(run)) is not None}
+    queue: Mapping[int, slurm.QueuedJob] | None = {}
+    ended: Mapping[int, slurm.EndedJob] = {}
+    try:
+        queue = slurm.queue() if jobs else {}
+        ended = slurm.accounts(sorted(jobs - queue.keys()))
+    except ValueError as error:  # a controller that is away: what the runs' folders say is worth a table
+        print(f"warning: {error}; this is what the runs' folders say", file=sys.stderr)
+        queue = None
+    rows = status.describe_runs(runs, queue, ended)
     if options.json:
         print("".join(json.dumps(row) + "\n" for row in rows), end="")
     elif rows:
@@ -302,7 +329,8 @@ def _logs(options: argparse.Namespace) -> int:
             _follow(path, options.run, options.follow)
         if not options.follow:
             return 0
-        if folder.read_status(options.run).get("state") == "finished":
+        if _is_over(options.run):
+            print(folder.last_words(options.run), end="", file=sys.stderr)
             return 0
         time.sleep(0.5)
 
@@ -313,13 +341,33 @@ def _follow(path: Path, run_dir: Path, follow: bool) -> None:
 
     with path.open(encoding="utf-8", errors="replace") as stream:
         while True:
-            newest = folder.newest_logs(run_dir)
-            over = not follow or newest != path.parent or folder.read_status(run_dir).get("state") == "finished"
+            over = not follow or folder.newest_logs(run_dir) != path.parent or _is_over(run_dir)
             while text := stream.read(1 << 16):
                 print(text, end="", flush=True)
             if over:
                 return
             time.sleep(0.5)
+
+
+def _is_over(run_dir: Path) -> bool:
+    """Whether the run is finished, or its job has left the queue for good; Slurm is asked now and then."""
+    from launch import folder
+
+    if folder.read_status(run_dir).get("state") == "finished":
+        return True
+    number = folder.read_job(run_dir)
+    return number is not None and not _is_queued(number, round(time.monotonic() / ASK_EVERY_S))
+
+
+@functools.lru_cache(maxsize=1)
+def _is_queued(number: int, moment: int) -> bool:
+    from infini_train.config.errors import ConfigError
+    from launch import slurm
+
+    try:
+        return number in slurm.queue()
+    except ConfigError:  # a controller that is away for a while ends no job
+        return True
 
 
 def _cancel(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ train.sbatch, run.yaml   what was submitted
 revision.txt             git revision of the code, and what was changed since
 environment.txt          variables at submission, without those that look like secrets
 job                      number of the newest job
+submitted                numbers of all jobs of the newest submission: several of a chain
 starts                   a line for each start: time, job.start, nodes
 job.log, last_failure    what the batch script says
 ranks/RANK.json         what a rank does, every 10 s (training writes them)
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+LAST_LINES = 3
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
@@ -70,6 +72,31 @@ def read_job(run_dir: Path) -> int | None:
     return None
 
 
+def note_submitted(run_dir: Path, number: int, first: bool) -> None:
+    """A job was submitted; `first` of a submission."""
+    known = [] if first else read_submitted(run_dir)
+    write_aside(run_dir / "launch" / "submitted", "".join(f"{each}\n" for each in [*known, number]))
+    if first:
+        write_aside(run_dir / "launch" / "job", f"{number}\n")
+
+
+def read_submitted(run_dir: Path) -> list[int]:
+    """Numbers of the jobs of the newest submission, and of one that was submitted by hand since."""
+    newest = read_job(run_dir)
+    found = set() if newest is None else {newest}
+    with contextlib.suppress(OSError, ValueError):
+        found |= {int(line) for line in (run_dir / "launch" / "submitted").read_text().split()}
+    return sorted(found)
+
+
+def last_words(run_dir: Path) -> str:
+    """The last lines that the batch script said; empty without any."""
+    with contextlib.suppress(OSError):
+        lines = (run_dir / "launch" / "job.log").read_text(encoding="utf-8", errors="replace").splitlines(True)
+        return "".join(lines[-LAST_LINES:])
+    return ""
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
     """What training said last; empty before its first report."""
     with contextlib.suppress(OSError, ValueError):
@@ -97,14 +124,14 @@ def newest_logs(run_dir: Path) -> Path | None:
     return max(folders, key=lambda path: tuple(int(part) for part in path.name.split(".")), default=None)
 
 
-def newest_start(run_dir: Path) -> float:
-    """When the batch script began its newest start, in seconds since 1970; 0 without one."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return float((run_dir / "launch" / "starts").read_text().splitlines()[-1].split()[0])
-    return 0.0
+def read_fence(run_dir: Path) -> str:
+    """The newest start of the run's job, as JOB.START; empty without one."""
+    with contextlib.suppress(OSError):
+        return (run_dir / "launch" / "fence").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:
     """Seconds since training said something."""
     beat = status.get("heartbeat")
-    return time.time() - beat if isinstance(beat, int | float) else None
+    return max(0.0, time.time() - beat) if isinstance(beat, int | float) else None  # clocks differ

@@ -11,6 +11,7 @@ from launch.cluster import RestartConfig
 from launch.job import Job
 
 STOPPED = (129, 130, 143)
+DIVERGED = 4  # the last checkpoint leads to the same steps
 MAX_WAIT_S = 600
 
 
@@ -28,7 +29,7 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
     for start in range(sys.maxsize):
         environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}
         code = _wait([*command, f"--nproc={nproc}"], environment)
-        if code in (0, *STOPPED) or (code == 2 and start == 0):
+        if code in (0, DIVERGED, *STOPPED) or (code == 2 and start == 0):
             return code
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
         retries = retries + 1 if newest == before else 1

@@ -1,7 +1,8 @@
-"""Which ranks of a run are silent, or where all stand still: from the files that each rank writes every 10 s."""
+"""Which ranks are silent or slow, or where all stand still: from the files that each rank writes every 10 s."""
 
 import contextlib
 import json
+import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import NamedTuple
 from launch import folder
 
 SILENT_S = 60.0  # shared file systems may show a file's new time half a minute late
+SLOW = 1.5  # times the others' own work a step
+MIN_DELAY = 0.1  # of a step: less is not worth a word
 SHOWN = 4  # ranks named, of many
 
 
@@ -21,22 +24,34 @@ class Entry(NamedTuple):
     operation: str
     for_s: float  # it had been in this operation when it wrote
     age_s: float  # of what it wrote
+    own_s: float | None  # median of the last steps: data and forward, before it waits for others' gradients
+    step_s: float | None  # the same of whole steps
+
+    @property
+    def node(self) -> str:
+        return self.place.partition(",")[0]
 
 
 def read_ranks(run_dir: Path) -> list[Entry]:
     """The ranks of the newest start; empty for a run of one process, or before training has opened the run."""
-    found, sizes, start = [], {}, folder.newest_start(run_dir)
+    found: dict[Entry, tuple[float, str, int]] = {}
     for path in (run_dir / "launch" / "ranks").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             values, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
-            if written < start:
-                continue
-            rank, age_s = int(path.stem), time.time() - written
-            found.append(Entry(rank, str(values["place"]), str(values["operation"]), float(values["for_s"]), age_s))
-            sizes[written] = int(values["world_size"])
-    # Without Slurm nobody tells when the newest start was: the newest file is of it.
-    world_size = sizes[max(sizes)] if sizes else 0
-    return sorted(entry for entry in found if entry.rank < world_size)
+            entry = Entry(
+                int(path.stem),
+                str(values["place"]),
+                str(values["operation"]),
+                float(values["for_s"]),
+                time.time() - written,
+                values.get("own_s"),
+                values.get("step_s"),
+            )
+            found[entry] = written, str(values["start"]), int(values["world_size"])
+    _, newest, world_size = max(found.values(), default=(0.0, "", 0))
+    if newest and newest != folder.read_fence(run_dir):
+        return []  # a start of the job that nobody has written for yet
+    return sorted(entry for entry, (_, start, _) in found.items() if start == newest and entry.rank < world_size)
 
 
 def describe_trouble(ranks: list[Entry]) -> str:
@@ -47,14 +62,33 @@ def describe_trouble(ranks: list[Entry]) -> str:
         where = f"rank {longest.rank} ({longest.place}) for {longest.age_s:.0f} s, last in '{longest.operation}'"
         return f"{len(silent)} of {len(ranks)} ranks silent: {_numbers(silent)}; {where}"
     still_s = min((entry.for_s + entry.age_s for entry in ranks), default=0.0)
-    if still_s <= SILENT_S:
-        return ""
+    return _describe_stillness(ranks, still_s) if still_s > SILENT_S else _describe_slowness(ranks)
+
+
+def _describe_stillness(ranks: list[Entry], still_s: float) -> str:
     groups: dict[str, list[Entry]] = {}
     for entry in ranks:
         groups.setdefault(entry.operation, []).append(entry)
     rarest = sorted(groups.items(), key=lambda item: len(item[1]))  # the odd one is often the one that all wait for
     told = "; ".join(f"rank {_numbers(entries)} in '{operation}'" for operation, entries in rarest[:SHOWN])
     return f"no rank went on for {still_s:.0f} s: {told}"
+
+
+def _describe_slowness(ranks: list[Entry]) -> str:
+    own_s = {entry: entry.own_s for entry in ranks if entry.own_s is not None and entry.step_s is not None}
+    if len(own_s) < 2:
+        return ""
+    usual_s = statistics.median_low(own_s.values())
+    slow = [
+        entry
+        for entry, seconds in own_s.items()
+        if seconds > SLOW * usual_s and seconds - usual_s > MIN_DELAY * (entry.step_s or 0.0)
+    ]
+    if not slow:
+        return ""
+    slowest, nodes = max(own_s[entry] for entry in slow), sorted({entry.node for entry in slow})
+    where = ", ".join(nodes[:SHOWN]) + (f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else "")
+    return f"rank {_numbers(slow)} on {where} slow: {slowest:.3g} s of own work a step, the others {usual_s:.3g} s"
 
 
 def _numbers(ranks: Iterable[Entry]) -> str:

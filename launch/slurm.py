@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,20 @@ class QueuedJob(NamedTuple):
     elapsed: str
     nodes: int
     reason: str  # or its nodes
+
+
+class EndedJob(NamedTuple):
+    """The last start of a job as Slurm's accounting tells it."""
+
+    id: int
+    state: str  # COMPLETED, FAILED, NODE_FAIL, OUT_OF_MEMORY, TIMEOUT, CANCELLED by 1000, ...
+    exit_code: str  # code:signal of the batch script
+    elapsed: str
+    nodes: str
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"Slurm: {self.state}, exit code {self.exit_code}, after {self.elapsed} on {self.nodes}"
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> int:
@@ -48,6 +62,19 @@ def queue() -> dict[int, QueuedJob]:
     lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R").splitlines()
     rows = [line.split("|", 4) for line in lines]
     return {int(row[0]): QueuedJob(int(row[0]), row[1], row[2], int(row[3]), row[4]) for row in rows}
+
+
+def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
+    """What Slurm's accounting knows of these jobs; empty where the cluster keeps none, or has no Slurm."""
+    wanted = ",".join(map(str, jobs))
+    if not wanted or shutil.which("sacct") is None:
+        return {}
+    fields = "--format=JobIDRaw,State,ExitCode,Elapsed,NodeList"
+    done = _call("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={wanted}", fields)
+    if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is away: a table without it is still one
+        return {}
+    rows = [line.split("|", 4) for line in done.stdout.splitlines()]
+    return {int(row[0]): EndedJob(int(row[0]), *row[1:]) for row in rows if row[0].isdecimal()}
 
 
 def end_gently(job: int) -> None:

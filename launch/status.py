@@ -5,25 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from launch import folder, ranks
-from launch.slurm import QueuedJob
+from launch.slurm import EndedJob, QueuedJob
 
 COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note")
 
 
-def describe_runs(runs: list[Path], queue: Mapping[int, QueuedJob]) -> list[dict[str, Any]]:
-    """One row a run, from its folder and the queue."""
-    return [describe_run(run, queue) for run in runs]
+def describe_runs(
+    runs: list[Path], queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob] | None = None
+) -> list[dict[str, Any]]:
+    """One row a run, from its folder, the queue (None: not known), and the accounting of jobs that are not in it."""
+    return [describe_run(run, queue, ended or {}) for run in runs]
 
 
-def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob]) -> dict[str, Any]:
+def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob]) -> dict[str, Any]:
     """Plain values; `state` joins what training and what Slurm say."""
-    status, number = folder.read_status(run_dir), folder.read_job(run_dir)
-    job = queue.get(number) if number is not None else None
-    state = _state(status.get("state"), number, job)
+    status, number = folder.read_status(run_dir), None if queue is None else folder.read_job(run_dir)
+    job = queue.get(number) if queue is not None and number is not None else None
+    past = ended.get(number) if number is not None and job is None else None
+    failure = folder.read_failure(run_dir)
+    state = _state(status.get("state"), number, job, past, failure)
     trouble = ranks.describe_trouble(ranks.read_ranks(run_dir)) if state == "training" else ""
+    notes = [job.reason if job and job.state == "PENDING" else trouble or failure]
+    if past and state != "finished":
+        notes.append(past.describe())
     return {
         "run": str(run_dir),
-        "job": number,
+        "job": folder.read_job(run_dir),
         "state": state,
         "step": status.get("step"),
         "total_steps": status.get("total_steps"),
@@ -32,18 +39,21 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob]) -> dict[str, Any
         "eta_s": status.get("eta_s"),
         "restarts": status.get("restarts"),
         "heartbeat_age_s": folder.heartbeat_age_s(status),
-        "note": job.reason if job and job.state == "PENDING" else trouble or folder.read_failure(run_dir),
+        "slurm": past._asdict() if past else job._asdict() if job else None,
+        "note": "; ".join(note for note in notes if note),
     }
 
 
-def _state(said: str | None, number: int | None, job: QueuedJob | None) -> str:
+def _state(said: str | None, number: int | None, job: QueuedJob | None, past: EndedJob | None, failure: str) -> str:
     if said == "finished":
         return said
     if job is not None:
         return said or "starting" if job.state == "RUNNING" else job.state.lower()
-    if number is not None and said in ("training", None):
-        return "ended without a word" if said else "not in the queue"
-    return said or "unknown"
+    if number is None or said not in ("training", None):
+        return said or "unknown"
+    if past is not None:
+        return past.state.split()[0].lower()  # without "by UID"
+    return "failed" if failure else "ended without a word" if said else "not in the queue"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
         tokens_BT: int64 inputs.
-        labels_BT: int64, already shifted; -100 where there is no loss.
+        labels_BT: int64, already shifted; -100 where there is no loss: padding, and all but the summary of a pair.
         starts_BT: bool, True at the first position of a document (and of the padding behind the last one).
         weights_BT: float32, 1 for text and 0 for padding.
         document_B: int64, the document each lane ends in; -1 in padding.
@@ -74,6 +74,13 @@ class Piece(NamedTuple):
     document: int
     start: int
     stop: int
+
+
+class _Text(NamedTuple):
+    """Inputs and the last label of a piece: a cut of bos, x1..xn, eos. The loss begins at position `loss_start`."""
+
+    ids: np.ndarray
+    loss_start: int
 
 
 class LaneReader:
@@ -218,17 +225,21 @@ class LaneReader:
             if text is None:
                 continue
             columns = slice(column, column + stop - start)
-            tokens_BT[row, columns], labels_BT[row, columns], weights_BT[row, columns] = text[:-1], text[1:], 1
-            n_bytes += (stop - start) / self._positions(document) * int(self.corpus.lengths_bytes[document])
+            tokens_BT[row, columns], labels_BT[row, columns], weights_BT[row, columns] = text.ids[:-1], text.ids[1:], 1
+            silent = min(max(text.loss_start - start, 0), stop - start)  # positions whose label is only read
+            labels_BT[row, column : column + silent] = IGNORED
+            share = (stop - start - silent) / self._positions(document)
+            n_bytes += share * int(self.corpus.lengths_bytes[document])
         document_B = np.array([max(after.document[lane], -1) for lane in self.rows], np.int64)
         return Batch(tokens_BT, labels_BT, starts_BT, weights_BT, document_B, n_bytes)
 
-    def _text(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """Inputs and the last label of positions [start, stop): a cut of bos, x1..xn, eos; None if it is damaged."""
+    def _text(self, document: int, start: int, stop: int) -> "_Text | None":
+        """Positions [start, stop) of a document; None if it is damaged."""
         manifest, n_tokens = self.corpus.manifest, self._positions(document) - 1
         dataset, number = self.corpus.locate(document)
         try:
             content = dataset.read(number, max(start - 1, 0), min(stop, n_tokens))
+            loss_start = dataset.loss_start(number)
         except CorruptDocumentError as error:
             if document not in self._corrupt:
                 self._on_corrupt(f"{error}; its {n_tokens:,} tokens are left out")
@@ -236,7 +247,8 @@ class LaneReader:
             return None
         bos = [manifest.bos_id] if start == 0 else []
         eos = [manifest.eos_id] if stop == n_tokens + 1 else []
-        return np.concatenate([np.array(bos, np.int64), content.astype(np.int64), np.array(eos, np.int64)])
+        ids = np.concatenate([np.array(bos, np.int64), content.astype(np.int64), np.array(eos, np.int64)])
+        return _Text(ids, loss_start)
 
 
 def prefetch(reader: Any, state: Any, depth: int = 2) -> Iterator[tuple[Batch, Any]]:

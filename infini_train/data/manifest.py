@@ -26,6 +26,7 @@ INDEX_RECORD = np.dtype(
         ("shard", "<u4"),
     ]
 )
+LOSS_START = "loss_start"  # in a document's metadata: the loss begins with this content token; the rest is only read
 NPY_HEADER_BYTES = 128  # numpy pads the header of a 1-D array to this size, whatever its length
 
 
@@ -40,10 +41,11 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry(FileEntry):
-    """A shard."""
+    """A shard. `pairs` counts the documents whose loss lies on their end alone (see `LOSS_START`)."""
 
     documents: int
     tokens: int
+    pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from infini_train.data.manifest import INDEX_RECORD, NPY_HEADER_BYTES, ShardEntry, SourceEntry
+from infini_train.data.manifest import INDEX_RECORD, LOSS_START, NPY_HEADER_BYTES, ShardEntry, SourceEntry
 
 OWN_METADATA = ("id", "source", "n_bytes", "n_tokens", "crc32")  # written for each document
 _CHECKSUM = "crc32"
@@ -53,7 +53,7 @@ class ShardRun:
             n_bytes: UTF-8 bytes of its text.
             id: names the document in its source.
             source: names the source.
-            metadata: more JSON values to keep (a title, say).
+            metadata: more JSON values to keep (a title, say); with `LOSS_START` the document is one of a pair.
 
         Raises:
             OSError: the disk is full, say.
@@ -66,7 +66,7 @@ class ShardRun:
             self.close_shard()
         if self._open is None:
             self._open = _Shard(self.folder / f"{self.prefix}-{len(self.shards):05d}.tar")
-        data_offset, json_offset = self._open.add(tokens, note)
+        data_offset, json_offset = self._open.add(tokens, note, is_pair=LOSS_START in (metadata or {}))
         row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self.shards))
         self._index.write(np.array(row, INDEX_RECORD).tobytes())
         self.documents += 1
@@ -120,9 +120,9 @@ class _Shard:
         self.size = 0
         self._path = path
         self._hash = hashlib.sha256()
-        self._documents = self._tokens = 0
+        self._documents = self._tokens = self._pairs = 0
 
-    def add(self, tokens: np.ndarray, note: bytes) -> tuple[int, int]:
+    def add(self, tokens: np.ndarray, note: bytes, *, is_pair: bool) -> tuple[int, int]:
         """Append the members of a document; the offsets of its first token id and of its metadata."""
         key = f"{self._documents:010d}"
         header = npy_header(tokens.dtype, tokens.size)
@@ -130,6 +130,7 @@ class _Shard:
         json_offset = self._add_member(f"{key}.json", note)
         self._documents += 1
         self._tokens += tokens.size
+        self._pairs += is_pair
         return data_offset + NPY_HEADER_BYTES, json_offset
 
     def close(self) -> ShardEntry:
@@ -144,6 +145,7 @@ class _Shard:
             sha256=self._hash.hexdigest(),
             documents=self._documents,
             tokens=self._tokens,
+            pairs=self._pairs,
         )
 
     def _add_member(self, name: str, *chunks: bytes | memoryview) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import RemoteFolder, is_url
 from infini_train.data.manifest import (
+    LOSS_START,
     NPY_HEADER_BYTES,
     FileEntry,
     Manifest,
@@ -134,6 +135,19 @@ class Dataset:
         if not isinstance(metadata, dict):
             raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
         return metadata
+
+    def loss_start(self, document: int) -> int:
+        """The content token with which the loss begins: 0, or of a (book, summary) pair the summary's first one.
+
+        Raises:
+            CorruptDocumentError: the metadata of a document that may be a pair are damaged.
+        """
+        if not self.manifest.shards[int(self._index[document]["shard"])].pairs:
+            return 0
+        start = self.metadata(document).get(LOSS_START, 0)
+        if not isinstance(start, int) or not 0 <= start <= int(self._index[document]["n_tokens"]):
+            raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
+        return start
 
     def name(self, document: int) -> str:
         """Its id, or its number where that can't be read, or not from this machine."""

@@ -10,6 +10,7 @@ from infini_train.command_line import describe, positive
 from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.context_commands import add_context, add_gates, check_folder
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
+from infini_train.eval.task_commands import add_harness, add_summarise
 
 EXAMPLES = """\
 examples:
@@ -19,6 +20,8 @@ examples:
   infini-train eval context runs/demo                    by position in the document, and by visible context
   infini-train eval passkey runs/demo --lengths 4K 32K   a key hidden in 4K and 32K tokens
   infini-train eval gates runs/demo                      which heads read the memory, over training
+  infini-train eval summarise runs/stories --data test.jsonl       summaries of whole books
+  infini-train eval harness runs/demo --include-path tasks --tasks questions    of lm-evaluation-harness
 
 Each has a help of its own: infini-train eval passkey --help
 """
@@ -63,14 +66,19 @@ def add_commands(parser: CommandParser) -> None:
     perplexity = commands.add_parser("perplexity", help="of held-out text, at any length in constant memory")
     passkey = commands.add_parser("passkey", help="a key hidden in up to millions of tokens of filler")
     context = commands.add_parser("context", help="loss by position in the document and by visible context")
-    for command in (perplexity, passkey, context):
+    harness = commands.add_parser("harness", help="local tasks of lm-evaluation-harness")
+    summarise = commands.add_parser("summarise", help="summaries of whole books, by ROUGE")
+    measures = (perplexity, passkey, context, harness, summarise)
+    for command in measures:
         command.add_argument(
             "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
         )
     _add_perplexity(perplexity)
     _add_passkey(passkey)
     add_context(context)
-    for command in (perplexity, passkey, context):
+    add_harness(harness)
+    add_summarise(summarise)
+    for command in measures:
         command.add_argument(
             "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations (default: fp32)"
         )

@@ -64,12 +64,26 @@ def generate(
         stop_id: end of document, or None.
         sampling: how to choose.
     """
+    yield from go_on(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
+
+
+def go_on(
+    model: Transformer,
+    prompt: list[int],
+    state: ModelState | None,
+    *,
+    max_new_tokens: int,
+    stop_id: int | None,
+    sampling: Sampling,
+) -> Iterator[int]:
+    """`generate` behind a state: `prompt` is what follows it; a state of None begins a document."""
     generator = torch.Generator().manual_seed(sampling.seed)
     chunk = 4 * (model.config.segment_tokens or 256)
-    logits_V, state = feed(model, prompt, None, first=True, chunk_tokens=chunk)
-    for _ in range(max_new_tokens):
+    logits_V, state = feed(model, prompt, state, first=state is None, chunk_tokens=chunk)
+    for written in range(1, max_new_tokens + 1):
         token = choose_token(logits_V, sampling, generator)
         if token == stop_id:
             return
         yield token
-        logits_V, state = feed(model, [token], state, first=False, chunk_tokens=chunk)
+        if written < max_new_tokens:
+            logits_V, state = feed(model, [token], state, first=False, chunk_tokens=chunk)

@@ -63,7 +63,7 @@ def evaluate_perplexity(
         dataset: documents; only one window of each lane is in memory.
         lanes: documents read side by side. 1 streams one after the other.
         window_tokens: tokens of a lane in one forward, a multiple of the segment (of every context-parallel rank).
-        max_tokens: stop after about this many tokens; None: all of them.
+        max_tokens: stop when about this many tokens are read; None: all of them.
         carry_memory: as in training; False forgets at each window's edge.
         on_progress: called with the tokens of each window.
         gives_up: asked before each window; if it is true on any rank, all return None.
@@ -75,30 +75,30 @@ def evaluate_perplexity(
     micro_batches = _micro_batches(stages)
     position, carried = reader.start(), stages.initial_carried(mine // micro_batches, micro_batches)
     counts_V = np.zeros(dataset.manifest.vocab_size, dtype=np.int64)
-    loss_sum, tokens, n_bytes, documents = 0.0, 0, 0.0, 0.0
-    while max_tokens is None or tokens < max_tokens:
+    shares = np.array([stages.parallel.tensor_size, *[stages.parallel.model_size] * 4])  # ranks that count the same
+    sums = np.zeros(5)  # loss, labels, bytes, documents, and tokens read, of which some may have no label
+    while max_tokens is None or sums[4] < max_tokens:
         batch, position = reader.next(position)
         if batch is None:
             break
         loss_here, after = run_window(stages, stages, cut_micro_batches(batch, micro_batches), carried)
         carried = after if carry_memory else carried
-        valid = batch.labels_BT[batch.labels_BT != IGNORED]
+        valid, text_BT = batch.labels_BT[batch.labels_BT != IGNORED], batch.weights_BT > 0
         counts_V += np.bincount(valid, minlength=len(counts_V))
-        begun = (batch.starts_BT & (batch.weights_BT > 0)).sum()
-        found = mesh.sum_over_world([loss_here, len(valid), batch.n_bytes, float(begun), float(gives_up())])
-        if found[-1]:
+        here = [loss_here, len(valid), batch.n_bytes, float((batch.starts_BT & text_BT).sum()), float(text_BT.sum())]
+        *found, stop = mesh.sum_over_world([*here, float(gives_up())])
+        if stop:
             return None
-        read = round(found[1] / stages.parallel.model_size)
-        loss_sum, tokens = loss_sum + found[0] / stages.parallel.tensor_size, tokens + read
-        n_bytes, documents = n_bytes + found[2] / stages.parallel.model_size, documents + found[3]
-        on_progress(read)
+        sums += np.array(found) / shares
+        on_progress(round(found[4] / shares[4]))
     *counts, damaged = mesh.sum_over_world([*counts_V.tolist(), float(reader.corrupt_documents)])
+    loss_sum, tokens, n_bytes, documents, _ = sums.tolist()
     return Perplexity(
         loss_sum / tokens if tokens else math.nan,
         unigram_entropy(np.array(counts)),
-        tokens,
+        round(tokens),
         n_bytes,
-        round(documents / stages.parallel.model_size),
+        round(documents),
         round(damaged / stages.parallel.model_size),
     )
 

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 PERIOD_S = 10.0
+STEPS = 16  # that a rank's pace is the median of
 
 
 class Diary:
@@ -24,7 +27,8 @@ class Diary:
 
     def __init__(self, folder: Path, rank: int, world_size: int, place: str, period_s: float = PERIOD_S) -> None:
         self.path, self.period_s = folder / f"{rank}.json", min(PERIOD_S, period_s)
-        self._fixed = {"world_size": world_size, "place": place}
+        self._fixed = {"world_size": world_size, "place": place, "start": os.environ.get("INFINI_TRAIN_START", "")}
+        self.pace: deque[tuple[float, float]] = deque(maxlen=STEPS)  # seconds of a step: this rank's own, and all
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -46,9 +50,18 @@ class Diary:
             if count != known:
                 known, since = count, time.monotonic()
             with contextlib.suppress(OSError):  # a full disk is told by who needs it
-                self._write({**self._fixed, "operation": operation, "for_s": time.monotonic() - since})
+                self._write(
+                    {**self._fixed, **self._describe_pace(), "operation": operation, "for_s": time.monotonic() - since}
+                )
             if self._end.wait(self.period_s):
                 return
+
+    def _describe_pace(self) -> dict[str, float]:
+        steps = list(self.pace)
+        if not steps:
+            return {}
+        own_s, step_s = (statistics.median(column) for column in zip(*steps, strict=True))
+        return {"own_s": own_s, "step_s": step_s}
 
     def _write(self, values: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

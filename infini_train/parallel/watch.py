@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 from torch.distributed import PrefixStore, TCPStore
 
 from infini_train.parallel.diary import Diary
+from infini_train.parallel.stacks import Stacks, logs_folder
 
 MAX_INTERVAL_S = 0.5
 MAX_TEXT = 200
@@ -77,6 +78,7 @@ class Watch:
         self._one_end = threading.Lock()  # of the two threads that may end the process
         self._pulse_thread: threading.Thread | None = None
         self._diary: Diary | None = None
+        self._stacks: Stacks | None = None
 
     def __enter__(self) -> Self:
         if self.world_size > 1:
@@ -101,6 +103,7 @@ class Watch:
             self._pulse_thread.join()
             self._left.set()
             self._guard_thread.join()
+            self._close_stacks()
             return
         self._failing.set()
         lost = self._find_cause(error)
@@ -110,6 +113,7 @@ class Watch:
         self._wake.set()
         for thread in (self._pulse_thread, self._guard_thread):  # coming back into a dying interpreter would crash it
             thread.join(LEAVE_S)
+        self._close_stacks()
         if lost is not None:
             raise LostRankError(lost) from error
 
@@ -118,11 +122,19 @@ class Watch:
         self.operation = operation
         self._operations += 1
 
-    def keep_diary(self, folder: Path) -> None:
-        """From now on each rank writes there what it does, now and then, for whoever looks from outside."""
+    def took(self, own_s: float, step_s: float) -> None:
+        """How long a step was, and of it what this rank did alone, which no other rank can hold up."""
+        if self._diary:
+            self._diary.pace.append((own_s, step_s))
+
+    def keep_diary(self, run_dir: Path) -> None:
+        """From now on each rank writes there what it does, now and then, and in a hang its stacks."""
         if self.world_size > 1:
+            folder = run_dir / "launch" / "ranks"
             self._diary = Diary(folder, self.rank, self.world_size, self._place, self.timeout_s / 4)
             self._diary.start(lambda: (self._operations, self.operation))
+            with contextlib.suppress(OSError):
+                self._stacks = Stacks(logs_folder(run_dir), self.rank)
 
     # -------------------------------------------------------------------------------------------------- the own error
 
@@ -188,7 +200,7 @@ class Watch:
                     return None
                 neighbour.look()
                 if progress.lasts(self._store.add("operations", int(operations != published))):
-                    self._write_obituary(f"no rank went on for {self.timeout_s:g} s: {self._describe_all()}")
+                    self._write_obituary(f"no rank went on for {self.timeout_s:g} s; {self._describe_all()}")
                 published = operations
                 self._ticks += 1
                 self._wake.wait(self.interval_s)
@@ -213,9 +225,17 @@ class Watch:
             return
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame, STACK_LINES)) if frame else ""
+        if self._stacks:
+            with contextlib.suppress(OSError, ValueError):  # a full disk; closed by the main thread
+                self._stacks.dump()
         sys.stderr.write(f"rank {self.rank} was here:\n{stack}error: {message}\n")
         sys.stderr.flush()
         os._exit(1)
+
+    def _close_stacks(self) -> None:
+        if self._stacks:
+            with contextlib.suppress(OSError):
+                self._stacks.close()
 
     # ----------------------------------------------------------------------------------------------------------- store
 
@@ -241,11 +261,15 @@ class Watch:
         return self._store.compare_set("obituary", "", text).decode()
 
     def _describe_all(self) -> str:
-        """What each rank is doing, those with the same operation together."""
+        """What each rank is doing, those with the same operation together; first the few that the others wait for."""
         ranks: dict[str, list[int]] = {}
         for rank, beat in enumerate(self._read_beats()):
             ranks.setdefault(beat.operation if beat else "not started", []).append(rank)
-        return "; ".join(f"rank {', '.join(map(str, found))} in '{name}'" for name, found in ranks.items())
+        groups = sorted(ranks.items(), key=lambda item: len(item[1]))
+        told = [f"rank {', '.join(map(str, found))} in '{name}'" for name, found in groups]
+        if len(groups) > 1 and len(groups[0][1]) < len(groups[1][1]):
+            told[0] = f"the others seem to wait for {told[0]}"
+        return "; ".join(told)
 
 
 def is_agents_store() -> bool:

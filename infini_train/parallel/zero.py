@@ -4,6 +4,7 @@ The only importer of deepspeed.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from infini_train.parallel.mesh import ModelParallelUnit
 # Asked for, this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory
 # collective would be compiled at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+# Steps that are left out are told with their documents by the trainer; DeepSpeed's own line says no more.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
 BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
 STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, in fp32

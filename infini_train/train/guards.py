@@ -63,7 +63,8 @@ class Guard:
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            self._losses.append(loss)
+            if math.isfinite(loss):  # else its window had no labels
+                self._losses.append(loss)
 
     def must_roll_back(self, loss: float, problem: str) -> bool:
         """Whether the step that was left out calls for the last checkpoint."""

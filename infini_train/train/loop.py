@@ -42,13 +42,13 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     with Watch(*mesh.world(), config.parallel.timeout_s) as watch:
         watch.doing(OPENING)
         session = open_session(config, notify)
-        watch.keep_diary(config.directory / "launch" / "ranks")
+        watch.keep_diary(config.directory)
         announce(session, notify)
         with hold_folder(session), StopRequest(speaks=first) as stop:
-            while run_steps(session, stop, watch.doing):
+            while run_steps(session, stop, watch):
                 watch.doing(OPENING)  # reads a checkpoint, however long that takes
                 roll_back(session, notify)
-            end_status(session, stop.agreed)
+            end_status(session, f"stopped by {stop.agreed}")
     total = session.config.train.total_steps
     if stop.agreed and session.step < total:
         notify(f"stopped by {stop.agreed} at step {session.step} of {total}; the same command goes on from there")
@@ -56,14 +56,14 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
     return session
 
 
-def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None]) -> bool:
-    """Step by step to the end of the budget, or to a signal; tells `doing` what it is about.
+def run_steps(session: Session, stop: StopRequest, watch: Watch) -> bool:
+    """Step by step to the end of the budget, or to a signal; tells the watch what it is about.
 
     Returns:
         Whether to go on from the last checkpoint instead, because the loss has jumped.
     """
     config, total = session.config, session.config.train.total_steps
-    session.saver.on_wait = doing
+    doing = session.saver.on_wait = watch.doing
 
     def tell(operation: str) -> None:
         doing(f"step {session.step + 1}, {operation}")
@@ -76,7 +76,7 @@ def run_steps(session: Session, stop: StopRequest, doing: Callable[[str], None])
             with profiled(session):
                 judge, carried = session.guard.find_problem, session.carried
                 result = train_step(session.stages, session.engine, batch, carried, rates, tell, judge)
-            clock.end_step(result)
+            watch.took(*clock.end_step(result))
             metrics.tick()
             end_step(session, metrics, result, lanes)
             if session.saved and session.guard.must_roll_back(result.loss, result.problem):
@@ -126,6 +126,7 @@ def end_step(session: Session, metrics: Metrics, result: StepResult, lanes: Posi
         bad = find_bad_tensors(session.engine)
         if bad:
             print(f"rank {session.place.world[0]}: not finite: {list_names(bad)}", file=sys.stderr, flush=True)
+        end_status(session, "diverged")
         raise DivergedError(f"{finding}; {guard.diagnose(mesh.max_over_world(float(bool(bad))) > 0)}")
 
 
@@ -150,11 +151,8 @@ class Clock:
 
     def reset(self) -> None:
         """Begins a new interval."""
-        self.steps, self.interval_s, self.parts_s = (
-            0,
-            0.0,
-            dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0),
-        )
+        self.steps, self.interval_s = 0, 0.0
+        self.parts_s = dict.fromkeys(("data", "wait", "forward", "backward", "optimizer"), 0.0)
 
     def pause(self) -> None:
         """From now on the time belongs to the next step."""
@@ -162,14 +160,21 @@ class Clock:
 
     def start_step(self) -> None:
         """The batch is there."""
-        self.parts_s["data"] += time.perf_counter() - self._begin
+        self._data_s = time.perf_counter() - self._begin
+        self.parts_s["data"] += self._data_s
 
-    def end_step(self, result: StepResult) -> None:
-        """The step is done."""
+    def end_step(self, result: StepResult) -> tuple[float, float]:
+        """The step is done.
+
+        Returns:
+            Seconds of what this rank did before it had to wait for others (data and forward), and of the whole step.
+        """
+        step_s = time.perf_counter() - self._begin
         self.steps += 1
-        self.interval_s += time.perf_counter() - self._begin
+        self.interval_s += step_s
         for part, seconds in result.seconds.items():
             self.parts_s[part] += seconds
+        return self._data_s + result.seconds.get("forward", 0.0), step_s
 
     def values(self) -> dict[str, float]:
         """Speed and parts of a mean step since the last report."""
@@ -233,6 +238,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     gates_LH = gate_matrix(session.stages, session.engine)
     extremes = {} if gates_LH is None else {"gates/lowest": gates_LH.min(), "gates/highest": gates_LH.max()}
     eta_s = (config.train.total_steps - step) * values["speed/step_s"]
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # without labels there is no loss
     metrics.write(step, values)
     write_status(session, values, eta_s)
     line = step_line(step, config.train.total_steps, {**values, **extremes}, eta_s)

@@ -33,7 +33,7 @@ LAYOUT = {
         "model FLOP utilisation": ["Multiline", ["speed/mfu"]],
         "parts of a step (s)": [
             "Multiline",
-            ["seconds/data", "seconds/forward", "seconds/backward", "seconds/optimizer"],
+            ["seconds/data", "seconds/wait", "seconds/forward", "seconds/backward", "seconds/optimizer"],
         ],
     },
     "Memory of the model": {
@@ -159,10 +159,16 @@ def trim_metrics(path: Path, step: int) -> None:
 def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:
     """The console line of a step."""
     gates = f"  gates {values['gates/lowest']:.2f}-{values['gates/highest']:.2f}" if "gates/lowest" in values else ""
+    learned = "read only: no labels here"
+    if "loss/train" in values:
+        learned = (
+            f"loss {values['loss/train']:.4f}  ppl {values['perplexity/train']:.2f}"
+            f"  bpb {values['bits_per_byte/train']:.3f}"
+        )
+    norm = f"  |g| {values['grad_norm']:.2f}" if "grad_norm" in values else ""
     return (
-        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {values['loss/train']:.4f}"
-        f"  ppl {values['perplexity/train']:.2f}  bpb {values['bits_per_byte/train']:.3f}"
-        f"  lr {values['lr/matrices']:.2e}  |g| {values['grad_norm']:.2f}  {values['speed/tokens_per_s']:,.0f} tok/s"
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  {learned}"
+        f"  lr {values['lr/matrices']:.2e}{norm}  {values['speed/tokens_per_s']:,.0f} tok/s"
         f"  mfu {values['speed/mfu']:.0%}{gates}  eta {format_duration(eta_s)}"
     )
 

@@ -27,7 +27,7 @@ def write_status(session: Session, values: dict[str, float], eta_s: float) -> No
         session,
         {
             "state": "training" if session.step < total else "finished",
-            "loss": values["loss/train"],
+            "loss": values.get("loss/train"),
             "tokens_per_s": values["speed/tokens_per_s"],
             "eta_s": eta_s,
             "skipped_steps": session.guard.skipped,
@@ -42,10 +42,10 @@ def append_finding(session: Session, finding: str, documents: list[str]) -> None
         stream.write(json.dumps(row) + "\n")
 
 
-def end_status(session: Session, signal_name: str | None) -> None:
-    """Rank 0: the run has ended, or a signal has stopped it."""
+def end_status(session: Session, reason: str) -> None:
+    """Rank 0: the run has ended; if it is not done, for this reason."""
     done = session.step >= session.config.train.total_steps
-    state = "finished" if done else f"stopped by {signal_name}"
+    state = "finished" if done else reason
     _write(session, {**_read(session.config.directory), "state": state})
 
 

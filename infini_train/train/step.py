@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel import device, mesh
@@ -20,15 +21,16 @@ from infini_train.train.guards import describe_non_finite
 class StepResult(NamedTuple):
     """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted.
 
-    With a `problem` nothing was learned: weights and optimizer are as they were, and the states are of no use.
+    With a `problem` nothing was learned: weights and optimizer are as they were, and the states are of no use. Without
+    labels, in the midst of a book whose summary comes later, the window was read only: weights stay, memories go on.
     """
 
-    loss: float  # nats a label, weighted
+    loss: float  # nats a label, weighted; NaN without labels
     labels: int
     n_bytes: float  # of text
     grad_norm: float  # before clipping
     states: Carried
-    seconds: dict[str, float]  # forward, backward, optimizer
+    seconds: dict[str, float]  # wait, forward, backward, optimizer
     problem: str = ""  # why the step was left out
 
 
@@ -80,22 +82,29 @@ def train_step(
         lr_of_group: learning rates by group name.
         tell: told what is going on.
         find_problem: why a step with this loss is left out, the same on all ranks; empty if it is not. A step is also
-            left out if there are no labels or the gradients are not finite.
+            left out if there is no text or the gradients are not finite.
     """
     place, parallel = stages.place, stages.parallel
     watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
-    watch.begin("forward", "(counting labels)")
+    watch.begin("wait", "for all ranks to count their labels")
     valid_BT = batch.labels_BT != IGNORED
     weight = valid_BT.sum() if batch.loss_weights_BT is None else batch.loss_weights_BT[valid_BT].sum(dtype=np.float64)
-    totals = mesh.sum_over_world([float(weight), float(valid_BT.sum()), batch.n_bytes])
-    weight, labels, n_bytes = (total / parallel.model_size for total in totals)
-    if weight == 0:
+    text = float((batch.weights_BT > 0).sum())
+    totals = mesh.sum_over_world([float(weight), float(valid_BT.sum()), batch.n_bytes, text])
+    weight, labels, n_bytes, text = (total / parallel.model_size for total in totals)
+    if text == 0:
         return StepResult(math.nan, 0, 0.0, math.nan, carried, {}, "none of its text can be read")
+    micro_batches = cut_micro_batches(batch, len(carried[0]))
+    if weight == 0:
+        with torch.no_grad():
+            _, states = run_window(stages, stages, micro_batches, carried, begin=watch.begin)
+        watch.end()
+        return StepResult(math.nan, 0, 0.0, math.nan, states, watch.seconds)
     replicas = place.data[1] * place.context[1]  # whose gradients the engine averages
     loss_sum, states = run_window(
         stages,
         engine,
-        cut_micro_batches(batch, len(carried[0])),
+        micro_batches,
         carried,
         loss_scale=replicas / weight,
         begin=watch.begin,

@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import encode, plan
+from data_tools.combine import merge
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
+from data_tools.readers import ReadOptions
+from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, hash_file
+from infini_train.data.pairs import PairForm
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import tokenizer_of
 
@@ -239,3 +243,52 @@ def test_refusals(tmp_path) -> None:
     run(write(tmp_path, corpus(9), "nine.jsonl"), tmp_path / "two", holdout=0.5, overwrite=True)
     assert len(read(tmp_path / "two" / "train")) + len(read(tmp_path / "two" / "validation")) == 9
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["set", "two"]
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pairs(n: int) -> list[dict[str, str]]:
+    return [
+        {"id": f"p{i}", "book": f"Book {i}. " * (i % 9 + 1), "summary": f"It is {i}.", "title": "t"} for i in range(n)
+    ]
+
+
+PAIRS = ReadOptions(text_field="book", summary_field="summary")
+
+
+def read_pairs(folder: Path) -> list[tuple[str, str, str]]:
+    """Id, what is read and what is learned."""
+    dataset, tokenizer, found = Dataset.open(folder), tokenizer_of(folder), []
+    for i, n in enumerate(dataset.lengths_tokens.tolist()):
+        start = dataset.loss_start(i)
+        texts = [tokenizer.decode(dataset.read(i, *cut)) for cut in ((0, start), (start, n))]
+        found.append((dataset.metadata(i)["id"], *texts))
+    return found
+
+
+def test_pairs_keep_their_place_through_tasks_holdout_and_merge(tmp_path, small_tasks) -> None:
+    form = PairForm(prompt="Read. ", separator="\n=>")
+    source = write(tmp_path, pairs(200))
+    run(source, tmp_path / "set", read=PAIRS, form=form, holdout=0.3, max_shard_bytes=30_000)
+    expected = {row["id"]: (f"Read. {row['book']}\n=>", row["summary"]) for row in pairs(200)}
+    merge([tmp_path / "set" / "train", tmp_path / "set" / "validation"], tmp_path / "all")
+    found = read_pairs(tmp_path / "all")
+    assert len(found) == 200 and {id: texts for id, *texts in found} == {id: list(t) for id, t in expected.items()}
+    assert verify(tmp_path / "all") == []
+
+
+def test_a_long_book_is_cut_and_its_summary_is_not(tmp_path) -> None:
+    run(write(tmp_path, pairs(9)), tmp_path / "set", read=PAIRS, max_tokens=40)
+    assert Dataset.open(tmp_path / "set").lengths_tokens.max() == 40
+    for (_, before, summary), row in zip(read_pairs(tmp_path / "set"), pairs(9), strict=True):
+        book = before.removesuffix("\n\nSummary:\n")
+        assert row["book"].startswith(book) and book and summary == row["summary"]
+
+
+def test_options_of_pairs_need_a_summary_field(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="^--prompt, --separator and --max-tokens: are for pairs"):
+        EncodeOptions(max_tokens=40)
+    (tmp_path / "a.txt").write_text("no fields")
+    with pytest.raises(ConfigError, match="has no fields, so no 'summary'; give JSON lines"):
+        run(str(tmp_path / "a.txt"), tmp_path / "set", read=PAIRS)

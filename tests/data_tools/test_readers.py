@@ -45,7 +45,16 @@ def test_all_tables_give_the_same(tmp_path, name) -> None:
     assert [(d.id, d.text, d.metadata) for d in found] == [(r["id"], r["text"], {"title": r["title"]}) for r in ROWS]
     assert {d.source for d in found} == {name}
     renamed = ReadOptions(text_field="title", id_field="n", keep_fields=("n", "none"))
-    assert [tuple(d) for d in documents([tmp_path / name], renamed)][7] == ("7", "T7", name, {"n": 7}, None)
+    assert [tuple(d) for d in documents([tmp_path / name], renamed)][7] == ("7", "T7", name, {"n": 7}, None, None)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_summary_is_read_beside_its_text(tmp_path, name) -> None:
+    options = ReadOptions(summary_field="title", keep_fields=())
+    found = list(documents([write(tmp_path, name)], options))
+    assert [(d.text, d.summary) for d in found] == [(r["text"], r["title"]) for r in ROWS]
+    with pytest.raises(ConfigError, match="no field 'abstract'; .*; choose with --summary-field"):
+        list(documents([tmp_path / name], ReadOptions(summary_field="abstract")))
 
 
 def test_zstd_of_several_frames_is_read_whole(tmp_path) -> None:

@@ -1,14 +1,11 @@
-"""A real Slurm cluster of four nodes on this machine, private and below a temporary folder, and tiny runs on it."""
+"""A real Slurm cluster for the tests of this folder, and tiny runs on it."""
 
 import contextlib
 import fcntl
-import getpass
 import json
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,169 +20,29 @@ import yaml
 from infini_train.config.files import override, validate
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
+from tests.launch.private_slurm import ACCOUNTING, PROGRAMS, SlurmCluster, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare")
 REQUIRED = "CI_REQUIRES_SLURM"  # set: without Slurm these tests fail instead of being skipped
-NODES, CORES, GPUS = 4, 96, 8
-NAMESPACES = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child"]
 START_S, JOB_S = 400, 600  # on a busy machine
 STEPS = 40
-UNPRIVILEGED = [*NAMESPACES[:1], "--user", "--map-current-user", "--keep-caps", *NAMESPACES[1:]]
-START_NODE = 'mount --bind "$2/hosts" /etc/hosts; hostname "$1"; exec slurmd -D -N "$1"'
-SLURM_CONF = (Path(__file__).parent / "slurm.conf").read_text()  # with {fields}
-NODE_CONF = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=2 CoresPerSocket={cores}"
-    " ThreadsPerCore=1 RealMemory=1048576 Gres=gpu:h100:{gpus} State=UNKNOWN\n"
-)
-PAPER_NODES = (  # never started: they can be asked for, but run nothing
-    "NodeName=x[1-60] NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=2 CoresPerSocket={cores}"
-    " ThreadsPerCore=1 RealMemory=1048576 Gres=gpu:h100:{gpus} State=DOWN\n"
-)
-
-
-def wait_until(
-    condition: Callable[[], bool], seconds: float, what: str | Callable[[], str], every_s: float = 0.1
-) -> None:
-    """Polls; fails with `what` was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s: {what if isinstance(what, str) else what()}"
-        time.sleep(every_s)
-
-
-FIRST_PORT, PORTS = 22000, 40
-
-
-def free_ports(count: int) -> int:
-    """First of some free ports in a row, below those that the kernel gives out."""
-    for base in range(FIRST_PORT + os.getpid() % 200 * PORTS, 32000, PORTS):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(base, base + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return base
-    raise AssertionError("no free ports")
-
-
-class SlurmCluster:
-    """slurmctld and a slurmd for each node, each in namespaces of its own: to kill its first process is a node crash.
-
-    Nothing is written outside of `home`, and nothing listens beyond loopback.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.port = home, free_ports(1 + NODES)
-        self.names = [f"n{i}" for i in range(1, NODES + 1)]
-        self.environment = {
-            **os.environ,
-            "SLURM_CONF": str(home / "slurm.conf"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
-        }
-        self._daemons: list[int] = []
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self) -> None:
-        for folder in ("munge", "ctld", "log", "run", "dev", *(f"spool.{name}" for name in self.names)):
-            (self.home / folder).mkdir(mode=0o755)
-        self._write_configuration()
-        munge = self.home / "munge"
-        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
-        self.run("munged", *files, f"--socket={munge / 'sock'}", *(["--force"] if os.geteuid() == 0 else []))
-        self._daemons.append(int((munge / "pid").read_text()))
-        self.run("slurmctld")
-        pid = self.home / "run" / "slurmctld.pid"
-        wait_until(lambda: pid.exists() and pid.read_text().endswith("\n"), 20, self.controller_log)
-        self._daemons.append(int(pid.read_text()))
-        for name in self.names:
-            self.start_node(name)
-        wait_until(
-            lambda: self.run("sinfo", "-hNpbatch", "-tidle", "-o%N").split() == self.names, 60, self.controller_log
-        )
-
-    def _write_configuration(self) -> None:
-        host = socket.gethostname().split(".")[0]
-        # Ranks meet at a port that follows from their job's number: clusters beside this one have other numbers.
-        values = {"home": self.home, "host": host, "port": self.port, "user": getpass.getuser(), "nodes": NODES}
-        values["first_job"] = self.port - FIRST_PORT + 1
-        shape, hosts = {"host": host, "cores": CORES // 2, "gpus": GPUS}, Path("/etc/hosts").read_text()
-        lines = PAPER_NODES.format(port=self.port, **shape)
-        for i, name in enumerate(self.names, start=1):
-            lines += NODE_CONF.format(name=name, port=self.port + i, **shape)
-            hosts += f"127.0.0.1 {name}\n"
-        (self.home / "slurm.conf").write_text(SLURM_CONF.format(**values, node_lines=lines))
-        (self.home / "hosts").write_text(hosts)
-        (self.home / "plugstack.conf").touch()
-        for i in range(GPUS):
-            (self.home / "dev" / f"nvidia{i}").symlink_to("/dev/null")
-        (self.home / "gres.conf").write_text(
-            "".join(
-                f"NodeName={names} Name=gpu Type=h100 File={self.home}/dev/nvidia[0-{GPUS - 1}]\n"
-                for names in (f"n[1-{NODES}]", "x[1-60]")
-            )
-        )
-        key = self.home / "munge" / "key"
-        key.write_bytes(secrets.token_bytes(128))
-        key.chmod(0o400)
-
-    def start_node(self, name: str) -> None:
-        wrap = next(wrap for wrap in (NAMESPACES, UNPRIVILEGED) if not subprocess.run([*wrap, "true"]).returncode)
-        with (self.home / "log" / f"{name}.out").open("ab") as log:
-            self._nodes[name] = subprocess.Popen(
-                [*wrap, "bash", "-c", START_NODE, "-", name, str(self.home)],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill_node(self, name: str) -> None:
-        """A crash: slurmd and all tasks of the node die at once."""
-        self._nodes[name].kill()
-        self._nodes[name].wait()
-
-    def enter(self, name: str, *command: str) -> str:
-        """Runs a command inside a node."""
-        child = Path(f"/proc/{self._nodes[name].pid}/task/{self._nodes[name].pid}/children").read_text().split()[0]
-        return self.run("nsenter", f"--target={child}", "--mount", "--pid", "--uts", *command)
-
-    def stop(self) -> None:
-        subprocess.run(["scancel", "--quiet", "--user", getpass.getuser()], env=self.environment, check=False)
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.run("squeue", "-h"), 15, "an empty queue")
-        for name in self._nodes:
-            self.kill_node(name)
-        for pid in reversed(self._daemons):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-            with contextlib.suppress(AssertionError):
-                wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 10, "a daemon's end")
-
-    def run(self, *command: str, **options: object) -> str:
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=600, check=False, **options
-        )
-        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout
-
-    wait_until = staticmethod(wait_until)
-
-    def controller_log(self) -> str:
-        path = self.home / "log" / "slurmctld.log"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else "no slurmctld.log"
-
-    def job_state(self, job: int) -> str:
-        """Empty if the controller has no time to answer."""
-        command = ["squeue", "-h", "-tall", f"-j{job}", "-o%T"]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    yield from run_cluster(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def accounting_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """One that keeps accounts: slurmdbd on a database of its own."""
+    yield from run_cluster(tmp_path_factory, ACCOUNTING)
+
+
+def run_cluster(tmp_path_factory: pytest.TempPathFactory, more: tuple[str, ...] = ()) -> Iterator[SlurmCluster]:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    missing = [program for program in (*PROGRAMS, *more) if shutil.which(program, path=path) is None]
     if missing:
-        message = f"{', '.join(missing)} not found: apt-get install slurm-wlm munge"
+        message = f"{', '.join(missing)} not found: apt-get install slurm-wlm slurmdbd mariadb-server-core munge"
         assert REQUIRED not in os.environ, message
         pytest.skip(message)
     home = tmp_path_factory.mktemp("slurm")
@@ -194,7 +51,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
             folder.chmod(folder.stat().st_mode | 0o055) if folder.is_relative_to("/tmp") and folder != Path(
                 "/tmp"
             ) else None
-    cluster = SlurmCluster(home)
+    cluster = SlurmCluster(home, accounting=bool(more))
     try:
         cluster.start()
         yield cluster

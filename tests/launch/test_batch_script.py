@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -133,16 +134,60 @@ def test_a_crashed_node_is_left_behind(start, slurm):
     slurm.wait_until(lambda: slurm.run("sinfo", "-hNnn2", "-tidle", "-o%N").strip() != "", WAIT_S, "n2 is back")
 
 
-@pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("code", "starts"), [(2, 1), (4, 1), (1, 3)])
 def test_failures_end_the_job_at_the_cap_and_mistakes_at_once(start, tmp_path, code, starts):
     (tmp_path / "a run's folder").mkdir()
     (tmp_path / "a run's folder" / "mistake").write_text(str(code))
     run = start(tasks=2)
     assert run.wait_for_end() == "FAILED", run.story()
     assert run.starts() == starts, run.story()
-    reason = "data.train: is wrong" if code == 2 else "rank 0 has failed"
+    reason = "rank 0 has failed" if code == 1 else "data.train: is wrong"
     assert f"failed first, exit code {code}: error: {reason}" in run.job_log(), run.story()
-    assert ("given up after 2 retries" in run.job_log()) == (code == 1)
+    said = {1: "given up after 2 retries", 2: "mend that and submit again", 4: "training would diverge again"}
+    assert [text in run.job_log() for text in said.values()] == [each == code for each in said]
+
+
+def test_a_drained_node_is_left_at_the_next_save(start, slurm):
+    run = start()
+    try:
+        with run.hold(5):
+            slurm.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+            slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+        assert_each_step_once(run, starts=2)
+    finally:
+        slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    nodes = (run.directory / "launch" / "starts").read_text().splitlines()[-1].split()[-1]
+    assert "n2" not in slurm.run("scontrol", "show", "hostnames", nodes).split()
+
+
+def test_retries_that_cannot_be_counted_are_not_made(start, slurm, tmp_path):
+    """A full disk: without the count a job would go on for ever."""
+    (tmp_path / "a run's folder").mkdir()
+    (tmp_path / "a run's folder" / "mistake").write_text("1")
+    run = start(preflight=True)  # which takes a second, in which the file becomes a folder
+    slurm.wait_until((run.directory / "launch" / "starts").exists, WAIT_S, run.story, every_s=0.01)
+    (run.directory / "launch" / "retries").mkdir()
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert "can't be written" in run.job_log() and run.starts() == 1
+
+
+def test_a_folder_that_has_gone_is_not_begun_anew(start):
+    run = start()
+    with run.hold(5) as ranks:
+        shutil.rmtree(run.directory)
+        os.kill(ranks[1], signal.SIGKILL)
+    assert run.wait_for_end() == "FAILED"
+    assert not (run.directory / "checkpoints").exists() and not (run.directory / "status.json").exists()
+
+
+def test_a_second_submission_is_refused_while_there_is_a_job(start):
+    run = start()
+    with (
+        run.hold(5),
+        pytest.raises(AssertionError, match=rf"job {run.job} of this run is running; infini-launch cancel"),
+    ):
+        start()
+    assert_each_step_once(run, starts=1)
 
 
 def test_cancel_saves_and_ends_and_a_cancelled_job_is_not_revived(start, slurm):

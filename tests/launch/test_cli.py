@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launch import folder, status
-from launch.slurm import QueuedJob
+from launch.slurm import EndedJob, QueuedJob
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
@@ -96,9 +96,17 @@ def test_the_table_joins_what_training_and_slurm_say(tmp_path: Path) -> None:
     write_run(tmp_path, "c", {**said, **now, "state": "finished"}, 3)
     write_run(tmp_path, "d", {**said, **now, "state": "stopped by SIGTERM"}, 4)
     (tmp_path / "e" / "launch").mkdir(parents=True)
+    write_run(tmp_path, "f", {**said, **now, "state": "training"}, 5)
+    write_run(tmp_path, "g", {**said, **now, "state": "training"}, 6)
     queue = {1: QueuedJob(1, "RUNNING", "1:00", 2, "n[1-2]"), 4: QueuedJob(4, "PENDING", "0:00", 2, "(Resources)")}
-    rows = status.describe_runs(folder.find_runs(tmp_path), queue)
-    assert [row["state"] for row in rows] == ["training", "ended without a word", "finished", "pending", "unknown"]
+    ended = {6: EndedJob(6, "NODE_FAIL", "0:0", "1:02:03", "n[1-2]")}
+    rows = status.describe_runs(folder.find_runs(tmp_path), queue, ended)
+    states = ["training", "failed", "finished", "pending", "unknown", "ended without a word", "node_fail"]
+    assert [row["state"] for row in rows] == states
+    assert rows[-1]["note"] == "Slurm: NODE_FAIL, exit code 0:0, after 1:02:03 on n[1-2]"
+    assert rows[-1]["slurm"]["exit_code"] == "0:0" and rows[0]["slurm"]["nodes"] == 2
+    unknown = status.describe_runs(folder.find_runs(tmp_path), None)
+    assert [row["state"] for row in unknown][1] == "training", "nobody knows better"
     table = status.format_table(rows)
     lines = table.splitlines()
     assert lines[0].split() == ["run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note"]

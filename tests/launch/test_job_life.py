@@ -68,6 +68,9 @@ def test_a_stopped_rank_is_named_and_the_job_retried(submit, quiet_curve):
         del ranks[1]
     run.assert_complete(quiet_curve, starts=2)
     assert "error: rank 1 (n2, process" in run.job_log() and "stopped answering" in run.job_log()
+    (logs,) = (run.directory / "launch" / "logs").glob("*.0")
+    stacks = [(logs / f"stacks-{rank}.txt").read_text() for rank in range(2)]
+    assert all("in run_steps" in text for text in stacks), "the stopped one went on to write its own"
 
 
 def test_a_crashed_node_is_survived_on_others(submit, slurm, quiet_curve):

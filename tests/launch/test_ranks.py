@@ -57,12 +57,38 @@ def test_ranks_of_an_earlier_larger_start_are_left_out(tmp_path: Path) -> None:
     assert describe_trouble(read_ranks(tmp_path)) == ""
 
 
-def test_ranks_before_the_newest_start_of_the_job_are_left_out(tmp_path: Path) -> None:
+def test_ranks_before_the_newest_start_of_the_job_are_left_out(tmp_path: Path, monkeypatch) -> None:
+    """By its number, not by time: clocks of nodes differ."""
+    monkeypatch.setenv("INFINI_TRAIN_START", "7.0")
     for rank in range(4):
-        write_rank(tmp_path, rank, "step 3", age_s=1000)
+        write_rank(tmp_path, rank, "step 3", age_s=-1000)
+    (tmp_path / "launch" / "fence").write_text("7.0\n")
     assert len(read_ranks(tmp_path)) == 4
-    (tmp_path / "launch" / "starts").write_text(f"5 7.0 n1\n{int(time.time()) - 100} 7.1 n1\n")
+    (tmp_path / "launch" / "fence").write_text("7.1\n")
     assert read_ranks(tmp_path) == []
+    monkeypatch.setenv("INFINI_TRAIN_START", "7.1")
+    write_rank(tmp_path, 2, "step 4", age_s=-2000)
+    os.utime(tmp_path / "launch" / "ranks" / "2.json", (time.time() + 2000,) * 2)
+    assert [entry.operation for entry in read_ranks(tmp_path)] == ["step 4"]
+
+
+def set_pace(run_dir: Path, own_s: list[float], step_s: float) -> None:
+    for rank, seconds in enumerate(own_s):
+        write_rank(run_dir, rank, "step 9, backward", world_size=len(own_s))
+        path = run_dir / "launch" / "ranks" / f"{rank}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "own_s": seconds, "step_s": step_s}))
+
+
+def test_a_slow_rank_is_named_with_its_node(tmp_path: Path) -> None:
+    set_pace(tmp_path, [0.1, 0.3, 0.11, 0.1], step_s=0.5)
+    said = describe_trouble(read_ranks(tmp_path))
+    assert said == "rank 1 on n1 slow: 0.3 s of own work a step, the others 0.1 s"
+    set_pace(tmp_path, [0.1, 0.3], step_s=0.5)
+    assert describe_trouble(read_ranks(tmp_path)).startswith("rank 1 on n1 slow")
+    set_pace(tmp_path, [0.1, 0.14, 0.1, 0.1], step_s=0.5)
+    assert describe_trouble(read_ranks(tmp_path)) == "", "not that much slower"
+    set_pace(tmp_path, [0.01, 0.03, 0.01, 0.01], step_s=0.5)
+    assert describe_trouble(read_ranks(tmp_path)) == "", "of no account in a step"
 
 
 def test_many_silent_ranks_stay_one_line(tmp_path: Path) -> None:

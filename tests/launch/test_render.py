@@ -38,6 +38,33 @@ def test_the_ready_scripts_are_those_of_the_templates() -> None:
     assert len([name for name in rendered if name.startswith("train_")]) == 12
 
 
+def render_golden() -> dict[str, str]:
+    """What the ready scripts, all for the plain cluster, have not: containers, modules, chains, awkward words."""
+    h100, pyxis = load_cluster("h100"), load_cluster("pyxis")
+    chain = dataclasses.replace(h100, requeue=False, preflight=False, network_interface="^lo")
+    return {
+        "train_h100": render_training(plan_job(load_run("8b"), h100, "8b"), h100),
+        "train_chain": render_training(plan_job(load_run("1b"), chain, "1b", ("name=it's",)), chain),
+        "train_pyxis": render_training(plan_job(load_run("1b"), pyxis, "1b"), pyxis),
+        "eval_pyxis": render_evaluation("an eval", ["runs/a b"], pyxis, gpus=2),
+        "encode_h100": render_encoding(["a b/", "--tokenizer=byte", "--out=x'y"], 3, chain),
+    }
+
+
+@pytest.mark.parametrize(("name", "text"), render_golden().items(), ids=render_golden())
+def test_renderings_are_the_golden_ones(name: str, text: str) -> None:
+    """After a change that is meant: GOLDEN=write python -m pytest tests/launch/test_render.py, and read the diff."""
+    path = Path(__file__).parent / "golden" / f"{name}.sbatch"
+    if os.environ.get("GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_every_cluster_renders_to_valid_bash(name: str, tmp_path: Path) -> None:
     cluster = load_cluster(name)

@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 
 from infini_train.config.files import dump
+from launch.ranks import describe_trouble, read_ranks
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 6
 
 
 @contextlib.contextmanager
-def run(configure, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def run(configure, tmp_path: Path, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """An endless run of three ranks that has begun to train, and the file with what it says."""
     config = configure(
         "train.batch_lanes=3",
         "train.micro_batch_lanes=1",
         "train.max_steps=100000",
-        f"parallel.timeout_s={TIMEOUT_S}",
+        f"parallel.timeout_s={timeout_s}",
         "log.every_steps=10",
         "checkpoint.every_steps=1000000",
     )
@@ -73,6 +74,23 @@ def test_a_stopped_rank_ends_the_run_and_is_named(configure, tmp_path):
         text = console.read_text()
     assert re.search(rf"error: rank 2 \(.*\) stopped answering; last heard of in {OPERATION}", text), text
     assert not Path(f"/proc/{victim}").exists(), "the stopped rank was left behind"
+    (logs,) = tmp_path.rglob("launch/logs/local")
+    stacks = [(logs / f"stacks-{rank}.txt").read_text() for rank in range(3)]
+    assert all("in run_steps" in text for text in stacks), "of all ranks, the stopped one too"
+
+
+def test_a_slow_rank_is_named(configure, tmp_path):
+    """One that gets a quarter of its time."""
+    with run(configure, tmp_path, timeout_s=60) as (process, _):
+        (folder,) = tmp_path.rglob("launch/ranks")
+        victim, deadline, said = find_rank(process, 1), time.monotonic() + 120, ""
+        while "slow" not in said and time.monotonic() < deadline:
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(0.03)
+            os.kill(victim, signal.SIGCONT)
+            time.sleep(0.01)
+            said = describe_trouble(read_ranks(folder.parents[1]))
+    assert re.match(r"rank 1 on \S+ slow: [\d.]+ s of own work a step, the others [\d.]+ s", said), said
 
 
 def test_a_long_look_for_the_checkpoint_is_no_death(configure, tmp_path):

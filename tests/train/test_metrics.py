@@ -67,7 +67,7 @@ def test_numbers_are_in_both_places(run_dir):
     expected |= {"loss/validation", "perplexity/validation", "bits_per_byte/validation", "loss/unigram_entropy"}
     expected |= {f"lr/{group}" for group in ("matrices", "vectors", "gates")}
     expected |= {f"speed/{name}" for name in ("step_s", "tokens_per_s", "mfu", "peak_memory_bytes")}
-    expected |= {f"seconds/{part}" for part in ("data", "forward", "backward", "optimizer")}
+    expected |= {f"seconds/{part}" for part in ("data", "wait", "forward", "backward", "optimizer")}
     expected |= {"gates/mean", "gates/lowest", "gates/highest", "memory/written_tokens"}
     expected |= {"gates/local", "gates/mixed", "gates/memory"}
     expected |= {f"memory/{kind}/layer {layer}" for kind in ("norm", "normaliser") for layer in (0, 1)}
@@ -86,7 +86,7 @@ def test_values_make_sense(run_dir):
     assert [line["tokens"] for line in steps] == [128 * n for n in range(1, 7)]
     for line in steps:
         assert line["perplexity/train"] == pytest.approx(math.exp(line["loss/train"]))
-        parts = sum(line[f"seconds/{part}"] for part in ("data", "forward", "backward", "optimizer"))
+        parts = sum(line[f"seconds/{part}"] for part in ("data", "wait", "forward", "backward", "optimizer"))
         assert 0 < parts <= line["speed/step_s"] * 1.01
         assert line["speed/tokens_per_s"] == pytest.approx(128 / line["speed/step_s"])
     assert steps[1]["lr/matrices"] == pytest.approx(3e-3) and steps[1]["lr/gates"] == pytest.approx(5e-2)
@@ -203,3 +203,10 @@ def test_the_shares_of_specialised_heads_are_counted():
     assert found["gates/local"] == 0.25 and found["gates/memory"] == 0.375
     assert found["gates/mixed"] == 1 - 0.25 - 0.375
     assert found["gates/mean"] == pytest.approx(0.55125)
+
+
+def test_a_line_of_a_window_without_labels():
+    values = {"lr/matrices": 3e-4, "speed/tokens_per_s": 100.0, "speed/mfu": 0.2}
+    assert step_line(7, 10, values, 2.0) == (
+        "step  7/10  read only: no labels here  lr 3.00e-04  100 tok/s  mfu 20%  eta 2s"
+    )

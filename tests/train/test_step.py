@@ -11,6 +11,7 @@ import torch
 from infini_train.checkpoint import store
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel.pipeline import cut_micro_batches
+from infini_train.train.carry import join_lanes
 from infini_train.train.optim import learning_rates
 from infini_train.train.session import Session, open_session, save_session
 from infini_train.train.step import train_step
@@ -94,11 +95,33 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
                 assert close.float().mean() > 0.99, name
 
 
-def test_a_batch_without_labels_is_left_out(configure, tools):
+def test_a_batch_without_text_is_left_out(configure, tools):
     session = open_session(configure(), ignore)
     before = {name: p.detach().clone() for name, p in session.stages.transformers()[0].named_parameters()}
-    assert step(session, draw_batch(0, (0, 0, 0, 0))).problem == "none of its text can be read"
+    batch = dataclasses.replace(draw_batch(0, (0, 0, 0, 0)), weights_BT=np.zeros((LANES, WINDOW), np.float32))
+    assert step(session, batch).problem == "none of its text can be read"
     tools.assert_same(dict(session.stages.transformers()[0].named_parameters()), before)
+
+
+@pytest.mark.parametrize("attention", ["linear", "delta", "local"])
+def test_text_without_labels_is_read_only(attention, configure, tools):
+    """A window in the midst of a book: weights and optimizer stay, and the memory is that of a step with labels."""
+    config = configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=2")
+    session = open_session(config, ignore)
+    before = tools.capture(session)
+    silent, loud = (step(session, draw_batch(7, labels)) for labels in ((0, 0, 0, 0), (32, 32, 32, 32)))
+    assert silent.problem == "" and silent.labels == 0 and math.isnan(silent.loss)
+    fresh = open_session(config, ignore)
+    after = step(fresh, draw_batch(7, (0, 0, 0, 0)))
+    fresh.advance(after, fresh.lanes)
+    kept = {name: value for name, value in before.items() if not name.startswith("carry ")}
+    tools.assert_same({name: value for name, value in tools.capture(fresh).items() if name in kept}, kept)
+    assert fresh.step == 1 and fresh.guard.in_a_row == fresh.guard.skipped == 0
+    assert not list(fresh.guard.to_json()["losses"]), "a loss that isn't there is no number to compare with"
+    found, expected = (join_lanes(session.stages, result.states) for result in (silent, loud))
+    assert found.keys() == expected.keys() and found
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_labels_weigh_their_losses(configure):
@@ -242,4 +265,4 @@ def test_clipping_and_parts_of_the_time(configure):
     assert result.grad_norm > 0.1, "the norm before clipping"
     moved = (session.stages.transformers()[0].embedding.weight - before).norm().item()
     assert 0 < moved <= 1e-3 * session.config.optim.lr  # eps 1 makes AdamW's step about lr x gradient
-    assert set(result.seconds) == {"forward", "backward", "optimizer"} and min(result.seconds.values()) > 0
+    assert set(result.seconds) == {"wait", "forward", "backward", "optimizer"} and min(result.seconds.values()) > 0

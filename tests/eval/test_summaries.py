@@ -1,0 +1,198 @@
+"""Summaries of books: read in any company, written as by generate, resumed, scored by ROUGE with intervals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from infini_train.cli import main
+from infini_train.config.errors import ConfigError
+from infini_train.data.pairs import PairForm
+from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.eval import summary_report
+from infini_train.eval.generate import generate
+from infini_train.eval.rouge import MEASURES, lead, make_scorer, summarise_scores
+from infini_train.eval.sampling import Sampling
+from infini_train.eval.summaries import PAPER, SummaryTask, _own_stream, write_summaries
+
+pytest.importorskip("rouge_score")
+
+MODEL = Path(__file__).resolve().parent.parent.parent / "models" / "passkey-linear"
+BYTE = ByteTokenizer()
+BOOKS = [
+    {"id": f"b{i}", "book": f"Book {i} begins. It goes on! Does it? " * (2 * i + 1), "summary": f"Book {i} goes on."}
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "books.jsonl"
+    path.write_text("".join(json.dumps(book) + "\n" for book in BOOKS))
+    return path
+
+
+def call(*arguments: object) -> int:
+    """The exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return 0 if stop.code is None else int(stop.code)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_summaries_are_those_of_each_book_alone(variant, lanes, tools, data):
+    model, form = tools.build(variant), PairForm(prompt="Read: ", separator="\n=")
+    task = SummaryTask(data=data, max_new_tokens=9, samples=2, form=form, max_book_tokens=120)
+    written = [record for batch in write_summaries(model, BYTE, task, lanes=lanes) for record in batch]
+    assert [(record.number, record.sample) for record in written] == [(i, s) for i in range(4) for s in range(2)]
+    for record in written:
+        prompt = [BYTE.bos_id, *form.encode_book(BYTE, BOOKS[record.number]["book"], 120).tolist()]
+        ids = list(
+            generate(
+                model,
+                prompt,
+                max_new_tokens=9,
+                stop_id=BYTE.eos_id,
+                sampling=_own_stream(PAPER, record.number, record.sample),
+            )
+        )
+        assert record.said == BYTE.decode(ids).strip()
+        assert (record.book_tokens, record.said_tokens) == (len(prompt), len(ids))
+
+
+def test_the_defaults_are_the_papers(data):
+    task = SummaryTask(data=data)
+    assert (task.sampling.temperature, task.sampling.top_p, task.sampling.top_k) == (0.5, 0.95, 0)
+    assert task.max_new_tokens == 1024
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def evaluate(data: Path, out: Path, *options: object) -> int:
+    return call("eval", "summarise", MODEL, "--data", data, "--out", out, "--max-new-tokens", 5, *options)
+
+
+def test_the_command_writes_scores_texts_and_scalars_and_goes_on(data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert evaluate(data, out, "--books", 2, "--lanes", 2) == 0
+    first = (out / "summaries.jsonl").read_text()
+    assert "books 1 to 2: " in capsys.readouterr().out
+    assert evaluate(data, out, "--lanes", 3, "--samples", 2, "--json") == 0
+    said = capsys.readouterr()
+    assert "2 summaries were there already" in said.err
+    assert (out / "summaries.jsonl").read_text().startswith(first)
+    results = json.loads(said.out)
+    assert results["complete"] and results["model"]["books"] == 4 and results["samples"] == 2
+    whole = tmp_path / "whole"
+    assert evaluate(data, whole, "--lanes", 1, "--samples", 2) == 0
+
+    def texts(folder: Path) -> set[tuple]:
+        rows = map(json.loads, (folder / "summaries.jsonl").read_text().splitlines()[1:])
+        return {(row["number"], row["sample"], row["said"]) for row in rows}
+
+    assert texts(out) == texts(whole) and len(texts(out)) == 8
+    shown = (out / "summaries.txt").read_text()
+    assert shown.count("=== ") == 8 and "--- reference\nBook 3 goes on." in shown
+    board = EventAccumulator(str(out / "tensorboard" / "eval")).Reload()
+    assert {f"eval/out/{name}" for name in (*MEASURES, "overall")} == set(board.Tags()["scalars"])
+    assert any("b0" in tag for tag in board.Tags()["tensors"])
+
+
+def test_other_settings_are_not_mixed_in(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate(data, out, "--books", 1) == 0
+    assert evaluate(data, out, "--books", 1, "--seed", 1) == 2
+    assert "holds another test (seed: 0, not 1)" in capsys.readouterr().err
+    assert evaluate(data, out, "--books", 1, "--seed", 1, "--overwrite") == 0
+
+
+def test_what_a_killed_run_left_is_kept(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate(data, out) == 0
+    whole = (out / "summaries.jsonl").read_text()
+    torn = whole[: whole.rindex("said") + 9]
+    (out / "summaries.jsonl").write_text(torn)
+    assert evaluate(data, out) == 0
+    assert "3 summaries were there already" in capsys.readouterr().out
+    assert len((out / "summaries.jsonl").read_text().splitlines()) == len(whole.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "holds no books"),
+        ("{", "record 1: is not valid JSON"),
+        ('{"book": "a"}', "no text in field 'summary'; the fields are book; see --summary-field"),
+        ('{"story": "a", "summary": "b"}', "no text in field 'book'; the fields are story, summary; see --text-field"),
+        ("[]", "record 1: is not a JSON object"),
+    ],
+)
+def test_bad_data_are_named(text, line, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text(text)
+    assert evaluate(tmp_path / "bad.jsonl", tmp_path / "out") == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- ROUGE
+
+
+def test_rouge_by_hand():
+    scorer = make_scorer()
+    found = scorer("the cat sat on the mat", "the cats sit on a mat")
+    # stems: the cat sat on the mat / the cat sit on a mat: the, cat, on, mat in common, of 6 each; one pair of 5
+    assert found == pytest.approx({"rouge1": 4 / 6, "rouge2": 1 / 5, "rougeL": 4 / 6})
+    assert scorer("a b", "") == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
+
+
+def test_means_their_geometric_mean_and_intervals():
+    rows = np.random.default_rng(0).random((40, 3))
+    found = summarise_scores(rows)
+    means = 100 * rows.mean(0)
+    assert [found[name] for name in MEASURES] == pytest.approx(means)
+    assert found["overall"] == pytest.approx(np.prod(means) ** (1 / 3))
+    error = 100 * rows.std(0) / np.sqrt(40)
+    for column, name in enumerate(MEASURES):
+        low, high = found[f"{name}_95"]
+        assert (high - low) / 2 == pytest.approx(1.96 * error[column], rel=0.1)
+    assert summarise_scores(rows) == found, "always the same draws"
+    assert summarise_scores([[0.5, 0.2, 0.4]])["rouge1_95"] == [50.0, 50.0]
+
+
+def test_what_costs_nothing_is_scored_beside():
+    scorer = make_scorer()
+    books = [summary_report.Book(i, f"b{i}", lead(b["book"]), b["summary"]) for i, b in enumerate(BOOKS)]
+    task = {"book_tokens": 9, "said_tokens": 2, "ended": True, "read_s": 1.0, "write_s": 1.0, "lanes": 4}
+    written = [
+        summary_report.Written(
+            number=i, sample=s, id=f"b{i}", said=books[i].reference if s else "", peak_memory_bytes=1, **task
+        )
+        for i in range(4)
+        for s in range(2)
+    ]
+    found = summary_report.score(books, written, scorer)
+    assert found["model"]["rouge1"] == pytest.approx(50), "a right and an empty sample of each book"
+    assert found["random"]["rouge1"] == pytest.approx(75), "another number in: Book 2 goes on"
+    assert found["lead_3"]["rouge1"] < 75
+    assert found["read_tokens_per_s"] == pytest.approx(36)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("A. B! C? D.", "A. B! C?"), ("A. B", "A. B"), ("no end", "no end"), ("", "")]
+)
+def test_lead_is_the_first_three_sentences(text, expected):
+    assert lead(text) == expected
+
+
+def test_an_impossible_task_is_refused(data):
+    with pytest.raises(ConfigError, match="^--max-new-tokens: must be positive"):
+        SummaryTask(data=data, max_new_tokens=0)
+    assert Sampling(temperature=0.5) != PAPER

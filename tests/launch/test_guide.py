@@ -1,0 +1,124 @@
+"""docs/slurm.md as a newcomer follows it, on a real Slurm: each command of its first block, then the ready scripts.
+
+The clone is a copy whose 1B model is tiny, since no GPU is there. Not run: the installation of the CUDA build.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).resolve().parents[2]
+NOT_RUN = "make install CONSTRAINTS=constraints-cuda.txt"
+WAIT_S = 400
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_size": 48,
+    "attention": {"kind": "infini", "segment_tokens": 8},
+}
+SMALL = {
+    "train": {"window_tokens": 64, "batch_lanes": 4, "max_tokens": 4 * 64 * 6, "precision": "fp32"},
+    "parallel": {"data_size": 2, "timeout_s": 60},
+    "optim": {"lr": 3e-3, "warmup_steps": 2},
+    "eval": {"every_steps": 3, "max_tokens": 512},
+    "checkpoint": {"every_steps": 3},
+    "log": {"every_steps": 1},
+}
+FILLED_IN = {"gpus_per_node": 0, "tasks_per_node": 2, "cores_per_node": 4, "memory": "1G", "network_interface": "lo"}
+
+
+def commands() -> list[str]:
+    """The lines of the page's first block."""
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    return re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with a 1B model of a few thousand parameters, an environment, and a text."""
+    folder = tmp_path_factory.mktemp("guide") / "clone"
+    for name in ("configs", "slurm", "launch", "infini_train", "data_tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "configs" / "model" / "1b.yaml").write_text(yaml.safe_dump({"model": MODEL}))
+    path = folder / "configs" / "run" / "1b.yaml"
+    tree = yaml.safe_load(path.read_text())
+    for section, fields in SMALL.items():
+        tree[section] = {**tree.get(section, {}), **fields}
+    path.write_text(yaml.safe_dump(tree))
+    (folder / "text").mkdir()
+    lines = [f"Document {i} says that {i} times {i} is {i * i}, which nobody doubts." for i in range(3000)]
+    (folder / "text" / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+def run(slurm, clone: Path, *lines: str) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=clone,
+        env={**slurm.environment, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert done.returncode == 0, done.stdout + "".join(
+        path.read_text() for path in sorted(clone.glob("runs/*/launch/**/*.log"))
+    )
+    return done.stdout
+
+
+def read_status(clone: Path) -> dict:
+    return json.loads((clone / "runs" / "1b" / "status.json").read_text())
+
+
+def test_the_page_leads_from_clone_to_a_job_that_trains(slurm, clone):
+    lines = commands()
+    assert lines[0] == NOT_RUN
+    (clone / "fill_in.py").write_text(
+        "import sys, yaml\n"
+        "tree = yaml.safe_load(open('mine.yaml'))\n"
+        f"yaml.safe_dump({{**tree, **{FILLED_IN!r}}}, open('mine.yaml', 'w'))\n"
+    )
+    (copied,) = (i for i, line in enumerate(lines) if line.startswith("cp "))
+    lines.insert(copied + 1, "python fill_in.py")
+    said = run(slurm, clone, *(line.replace("--vocab-size 32000", "--vocab-size 300") for line in lines[1:]))
+    assert "to start at" in said, "sbatch --test-only has answered"
+    assert re.search(r"^job \d+; see: infini-launch status", said, flags=re.MULTILINE)
+    assert re.search(r"^runs/1b +\d+ +(pending|starting|training|configuring)", said, flags=re.MULTILINE)
+    assert read_status(clone)["state"] == "finished" and f"step {read_status(clone)['total_steps']}" in said
+
+
+def submit_ready(slurm, clone: Path, name: str, **changes: str) -> str:
+    """Fills in the head of a ready script, submits it, waits for its end; its own output."""
+    path = clone / "slurm" / f"{name}.sbatch"
+    text = path.read_text()
+    for old, new in changes.values():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    job = int(run(slurm, clone, f"sbatch --parsable slurm/{name}.sbatch"))
+    busy = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+    slurm.wait_until(lambda: slurm.job_state(job) not in busy, WAIT_S, slurm.controller_log, every_s=0.5)
+    (output,) = clone.glob(f"*-{job}.out")
+    assert slurm.job_state(job) == "COMPLETED", output.read_text()
+    return output.read_text()
+
+
+def test_the_ready_scripts_work_once_they_are_filled_in(slurm, clone):
+    shutil.rmtree(clone / "runs" / "1b")
+    cpu = {"tasks": ("--ntasks-per-node=8", "--ntasks-per-node=2"), "gpus": ("--gpus=8", "--gpus=0")}
+    assert "finished" in submit_ready(slurm, clone, "train_1b", **cpu, space=("--min-free-gib=50", "--min-free-gib=0"))
+    assert read_status(clone)["state"] == "finished"
+    last = submit_ready(slurm, clone, "eval_1b").strip().splitlines()[-1]
+    assert json.loads(last)["loss"] > 0
