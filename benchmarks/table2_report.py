@@ -26,7 +26,8 @@ Found = dict[str, Any]
 def write_report(files: Path = FILES) -> None:
     """Tables into the page, and the plot beside it."""
     found = load(files)
-    draw(found, IMAGE)
+    if found:
+        draw(found, IMAGE)
     PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
@@ -40,8 +41,10 @@ def fill_page(page: str, found: list[Found]) -> str:
     """The page with the tables between its two marks written anew."""
     head, _, rest = page.partition(BEGIN)
     tail = rest.partition(END)[2]
-    tables = "\n\n".join((tabulate_arms(found), tabulate_sizes(found), tabulate_rates(found)))
-    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}"
+    plot = "![Perplexity of the test books against the memory's bytes](images/table2_memory.png)"
+    parts = (tabulate_arms(found), plot, tabulate_sizes(found), tabulate_rates(found))
+    body = "\n\n".join(parts) if found else "No run has been finished yet."
+    return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
 
 
 def best_rate(found: list[Found], arm: str) -> str:

@@ -25,6 +25,11 @@ def table2() -> dict[str, object]:
     return runpy.run_path(str(ROOT / "benchmarks" / "table2_report.py"))
 
 
+def test_table_2_is_that_of_the_files(table2):
+    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table2["load"]()
+    assert table2["fill_page"](page, found) == page, "run python benchmarks/table2.py --report"
+
+
 def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
     """Not by the test books, and not by other sizes of the memory or other seeds."""
 
@@ -39,6 +44,8 @@ def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
     assert [each["test"]["loss"] for each in table2["chosen"](found, "rmt")] == [4.0, 5.0]
     row = table2["tabulate_arms"](found).splitlines()[-1]
     assert "| rmt | 2 |" in row and "4.5000, 4.0000 to 5.0000" in row
+    page = table2["fill_page"](f"before\n{table2['BEGIN']}\n{table2['END']}\nafter\n", found)
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and row in page
 
 
 def test_kept_files_name_no_machine():
