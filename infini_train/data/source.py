@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
+from infini_train.data.cache import check_space
 from infini_train.data.corpus import Corpus, Part
 from infini_train.data.lanes import Batch, LaneReader
 from infini_train.data.passkey_reader import PasskeyReader
@@ -103,10 +104,13 @@ def _open_parts(data: DataConfig) -> list[Part]:
     try:
         if data.train is not None:
             return [Part(data.train, Dataset.open(data.train, data.cache_dir))]
-        return [
+        parts = [
             Part(part.folder, Dataset.open(part.folder, data.cache_dir), part.weight, part.epochs)
             for part in data.mixture
         ]
+        if data.cache_dir is not None:  # each has found room for itself; now for all together
+            check_space(Path(data.cache_dir), {part.name: part.dataset.missing_bytes() for part in parts})
+        return parts
     except ConfigError as error:
         raise ConfigError(str(error) if str(error).startswith("data.") else f"{field}: {error}") from error
 
