@@ -133,7 +133,7 @@ def _steps(folder: Path, keys: NearKeys, options: NearDedupOptions) -> dict[str,
     }
 
 
-class CorpusReader(PipelineStep):
+class CorpusReader(PipelineStep):  # type: ignore[misc]
     """The documents of one of the plan's tasks."""
 
     type, name = "READER", "infini-data"
@@ -155,7 +155,7 @@ class CorpusReader(PipelineStep):
                 yield TroveDocument(text=document.text, id=document.id, metadata=metadata)
 
 
-class Signatures(MinhashDedupSignature):
+class Signatures(MinhashDedupSignature):  # type: ignore[misc]
     """datatrove's first block with the signature of `NearKeys`, which takes a long document piece by piece."""
 
     def __init__(self, output_folder: str, config: MinhashConfig, threshold: float) -> None:
@@ -169,7 +169,7 @@ class Signatures(MinhashDedupSignature):
         return [band.tolist() for band in shingles]
 
 
-class PartWriter(PipelineStep):
+class PartWriter(PipelineStep):  # type: ignore[misc]
     """A task's documents, in the form that `clean` gives them; whole or not at all."""
 
     type, name = "WRITER", "infini-data"

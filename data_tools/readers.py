@@ -142,9 +142,9 @@ class Reader:
         }[kind]
         try:
             yield from read(piece)
-        except (*READ_ERRORS, *refusals()) as error:
+        except (*READ_ERRORS, *refusals()) as error:  # type: ignore[misc]
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            of_network = (ConnectionError, TimeoutError, FileNotFoundError, *refusals())
+            of_network: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, FileNotFoundError, *refusals())
             if isinstance(error, of_network) or getattr(error, "errno", None) is not None:
                 # The disk or the network, not the data: to leave out the rest would lose documents that are there.
                 raise ConfigError(f"{piece.path}: can't be read on: {reason}; give the same command again") from error

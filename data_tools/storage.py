@@ -18,7 +18,7 @@ import fsspec
 import zstandard
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.cache import refusals
+from infini_train.data.cache import transport_errors
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
@@ -119,7 +119,7 @@ def _find_remote(url: str) -> Iterator[SourceFile]:
         found, base = _list_remote(system, path, rest)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url}: {str(error).splitlines()[0]}") from error
-    except (OSError, *refusals()) as error:
+    except transport_errors() as error:
         raise ConfigError(f"{url}: can't be found: {error}") from error
     name = PurePosixPath(base).name or protocol
     for file, info in found:

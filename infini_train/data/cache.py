@@ -42,6 +42,11 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(error for error in found if error is not None)
 
 
+def transport_errors() -> tuple[type[Exception], ...]:
+    """All that reading from elsewhere may raise."""
+    return (OSError, *refusals())
+
+
 class RemoteFolder:
     """A dataset's folder at a URL of fsspec, and its copy below `cache_dir`, named after the manifest's hash.
 
@@ -62,7 +67,7 @@ class RemoteFolder:
             manifest = self._files.cat_file(f"{self._root}/{MANIFEST_FILE}")
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{url}: can't be opened: {error}") from error
-        except (OSError, *refusals()) as error:
+        except transport_errors() as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"{self.url}/{MANIFEST_FILE}: can't be fetched: {reason}") from error
         digest = hashlib.sha256(manifest).hexdigest()
@@ -132,7 +137,7 @@ class RemoteFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 return target
-            except (OSError, *refusals()) as error:
+            except transport_errors() as error:
                 target.unlink(missing_ok=True)
                 number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
                 if wait_s is None or number in (errno.ENOENT, errno.ENOSPC, errno.EACCES):

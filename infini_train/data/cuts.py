@@ -31,16 +31,16 @@ class Cuts:
     def __init__(self, joined: frozenset[str], known: frozenset[str] | None) -> None:
         behind: dict[str, list[str]] = {char: [] for char in (*(known or ()), SPACE_SYMBOL)}
         before: dict[str, list[str]] = {char: [] for char in behind}
-        for left, right in sorted(joined):
-            behind.setdefault(left, []).append(right)
-            before.setdefault(right, []).append(left)
+        for pair in sorted(joined):
+            behind.setdefault(pair[0], []).append(pair[1])
+            before.setdefault(pair[1], []).append(pair[0])
         # Characters with the same neighbours are one class; class 0 is that of all others.
         self._lefts, n_lefts = _classify(behind)
         self._rights, n_rights = _classify(before)
         self._lefts *= n_rights  # so that the sum of two classes is a place in a flat table
         self._is_cut = np.ones(n_lefts * n_rights, bool)
-        for left, right in joined:
-            self._is_cut[self._lefts[ord(left)] + self._rights[ord(right)]] = False
+        for pair in joined:
+            self._is_cut[self._lefts[ord(pair[0])] + self._rights[ord(pair[1])]] = False
         self._is_cut[0] = known is None  # unknown neighbours become one id
 
     def mask(self, text: str) -> np.ndarray:

@@ -35,6 +35,10 @@ class PieceEncoder:
         self._model = model
         self._symbol_ids = symbol_ids
         self._dtype = dtype
+        self._counts = self._starts = np.zeros(0, np.int64)  # of the ids of each piece, by its number
+        self._ids = np.zeros(0, dtype)
+        self._long: dict[bytes, int] = {}  # numbers of pieces that are too long for the table
+        self._table = PieceTable()
         self._forget()
 
     def encode(self, texts: Sequence[str], threads: int = 1, slab_chars: int = SLAB_CHARS) -> list[np.ndarray]:
@@ -105,8 +109,7 @@ class PieceEncoder:
         """All but the space symbol, which no model is asked for."""
         self._ids, self._starts = self._symbol_ids, np.zeros(1, np.int64)
         self._counts = np.array([self._symbol_ids.size], np.int64)
-        self._long: dict[bytes, int] = {}
-        self._table = PieceTable()
+        self._long, self._table = {}, PieceTable()
         symbol = SPACE_SYMBOL.encode()
         self._table.add(*_keys(symbol + bytes(16), np.array([0]), np.array([len(symbol)])), np.array([0]))
 
