@@ -45,6 +45,9 @@ class Reader:
         seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
         return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
 
+    def remember(self, tokens_BT, grid, state):
+        return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
+
     def _next(self, seen: list[int]) -> torch.Tensor:
         text, token = bytes(seen[1:]), 0
         for prompt, answer in self.answers.items():
