@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         before, after = self.around
-        marked = [f"{before}{text}{after}" if text else "" for text in texts]
+        marked = [f"{before}{text}{after}" if text and before + after else text for text in texts]  # no needless copies
         if self.piece_encoder is not None:
             return self.piece_encoder.encode(marked, threads)
         parts: list[list[np.ndarray]] = [[np.zeros(0, self._dtype)] for _ in texts]
