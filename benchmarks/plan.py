@@ -3,9 +3,9 @@
     python benchmarks/plan.py --seconds 280     # again and again until all is measured; then it reports
     python benchmarks/plan.py --report          # errors, results/plan/errors.json, the tables of docs/plan.md
 
-A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and train
-some steps on random tokens whose documents begin anywhere. The time is that of the shortest step (one thread a rank), the
-memory the highest resident one above what was there before the model was built (with malloc told to give every large
+A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and
+train some steps on random tokens whose documents begin anywhere. The time is that of the shortest step (one thread a
+rank), the memory the highest resident one above what was there before the model was built (with malloc told to give every large
 block back). Measured: results/plan/measured.json. What is there is not measured again, so that the work can be cut
 into pieces.
 
