@@ -5,9 +5,9 @@
 
 A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and
 train some steps on random tokens whose documents begin anywhere. The time is that of the shortest step (one thread a
-rank), the memory the highest resident one above what was there before the model was built (with malloc told to give every large
-block back). Measured: results/plan/measured.json. What is there is not measured again, so that the work can be cut
-into pieces.
+rank), the memory the highest resident one above what was there before the model was built (with malloc told to give
+every large block back). Measured: results/plan/measured.json. What is there is not measured again, so that the work can
+be cut into pieces.
 
 Times need a machine that does nothing else. More ranks than cores share them; such cases are not calibrated with.
 """

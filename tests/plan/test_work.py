@@ -102,9 +102,9 @@ def test_a_layers_work_is_what_it_does(attention: dict[str, Any], precision: str
     shapes = work.find_shapes(config, fused_norm=False)
     forward, backward, kept = run_layer(config)
     planned_forward, planned_backward = work.layer_work(shapes)
-    assert planned_forward.matmul_flops == forward.flops
     assert planned_backward.matmul_flops == pytest.approx(backward.flops, rel=0.002)  # the first state has no gradient
     exact = "delta" not in attention.get("update", "")  # its chain's first factor is one of the carried states
+    assert planned_forward.matmul_flops == (forward.flops if exact else pytest.approx(forward.flops, rel=0.001))
     assert activations.layer_kept(shapes) == (kept if exact else pytest.approx(kept, rel=0.01))
     for planned, counted in ((planned_forward, forward), (planned_backward, backward)):
         assert planned.moved_bytes == pytest.approx(counted.moved, rel=0.12)
