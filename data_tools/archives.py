@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from data_tools.readers import Document, Meter, Piece, Reader
-from data_tools.storage import decompress, open_raw
+from data_tools.storage import decompress, index_of, open_raw
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -96,7 +96,7 @@ def _members(reader: Reader, piece: Piece) -> Iterator[_Member]:
 
 def megatron_documents(reader: Reader, piece: Piece) -> Iterator[Document]:
     """The documents of a .bin and its .idx as token ids; their text is empty."""
-    index_path = piece.path.removesuffix(".bin") + ".idx"
+    index_path = index_of(piece.path)
     with open_raw(index_path) as file:
         data = file.read()
     try:

@@ -3,21 +3,23 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import zstandard
 
 from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
 from data_tools.filters import FilterOptions, Filters
+from data_tools.job import JobOptions, all_older
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut
-from data_tools.readers import Document, Reader, ReadOptions
-from data_tools.tasks import finished_tasks, run_tasks, share, task_folder
+from data_tools.readers import Document, Reader
+from data_tools.storage import find_files
+from data_tools.tasks import finished_tasks, run_tasks, task_folder
 from data_tools.workplace import Workplace
 from infini_train import __version__
 from infini_train.config.errors import ConfigError
@@ -29,31 +31,20 @@ _TASK_BYTES = 512_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class CleanOptions:
-    """How to clean; the results depend on the first five alone."""
+class CleanOptions(JobOptions):
+    """How to clean; the results depend on `read` and the first four alone."""
 
     filters: FilterOptions = FilterOptions()
-    read: ReadOptions = ReadOptions()
     dedup: bool = False  # leave out texts that were there before
     near_dedup: float = 0.0  # and texts that share so many of their shingles with one before; 0: don't
     task_bytes: int = _TASK_BYTES
-    on_bad_record: Literal["error", "skip"] = "error"
-    max_bad_records: int = 1000
-    overwrite: bool = False
-    restart: bool = False
-    workers: int = 1
-    part: str | None = None
 
-    def __post_init__(self) -> None:
-        share(self.part, 0)
-        if self.part and (self.dedup or self.near_dedup):
-            raise ConfigError(
-                "--part: duplicates are looked for on one machine; leave it out, or see docs/data.md for several"
-            )
 
-    def new_left_out(self) -> LeftOut:
-        """Counts by these rules."""
-        return LeftOut(on_bad_record=self.on_bad_record, max_bad_records=self.max_bad_records)
+@dataclass(frozen=True)
+class Waiting:
+    """This part is done, and others are not: with looking for duplicates, or with writing."""
+
+    for_duplicates: bool
 
 
 @dataclass(kw_only=True)
@@ -66,46 +57,88 @@ class Report:
     changed: dict[str, int]  # documents by what was changed in them
 
 
-def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions) -> Report | None:
+def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions) -> Report | Waiting:
     """Write the cleaned documents to `out` as part-00000.jsonl.zst and so on, in their order, with a report.
 
-    What is unfinished goes on in the next call, as in encoding. Looking for duplicates reads the corpus twice.
+    What is unfinished goes on in the next call, as in encoding. Looking for duplicates reads the corpus twice; then
+    parts are called twice, too: the last one to finish its first reading goes on by itself.
 
     Returns:
-        The report; None if other parts are not finished.
+        The report, or what other parts have to do.
 
     Raises:
         ConfigError: `out` holds something else, the sources can't be read, or nothing stays.
     """
     out, sources = Path(out), [str(source) for source in sources]
-    Filters(options.filters)  # complains now of what is not installed
-    near = NearKeys(options.near_dedup) if options.near_dedup else None
     command = {
         **json.loads(json.dumps({**dataclasses.asdict(options.filters), **dataclasses.asdict(options.read)})),
         "dedup": options.dedup,
         "near_dedup": options.near_dedup,
         "version of infini-data": __version__,
     }
-    _check_target(out, options.overwrite)
+    try:
+        return _clean(sources, out, command, options)
+    except (ConfigError, FileNotFoundError):
+        # The other parts have finished without this one: it has no task, or was started again behind its last.
+        if options.part is None or options.overwrite or not _is_there(out, sources, command):
+            raise
+        return read_report(out)
+
+
+def _clean(sources: list[str], out: Path, command: dict[str, Any], options: CleanOptions) -> Report | Waiting:
+    Filters(options.filters)  # complains now of what is not installed
+    near = NearKeys(options.near_dedup) if options.near_dedup else None
+    check_clean_target(out, options.overwrite)
     workplace = Workplace(out, restart=options.restart, part=options.part)
     with workplace as folder:
         plan = make_plan(folder, sources, command, options.task_bytes, options.read.format)
-        if options.dedup or near:
-            _look_for_duplicates(folder, plan, options, near)
+        if (options.dedup or near) and not _look_for_duplicates(workplace, plan, options, near):
+            return Waiting(for_duplicates=True)
         run_tasks(folder, plan, CleanWork(folder, options), workers=options.workers, part=options.part, label="clean")
         if len(finished_tasks(folder)) < len(plan):
-            return None
+            return Waiting(for_duplicates=False)
         with workplace.last_step() as is_mine, explain_disk_errors(out):
             if is_mine:
-                report = _join(folder, len(plan), workplace.result, options)
-                if not report.documents:
-                    workplace.discard()
-                    raise ConfigError(f"nothing stays of the sources: {'; '.join(report.left_out.lines())}")
-                workplace.publish()
-    return report if is_mine else None
+                publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
+    return read_report(out)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str, Any]) -> None:
+    """The parts of all tasks become the result, with a report that also tells `about` it.
+
+    Raises:
+        ConfigError: no document stays, or too many records are bad.
+    """
+    report = _join(workplace.folder, tasks, workplace.result, left_out, about)
+    if not report.documents:
+        workplace.discard()
+        raise ConfigError(f"nothing stays of the sources: {'; '.join(report.left_out.lines())}")
+    workplace.publish()
+
+
+def read_report(out: Path) -> Report:
+    """What the report of a cleaned corpus says."""
+    tree = json.loads((out / REPORT_FILE).read_bytes())
+    left_out = LeftOut.from_json(tree["left_out"])
+    return Report(documents=tree["documents"], bytes=tree["bytes"], left_out=left_out, changed=tree["changed"])
+
+
+def _is_there(out: Path, sources: list[str], command: dict[str, Any]) -> bool:
+    """Whether this very command has cleaned these sources as they are now."""
+    path = out / REPORT_FILE
+    if not path.is_file():
+        return False
+    tree = json.loads(path.read_bytes())
+    same = (tree.get("sources"), tree.get("command")) == (sources, command)
+    return same and all_older(find_files(sources), path.stat().st_mtime_ns)
+
+
+def check_clean_target(out: Path, overwrite: bool) -> None:
+    """The folder may become a cleaned corpus.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; give a folder")
     if not out.exists() or not any(out.iterdir()):
@@ -116,16 +149,22 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"{out}: a cleaned corpus is there already; choose another folder, or pass --overwrite")
 
 
-def _look_for_duplicates(folder: Path, plan: Plan, options: CleanOptions, near: NearKeys | None) -> None:
+def _look_for_duplicates(workplace: Workplace, plan: Plan, options: CleanOptions, near: NearKeys | None) -> bool:
+    """Whether all is known: parts that are not done yet leave it open."""
+    folder = workplace.folder
     keys = folder / "keys"
     keys.mkdir(exist_ok=True)
-    run_tasks(keys, plan, KeyWork(folder, options), workers=options.workers, label="look for duplicates")
+    work = KeyWork(folder, options)
+    run_tasks(keys, plan, work, workers=options.workers, part=options.part, label="look for duplicates")
+    if len(finished_tasks(keys)) < len(plan):
+        return False
     places = [task_folder(keys, task) for task in range(len(plan))]
-    with explain_disk_errors(folder):
-        if options.dedup:
+    with workplace.last_step() as is_mine, explain_disk_errors(folder):
+        if is_mine and options.dedup:
             find_duplicates([place / "exact" for place in places], folder / "exact")
-        if near:
+        if is_mine and near:
             find_duplicates([place / "near" for place in places], folder / "near")
+    return True
 
 
 class _Work:
@@ -178,29 +217,44 @@ class CleanWork(_Work):
         options, left_out, filters = self.options, self.options.new_left_out(), Filters(self.options.filters)
         exact = left_out_of(self.folder / "exact", task) if options.dedup else set()
         near = left_out_of(self.folder / "near", task) if options.near_dedup else set()
-        documents = n_bytes = 0
-        pack = zstandard.ZstdCompressor(level=3)
-        with (folder / _PART_FILE).open("wb") as packed, pack.stream_writer(packed) as out:
+
+        def kept() -> Iterator[Document]:
             for number, document in enumerate(self.filtered(task, filters, left_out, advance)):
                 if number in exact or number in near:
                     left_out.documents["duplicates" if number in exact else "near duplicates"] += 1
-                    continue
-                line = json.dumps(_row(document, options.read.text_field), ensure_ascii=False) + "\n"
-                out.write(line.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON has it
-                documents, n_bytes = documents + 1, n_bytes + len(document.text.encode("utf-8"))
-        record = {"documents": documents, "bytes": n_bytes, "changed": dict(filters.changed)}
-        text = json.dumps({**record, "left_out": left_out.to_json()})
-        (folder / _RECORD_FILE).write_text(text, encoding="utf-8")
+                else:
+                    yield document
+
+        write_part(folder, kept(), options.read.text_field, left_out, filters.changed)
+
+
+def write_part(
+    folder: Path, documents: Iterable[Document], text_field: str, left_out: LeftOut, changed: Mapping[str, int]
+) -> None:
+    """A task's documents as JSON lines, and a record of them.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    number = n_bytes = 0
+    pack = zstandard.ZstdCompressor(level=3)
+    with (folder / _PART_FILE).open("wb") as packed, pack.stream_writer(packed) as out:
+        for document in documents:
+            line = json.dumps(_row(document, text_field), ensure_ascii=False) + "\n"
+            out.write(line.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON has it
+            number, n_bytes = number + 1, n_bytes + len(document.text.encode("utf-8"))
+    record = {"documents": number, "bytes": n_bytes, "changed": dict(changed), "left_out": left_out.to_json()}
+    (folder / _RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
 
 
 def _row(document: Document, text_field: str) -> dict[str, Any]:
     return {"id": document.id, "source": document.source, **document.metadata, text_field: document.text}
 
 
-def _join(folder: Path, tasks: int, result: Path, options: CleanOptions) -> Report:
+def _join(folder: Path, tasks: int, result: Path, left_out: LeftOut, about: dict[str, Any]) -> Report:
     """The parts of all tasks, renamed, and the report."""
     result.mkdir(exist_ok=True)
-    report = Report(documents=0, bytes=0, left_out=options.new_left_out(), changed={})
+    report = Report(documents=0, bytes=0, left_out=left_out, changed={})
     parts = 0
     for task in range(tasks):
         place = task_folder(folder, task)
@@ -214,7 +268,7 @@ def _join(folder: Path, tasks: int, result: Path, options: CleanOptions) -> Repo
             if (place / _PART_FILE).exists():  # else an earlier attempt has moved it
                 os.replace(place / _PART_FILE, result / f"part-{parts:05d}.jsonl.zst")
             parts += 1
-    tree = {**vars(report), "left_out": report.left_out.to_json()}
+    tree = {**vars(report), "left_out": report.left_out.to_json(), **about}
     (result / REPORT_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in (result / REPORT_FILE, result):
         sync(path)

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from data_tools import combine, fertility, inspect, lengths
-from data_tools.clean import CleanOptions, clean_corpus
+from data_tools.clean import CleanOptions, Waiting, clean_corpus
 from data_tools.duplicates import NearKeys, disk_bytes
 from data_tools.encode import EncodeOptions, encode_corpus
 from data_tools.filters import FilterOptions
@@ -31,6 +32,19 @@ def _read_options(options: argparse.Namespace) -> ReadOptions:
         max_record_bytes=int(options.max_record_mb * 1e6),
         summary_field=getattr(options, "summary_field", None),
     )
+
+
+def _job_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of JobOptions."""
+    return {
+        "read": _read_options(options),
+        "on_bad_record": options.on_bad_record,
+        "max_bad_records": options.max_bad_records,
+        "overwrite": options.overwrite,
+        "restart": options.restart,
+        "workers": options.workers or _cores(),
+        "part": getattr(options, "part", None),
+    }
 
 
 def _left_out(options: argparse.Namespace) -> LeftOut:
@@ -78,22 +92,19 @@ def _run_clean(options: argparse.Namespace) -> int:
             max_symbols=options.max_symbols,
             languages=tuple(options.language.split(",")) if options.language else (),
         ),
-        read=_read_options(options),
         dedup=options.dedup,
         near_dedup=options.near_dedup,
-        on_bad_record=options.on_bad_record,
-        max_bad_records=options.max_bad_records,
-        overwrite=options.overwrite,
-        restart=options.restart,
-        workers=options.workers or _cores(),
-        part=options.part,
+        **_job_options(options),
     )
     if settings.near_dedup:
         size = disk_bytes(NearKeys(settings.near_dedup).bands)
         print(f"near duplicates: {size} bytes of disk a document, 0.5 GB of memory for all of them", file=sys.stderr)
     report = clean_corpus(options.sources, options.out, settings)
-    if report is None:
-        print(f"part {options.part} is done; {options.out} appears when the last part is")
+    if isinstance(report, Waiting):
+        if report.for_duplicates:
+            print(f"part {options.part} has looked for duplicates; when every part has, give each its command again")
+        else:
+            print(f"part {options.part} is done; {options.out} appears when the last part is")
         return 0
     _report(report.left_out)
     for name, number in sorted(report.changed.items()):
@@ -102,17 +113,35 @@ def _run_clean(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_near_dedup(options: argparse.Namespace) -> int:
+    try:
+        from data_tools.near_dedup import NearDedupOptions, SlurmOptions, near_dedup
+    except ImportError as error:
+        hint = "install it with: pip install 'infini-train[datatrove]'"
+        raise ConfigError(f"near-dedup: needs datatrove ({error}); {hint}") from error
+    slurm = None
+    if options.slurm:
+        arguments = tuple(options.sbatch or ())
+        slurm = SlurmOptions(
+            partition=options.slurm, time_limit=options.time, memory_gb=options.memory_gb, arguments=arguments
+        )
+    settings = NearDedupOptions(
+        threshold=options.threshold, task_bytes=int(options.task_mb * 1e6), slurm=slurm, **_job_options(options)
+    )
+    report = near_dedup(options.sources, options.out, settings)
+    if isinstance(report, list):
+        print(f"submitted jobs {' '.join(report)}; when they have ended, give the same command again")
+        return 0
+    _report(report.left_out)
+    print(f"{options.out}: {report.documents:,} documents, {report.bytes:,} bytes of text")
+    return 0
+
+
 def _run_encode(options: argparse.Namespace) -> int:
     settings = EncodeOptions(
         holdout=options.holdout,
         max_shard_bytes=int(options.shard_mb * 1e6),
-        read=_read_options(options),
-        on_bad_record=options.on_bad_record,
-        max_bad_records=options.max_bad_records,
-        overwrite=options.overwrite,
-        restart=options.restart,
-        workers=options.workers or _cores(),
-        part=options.part,
+        **_job_options(options),
         form=PairForm(prompt=options.prompt, separator=options.separator),
         max_tokens=options.max_tokens,
     )
@@ -185,6 +214,7 @@ def _run_split(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "clean": _run_clean,
+    "near-dedup": _run_near_dedup,
     "fertility": _run_fertility,
     "tokenizer": _run_tokenizer,
     "encode": _run_encode,

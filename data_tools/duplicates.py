@@ -6,9 +6,11 @@ are alike, and all but the first in the corpus are left out. Memory holds one bu
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ _BUCKET_RECORDS = 4_000_000
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 128
 _SEED = 1
+_SLAB_CHARS = 1_000_000  # of a text, cut into words at once
+_SPACE = re.compile(r"\s")
 
 
 def exact_key(text: str) -> bytes:
@@ -53,16 +57,35 @@ class NearKeys:
         self.bands, self.rows = min(choices, key=lambda c: abs((1 / c[0]) ** (1 / c[1]) - threshold))
 
     def __call__(self, text: str) -> list[bytes]:
-        words = text.lower().split()
-        last = max(1, len(words) - _SHINGLE_WORDS + 1)
-        signature = self._rensa.RMinHash(_PERMUTATIONS, _SEED)
-        signature.update([" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(last)])
-        values = np.array(signature.digest(), "<u4")
-        bands = values[: self.bands * self.rows].reshape(self.bands, self.rows)
         return [
             hashlib.blake2b(band.tobytes(), digest_size=16, salt=number.to_bytes(2, "little")).digest()
-            for number, band in enumerate(bands)
+            for number, band in enumerate(self.signature(text))
         ]
+
+    def signature(self, text: str) -> np.ndarray:
+        """uint32 (bands, rows): the smallest hashes of the text's shingles."""
+        signature = self._rensa.RMinHash(_PERMUTATIONS, _SEED)
+        for shingles in _shingles(text):
+            signature.update(shingles)
+        return np.array(signature.digest(), "<u4")[: self.bands * self.rows].reshape(self.bands, self.rows)
+
+
+def _shingles(text: str) -> Iterator[list[str]]:
+    """All runs of 5 words, some at a time; of fewer words all together."""
+    words: list[str] = []
+    start, has_runs = 0, False
+    while start < len(text) or not start:
+        space = _SPACE.search(text, start + _SLAB_CHARS)
+        stop = space.start() if space else len(text)
+        words += text[start:stop].lower().split()
+        start = max(stop, start + 1)
+        runs = len(words) - _SHINGLE_WORDS + 1
+        if runs > 0:
+            yield [" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(runs)]
+            words = words[runs:]
+            has_runs = True
+        elif start >= len(text) and not has_runs:
+            yield [" ".join(words)]
 
 
 class KeyFile:

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from data_tools.job import JobOptions, all_older
 from data_tools.join import RECORD_FILE, Joiner, join_split
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut
-from data_tools.readers import Document, Reader, ReadOptions
+from data_tools.readers import Document, Reader
 from data_tools.storage import find_files, suffixes
-from data_tools.tasks import finished_tasks, run_tasks, share
+from data_tools.tasks import finished_tasks, run_tasks
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
 from infini_train.config.errors import ConfigError
@@ -32,29 +33,22 @@ _BATCH_CHARS = 1_000_000  # encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
+class EncodeOptions(JobOptions):
     """How to encode; the results depend on `holdout`, `max_shard_bytes`, `read`, `form` and `max_tokens` alone."""
 
     holdout: float = 0.0  # share of the documents that becomes the validation set
     max_shard_bytes: int = 1 << 29
-    read: ReadOptions = ReadOptions()
-    on_bad_record: Literal["error", "skip"] = "error"
-    max_bad_records: int = 1000
-    overwrite: bool = False
-    restart: bool = False  # throw away what an unfinished run has done
-    workers: int = 1
-    part: str | None = None  # I/N: do the I-th of N parts of the work
     form: PairForm = PairForm()  # of pairs, with `read.summary_field`
     max_tokens: int | None = None  # of a pair; a longer book is cut at its end
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout: {self.holdout} is not a share; give a number from 0 up to (not including) 1")
-        if min(self.max_shard_bytes, self.workers, self.read.max_record_bytes) < 1:
-            raise ConfigError("--shard-mb, --workers and --max-record-mb: must be positive")
+        if self.max_shard_bytes < 1:
+            raise ConfigError("--shard-mb: must be positive")
         if self.read.summary_field is None and (self.form != PairForm() or self.max_tokens is not None):
             raise ConfigError("--prompt, --separator and --max-tokens: are for pairs; name their --summary-field")
-        share(self.part, 0)
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -117,7 +111,7 @@ def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, opt
         run_tasks(folder, plan, work, workers=options.workers, part=options.part, label="encode")
         if len(finished_tasks(folder)) < len(plan):
             return None
-        left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+        left_out = options.new_left_out()
         with workplace.last_step() as is_mine, explain_disk_errors(out):
             if is_mine:
                 joiner = Joiner(folder, len(plan), model, options.max_shard_bytes)
@@ -140,7 +134,7 @@ def _is_there(folders: list[Path], sources: list[str], tokenizer: Tokenizer) -> 
     found = list(find_files(sources))
     same_tokenizer = all(manifest.tokenizer.sha256 == tokenizer.sha256 for manifest in manifests)
     same_names = {source.name for each in manifests for source in each.sources} == {file.source for file in found}
-    return same_tokenizer and same_names and all(file.mtime_ns < made_ns for file in found)
+    return same_tokenizer and same_names and all_older(found, made_ns)
 
 
 def _check_documents(joiner: Joiner, workplace: Workplace, options: EncodeOptions, left_out: LeftOut) -> None:
@@ -179,8 +173,7 @@ class EncodeWork:
         return Plan(self.folder)
 
     def __call__(self, task: int, folder: Path, threads: int, advance: Callable[[int], None]) -> None:
-        options = self.options
-        left_out = LeftOut(on_bad_record=options.on_bad_record, max_bad_records=options.max_bad_records)
+        options, left_out = self.options, self.options.new_left_out()
         reader = Reader(options.read, left_out, advance)
         found = chain.from_iterable(reader.documents(piece) for piece in self.plan.pieces(task))
         with contextlib.ExitStack() as stack:

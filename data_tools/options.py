@@ -35,6 +35,16 @@ examples:
   infini-data clean web/ --out clean --nfc --strip-controls --min-chars 200 --max-symbols 0.3 --dedup
   infini-data clean web/ --out clean --language en,de --near-dedup 0.8"""
 
+_NEAR_DEDUP = """\
+Leave out near duplicates of a corpus that outgrows one machine: the MinHash steps of datatrove, on this machine or as
+jobs of Slurm. Texts that share --threshold of their 5-word shingles are one cluster, of which one stays. Filter with
+clean first; clean --near-dedup does the same for what one machine can read. On Slurm the first call submits the jobs,
+and the same command, given when they have ended, puts their results together."""
+_NEAR_DEDUP_EXAMPLES = """\
+examples:
+  infini-data near-dedup clean/ --out unique --workers 8
+  infini-data near-dedup clean/ --out unique --slurm cpu --time 4:00:00 --sbatch account=text"""
+
 _FERTILITY = """\
 Print how many bytes of text a token stands for, and whether decoding gives the text back. Give text that the tokenizer
 was not trained on."""
@@ -175,16 +185,35 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
     pairs.add_argument(
         "--max-tokens", type=int, metavar="N", help="of a pair; a longer book is cut at its end (default: none is cut)"
     )
+    _add_part(encode)
     _add_run_options(encode)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
+    _add_overwrite(parser)
+
+
+def _add_part(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", metavar="I/N", help="do part I of N, beside other runs of this command on the same disk"
     )
-    parser.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
-    _add_overwrite(parser)
+
+
+def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
+    _add_read_options(near)
+    near.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
+    near.add_argument(
+        "--threshold", type=float, default=0.8, metavar="SHARE", help="shingles that texts alike share (default: 0.8)"
+    )
+    near.add_argument("--task-mb", type=float, default=512.0, metavar="MB", help="sources of a task (default: 512)")
+    near.add_argument("--keep-field", action="append", metavar="NAME", help="field to keep; several times (title)")
+    near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
+    near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="of a job (default: 24:00:00)")
+    near.add_argument("--memory-gb", type=int, default=4, metavar="GB", help="of a task of a job (default: 4)")
+    near.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch")
+    _add_run_options(near)
 
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
@@ -253,6 +282,7 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
     clean.add_argument(
         "--keep-field", action="append", metavar="NAME", help="field to keep; may be given several times (title)"
     )
+    _add_part(clean)
     _add_run_options(clean)
 
 
@@ -273,6 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, add_options, short, about, examples in (
         ("clean", _add_clean_options, "filter and deduplicate text", _CLEAN, _CLEAN_EXAMPLES),
+        ("near-dedup", _add_near_dedup_options, "near duplicates on a cluster", _NEAR_DEDUP, _NEAR_DEDUP_EXAMPLES),
         ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
         ("fertility", _add_fertility_options, "bytes a token, of any tokenizer", _FERTILITY, _FERTILITY_EXAMPLES),
         ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),

@@ -24,6 +24,7 @@ from data_tools.storage import (
     suffixes,
 )
 from infini_train.config.errors import ConfigError
+from infini_train.data.cache import refusals
 
 _PARQUET_ROWS = 256  # read at once
 _NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", ".gz", ".zst", ".xz", ".bz2")
@@ -141,9 +142,10 @@ class Reader:
         }[kind]
         try:
             yield from read(piece)
-        except READ_ERRORS as error:
+        except (*READ_ERRORS, *refusals()) as error:  # type: ignore[misc]
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) is not None:
+            of_network: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, FileNotFoundError, *refusals())
+            if isinstance(error, of_network) or getattr(error, "errno", None) is not None:
                 # The disk or the network, not the data: to leave out the rest would lose documents that are there.
                 raise ConfigError(f"{piece.path}: can't be read on: {reason}; give the same command again") from error
             self.left_out.bad(piece.path, f"can't be read on: {reason}", "mend or remove it")

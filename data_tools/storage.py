@@ -1,6 +1,7 @@
 """Files of a corpus: local paths, folders, patterns, URLs that fsspec opens, standard input; plain or compressed."""
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -9,7 +10,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -17,6 +18,7 @@ import fsspec
 import zstandard
 
 from infini_train.config.errors import ConfigError
+from infini_train.data.cache import transport_errors
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
@@ -29,6 +31,10 @@ FORMATS = {  # the suffixes of each, without a compression's
 }
 _COMPRESSED = ("text", "jsonl", "tar")  # formats that may be compressed as a whole
 _SEARCHED = ("jsonl", "parquet", "tar", "text")  # a folder is searched for these
+_VERSION_KEYS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified", "Last-Modified"),
+    *("updated", "mtime", "created"),
+)
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
@@ -39,7 +45,7 @@ class SourceFile(NamedTuple):
     id: str
     source: str
     bytes: int  # 0: unknown
-    mtime_ns: int  # 0: unknown
+    version: str  # other contents have another one, where the storage tells one; else empty
 
 
 def suffixes() -> str:
@@ -72,7 +78,7 @@ def find_files(sources: Iterable[str]) -> Iterator[SourceFile]:
     """
     for source in sources:
         if source == STDIN:
-            yield SourceFile(STDIN, "stdin", "stdin", 0, 0)
+            yield SourceFile(STDIN, "stdin", "stdin", 0, "")
         elif "://" in source:
             yield from _find_remote(source)
         elif os.path.exists(source):
@@ -110,18 +116,10 @@ def _find_remote(url: str) -> Iterator[SourceFile]:
     protocol, _, rest = url.partition("://")
     try:
         system, path = fsspec.core.url_to_fs(url)
-        if glob.has_magic(rest):
-            found = sorted(system.glob(path, detail=True).items())
-            base = path[: path.index(next(c for c in path if c in "*?["))].rpartition("/")[0]
-        elif system.isdir(path):
-            inside = sorted(system.find(path, detail=True).items())
-            found = [(name, info) for name, info in inside if _is_searched(name)]
-            base = path.rstrip("/")
-        else:
-            found, base = [(path, system.info(path))], path.rpartition("/")[0]
+        found, base = _list_remote(system, path, rest)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+    except transport_errors() as error:
         raise ConfigError(f"{url}: can't be found: {error}") from error
     name = PurePosixPath(base).name or protocol
     for file, info in found:
@@ -129,7 +127,37 @@ def _find_remote(url: str) -> Iterator[SourceFile]:
             inner = file.removeprefix(base).lstrip("/")
             file_id = inner if len(found) == 1 and file == path else f"{name}/{inner}"
             source = file_id if file_id == inner else name
-            yield SourceFile(system.unstrip_protocol(file), file_id, source, int(info.get("size") or 0), 0)
+            if info.get("size") is None:  # a listing of links, over http
+                info = system.info(file)
+            url, size = system.unstrip_protocol(file), int(info.get("size") or 0)
+            version = _version_of(info)
+            if file.endswith(".bin"):
+                with contextlib.suppress(OSError):
+                    version += f" {_version_of(system.info(index_of(file)))}"
+            yield SourceFile(url, file_id, source, size, version)
+
+
+def _list_remote(system: Any, path: str, pattern: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
+    """The files with what their file system tells of them, and the folder that they are named from."""
+    if glob.has_magic(pattern):
+        found = sorted(system.glob(path, detail=True).items())
+        return found, path[: path.index(next(c for c in path if c in "*?["))].rpartition("/")[0]
+    # Over http, asking whether a file is a folder would read all of it.
+    named = system.info(path) if format_of(path) else None
+    if (named is None or named["type"] != "file") and system.isdir(path):
+        inside = sorted(system.find(path, detail=True).items())
+        return [(name, info) for name, info in inside if _is_searched(name)], path.rstrip("/")
+    return [(path, named or system.info(path))], path.rpartition("/")[0]
+
+
+def _version_of(info: Mapping[str, Any]) -> str:
+    """What a file system of fsspec tells of a file's version; each has its own word for it."""
+    return " ".join(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)
+
+
+def index_of(path: str) -> str:
+    """The index beside a .bin file of Megatron's."""
+    return path.removesuffix(".bin") + ".idx"
 
 
 def _is_searched(name: str) -> bool:
@@ -142,8 +170,13 @@ def _local(path: str, file_id: str, source: str) -> SourceFile:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
     if not stat.S_ISREG(info.st_mode):  # a pipe: its size is known when it has been read
-        return SourceFile(path, file_id, source, 0, 0)
-    return SourceFile(path, file_id, source, info.st_size, info.st_mtime_ns)
+        return SourceFile(path, file_id, source, 0, "")
+    version = str(info.st_mtime_ns)
+    if path.endswith(".bin"):
+        with contextlib.suppress(OSError):
+            index = os.stat(index_of(path))
+            version += f" {index.st_size} {index.st_mtime_ns}"
+    return SourceFile(path, file_id, source, info.st_size, version)
 
 
 def open_raw(path: str) -> BinaryIO:
@@ -156,7 +189,8 @@ def open_raw(path: str) -> BinaryIO:
         return sys.stdin.buffer
     if "://" in path:
         system, inner = fsspec.core.url_to_fs(path)
-        return cast(BinaryIO, system.open(inner, "rb"))
+        # Lines of limited length are read, which fsspec's own files don't offer.
+        return io.BufferedReader(system.open(inner, "rb"), 1 << 20)
     return open(path, "rb", buffering=1 << 20)  # noqa: SIM115  the caller closes it
 
 

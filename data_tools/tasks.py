@@ -75,12 +75,12 @@ def run_tasks(folder: Path, plan: Plan, work: Work, *, workers: int, part: str |
     with bar:
         if plan.in_process or min(workers, len(missing)) <= 1:
             for task in missing:
-                _do(folder, work, task, workers, advance)
+                do_task(folder, work, task, workers, advance)
         else:
             _Pool(folder, work, min(workers, len(missing))).run(missing, advance)
 
 
-def _do(folder: Path, work: Work, task: int, threads: int, advance: Callable[[int], None]) -> None:
+def do_task(folder: Path, work: Work, task: int, threads: int, advance: Callable[[int], None]) -> None:
     """One task: aside, then renamed."""
     target = task_folder(folder, task)
     for stale in folder.glob(f".{target.name}.*"):  # of a run that was killed
@@ -191,7 +191,7 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
     try:
         while (task := connection.recv()) is not None:
             try:
-                _do(folder, work, task, 1, advance)
+                do_task(folder, work, task, 1, advance)
                 connection.send(None)
             except ConfigError as error:
                 connection.send(str(error))

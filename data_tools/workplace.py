@@ -42,12 +42,15 @@ class Workplace:
         target: what will be written.
         restart: begin with an empty folder.
         part: this run's part of the work, if there are others.
+        finished: pattern of what an error leaves.
 
     Raises:
         ConfigError: another process is at the same work, or the folder can't be written.
     """
 
-    def __init__(self, target: Path, *, restart: bool = False, part: str | None = None) -> None:
+    def __init__(
+        self, target: Path, *, restart: bool = False, part: str | None = None, finished: str = "task-*"
+    ) -> None:
         self._shown = target
         self._target = Path(os.path.abspath(target))  # has a name and a parent, also for . or a/..
         self.folder = self._target.parent / f".{self._target.name}.partial"
@@ -56,6 +59,7 @@ class Workplace:
         if restart and part:
             raise ConfigError(f"--restart: other parts may be at work; remove {self.folder} by hand when none is")
         self._restart = restart
+        self._finished = finished
 
     def __enter__(self) -> Path:
         with explain_disk_errors(self._shown):
@@ -81,7 +85,7 @@ class Workplace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):
-            if kind is not None and self._part is None and not any(self.folder.glob("**/task-*")):
+            if kind is not None and self._part is None and not any(self.folder.glob(f"**/{self._finished}")):
                 shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 

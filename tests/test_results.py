@@ -53,3 +53,10 @@ def test_kept_files_name_no_machine():
         text = path.read_text(encoding="utf-8")
         json.loads(text)
         assert "/tmp" not in text and "/home" not in text
+
+
+def test_the_tables_of_harder_memory_are_those_of_the_files():
+    needles = runpy.run_path(str(ROOT / "benchmarks" / "needles.py"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert needles["fill_page"](page) == page, "run python benchmarks/needles.py"
+    assert page.count(" table -->\n\n| ") >= 2

@@ -1,6 +1,7 @@
 """`data`: what is read."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import FiniteFloat
 
@@ -41,6 +42,44 @@ class PasskeyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeedlesConfig:
+    """Texts with several things to remember, made while training (docs/needles.md)."""
+
+    tasks: tuple[Literal["single", "multikey", "multivalue", "multiquery", "variables"], ...] = ("multikey",)  # mixed
+    haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
+    needles: int = 4  # at most so many in a text, as far as they fit
+    digits: int = 5  # of a value
+    min_segments: int = 4  # of the shortest texts
+    grow_below_loss: FiniteFloat = 0.25  # texts grow, up to a window, while the loss (running mean) is below this
+    text_weight: FiniteFloat = 0.1  # share in the loss of all text but the answer
+    answer_weight: FiniteFloat = 1.0  # of the answer
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "data.needles.tasks", "give at least one")
+        for name in ("needles", "digits", "min_segments", "grow_below_loss", "answer_weight"):
+            require(getattr(self, name) > 0, f"data.needles.{name}", "must be positive")
+        require(self.text_weight >= 0, "data.needles.text_weight", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """Pairs of a key and a value, a token each, then questions for all of them (docs/needles.md)."""
+
+    min_pairs: int = 2  # of the smallest texts
+    max_pairs: int = 32  # of the largest; they and their questions must fit into a window
+    grow_below_loss: FiniteFloat = 0.3  # texts grow while the loss (nats a value, running mean) is below this
+
+    def __post_init__(self) -> None:
+        require(self.min_pairs > 0, "data.recall.min_pairs", "must be positive")
+        require(
+            self.min_pairs <= self.max_pairs <= 128,
+            "data.recall.max_pairs",
+            f"must lie between min_pairs ({self.min_pairs}) and 128, the number of keys",
+        )
+        require(self.grow_below_loss > 0, "data.recall.grow_below_loss", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixturePart:
     """One of several datasets to train on, all encoded with the same tokenizer."""
 
@@ -73,6 +112,8 @@ class DataConfig:
     mixture: tuple[MixturePart, ...] = ()  # several datasets to train on, instead of one
     curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once an epoch
     passkey: PasskeyConfig | None = None  # texts to train on instead of shards
+    needles: NeedlesConfig | None = None  # texts with several things to remember, instead of shards
+    recall: RecallConfig | None = None  # key-value pairs to train on instead of shards
     validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
     cache_dir: str | None = None  # for URLs (s3://...): a folder of this machine with room for the shards
@@ -81,13 +122,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         value = self.order_seed
         require(value is None or 0 <= value < 2**31, "data.order_seed", "must lie between 0 and 2147483647, or null")
-        given = [self.train is not None, bool(self.mixture), self.passkey is not None]
+        made = {"passkey": self.passkey, "needles": self.needles, "recall": self.recall}
+        given = [self.train is not None, bool(self.mixture), *(texts is not None for texts in made.values())]
         require(
             sum(given) == 1,
             "data.train",
             "give a folder of shards to train on (or data.mixture or data.passkey instead, one of them)",
         )
-        require(self.passkey is None or not self.curriculum, "data.curriculum", "data.passkey has lengths of its own")
+        for name, texts in made.items():
+            require(texts is None or not self.curriculum, "data.curriculum", f"data.{name} has lengths of its own")
         require(self.max_corrupt_documents >= 0, "data.max_corrupt_documents", "must not be negative")
         for text in (self.train, self.validation, *(part.folder for part in self.mixture)):
             require(

@@ -10,19 +10,41 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
 
+_REFUSALS = (
+    ("aiohttp", "ClientError"),  # http
+    ("botocore.exceptions", "BotoCoreError"),  # s3
+    ("botocore.exceptions", "ClientError"),
+)
 RETRY_AFTER_S = (1.0, 4.0, 16.0)  # a store that is busy, or a network that is away for a moment
 
 
 def is_url(location: str) -> bool:
     """Whether a dataset's location is not a folder of this machine."""
     return "://" in location
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What the packages behind fsspec raise when a server refuses, where it is no OSError; of those in use."""
+    names = (
+        ("aiohttp", "ClientError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+    )
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(error for error in found if error is not None)
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """All that reading from elsewhere may raise."""
+    return (OSError, *refusals())
 
 
 class RemoteFolder:
@@ -45,8 +67,8 @@ class RemoteFolder:
             manifest = self._files.cat_file(f"{self._root}/{MANIFEST_FILE}")
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{url}: can't be opened: {error}") from error
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except transport_errors() as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"{self.url}/{MANIFEST_FILE}: can't be fetched: {reason}") from error
         digest = hashlib.sha256(manifest).hexdigest()
         self.folder = cache_dir / f"{self.url.rsplit('/', 1)[-1]}-{digest[:16]}"
@@ -89,19 +111,9 @@ class RemoteFolder:
                 raise ConfigError(f"{self.url}/{entry.file}: is not the file of the manifest; copy the dataset again")
             return partial.rename(path)
 
-    def check_space(self, entries: Iterable[FileEntry]) -> None:
-        """Finds out at the start that the disk can't take what is missing.
-
-        Raises:
-            ConfigError: tells how much is needed.
-        """
-        missing = sum(entry.bytes for entry in entries if not self._is_there(entry))
-        free = shutil.disk_usage(self.folder).free
-        if missing > free:
-            raise ConfigError(
-                f"data.cache_dir: {self.folder.parent} has {free / 1e9:.1f} GB free, and {self.url} needs"
-                f" {missing / 1e9:.1f} GB more; choose a larger disk"
-            )
+    def missing_bytes(self, entries: Iterable[FileEntry]) -> int:
+        """What is still to be fetched of these."""
+        return sum(entry.bytes for entry in entries if not self._is_there(entry))
 
     def _is_there(self, entry: FileEntry) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -125,11 +137,34 @@ class RemoteFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 return target
-            except OSError as error:
+            except transport_errors() as error:
                 target.unlink(missing_ok=True)
-                if wait_s is None or error.errno in (errno.ENOENT, errno.ENOSPC, errno.EACCES):
-                    reason = error.strerror or str(error)
+                number = errno.ENOENT if isinstance(error, FileNotFoundError) else getattr(error, "errno", None)
+                if wait_s is None or number in (errno.ENOENT, errno.ENOSPC, errno.EACCES):
+                    reason = getattr(error, "strerror", None) or str(error)
                     text = f"{self.url}/{name}: can't be fetched to {target.parent}: {reason}"
                     raise OSError(text) from error
                 time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
+
+
+def check_space(cache_dir: Path, missing: Mapping[str, int]) -> None:
+    """Finds out at the start that the disk can't take all that is missing, of one dataset or of a mixture's parts.
+
+    Args:
+        cache_dir: where all of them are kept.
+        missing: bytes, by the dataset's URL.
+
+    Raises:
+        ConfigError: tells how much is needed.
+    """
+    needed = sum(missing.values())
+    if not needed:
+        return
+    free = shutil.disk_usage(cache_dir).free
+    if needed > free:
+        names = ", ".join(url for url, n_bytes in missing.items() if n_bytes)
+        raise ConfigError(
+            f"data.cache_dir: {cache_dir} has {free / 1e9:.1f} GB free, and {names} need {needed / 1e9:.1f} GB more;"
+            " choose a larger disk"
+        )

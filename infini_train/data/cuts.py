@@ -10,46 +10,90 @@ where the sum began: a text of a few megabytes already gets other ids when it is
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space like this, so it would read the real character as a space
 _PB2: Any = sentencepiece_model_pb2  # its classes are made at import
-_PIECE_CHARS = 512  # long strings are slow to encode, short ones to hand over
 _TEXT_TYPES = (1, 4, 5)  # NORMAL, USER_DEFINED, UNUSED: the kinds of entries that stand for text
+_CODE_POINTS = 0x110000
+SLAB_CHARS = 1_000_000  # cut at once
 
 
 class Cuts:
-    """Cuts texts for a BPE model.
+    """Cuts texts for a BPE model. The space symbol always stands alone.
 
-    Attributes:
+    Args:
         joined: all pairs of characters that stand side by side in an entry of the vocabulary, spaces as spaces.
         known: the single characters of the vocabulary; None if bytes spell the others, whatever their neighbours.
     """
 
     def __init__(self, joined: frozenset[str], known: frozenset[str] | None) -> None:
-        self.joined = joined
-        self.known = known
+        behind: dict[str, list[str]] = {char: [] for char in (*(known or ()), SPACE_SYMBOL)}
+        before: dict[str, list[str]] = {char: [] for char in behind}
+        for pair in sorted(joined):
+            behind.setdefault(pair[0], []).append(pair[1])
+            before.setdefault(pair[1], []).append(pair[0])
+        # Characters with the same neighbours are one class; class 0 is that of all others.
+        self._lefts, n_lefts = _classify(behind)
+        self._rights, n_rights = _classify(before)
+        self._lefts *= n_rights  # so that the sum of two classes is a place in a flat table
+        self._is_cut = np.ones(n_lefts * n_rights, bool)
+        for pair in joined:
+            self._is_cut[self._lefts[ord(pair[0])] + self._rights[ord(pair[1])]] = False
+        self._is_cut[0] = known is None  # unknown neighbours become one id
 
-    def __call__(self, text: str, size: int = _PIECE_CHARS) -> Iterator[str]:
-        """The pieces of a text without space symbols, of about `size` characters each where it can be cut."""
-        start, length = 0, len(text)
-        while length - start > size:
-            stop = start + size
-            while stop > start and not self._is_cut(text[stop - 1 : stop + 1]):
-                stop -= 1
-            if stop == start:
-                stop = start + size + 1
-                while stop < length and not self._is_cut(text[stop - 1 : stop + 1]):
-                    stop += 1
+    def mask(self, text: str) -> np.ndarray:
+        """bool, for each character of a text that is not empty: whether it may be cut behind it; True at the end."""
+        points = code_points(text)
+        found = np.ones(len(points), bool)
+        found[:-1] = self._is_cut[self._lefts[points[:-1]] + self._rights[points[1:]]]
+        return found
+
+    def slabs(self, text: str, size: int = SLAB_CHARS) -> Iterator[str]:
+        """A text in parts of at most `size` characters, or more where it can't be cut."""
+        start = 0
+        while len(text) - start > size:
+            length = size
+            while not (places := np.flatnonzero(self.mask(text[start : start + length + 1])[:-1])).size:
+                if start + length >= len(text):
+                    break
+                length *= 2
+            stop = start + int(places[-1]) + 1 if places.size else len(text)
             yield text[start:stop]
             start = stop
-        if start < length:
+        if start < len(text):
             yield text[start:]
 
-    def _is_cut(self, pair: str) -> bool:
-        if pair in self.joined:
-            return False
-        return self.known is None or pair[0] in self.known or pair[1] in self.known  # unknown neighbours become one id
+
+def code_points(text: str) -> np.ndarray:
+    """Of each character; uint8 where that is enough, for speed."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _classify(neighbours: dict[str, list[str]]) -> tuple[np.ndarray, int]:
+    """uint32, the class of each code point, from 1, by its neighbours; the number of classes."""
+    table = np.zeros(_CODE_POINTS, np.uint32)
+    classes: dict[tuple[str, ...], int] = {}
+    for char, others in neighbours.items():
+        table[ord(char)] = classes.setdefault(tuple(others), len(classes) + 1)
+    return table, len(classes) + 1
+
+
+def batches(texts: Iterator[tuple[int, str]], size: int = SLAB_CHARS) -> Iterator[list[tuple[int, str]]]:
+    """Numbered texts, as many together as have `size` characters, or more by the last of them."""
+    batch: list[tuple[int, str]] = []
+    chars = 0
+    for numbered in texts:
+        batch.append(numbered)
+        chars += len(numbered[1])
+        if chars >= size:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def parse_model(model: bytes) -> Any:

@@ -10,14 +10,13 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.cache import RemoteFolder, is_url
+from infini_train.data.cache import RemoteFolder, check_space, is_url
 from infini_train.data.manifest import (
     LOSS_START,
     NPY_HEADER_BYTES,
@@ -51,11 +50,9 @@ class Dataset:
         lengths_bytes: int64, bytes of each document's text.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, index: np.ndarray, fetch: Callable[[FileEntry], Path] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray, remote: RemoteFolder | None = None) -> None:
         self.folder = folder
-        self._fetch = fetch or (lambda entry: folder / entry.file)
+        self._remote = remote
         self.manifest = manifest
         parts = [manifest.tokenizer.sha256, *(shard.sha256 for shard in manifest.shards)]
         self.identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -86,13 +83,13 @@ class Dataset:
             raise ConfigError(f"data.cache_dir: {location} needs one: a folder with room for the whole dataset")
         remote = RemoteFolder(str(location), Path(cache_dir))
         manifest = read_manifest(remote.folder)
-        remote.check_space(manifest.files)
+        check_space(Path(cache_dir), {remote.url: remote.missing_bytes(manifest.files)})
         try:
             remote.fetch_tokenizer(manifest.tokenizer)
             remote.fetch(manifest.index)
         except OSError as error:
             raise ConfigError(str(error)) from error
-        return cls(remote.folder, manifest, read_index(remote.folder, manifest), remote.fetch)
+        return cls(remote.folder, manifest, read_index(remote.folder, manifest), remote)
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -157,6 +154,13 @@ class Dataset:
                 return str(self.metadata(document).get("id", document))
         return str(document)
 
+    def missing_bytes(self) -> int:
+        """What is still to be fetched, if it lies at a URL."""
+        return self._remote.missing_bytes(self.manifest.files) if self._remote is not None else 0
+
+    def _path(self, entry: FileEntry) -> Path:
+        return self._remote.fetch(entry) if self._remote is not None else self.folder / entry.file
+
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         with self._lock:
@@ -172,7 +176,7 @@ class Dataset:
             if shard not in self._files:
                 if len(self._files) >= _OPEN_FILES:
                     os.close(self._files.popitem(last=False)[1])
-                self._files[shard] = os.open(self._fetch(self.manifest.shards[shard]), os.O_RDONLY)
+                self._files[shard] = os.open(self._path(self.manifest.shards[shard]), os.O_RDONLY)
             self._files.move_to_end(shard)
             data = os.pread(self._files[shard], size, offset)
         if len(data) != size:

@@ -8,10 +8,14 @@ from typing import Any, Protocol
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
+from infini_train.data.cache import check_space
 from infini_train.data.corpus import Corpus, Part
 from infini_train.data.lanes import Batch, LaneReader
+from infini_train.data.needle_reader import NeedleMaker
 from infini_train.data.passkey_reader import PasskeyReader
+from infini_train.data.recall import RecallMaker
 from infini_train.data.shards import Dataset
+from infini_train.data.text_windows import TextReader
 from infini_train.data.tokenizer import ByteTokenizer, tokenizer_of
 
 
@@ -82,9 +86,10 @@ def open_source(config: RunConfig) -> Source:
         ConfigError: shards can't be opened, don't go together, or end before the run does.
     """
     data = config.data
-    if data.passkey is not None:
-        byte = ByteTokenizer()
-        return Source("data.passkey", byte.vocab_size, f"passkey {data.passkey}", byte.sha256)
+    for name, texts in (("passkey", data.passkey), ("needles", data.needles), ("recall", data.recall)):
+        if texts is not None:
+            byte = ByteTokenizer()
+            return Source(f"data.{name}", byte.vocab_size, f"{name} {texts}", byte.sha256)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step
@@ -103,10 +108,13 @@ def _open_parts(data: DataConfig) -> list[Part]:
     try:
         if data.train is not None:
             return [Part(data.train, Dataset.open(data.train, data.cache_dir))]
-        return [
+        parts = [
             Part(part.folder, Dataset.open(part.folder, data.cache_dir), part.weight, part.epochs)
             for part in data.mixture
         ]
+        if data.cache_dir is not None:  # each has found room for itself; now for all together
+            check_space(Path(data.cache_dir), {part.name: part.dataset.missing_bytes() for part in parts})
+        return parts
     except ConfigError as error:
         raise ConfigError(str(error) if str(error).startswith("data.") else f"{field}: {error}") from error
 
@@ -114,9 +122,16 @@ def _open_parts(data: DataConfig) -> list[Part]:
 def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Callable[[str], None]) -> Reader:
     """Reads the lanes `rows` of the global batch; tells `on_corrupt` of damaged documents."""
     data, train = config.data, config.train
+    seed = config.seed if data.order_seed is None else data.order_seed
+    segment = config.model.segment_tokens or train.window_tokens
+    lanes = (train.batch_lanes, train.window_tokens, segment, seed, rows)
     if data.passkey is not None:
-        seed = config.seed if data.order_seed is None else data.order_seed
-        segment = config.model.segment_tokens or train.window_tokens
-        return PasskeyReader(data.passkey, train.batch_lanes, train.window_tokens, segment, seed, rows)
+        return PasskeyReader(data.passkey, *lanes)
+    if data.needles is not None:
+        hidden = NeedleMaker(data.needles, train.window_tokens, segment)
+        return TextReader(hidden, "texts", data.needles.grow_below_loss, *lanes)
+    if data.recall is not None:
+        maker = RecallMaker(data.recall, train.window_tokens, segment)
+        return TextReader(maker, "pairs", data.recall.grow_below_loss, *lanes)
     assert source.corpus is not None
     return LaneReader(source.corpus, train.batch_lanes, train.window_tokens, rows=rows, on_corrupt=on_corrupt)

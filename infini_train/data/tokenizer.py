@@ -4,19 +4,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.cuts import SPACE_SYMBOL, cuts_of, keeps_text, parse_model
+from infini_train.data.cuts import SPACE_SYMBOL, batches, cuts_of, keeps_text, parse_model
 from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.manifest import token_dtype
-
-_BATCH_CHARS = 1_000_000  # encoded at once
+from infini_train.data.pieces import PieceEncoder
 
 
 class Tokenizer(Protocol):
@@ -81,6 +79,10 @@ class SentencePieceTokenizer:
     those of the whole text, except that the character U+2581, which SentencePiece can't tell from a space, gets the ids
     of its bytes (models that normalise read it as a space).
 
+    Attributes:
+        around: what the model puts before and behind each text that is not empty: nothing, or a space.
+        piece_encoder: encodes texts in pieces; None where nothing is proven about pieces of this model.
+
     Raises:
         ConfigError: no such file, not a SentencePiece model, or a model without bos or eos.
     """
@@ -106,77 +108,53 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{path}: the tokenizer has no bos or eos token; train it with both")
         pad_id: int = self._model.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self._dtype = token_dtype(self.vocab_size)  # half of int32: a document's ids are the most that is in memory
         proto = parse_model(self.model_bytes)
-        self._keeps_text, self.cuts = keeps_text(proto), cuts_of(proto)
-        self._inner = self._model  # encodes what is not the beginning of a text
+        self._keeps_text = keeps_text(proto)
+        self.around = ("", "")
+        self._inner = self._model  # puts nothing there
+        cuts = cuts_of(proto)
         if self._keeps_text and proto.normalizer_spec.add_dummy_prefix:
+            self.around = ("", " ") if proto.trainer_spec.treat_whitespace_as_suffix else (" ", "")
             proto.normalizer_spec.add_dummy_prefix = False
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         symbol = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         has_bytes = all(self._model.is_byte(i) for i in symbol)
-        self._symbol_ids = np.array(symbol if has_bytes else self._model.encode(SPACE_SYMBOL), np.int32)
+        self._symbol_ids = np.array(symbol if has_bytes else self._inner.encode(SPACE_SYMBOL), self._dtype)
+        self.piece_encoder = (
+            PieceEncoder(cuts, self._inner, self._symbol_ids, self._dtype) if cuts is not None else None
+        )
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_many([text])[0].astype(np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        dtype = token_dtype(self.vocab_size)  # half of int32: a long document's ids are the most that is in memory
-        pieces = (
-            _Piece(i, number == 0, piece)
-            for i, text in enumerate(texts)
-            for number, piece in enumerate(self._pieces(text))
-        )
-        for batch in _batches(pieces):
-            ids = self._encode_batch(batch, threads)
-            for i, group in groupby(zip(batch, ids, strict=True), key=lambda item: item[0].text_number):
-                parts[i].append(np.concatenate([array for _, array in group]).astype(dtype))
-        return [np.concatenate(part) if part else np.zeros(0, dtype) for part in parts]
-
-    def _encode_batch(self, batch: list["_Piece"], threads: int) -> list[np.ndarray]:
-        result = [self._symbol_ids] * len(batch)
-        for model, is_first in ((self._model, True), (self._inner, False)):
-            chosen = [i for i, p in enumerate(batch) if p.is_first is is_first and p.text != SPACE_SYMBOL]
-            if chosen:
-                ids = model.encode([batch[i].text for i in chosen], return_type="numpy", num_threads=threads)
-                for i, array in zip(chosen, ids, strict=True):
-                    result[i] = array
-        return result
+        before, after = self.around
+        marked = [f"{before}{text}{after}" if text and before + after else text for text in texts]  # no needless copies
+        if self.piece_encoder is not None:
+            return self.piece_encoder.encode(marked, threads)
+        parts: list[list[np.ndarray]] = [[np.zeros(0, self._dtype)] for _ in texts]
+        pieces = ((number, piece) for number, text in enumerate(marked) for piece in self._pieces(text))
+        for batch in batches(pieces):
+            ids = self._inner.encode([piece for _, piece in batch], return_type="numpy", num_threads=threads)
+            for (number, piece), array in zip(batch, ids, strict=True):
+                is_symbol = self._keeps_text and piece == SPACE_SYMBOL
+                parts[number].append(self._symbol_ids if is_symbol else array.astype(self._dtype))
+        return [np.concatenate(part) for part in parts]
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """The text cut where its ids allow it; each space symbol is a piece of its own."""
+        """The text, cut around each space symbol, if the model would read that as a space."""
         if not self._keeps_text:
             yield text
             return
         for number, plain in enumerate(text.split(SPACE_SYMBOL)):
             if number:
                 yield SPACE_SYMBOL
-            if self.cuts is not None:
-                yield from self.cuts(plain)
-            elif plain:
+            if plain:
                 yield plain
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
-
-
-class _Piece(NamedTuple):
-    text_number: int
-    is_first: bool  # of its text
-    text: str
-
-
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _read(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from infini_train.command_line import describe, positive
 from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.context_commands import add_context, add_gates, check_folder
+from infini_train.eval.needle_commands import add_needles
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
 from infini_train.eval.task_commands import add_harness, add_summarise
 
@@ -19,6 +20,7 @@ examples:
   infini-train eval runs/demo --stream --data data/books/validation
   infini-train eval context runs/demo                    by position in the document, and by visible context
   infini-train eval passkey runs/demo --lengths 4K 32K   a key hidden in 4K and 32K tokens
+  infini-train eval needles runs/demo --task multikey    several things to remember
   infini-train eval gates runs/demo                      which heads read the memory, over training
   infini-train eval summarise runs/stories --data test.jsonl       summaries of whole books
   infini-train eval harness runs/demo --include-path tasks --tasks questions    of lm-evaluation-harness
@@ -65,16 +67,18 @@ def add_commands(parser: CommandParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     perplexity = commands.add_parser("perplexity", help="of held-out text, at any length in constant memory")
     passkey = commands.add_parser("passkey", help="a key hidden in up to millions of tokens of filler")
+    needles = commands.add_parser("needles", help="several things hidden in hay or prose, after RULER")
     context = commands.add_parser("context", help="loss by position in the document and by visible context")
     harness = commands.add_parser("harness", help="local tasks of lm-evaluation-harness")
     summarise = commands.add_parser("summarise", help="summaries of whole books, by ROUGE")
-    measures = (perplexity, passkey, context, harness, summarise)
+    measures = (perplexity, passkey, needles, context, harness, summarise)
     for command in measures:
         command.add_argument(
             "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
         )
     _add_perplexity(perplexity)
     _add_passkey(passkey)
+    add_needles(needles)
     add_context(context)
     add_harness(harness)
     add_summarise(summarise)

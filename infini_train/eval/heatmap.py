@@ -21,6 +21,7 @@ def plot_recall(
     lengths: Sequence[str],
     positions: Sequence[str],
     title: str,
+    axis: str = "position of the key (0 start, 1 end)",
 ) -> Figure:
     """Heat map of shares in percent, each with its interval below it.
 
@@ -30,11 +31,12 @@ def plot_recall(
         lengths: names of the rows.
         positions: names of the columns.
         title: above it all.
+        axis: what the columns are.
     """
     figure = Figure(figsize=(2.6 + 0.75 * len(positions), 1.7 + 0.55 * len(lengths)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(100 * share_LP, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set(xlabel="position of the key (0 start, 1 end)", ylabel="tokens")
+    axes.set(xlabel=axis, ylabel="tokens")
     axes.set_title(title, fontsize=9)
     axes.set_xticks(range(len(positions)), positions)
     axes.set_yticks(range(len(lengths)), lengths)

@@ -47,3 +47,8 @@ def format_percent(share: float) -> str:
     """A share in percent with one decimal; 100 and 0 only where it is all or nothing."""
     shown = f"{100 * share:.1f}".removesuffix(".0")
     return {"100": "99.9", "0": "0.1"}.get(shown, shown) if 0 < share < 1 else shown
+
+
+def format_share(share: float, interval: Sequence[float]) -> str:
+    """In percent, with its interval."""
+    return f"{format_percent(share)} ({format_percent(interval[0])}-{format_percent(interval[1])})"

@@ -11,7 +11,7 @@ from infini_train.model.transformer import Transformer
 from infini_train.parallel import device
 
 # Multiples of these, modulo 1, fill the interval evenly, and in pairs the square: the golden ratio, the root of 2.
-_EVEN_STEPS = np.array([0.6180339887498949, 0.4142135623730951])
+EVEN_STEPS = np.array([0.6180339887498949, 0.4142135623730951])
 
 
 def draw_text(writer: PasskeyWriter, grid: PasskeyGrid, prompt: Prompt, segment_tokens: int) -> Passkey:
@@ -30,7 +30,7 @@ def draw_text(writer: PasskeyWriter, grid: PasskeyGrid, prompt: Prompt, segment_
     longest = prompt.length_tokens - 1  # bos
     assert longest >= writer.min_tokens
     cell = [grid.seed, prompt.length_tokens, round(prompt.position * 1e9)]
-    key_share, end_share = (np.random.default_rng(cell).random(2) + prompt.sample * _EVEN_STEPS) % 1
+    key_share, end_share = (np.random.default_rng(cell).random(2) + prompt.sample * EVEN_STEPS) % 1
     tokens = longest - int(end_share * min(segment_tokens, longest - writer.min_tokens + 1))
     filler = tokens - writer.min_tokens
     before = choose_before(filler, prompt.position, segment_tokens, 0.0)  # the first of the places to choose from

@@ -14,19 +14,17 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.eval.heatmap import plot_recall
-from infini_train.eval.intervals import format_percent
+from infini_train.eval.intervals import format_share
 from infini_train.eval.loading import Trained
 from infini_train.eval.passkey import answer_grid
 from infini_train.eval.passkey_scores import (
     Answer,
     PasskeyGrid,
     Prompt,
-    Score,
     format_length,
-    score_cells,
-    summarise,
 )
 from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
+from infini_train.eval.scores import Score, score_cells, summarise
 
 ANSWERS, RESULTS, PICTURE = "answers.jsonl", "results.json", "heatmap.png"
 
@@ -142,15 +140,11 @@ def _answer_rest(
 
 def cell_line(length_tokens: int, position: float, score: Score) -> str:
     """What one cell came to, in a line."""
-    digits = _percent(score.digit_accuracy, score.digit_interval)
+    digits = format_share(score.accuracy, score.interval)
     return (
         f"{format_length(length_tokens):>6} at {position:<5.3g} exact {score.exact}/{score.samples} ="
-        f" {_percent(score.exact_match, score.exact_interval)}   digits {digits}"
+        f" {format_share(score.exact_match, score.exact_interval)}   digits {digits}"
     )
-
-
-def _percent(share: float, interval: Sequence[float]) -> str:
-    return f"{format_percent(share)} ({format_percent(interval[0])}-{format_percent(interval[1])})"
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -167,15 +161,16 @@ def format_results(results: dict[str, Any]) -> str:
         rows = [(f"{position:.3g}", position) for position in dict.fromkeys(place for _, place in cells)]
         for label, position in rows:
             row = [cells[length, position] for length in lengths]
-            lines.append(f"{label:<12}" + "".join(f"{_percent(c[share], c[f'{share}_95']):>18}" for c in row))
-        whole = "".join(f"{_percent(c[share], c[f'{share}_95']):>18}" for c in results["lengths"])
+            lines.append(f"{label:<12}" + "".join(f"{format_share(c[share], c[f'{share}_95']):>18}" for c in row))
+        whole = "".join(f"{format_share(c[share], c[f'{share}_95']):>18}" for c in results["lengths"])
         lines.append(f"{'all':<12}{whole}")
     memory = "".join(f"{length['peak_memory_mb']:>18,.0f}" for length in results["lengths"])
     found = results["all"]
     lines += [
         "",
         f"{'peak MB':<12}{memory}",
-        f"all: exact {found['exact']}/{found['samples']}, {_percent(found['exact_match'], found['exact_match_95'])}",
+        f"all: exact {found['exact']}/{found['samples']},"
+        f" {format_share(found['exact_match'], found['exact_match_95'])}",
     ]
     if results["segment_tokens"]:
         lines.append(
@@ -208,5 +203,5 @@ def _write_board(folder: Path, name: str, step: int, scores: dict[tuple[int, flo
         for (length, position), score in scores.items():
             cell = f"{format_length(length)} at {position:.3g}"
             board.add_scalar(f"eval/{name}/exact match/{cell}", score.exact_match, step)
-            board.add_scalar(f"eval/{name}/digits/{cell}", score.digit_accuracy, step)
+            board.add_scalar(f"eval/{name}/digits/{cell}", score.accuracy, step)
         board.add_figure(f"eval/{name}/exact match by length and position", figure, step)

@@ -1,5 +1,7 @@
 """Sizes and arithmetic of a model from its config alone."""
 
+from typing import NamedTuple
+
 from infini_train.config.attention import FullConfig, InfiniConfig, MemorizingConfig, RmtConfig, TransformerXLConfig
 from infini_train.config.model import ModelConfig
 
@@ -38,16 +40,26 @@ def memory_numbers(config: ModelConfig) -> int:
     return 0
 
 
-def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
-    """Floating-point operations of forward and backward (twice the forward) a token, without recomputation.
+class TokenFlops(NamedTuple):
+    """Floating-point operations of a token's forward, by what they are for."""
 
-    Causal attention is counted at half of its square, as useful work. Delta's chain of D x D products is spread over
-    the segment.
-    """
-    hidden, heads = config.hidden_size, config.num_heads
+    matrices: float  # projections, feed-forward, head
+    attention: float  # local: causal, so half of the square is useful
+    memory_read: float = 0.0  # Eq. 7
+    memory_write: float = 0.0  # Eq. 8
+    delta: float = 0.0  # what Eq. 9 adds; its chain of D x D products is spread over the segment
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def forward_flops_per_token(config: ModelConfig, window_tokens: int) -> TokenFlops:
+    """Useful operations of one forward, a token."""
+    hidden, heads, layers = config.hidden_size, config.num_heads, config.num_layers
     key, value = config.key_dim, config.value_dim
     embeddings = config.vocab_size * hidden  # the look-up multiplies nothing
-    matrices = count_parameters(config) - (0 if config.tied_embeddings else embeddings)
+    matrices = 2 * (count_parameters(config) - (0 if config.tied_embeddings else embeddings))
     attended = window_tokens if isinstance(config.attention, FullConfig) else config.attention.segment_tokens
     mixing = heads * attended * (key + value)  # 2 flops x half of the square
     once = 0.0  # a token, of the layer that retrieves
@@ -59,10 +71,20 @@ def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
     if isinstance(config.attention, RmtConfig):  # memory tokens pass the layers before and behind a segment
         both = 2 * config.attention.memory_tokens
         longer = 1 + both / attended
-        matrices += (longer - 1) * (matrices - embeddings)
+        matrices += (longer - 1) * (matrices - 2 * embeddings)
         mixing = longer * heads * (attended + both) * (key + value)
-    if isinstance(config.attention, InfiniConfig):
-        mixing += 2 * heads * key * (value + 1) + 2 * config.kv_heads * key * (value + 1)
-        if config.attention.update == "delta":
-            mixing += 2 * config.kv_heads * key * key * (1 + value / config.attention.segment_tokens)
-    return 3 * (2 * matrices + config.num_layers * mixing + once)
+    if not isinstance(config.attention, InfiniConfig):
+        return TokenFlops(matrices, layers * mixing + once)
+    delta = 2 * config.kv_heads * key * key * (1 + value / config.attention.segment_tokens)
+    return TokenFlops(
+        matrices,
+        layers * mixing,
+        memory_read=layers * 2 * heads * key * (value + 1),
+        memory_write=layers * 2 * config.kv_heads * key * (value + 1),
+        delta=layers * delta if config.attention.update == "delta" else 0.0,
+    )
+
+
+def training_flops_per_token(config: ModelConfig, window_tokens: int) -> float:
+    """Useful operations of forward and backward (twice the forward) a token, without recomputation."""
+    return 3 * forward_flops_per_token(config, window_tokens).total

@@ -7,7 +7,7 @@ Legend: T tokens, B lanes, D hidden size, V vocabulary.
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -27,6 +27,7 @@ from infini_train.model.layers import (
 )
 from infini_train.model.mixer import SequenceMixer, State
 from infini_train.model.recurrent import MemoryTokens, decode_segments
+from infini_train.model.stages import Stage
 from infini_train.model.variants import build_mixer
 from infini_train.ops.grid import Grid, make_grid
 from infini_train.ops.memory import Ranks
@@ -54,15 +55,6 @@ class DecoderLayer(nn.Module):
     def remember(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
         """The state after the layer, without its output."""
         return self.attention.remember(self.norm_attention(hidden_TBD), state, grid)
-
-
-class Stage(NamedTuple):
-    """Consecutive layers of a model that one pipeline stage holds; the first also embeds, the last one predicts."""
-
-    first_layer: int
-    last_layer: int  # exclusive
-    embeds: bool = True
-    predicts: bool = True
 
 
 class Transformer(nn.Module):

@@ -117,6 +117,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def memory_bytes() -> int:
+    """Memory of this rank's device: of the GPU with CUDA, of the machine without."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(current()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_bytes() -> int:
     """The most memory this process has used: of the device with CUDA, resident set without."""
     if torch.cuda.is_available():

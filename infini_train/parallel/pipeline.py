@@ -21,7 +21,8 @@ from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig
 from infini_train.data.lanes import Batch
 from infini_train.model.layers import parallel_config
-from infini_train.model.transformer import ModelState, Stage, Transformer
+from infini_train.model.stages import find_stages
+from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import Place
@@ -49,23 +50,6 @@ def cut_micro_batches(batch: Batch, count: int) -> list[MicroBatch]:
     arrays = (batch.tokens_BT, batch.labels_BT, batch.starts_BT, batch.weights_BT, loss_weights_BT)
     parts = [torch.from_numpy(array).chunk(count) for array in arrays]
     return [MicroBatch(*part) for part in zip(*parts, strict=True)]
-
-
-def divide_layers(num_layers: int, stages: int) -> list[range]:
-    """Consecutive layers of each stage; the first stages take one more where they don't divide evenly."""
-    each, more = divmod(num_layers, stages)
-    edges = [stage * each + min(stage, more) for stage in range(stages + 1)]
-    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
-
-
-def find_stages(num_layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[Stage]:
-    """The stages on a pipeline rank: its turn in every round of the interleaved order."""
-    count = parallel.pipeline_size * parallel.virtual_stages
-    layers = divide_layers(num_layers, count)
-    return [
-        Stage(layers[number].start, layers[number].stop, number == 0, number == count - 1)
-        for number in range(pipeline_rank, count, parallel.pipeline_size)
-    ]
 
 
 class Stages(nn.Module):

@@ -1,18 +1,26 @@
-"""infini-train plan. Imports torch only when it runs."""
+"""infini-train plan. Imports torch only when it runs, and not at all for --search."""
 
 import argparse
+import dataclasses
 import json
+from pathlib import Path
 
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
+from infini_train.config.run import RunConfig
+from infini_train.plan.hardware import load_hardware
 
 DESCRIPTION = """\
-What each rank of a layout would hold, without the cluster and without the data: builds the modules of one rank of each
-pipeline stage on this machine, without memory for their values, and counts. Docs: docs/plan.md."""
+What each rank of a layout would hold and send, and how fast it would train, without the cluster and without the data:
+builds the modules of one rank of each pipeline stage on this machine, without memory for their values, and counts.
+Docs: docs/plan.md."""
 EXAMPLES = """\
 examples:
   infini-train plan debug                                the layout of the config, on as few processes as it needs
   infini-train plan 125m --world-size 64 --set parallel.tensor_size=2 --set parallel.context_size=4
   infini-train plan 125m --world-size 16 --rank 5 --json    one rank, for programs
+  infini-train plan 8b --nodes 4 --hardware a100 --search   the fastest layouts that fit on 4 nodes
+  infini-train plan --measure mine.yaml                     describe this machine, for --hardware mine.yaml
 """
 
 
@@ -20,28 +28,82 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train plan` its options."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", metavar="CONFIG", help="name below configs/run/, or path of a .yaml file")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="name below configs/run/, or path of a .yaml file")
     parser.add_argument(
         "--set", metavar="A.B=VALUE", action="append", default=[], help="override a field of the config (repeatable)"
     )
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--world-size",
         type=int,
         metavar="N",
         help="processes (default: tensor x pipeline x context x data size of the config)",
     )
+    size.add_argument("--nodes", type=int, metavar="N", help="processes as nodes of the hardware")
     parser.add_argument("--rank", type=int, metavar="R", help="look at this rank only (default: one of each stage)")
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        default="h100",
+        help="h100, h200, a100 (below configs/hardware/), or path of a .yaml file (default: %(default)s)",
+    )
+    parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit, with their overrides")
+    parser.add_argument("--top", type=int, metavar="K", default=8, help="so many of them (default: %(default)s)")
+    parser.add_argument(
+        "--measure", metavar="FILE", type=Path, help="measure this machine, and write its hardware description"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    config = load_run(options.config, options.set)
+    if options.measure is not None:
+        _measure(options.measure)
+        return
+    if options.config is None:
+        raise ConfigError("CONFIG: name a run config, as in infini-train plan 1b (or give --measure FILE)")
+    for name in ("nodes", "top"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: must be positive, not {getattr(options, name)}")
+    config, hardware = load_run(options.config, options.set), load_hardware(options.hardware)
+    size = options.nodes * hardware.devices_per_node if options.nodes else options.world_size
+    if options.search:
+        _search(options, config, size)
+        return
     from infini_train.parallel import device
 
     device.prepare()
     from infini_train.plan.dry_run import dry_run
     from infini_train.plan.table import format_plan
 
-    plan = dry_run(config, options.world_size, None if options.rank is None else [options.rank])
+    plan = dry_run(config, size, None if options.rank is None else [options.rank], hardware)
     print(json.dumps(plan.to_json()) if options.json else format_plan(plan))
+
+
+def _search(options: argparse.Namespace, config: RunConfig, size: int | None) -> None:
+    from infini_train.plan.search import search
+    from infini_train.plan.search_table import format_search, search_json
+
+    if size is None:
+        size = config.parallel.model_size * (config.parallel.data_size or 1)
+    if size < 1:
+        raise ConfigError(f"--world-size: must be positive, not {size}")
+    hardware = load_hardware(options.hardware)
+    found = search(config, hardware, size)
+    if options.json:
+        print(json.dumps(search_json(found, hardware, options.top)))
+    else:
+        print(format_search(found, hardware, options.top))
+
+
+def _measure(path: Path) -> None:
+    from infini_train.parallel import device
+
+    device.prepare()
+    from infini_train.plan.measure import measure_hardware, write_hardware
+
+    hardware, rates = measure_hardware()
+    write_hardware(path, hardware, rates)
+    for name, value in dataclasses.asdict(hardware).items():
+        print(f"{name:<24}{value}")
+    print(f"written: {path}; use it with --hardware {path}")

@@ -16,6 +16,7 @@ from torch import nn
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig, divide_processes
+from infini_train.model.flops import forward_flops_per_token
 from infini_train.model.layers import HeadLinear, parallel_config
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
@@ -25,7 +26,13 @@ from infini_train.parallel import mesh
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import ModelParallelUnit, Place
 from infini_train.parallel.pipeline import Carried, Stages
+from infini_train.plan.hardware import Hardware, load_hardware
+from infini_train.plan.parts import Part, find_parts
+from infini_train.plan.peak import PeakBytes, find_peak
 from infini_train.plan.states import FP32_BYTES, STATES, StateBytes, count_bytes, divide_states, effective_stage
+from infini_train.plan.timing import Prediction, predict
+from infini_train.plan.traffic import Collective, find_collectives
+from infini_train.plan.work import find_shapes
 from infini_train.train.carry import Lanes, carry_fragments, name_leaves
 from infini_train.train.optim import parameter_groups
 
@@ -47,6 +54,8 @@ class RankPlan:
         carried_bytes: of all lanes of this rank.
         sent_bytes: what context parallelism makes this rank send in one layer for one lane, forward and backward.
         checkpoint_bytes: tensors that this rank writes.
+        memory: of the device at its fullest, predicted.
+        collectives: what the rank takes part in, one step.
     """
 
     rank: int
@@ -68,6 +77,8 @@ class RankPlan:
     carried_bytes: int
     sent_bytes: Span
     checkpoint_bytes: int
+    memory: PeakBytes
+    collectives: tuple[Collective, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,9 @@ class Plan:
     parameters: int
     carried_lane_bytes: int
     checkpoint_bytes: int
+    hardware: Hardware
+    prediction: Prediction
+    flops_per_token: dict[str, float]  # of a forward, by part; backward takes twice, recomputation as much again
     notes: tuple[str, ...]
     ranks: tuple[RankPlan, ...] = field(default=())
 
@@ -87,23 +101,39 @@ class Plan:
         """Plain values; the config's layout instead of the whole config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
         values["parallel"] = dataclasses.asdict(self.config.parallel)
-        values["ranks"] = [{**dataclasses.asdict(each), "place": dict(each.place._asdict())} for each in self.ranks]
+        values["ranks"] = [
+            {
+                **dataclasses.asdict(each),
+                "place": dict(each.place._asdict()),
+                "collectives": [{**dataclasses.asdict(one), "sent_bytes": one.sent_bytes} for one in each.collectives],
+            }
+            for each in self.ranks
+        ]
+        values["hardware"] = dataclasses.asdict(self.hardware)
+        values["prediction"] = dataclasses.asdict(self.prediction)
         return {"name": self.config.name, **values}
 
 
-def dry_run(config: RunConfig, world_size: int | None = None, ranks: Iterable[int] | None = None) -> Plan:
+def dry_run(
+    config: RunConfig,
+    world_size: int | None = None,
+    ranks: Iterable[int] | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
     """Builds ranks one after the other. Leaves the process groups that this process was in.
 
     Args:
         config: its data need not exist.
         world_size: processes; None: as few as the config allows.
         ranks: those to look at; None: the first of each pipeline stage.
+        hardware: to predict memory and time for; None: an H100.
 
     Raises:
         ConfigError: the processes can't be divided like that, or there is no such rank.
     """
     config, size = _divide(config, world_size)
-    stages = config.parallel.pipeline_size
+    hardware = hardware or load_hardware("h100")
+    stages, parts = config.parallel.pipeline_size, find_parts(config)
     chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
     for rank in chosen:
         if not 0 <= rank < size:
@@ -113,6 +143,8 @@ def dry_run(config: RunConfig, world_size: int | None = None, ranks: Iterable[in
         lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
         parameters = sum(parameter.numel() for parameter in whole.parameters())
         carried = lane_bytes * config.train.batch_lanes if config.train.carry_memory else 0
+        flops = forward_flops_per_token(config.model, config.train.window_tokens)
+        planned = tuple(plan_rank(config, rank, size, parts, hardware) for rank in chosen)
         return Plan(
             config=config,
             world_size=size,
@@ -120,8 +152,11 @@ def dry_run(config: RunConfig, world_size: int | None = None, ranks: Iterable[in
             parameters=parameters,
             carried_lane_bytes=lane_bytes,
             checkpoint_bytes=STATES * FP32_BYTES * parameters + carried,
-            notes=tuple(find_notes(config)),
-            ranks=tuple(plan_rank(config, rank, size) for rank in chosen),
+            hardware=hardware,
+            prediction=predict(config, hardware, parts),
+            flops_per_token=flops._asdict(),
+            notes=(*find_notes(config), *find_warnings(planned, hardware)),
+            ranks=planned,
         )
     finally:
         mesh.stop()
@@ -137,8 +172,9 @@ def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
     return divide_processes(config, size), size
 
 
-def plan_rank(config: RunConfig, rank: int, world_size: int) -> RankPlan:
+def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], hardware: Hardware) -> RankPlan:
     """What one rank holds; `config` has its `parallel.data_size`. Joins fake process groups."""
+    shapes = find_shapes(config, hardware.device == "cuda")
     place = mesh.pretend(config.parallel, rank, world_size)
     stages = _build(config, place)
     lanes = Lanes.of(config, place.data[0])
@@ -157,6 +193,7 @@ def plan_rank(config: RunConfig, rank: int, world_size: int) -> RankPlan:
     held = zip(members, partition.held, strict=True)
     written = sum(numel for parameter, numel in held if find_slice(parameter).owned)
     fragments = carry_fragments(stages, carried, lanes)
+    part, carried_bytes = parts[place.pipeline[0]], _carried_bytes(carried)
     return RankPlan(
         rank=rank,
         place=place,
@@ -170,9 +207,11 @@ def plan_rank(config: RunConfig, rank: int, world_size: int) -> RankPlan:
         device=device,
         host=host,
         carried_lane_bytes=_carried_bytes(stages.initial_carried(1, 1)),
-        carried_bytes=_carried_bytes(carried),
+        carried_bytes=carried_bytes,
         sent_bytes=_count_sent(config, place),
         checkpoint_bytes=STATES * FP32_BYTES * written + sum(fragment.tensor.nbytes for fragment in fragments),
+        memory=find_peak(config, shapes, part, device, carried_bytes),
+        collectives=tuple(find_collectives(config, shapes, part)),
     )
 
 
@@ -239,9 +278,21 @@ def _count_sent(config: RunConfig, place: Place) -> Span:
     return forward, ranks.sent_bytes - forward
 
 
+def find_warnings(ranks: Iterable[RankPlan], hardware: Hardware) -> Iterable[str]:
+    """Ranks that won't fit into their device."""
+    for rank in ranks:
+        if rank.memory.peak > hardware.usable_bytes:
+            yield (
+                f"warning: rank {rank.rank} needs {rank.memory.peak / 1e9:.1f} GB, and {hardware.name} leaves"
+                f" {hardware.usable_bytes / 1e9:.1f} GB; see infini-train plan --search"
+            )
+
+
 def find_notes(config: RunConfig) -> Iterable[str]:
     """What runs but wastes something; what can't run is refused when the config is read."""
     model, parallel = config.model, config.parallel
+    if model.attention.kind in ("memorizing", "rmt"):
+        yield f"model.attention.kind {model.attention.kind}: activations and time are of the segment's attention alone"
     if parallel.tensor_size > model.kv_heads:
         copies = parallel.tensor_size // model.kv_heads
         yield (

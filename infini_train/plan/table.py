@@ -17,7 +17,8 @@ def format_plan(plan: Plan) -> str:
     blocks = ["\n".join(f"{name:<24}{value}" for name, value in _facts(plan))]
     for first in range(0, len(plan.ranks), COLUMNS):
         blocks.append(_format_columns(plan, plan.ranks[first : first + COLUMNS]))
-    blocks += [f"note: {note}" for note in plan.notes]
+    blocks += [_format_traffic(plan), _format_time(plan)]
+    blocks += [note if note.startswith("warning: ") else f"note: {note}" for note in plan.notes]
     return "\n\n".join(blocks)
 
 
@@ -30,8 +31,47 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "ZeRO stage", f"{config.parallel.zero_stage}{raised}{offload}, {train.precision}"
     yield "step", f"{train.batch_lanes:,} lanes x {train.window_tokens:,} tokens = {train.tokens_per_step:,} tokens"
     yield "parameters", f"{plan.parameters:,}"
+    yield from zip(("FLOPs a token", "of the forward"), _flops(plan), strict=True)
     yield "memory of a lane", format_size(plan.carried_lane_bytes)
     yield "checkpoint", format_size(plan.checkpoint_bytes)
+
+
+def _flops(plan: Plan) -> tuple[str, str]:
+    """Of forward and backward, and what the forward's are for."""
+    total = sum(plan.flops_per_token.values())
+    again = 1.0 if plan.config.train.activation_checkpointing == "layer" else 0.0
+    shares = {name.replace("_", " "): part / total for name, part in plan.flops_per_token.items() if part}
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    recompute = f" + {_giga(again * total)} recomputed" if again else ""
+    return f"{_giga(total)} forward + {_giga(2 * total)} backward{recompute}", parts
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3g}G"
+
+
+def _format_traffic(plan: Plan) -> str:
+    """What the rank that sends most sends in a step; empty with one process."""
+    rank = max(plan.ranks, key=lambda each: sum(one.sent_bytes for one in each.collectives), default=None)
+    if rank is None or not rank.collectives:
+        return "no communication"
+    lines = [f"sent in a step by rank {rank.rank:<4}  {'kind':<16}{'ranks':>6}{'calls':>9}{'a call':>12}{'sent':>12}"]
+    for one in rank.collectives:
+        each = format_size(round(one.buffer_bytes / one.calls))
+        sent = format_size(round(one.sent_bytes))
+        lines.append(f"{one.name:<29}  {one.kind:<16}{one.ranks:>6}{one.calls:>9,.0f}{each:>12}{sent:>12}")
+    return "\n".join(lines)
+
+
+def _format_time(plan: Plan) -> str:
+    """The predicted step, and where its time goes."""
+    found, hardware = plan.prediction, plan.hardware
+    head = (
+        f"predicted on {hardware.name}: {found.step_s:.3g} s a step, {found.tokens_s:,.0f} tokens/s,"
+        f" MFU {found.mfu:.1%}, pipeline bubble {found.bubble:.1%}"
+    )
+    lines = [f"{name:<29}  {value:>9.4g} s{value / found.step_s:>8.1%}" for name, value in found.seconds.items()]
+    return "\n".join([head, *lines])
 
 
 def _layout(config: RunConfig) -> str:
@@ -70,6 +110,12 @@ def _rows(plan: Plan) -> Iterator[Row]:
     yield from _state_rows("", lambda rank: rank.device, names[:2] if offload else names)
     yield "carried memory", lambda rank: format_size(rank.carried_bytes)
     yield "sum", lambda rank: format_size(rank.device.total + rank.carried_bytes)
+    yield "activations kept", lambda rank: format_size(round(rank.memory.activations))
+    yield "logits and loss", lambda rank: format_size(round(rank.memory.logits))
+    yield "layer at work", lambda rank: format_size(round(rank.memory.working))
+    yield "buffers", lambda rank: format_size(round(rank.memory.buffers))
+    yield "optimizer's step", lambda rank: format_size(round(rank.memory.step))
+    yield "predicted peak", lambda rank: format_size(round(rank.memory.peak))
     if offload:
         yield from _state_rows("host: ", lambda rank: rank.host, names[1:])
         yield "host: sum", lambda rank: format_size(rank.host.total)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from infini_train.config.data import DataConfig, MixturePart
 from infini_train.config.errors import ConfigError
-from infini_train.data import cache
+from infini_train.data import cache, source
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -104,3 +105,21 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path) -> N
     with pytest.raises(ConfigError, match="names a file outside the dataset's folder"):
         Dataset.open(f"file://{remote}", tmp_path / "near")
     assert not list(tmp_path.rglob("stolen*"))
+
+
+def test_room_is_needed_for_all_parts_together(remote, tmp_path, monkeypatch) -> None:
+    """Each alone would fit."""
+    with ShardWriter(tmp_path / "more", ByteTokenizer()) as writer:
+        writer.add(np.full(3000, 1), n_bytes=3000, id="m")
+    near = tmp_path / "near"
+    mixture = [{"folder": f"file://{remote}"}, {"folder": f"file://{tmp_path / 'more'}"}]
+    data = DataConfig(mixture=tuple(MixturePart(**part) for part in mixture), cache_dir=str(near))
+    needed = [Dataset.open(part["folder"], tmp_path / "probe").missing_bytes() for part in mixture]
+    free = max(needed) + 5_000
+    assert free < sum(needed)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    with pytest.raises(ConfigError, match=r"data.cache_dir: \S+near has .* GB free, and file://\S+, file://\S+ need"):
+        source._open_parts(data)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=sum(needed)))
+    assert len(source._open_parts(data)) == 2

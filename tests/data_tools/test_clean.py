@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import cli, duplicates, plan
-from data_tools.clean import CleanOptions, CleanWork, KeyWork, clean_corpus
+from data_tools.clean import CleanOptions, CleanWork, KeyWork, Waiting, clean_corpus
 from data_tools.filters import FilterOptions, Filters, repeated_share, symbol_share
 from data_tools.readers import documents
 from infini_train.config.errors import ConfigError
@@ -135,16 +135,56 @@ def test_workers_parts_and_stopped_runs_give_the_same_bytes(tmp_path, small_task
     one = {p.name: hash_file(p) for p in (tmp_path / "one").iterdir()}
     for name in ("two", "set"):
         assert {p.name: hash_file(p) for p in (tmp_path / name).iterdir()} == one
-    assert clean(source, tmp_path / "parts", nfc=True, part="1/2") is None
+    assert clean(source, tmp_path / "parts", nfc=True, part="1/2") == Waiting(for_duplicates=False)
     report = clean(source, tmp_path / "parts", nfc=True, part="2/2")
     assert report.documents == 200
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "one", "parts", "set", "two"]
 
 
+def test_parts_find_duplicates_of_each_other(tmp_path, small_tasks) -> None:
+    """Each part is called twice, but the last one to look: it goes on by itself."""
+    pytest.importorskip("rensa")
+    source = write(tmp_path, [prose(i % 150, 100) for i in range(200)])
+    options = {"dedup": True, "near_dedup": 0.8}
+    clean(source, tmp_path / "one", **options)
+    calls = ["1/3", "1/3", "2/3", "3/3", "1/3"]
+    found = [clean(source, tmp_path / "set", part=part, **options) for part in calls]
+    looking, writing = Waiting(for_duplicates=True), Waiting(for_duplicates=False)
+    assert found == [looking, looking, looking, writing, writing] and not (tmp_path / "set").exists()
+    report = clean(source, tmp_path / "set", part="2/3", workers=2, **options)
+    assert report.documents == 150
+    one, parts = ({p.name: hash_file(p) for p in (tmp_path / name).iterdir()} for name in ("one", "set"))
+    assert one == parts and len(one) > 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "one", "set"]
+
+
+def test_a_part_that_comes_when_all_is_done_finds_it(tmp_path) -> None:
+    source = write(tmp_path, ["one", "two"])  # a single task: nothing is left for the second part
+    report = clean(source, tmp_path / "set", part="1/2")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").iterdir()}
+    for part in ("2/2", "1/2"):
+        assert clean(source, tmp_path / "set", part=part) == report
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").iterdir()} == before
+    with pytest.raises(ConfigError, match="a cleaned corpus is there already"):
+        clean(source, tmp_path / "set", part="2/2", nfc=True)
+    write(tmp_path, ["one", "two", "three"])
+    with pytest.raises(ConfigError, match="a cleaned corpus is there already"):
+        clean(source, tmp_path / "set", part="2/2")
+
+
+@pytest.mark.parametrize("slab", [1, 7, 1_000_000])
+@settings(max_examples=50, deadline=None)
+@given(text=st.text("ab c\n", max_size=60))
+def test_shingles_do_not_depend_on_how_a_text_is_read(slab, text) -> None:
+    words = text.lower().split()
+    expected = [" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "_SLAB_CHARS", slab)
+        assert [shingle for some in duplicates._shingles(text) for shingle in some] == expected
+
+
 def test_refusals(tmp_path) -> None:
     source = write(tmp_path, ["text"])
-    with pytest.raises(ConfigError, match="--part: duplicates are looked for on one machine"):
-        clean(source, tmp_path / "out", dedup=True, part="1/2")
     with pytest.raises(ConfigError, match="--near-dedup: 2 is not a share"):
         clean(source, tmp_path / "out", near_dedup=2)
     with pytest.raises(ConfigError, match="--max-symbols: must be a share"):

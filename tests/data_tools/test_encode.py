@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from data_tools import encode, plan
 from data_tools.combine import merge
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
 from data_tools.readers import ReadOptions
+from data_tools.storage import find_files
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, hash_file
@@ -161,6 +163,25 @@ def test_unfinished_work_of_another_command_is_refused(tmp_path, small_tasks, mo
         run(source, tmp_path / "set", restart=True, part="1/2")
     run(source, tmp_path / "set", restart=True)
     assert len(read(tmp_path / "set")) == 101
+
+
+def test_files_that_change_at_equal_size_are_noticed(tmp_path, small_tasks, monkeypatch) -> None:
+    """Over fsspec by what the file system tells of a version; beside a .bin of Megatron's its .idx counts, too."""
+    memory = fsspec.filesystem("memory")
+    rows = "".join(json.dumps(row) + "\n" for row in corpus(100)).encode()
+    memory.pipe_file("/changing/c.jsonl", rows)
+    url = "memory://changing/c.jsonl"
+    stopped_run(url, tmp_path / "set", monkeypatch, 1)
+    run(url, tmp_path / "other")  # as it was, it can be read twice
+    memory.pipe_file("/changing/c.jsonl", rows.replace(b"Text", b"Next"))
+    with pytest.raises(ConfigError, match=r"the sources have changed since \(memory://.*c.jsonl\)"):
+        run(url, tmp_path / "set")
+    for name in ("a.bin", "a.idx"):
+        (tmp_path / name).write_bytes(b"four")
+    (before,) = find_files([str(tmp_path / "a.bin")])
+    os.utime(tmp_path / "a.idx", ns=(1, 1))
+    (after,) = find_files([str(tmp_path / "a.bin")])
+    assert before != after and before.bytes == after.bytes
 
 
 def stop(*_, **__) -> None:

@@ -97,6 +97,35 @@ def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(tmp_path, w
     assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
 
 
+SMALL_DISK = """
+mount -t tmpfs -o size=2m tmpfs small || exit 77
+"$@" --out small/set; echo "status $?"; ls -A small
+mount -o remount,size=50m small
+"$@" --out small/set && cp -r small/set set
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_small_file_system_that_is_full(tmp_path, workers) -> None:
+    """A real one, in a mount namespace of its own; then it grows."""
+    (tmp_path / "small").mkdir()
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for i in range(60):
+            file.write(json.dumps({"text": f"{i} " * 20_000}) + "\n")
+    arguments = ["encode", "corpus.jsonl", "--tokenizer", "byte", "--shard-mb", "0.3", "--workers", workers]
+    encode = [sys.executable, "-m", "data_tools", *arguments]
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", SMALL_DISK, "-"]
+    done = subprocess.run(
+        [*inside, *encode], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=250
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no file system can be mounted here")
+    assert "no space left on device; free some, or write to another folder" in done.stderr
+    assert "status 2\n.set.partial\n" in done.stdout, "only finished tasks stay"
+    assert call(tmp_path, *arguments, "--out", "whole").returncode == 0
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_line_of_200_mb_needs_less_than_1_gb(tmp_path) -> None:
     """With a trained tokenizer, whose own encoding of the whole text would take several times as much."""

@@ -33,7 +33,7 @@ FILES = st.lists(st.tuples(st.sampled_from([".jsonl", ".txt", ".jsonl.gz", ".par
 
 @given(files=FILES, size=st.integers(1, 50))
 def test_a_plan_covers_every_byte_once_and_in_order(files, size) -> None:
-    found = [SourceFile(f"{i}{suffix}", f"{i}", "s", n_bytes, 0) for i, (suffix, n_bytes) in enumerate(files)]
+    found = [SourceFile(f"{i}{suffix}", f"{i}", "s", n_bytes, "") for i, (suffix, n_bytes) in enumerate(files)]
     planned = list(plan_tasks(found, size))
     pieces = [piece for task in planned for piece in task]
     for file in found:
@@ -52,7 +52,7 @@ def test_the_size_of_tasks() -> None:
     assert task_bytes(10, 512_000_000) == 8_000_000  # a small corpus is one task
     assert task_bytes(10**10, 512_000_000) == 10**10 // 64
     assert task_bytes(10**13, 512_000_000) == 512_000_000 and task_bytes(10**13, 1000) == 1000
-    assert list(plan_tasks([SourceFile("-", "stdin", "stdin", 0, 0)], 10)) == [[Piece("-", "stdin", "stdin", 0, 0)]]
+    assert list(plan_tasks([SourceFile("-", "stdin", "stdin", 0, "")], 10)) == [[Piece("-", "stdin", "stdin", 0, 0)]]
 
 
 def test_a_worker_without_its_parent_finishes_nothing(tmp_path) -> None:

@@ -12,8 +12,9 @@ from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.generate import generate
 from infini_train.eval.passkey import answer_grid, draw_text
-from infini_train.eval.passkey_scores import PasskeyGrid, Prompt, score_cells, summarise
+from infini_train.eval.passkey_scores import PasskeyGrid, Prompt
 from infini_train.eval.sampling import Sampling
+from infini_train.eval.scores import score_cells, summarise
 from infini_train.eval.streaming import read_prompts
 
 BOS = ByteTokenizer.bos_id

@@ -5,16 +5,8 @@ import math
 import pytest
 
 from infini_train.config.errors import ConfigError
-from infini_train.eval.passkey_scores import (
-    Answer,
-    PasskeyGrid,
-    Score,
-    format_length,
-    parse_length,
-    parse_positions,
-    score_cells,
-    summarise,
-)
+from infini_train.eval.passkey_scores import Answer, PasskeyGrid, format_length, parse_length, parse_positions
+from infini_train.eval.scores import Score, score_cells, summarise
 
 
 def grid_of(**changes) -> PasskeyGrid:
@@ -61,8 +53,8 @@ def test_answers_outside_the_grid_do_not_count():
 
 def test_nothing_has_no_share():
     nothing = Score.of([])
-    assert math.isnan(nothing.exact_match) and math.isnan(nothing.digit_accuracy)
-    assert nothing.exact_interval == nothing.digit_interval == (0.0, 1.0)
+    assert math.isnan(nothing.exact_match) and math.isnan(nothing.accuracy)
+    assert nothing.exact_interval == nothing.interval == (0.0, 1.0)
 
 
 def test_lengths_and_positions_are_read():

@@ -8,7 +8,8 @@ from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.eval.loading import open_trained
 from infini_train.eval.passkey import answer_grid
-from infini_train.eval.passkey_scores import PasskeyGrid, Score
+from infini_train.eval.passkey_scores import PasskeyGrid
+from infini_train.eval.scores import Score
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 

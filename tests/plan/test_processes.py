@@ -17,6 +17,7 @@ from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
 
 WORLD = 4
+SCALARS_BYTES = 64  # norms and counts, which no plan lists
 MODEL = {
     "vocab_size": 2048,  # with 64 more than what ZeRO-3 keeps whole on every rank
     "hidden_size": 64,
@@ -105,6 +106,33 @@ def train_window(config: RunConfig, stages: Any, engine: Any) -> Any:
     return carried
 
 
+def record_calls() -> Any:
+    """A torch mode whose `found` adds up the collectives of tensors, by kind: their number, and bytes of the whole."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    kinds = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+    kinds |= {"send": "send", "alltoall_base_": "send", "broadcast_": "send", "allgather_": "all-gather"}
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: dict[str, list[int]] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            space, name = func._schema.name.split("::")
+            if space == "c10d":
+                tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+                largest = max((each.nbytes for each in tensors), default=0)
+                calls = self.found.setdefault(kinds.get(name, name), [0, 0])
+                calls[0] += largest > SCALARS_BYTES
+                calls[1] += largest if largest > SCALARS_BYTES else 0
+            return func(*args, **(kwargs or {}))
+
+    return Calls()
+
+
 def count_all(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -127,12 +155,15 @@ def measure(config: RunConfig) -> dict[str, Any]:
     from infini_train.train.carry import Lanes, carry_fragments, name_leaves
 
     stages, engine = build(config)
-    carried = train_window(config, stages, engine)
+    calls = record_calls()
+    with calls:
+        carried = train_window(config, stages, engine)
     parameters, zero = [parameter for _, parameter in stages.named_globally()], engine._zero
     gradients, masters_gradients = measure_gradients(zero, engine, parameters)
     ranks = next(iter(stages.transformers()[0].layers.values())).attention.ranks
     sent_bytes = 0 if ranks is None else ranks.sent_bytes
-    engine.step({"matrices": 1e-3, "vectors": 1e-3, "gates": 1e-3})
+    with calls:
+        engine.step({"matrices": 1e-3, "vectors": 1e-3, "gates": 1e-3})
     flats = engine._flat_groups()
     if engine.stage == 3:
         weights = count_all(parameter.ds_tensor for parameter in parameters) + count_all(parameters)
@@ -152,6 +183,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         "moments": count_all(moments),
         "carried": count_all(leaves),
         "sent": sent_bytes,
+        "collectives": calls.found,
         "checkpoint": count_all(owned) + count_all(fragment.tensor for fragment in fragments),
     }
 

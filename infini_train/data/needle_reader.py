@@ -1,0 +1,87 @@
+"""Needle texts to train on: the tasks of `infini-train eval needles`, short at first. Imports no torch."""
+
+import math
+
+import numpy as np
+
+from infini_train.config.data import NeedlesConfig
+from infini_train.config.errors import ConfigError
+from infini_train.data.haystack import HaystackSource
+from infini_train.data.needles import THINGS, EncodedNeedles, NeedleText, draw_needles
+from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.text_windows import LaidText
+from infini_train.data.tokenizer import ByteTokenizer
+
+WITH_INTRO = 0.5  # of the texts that have room for it
+
+
+class NeedleMaker:
+    """Texts in bytes whose size is a number of segments.
+
+    Args:
+        config: tasks, needles, hay, weights of the losses.
+        window_tokens: the largest text fills it.
+        segment_tokens: of the model.
+
+    Raises:
+        ConfigError: a text of one needle does not fit into the smallest size or the window.
+    """
+
+    def __init__(self, config: NeedlesConfig, window_tokens: int, segment_tokens: int) -> None:
+        if config.needles > len(THINGS):
+            raise ConfigError(f"data.needles.needles: {config.needles} are too many; at most {len(THINGS)}")
+        self.config, self.segment_tokens = config, segment_tokens
+        self._tokenizer = ByteTokenizer()
+        self._source = HaystackSource(config.haystack, self._tokenizer)
+        self._intro = find_wording("paper").intro
+        self.most = float(window_tokens // segment_tokens)
+        self.least = float(min(config.min_segments, int(self.most)))
+        needed = max(self._longest_tokens(), 1)
+        if self.least * segment_tokens < needed:
+            raise ConfigError(
+                f"data.needles.min_segments: {int(self.least)} segments of {segment_tokens} tokens can't hold a text of"
+                f" {needed} tokens; use {-(-needed // segment_tokens)} or more, and a window of as many segments"
+            )
+
+    def _longest_tokens(self) -> int:
+        """Of a text with one needle and no hay, bos included: words differ little in length, so a few are tried."""
+        sizes = [
+            self._encode(np.random.default_rng(seed), task, 1, "").min_tokens
+            for task in self.config.tasks
+            for seed in range(2 * len(THINGS))
+        ]
+        return max(sizes) + 1
+
+    def _encode(self, random: np.random.Generator, task: str, count: int, intro: str) -> EncodedNeedles:
+        return EncodedNeedles(self._tokenizer, draw_needles(random, task, count, self.config.digits), intro)  # type: ignore[arg-type]
+
+    def draw_size(self, random: np.random.Generator, largest: float) -> int:
+        """Log-uniform."""
+        low, high = math.log(self.least), math.log(int(largest) + 1)
+        return min(int(largest), int(math.exp(random.uniform(low, high))))
+
+    def compose(self, random: np.random.Generator, size: int, room_segments: int) -> LaidText | None:
+        """A text that ends in the last of so many segments, or of those that are left."""
+        segments = min(size, room_segments)
+        if segments < self.least:
+            return None
+        text = self._write(random, segments)
+        ids = text.read(0, text.tokens)
+        weights = np.full(text.tokens, self.config.text_weight / text.tokens, np.float32)
+        weights[text.prompt_tokens :] = self.config.answer_weight / text.answer_tokens
+        return LaidText(ids, weights, np.ones(text.tokens, np.float32), segments)
+
+    def _write(self, random: np.random.Generator, segments: int) -> NeedleText:
+        """Of a drawn task, with as many needles as were drawn and fit."""
+        room = segments * self.segment_tokens - 1  # bos
+        task = self.config.tasks[random.integers(len(self.config.tasks))]
+        intro = self._intro if random.random() < WITH_INTRO else ""
+        count = int(random.integers(1, self.config.needles + 1))
+        encoded = self._encode(random, task, count, intro)
+        while encoded.min_tokens > room:
+            count, intro = max(count // 2, 1), ""
+            encoded = self._encode(random, task, count, intro)
+        shortest = max(encoded.min_tokens, (segments - 1) * self.segment_tokens + 1)
+        hay = int(random.integers(shortest, room + 1)) - encoded.min_tokens
+        places = np.sort(random.integers(0, hay + 1, len(encoded.needles.sentences)))
+        return encoded.place(self._source.draw(random.integers(0, 2**31, 2).tolist()), places.tolist(), hay)

@@ -1,0 +1,200 @@
+"""Texts with several things to remember, after RULER (Hsieh et al., arXiv 2404.06654), in any amount of hay.
+
+| task | hidden | asked |
+|---|---|---|
+| single | one pass key, in the words of the passkey test | it |
+| multikey | a pass key each of several things | that of one thing |
+| multivalue | several pass keys of one thing | all of them |
+| multiquery | a pass key each of several things | those of all things |
+| variables | a value handed on from variable to variable; another chain beside it | all variables that have it |
+
+A text is laid out in tokens: intro, hay with the needles in it, question, answer; hay is cut wherever the lengths want
+it. Nothing is spelled out before it is read. What a model wrote is read as words, so any tokenizer will do. Imports no
+torch.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from infini_train.config.errors import ConfigError
+from infini_train.data.haystack import Haystack, RepeatedHaystack, Stretch, encode_behind, read_stretches
+from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.tokenizer import Tokenizer
+
+Task = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
+TASKS: tuple[Task, ...] = get_args(Task)
+ONE_ASKED = ("single", "multikey")  # whose asked needle has a depth; in the others all matter
+
+_THINGS = """
+anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle oven pillow
+quilt ribbon saddle table umbrella violin wagon yacht zebra apple bridge carpet door easel falcon guitar helmet
+igloo jar kite lamp marble notebook orange piano quarry rocket statue tower unicorn vase whistle box yoke zipper
+acorn bell crown diamond elephant flag globe harp ink jewel knot lemon medal
+"""
+THINGS = tuple(_THINGS.split())
+_NEEDLE = "The pass key of the {thing} is {value}. Remember it. {value} is the pass key of the {thing}."
+_ONE = "What is the pass key of the {things}? The pass key of the {things} is"
+_MANY = "What are all the pass keys of the {things}? The pass keys of the {things} are"
+_VARIABLES = "Which variables have the value {value}? The variables with the value {value} are"
+_LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+_NAME_LETTERS = 3
+
+
+class Needles(NamedTuple):
+    """What is hidden and asked, in words. `sentences` stand in the text in this order."""
+
+    sentences: tuple[str, ...]
+    asked: tuple[int, ...]  # numbers of the sentences that hold the answer
+    question: str
+    answer: tuple[str, ...]  # words, in the order in which training shows them
+
+
+def draw_needles(random: np.random.Generator, task: Task, count: int, digits: int) -> Needles:
+    """Random needles.
+
+    Args:
+        random: gives things, values and order.
+        task: which kind.
+        count: needles, at most as many as `THINGS`; of variables, those of the asked chain. `single` has one.
+        digits: of a value.
+    """
+    assert count > 0 and digits > 0
+    if task == "variables":
+        return _draw_chains(random, count, digits)
+    values = _draw_values(random, 1 if task == "single" else count, digits)
+    if task == "single":
+        wording = find_wording("paper")
+        return Needles((wording.key.replace("{key}", values[0]),), (0,), wording.question, (values[0],))
+    things = [str(thing) for thing in random.choice(THINGS, 1 if task == "multivalue" else count, replace=False)]
+    named = things * count if task == "multivalue" else things
+    sentences = tuple(_NEEDLE.format(thing=thing, value=value) for thing, value in zip(named, values, strict=True))
+    if task == "multikey":
+        asked = int(random.integers(count))
+        return Needles(sentences, (asked,), _ONE.format(things=things[asked]), (values[asked],))
+    everyone = tuple(range(count))
+    if task == "multivalue":
+        return Needles(sentences, everyone, _MANY.format(things=things[0]), tuple(values))
+    order = [int(i) for i in random.permutation(count)]
+    *first, last = [things[i] for i in order]
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return Needles(sentences, everyone, _MANY.format(things=listed), tuple(values[i] for i in order))
+
+
+def _draw_values(random: np.random.Generator, count: int, digits: int) -> list[str]:
+    """Different numbers of so many digits."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(map(str, random.integers(0, 10, digits)))] = None
+    return list(found)
+
+
+def _draw_chains(random: np.random.Generator, count: int, digits: int) -> Needles:
+    """Two chains of assignments, mixed; each keeps its order. The first one's value is asked for."""
+    names: dict[str, None] = {}
+    while len(names) < 2 * count:
+        names["".join(random.choice(_LETTERS, _NAME_LETTERS))] = None
+    own, other = list(names)[:count], list(names)[count:]
+    value, other_value = _draw_values(random, 2, digits)
+    chains = [_assign(own, value), _assign(other, other_value)]
+    whose = random.permutation(np.repeat([0, 1], count))
+    sentences = tuple(chains[chain].pop(0) for chain in whose)
+    asked = tuple(int(i) for i in np.flatnonzero(whose == 0))
+    return Needles(sentences, asked, _VARIABLES.format(value=value), tuple(own))
+
+
+def _assign(names: Sequence[str], value: str) -> list[str]:
+    return [f"VAR {name} = {before}." for name, before in zip(names, [value, *names[:-1]], strict=True)]
+
+
+def find_words(needles_answer: Sequence[str], said: str) -> list[bool]:
+    """Which words of the answer stand in what was said, in any order."""
+    words = set(re.findall(r"\w+", said))
+    return [word in words for word in needles_answer]
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleText:
+    """One text, from its intro to the end of the answer, without bos and eos.
+
+    Attributes:
+        needles: in words.
+        tokens: of the whole text.
+        needle_tokens: where each needle begins.
+        question_token: where the question begins.
+        prompt_tokens: before the answer.
+    """
+
+    needles: Needles
+    tokens: int
+    needle_tokens: tuple[int, ...]
+    question_token: int
+    prompt_tokens: int
+    _stretches: tuple[Stretch, ...]
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.tokens - self.prompt_tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The int32 ids [start, stop), for texts too long to hold."""
+        assert 0 <= start <= stop <= self.tokens
+        return read_stretches(self._stretches, start, stop)
+
+
+class EncodedNeedles:
+    """Needles in the ids of one tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        needles: in words.
+        intro: what the text begins with; may be empty.
+
+    Attributes:
+        min_tokens: of a text without hay.
+
+    Raises:
+        ConfigError: the tokenizer joins the question with its answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, needles: Needles, intro: str = "") -> None:
+        self.needles = needles
+        self._intro = tokenizer.encode(intro)
+        self._sentences = [encode_behind(tokenizer, f" {sentence}") for sentence in needles.sentences]
+        self._question = encode_behind(tokenizer, f" {needles.question}")
+        asked = encode_behind(tokenizer, f" {needles.question} {', '.join(needles.answer)}")
+        if not np.array_equal(asked[: len(self._question)], self._question):
+            raise ConfigError("tokenizer: joins the question with its answer; needles can't be asked for with it")
+        self._answer = asked[len(self._question) :]
+        self.head_tokens = len(self._intro)
+        self.tail_tokens = len(asked)
+        self.min_tokens = len(self._intro) + sum(map(len, self._sentences)) + len(asked)
+
+    def place(self, hay: Haystack, hay_before_tokens: Sequence[int], hay_tokens: int) -> NeedleText:
+        """The text with so much hay.
+
+        Args:
+            hay: what to hide them in.
+            hay_before_tokens: hay before each needle, not falling.
+            hay_tokens: of the whole text.
+        """
+        before = list(hay_before_tokens)
+        assert len(before) == len(self._sentences) and before == sorted(before)
+        assert not before or (before[0] >= 0 and before[-1] <= hay_tokens)
+        stretches, at, read, places = [_whole(self._intro)], len(self._intro), 0, []
+        for ids, until in zip(self._sentences, before, strict=True):
+            stretches += [Stretch(hay, read, until - read), _whole(ids)]
+            at += until - read
+            places.append(at)
+            at, read = at + len(ids), until
+        stretches += [Stretch(hay, read, hay_tokens - read), _whole(self._question), _whole(self._answer)]
+        asked = at + hay_tokens - read
+        prompt = asked + len(self._question)
+        return NeedleText(self.needles, prompt + len(self._answer), tuple(places), asked, prompt, tuple(stretches))
+
+
+def _whole(ids: np.ndarray) -> Stretch:
+    return Stretch(RepeatedHaystack(ids), 0, len(ids))

@@ -1,0 +1,105 @@
+"""What a cluster's machines are capable of: the schema of configs/hardware/*.yaml. Imports no torch."""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+from pydantic import FiniteFloat
+
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import read_tree, resolve
+
+NOT_POSITIVE = ("reserved_gb", "launch_us", "node_latency_us", "network_latency_us")  # may be 0
+SHARES = ("matmul_efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Nodes of equal devices. Published peaks, and beside each the share of it that is assumed to be reached.
+
+    A process is a rank on a device. On CPU a device is a core.
+    """
+
+    name: str  # shown in tables
+    device: Literal["cuda", "cpu"] = "cuda"  # cuda: launches run ahead of the work, and norms are one kernel
+    devices_per_node: int  # GPUs of a node, or cores
+    memory_gb: FiniteFloat  # of a device, in 1e9 bytes
+    reserved_gb: FiniteFloat = 0.0  # of it, what driver, communication library and fragmentation take
+    bf16_tflops: FiniteFloat  # peak of dense matrix products, 1e12 operations a second
+    fp32_tflops: FiniteFloat  # the same in fp32
+    matmul_efficiency: FiniteFloat = 1.0  # share of the peak that large products of the model reach
+    attention_efficiency: FiniteFloat = 1.0  # and the attention kernel
+    memory_gb_s: FiniteFloat  # bandwidth of the device's memory, 1e9 bytes a second
+    memory_efficiency: FiniteFloat = 1.0  # share of it that elementwise operations reach
+    launch_us: FiniteFloat = 0.0  # host's time to start one operation
+    node_gb_s: FiniteFloat  # what a device sends to others of its node, one direction
+    node_latency_us: FiniteFloat = 0.0  # of one message there
+    network_gb_s: FiniteFloat  # what a device sends to other nodes, one direction
+    network_latency_us: FiniteFloat = 0.0  # of one message there
+    link_efficiency: FiniteFloat = 1.0  # share of both bandwidths that collectives reach
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
+            least = 0 if field.name in NOT_POSITIVE else None
+            if value < 0 or (value == 0 and least is None):
+                raise ConfigError(f"{field.name}: must be {'0 or more' if least == 0 else 'positive'}, not {value:g}")
+        for name in SHARES:
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name}: is a share of the peak, at most 1, not {getattr(self, name):g}")
+        if self.reserved_gb >= self.memory_gb:
+            raise ConfigError(f"reserved_gb: {self.reserved_gb:g} leaves nothing of memory_gb {self.memory_gb:g}")
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of a device that a rank may fill."""
+        return 1e9 * (self.memory_gb - self.reserved_gb)
+
+    def peak_flops(self, precision: str) -> float:
+        """Operations a second that utilisation is measured against."""
+        return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+    def link(self, within_node: bool) -> tuple[float, float]:
+        """(bytes a second, seconds of latency) of a device's messages."""
+        speed = self.node_gb_s if within_node else self.network_gb_s
+        latency_us = self.node_latency_us if within_node else self.network_latency_us
+        return 1e9 * speed * self.link_efficiency, 1e-6 * latency_us
+
+
+@functools.cache
+def _validator() -> pydantic.TypeAdapter[Hardware]:
+    return pydantic.TypeAdapter(Hardware)
+
+
+def load_hardware(name: str) -> Hardware:
+    """The description of this name (configs/hardware/) or path, validated.
+
+    Raises:
+        ConfigError: no such file, or something in it is wrong.
+    """
+    path = resolve(name, "hardware")
+    return validate_hardware(read_tree(path), str(path))
+
+
+def validate_hardware(tree: dict[str, Any], source: str) -> Hardware:
+    """The tree as a `Hardware`; `source` opens the message of an error."""
+    try:
+        return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        inner = first.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):
+            raise ConfigError(f"{source}: {inner}") from error
+        shown = ".".join(map(str, first["loc"])) or "hardware"
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = ", ".join(field.name for field in dataclasses.fields(Hardware))
+            raise ConfigError(f"{source}: {shown}: unknown key; known: {known}") from error
+        problem = "is missing; give it a value" if first["type"].startswith("missing") else first["msg"]
+        raise ConfigError(f"{source}: {shown}: {problem}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}; write the value as text or number") from error

@@ -1,0 +1,137 @@
+"""Needle and recall texts as training windows: exact layout, the same for any split of the lanes, resumable."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from infini_train.config.data import NeedlesConfig, RecallConfig
+from infini_train.config.errors import ConfigError
+from infini_train.data.lanes import IGNORED
+from infini_train.data.needle_reader import NeedleMaker
+from infini_train.data.passkey_reader import Progress
+from infini_train.data.recall import SYMBOLS, RecallMaker
+from infini_train.data.text_windows import TextReader
+from infini_train.data.tokenizer import ByteTokenizer
+
+BOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.pad_id
+LANES, WINDOW, SEGMENT = 4, 1280, 64
+NEEDLES = NeedlesConfig(tasks=("single", "multikey", "multivalue", "multiquery", "variables"), needles=5)
+
+
+def reader_of(kind: str, rows: slice = slice(None)) -> TextReader:
+    if kind == "needles":
+        maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT)
+    else:
+        maker = RecallMaker(RecallConfig(min_pairs=3, max_pairs=100), WINDOW, SEGMENT)
+    return TextReader(maker, kind, 0.5, LANES, WINDOW, SEGMENT, 7, rows)
+
+
+@pytest.fixture(params=["needles", "recall"])
+def kind(request) -> str:
+    return request.param
+
+
+def windows(reader: TextReader, position: Progress, count: int):
+    for _ in range(count):
+        batch, position = reader.next(position)
+        yield batch, position
+
+
+def test_lanes_are_independent_of_the_ranks(kind):
+    whole, _ = reader_of(kind).next(Progress(3, 9.0, 1.0))
+    for rows in (slice(0, 1), slice(1, 4)):
+        part, _ = reader_of(kind, rows).next(Progress(3, 9.0, 1.0))
+        for name in ("tokens_BT", "labels_BT", "starts_BT", "weights_BT", "loss_weights_BT"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
+
+
+def test_a_resumed_reader_goes_on_with_the_next_batch(kind):
+    reader = reader_of(kind)
+    first = list(windows(reader, reader.start(), 4))
+    again = reader_of(kind)
+    position = again.parse(json.loads(json.dumps(first[1][1].to_json())))
+    for (batch, after), (other, then) in zip(first[2:], windows(again, position, 2), strict=True):
+        np.testing.assert_array_equal(batch.tokens_BT, other.tokens_BT)
+        assert after == then
+    assert not np.array_equal(first[0][0].tokens_BT, first[1][0].tokens_BT)
+
+
+def test_texts_grow_while_the_loss_is_low(kind):
+    reader = reader_of(kind)
+    position = reader.start()
+    assert position.longest == reader.maker.least
+    for _ in range(30):
+        position = reader.learn(position, 3.0)
+    assert position.longest == reader.maker.least
+    sizes = []
+    for _ in range(200):
+        position = reader.learn(position, 0.1)
+        sizes.append(position.longest)
+    assert all(a <= b for a, b in pairwise(sizes)) and sizes[-1] == reader.maker.most
+    assert reader.mix(position) == {"texts/largest": reader.maker.most}
+
+
+def texts_of(batch, row: int) -> list[slice]:
+    begins = [*np.flatnonzero(batch.starts_BT[row]), WINDOW]
+    return [slice(a, b) for a, b in pairwise(begins)]
+
+
+@pytest.mark.parametrize("longest", [5.0, 20.0])
+def test_needle_windows_hold_whole_texts(longest):
+    reader = reader_of("needles")
+    for step in range(6):
+        batch, _ = reader.next(Progress(step, longest, 1.0))
+        assert (batch.starts_BT.nonzero()[1] % SEGMENT == 0).all()
+        assert ((batch.labels_BT == IGNORED) == (batch.loss_weights_BT == 0)).all()
+        for row in range(LANES):
+            for place in texts_of(batch, row):
+                used = int((batch.weights_BT[row, place] > 0).sum())
+                tokens, labels = batch.tokens_BT[row, place], batch.labels_BT[row, place]
+                assert tokens[0] == BOS and (tokens[1:used] == labels[: used - 1]).all()
+                assert (tokens[used:] == PAD).all() and (labels[used:] == IGNORED).all()
+                weights = batch.loss_weights_BT[row, place][:used]
+                answer = weights > 2 * NEEDLES.text_weight / used
+                assert weights[answer].sum() == pytest.approx(1.0, rel=1e-5) and answer[-1]
+                assert weights[~answer].sum() < NEEDLES.text_weight
+                prompt, said = (bytes(labels[:used][part].tolist()).decode() for part in (~answer, answer))
+                assert all(word in prompt for word in said[1:].split(", "))
+
+
+@pytest.mark.parametrize("longest", [3.0, 40.0, 100.0])
+def test_recall_windows_ask_for_every_pair_behind_an_edge(longest):
+    reader = reader_of("recall")
+    for step in range(6):
+        batch, _ = reader.next(Progress(step, longest, 1.0))
+        for row in range(LANES):
+            for place in texts_of(batch, row):
+                tokens, labels = batch.tokens_BT[row, place], batch.labels_BT[row, place]
+                asked = np.flatnonzero(labels != IGNORED)
+                pairs = len(asked)
+                told = dict(tokens[1 : 2 * pairs + 1].reshape(-1, 2).tolist())
+                assert len(told) == pairs <= longest
+                assert (np.array(list(told)) < SYMBOLS).all() and min(told.values()) >= SYMBOLS
+                assert [told[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
+                assert sorted(tokens[asked].tolist()) == sorted(told)
+                assert asked[0] % SEGMENT == 0 and asked[0] >= 2 * pairs + 1
+                assert batch.loss_weights_BT[row, place].sum() == pytest.approx(1.0)
+                written = batch.weights_BT[row, place]
+                assert (written[: 2 * pairs + 1] == 1).all() and (written[2 * pairs + 1 : asked[0]] == 0).all()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="data.recall.max_pairs: 100 pairs .* take 512 tokens in segments of 64"):
+        RecallMaker(RecallConfig(max_pairs=100), 448, SEGMENT)
+    with pytest.raises(ConfigError, match="data.needles.min_segments: 1 segments of 64 tokens can't hold a text of"):
+        NeedleMaker(NeedlesConfig(min_segments=1), WINDOW, SEGMENT)
+    with pytest.raises(ConfigError, match="--haystack: none.txt can't be read"):
+        NeedleMaker(NeedlesConfig(haystack="none.txt"), WINDOW, SEGMENT)
+    for message, make in (
+        ("data.recall.max_pairs: must lie between min_pairs", lambda: RecallConfig(min_pairs=9, max_pairs=8)),
+        ("data.recall.max_pairs: must lie between", lambda: RecallConfig(max_pairs=129)),
+        ("data.needles.tasks: give at least one", lambda: NeedlesConfig(tasks=())),
+        ("data.needles.needles: must be positive", lambda: NeedlesConfig(needles=0)),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()

@@ -1,0 +1,203 @@
+"""The search's closed forms against the modules, hardware descriptions, and the schedule's formulas."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infini_train.cli import main
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_run, validate
+from infini_train.config.run import RunConfig, divide_processes
+from infini_train.parallel import device, mesh, zero
+from infini_train.plan import traffic
+from infini_train.plan.dry_run import dry_run
+from infini_train.plan.hardware import Hardware, load_hardware, validate_hardware
+from infini_train.plan.parts import find_parts
+from infini_train.plan.peak import find_peak, in_flight
+from infini_train.plan.search import enumerate_layouts, fullest, search
+from infini_train.plan.timing import predict
+from infini_train.plan.work import find_shapes
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "hardware").glob("*.yaml"))
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor_size": 2, "sequence_parallel": True, "data_size": 2},
+    {"tensor_size": 4, "data_size": 2},
+    {"pipeline_size": 2, "virtual_stages": 2, "context_size": 2, "data_size": 1},
+    {"context_size": 2, "zero_stage": 3, "data_size": 2},
+    {"zero_stage": 2, "data_size": 4, "offload_optimizer": True},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_groups() -> Iterator[None]:
+    """A dry run leaves the groups that other tests of this process may have joined."""
+    device.prepare()
+    yield
+    mesh.start()
+
+
+def make_config(parallel: dict[str, Any], **train: Any) -> RunConfig:
+    model = {"vocab_size": 2048, "hidden_size": 64, "num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96}
+    attention = {"kind": "infini", "segment_tokens": 16, "overlap_tokens": 4}
+    return validate(
+        {
+            "model": {**model, "qk_norm": True, "qkv_bias": True, "attention": attention},
+            "data": {"train": "-"},
+            "train": {"window_tokens": 64, "batch_lanes": 8, "micro_batch_lanes": 1, "max_steps": 1, **train},
+            "optim": {"warmup_steps": 0},
+            "parallel": parallel,
+        }
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(layout))
+def test_parts_are_what_the_modules_hold(layout: dict[str, Any], precision: str) -> None:
+    config = make_config(layout, precision=precision)
+    plan = dry_run(config)
+    for rank, part in zip(plan.ranks, find_parts(plan.config), strict=True):
+        assert tuple((stage.first_layer, stage.last_layer) for stage in part.stages) == rank.layers
+        assert (part.parameters, part.device, part.host) == (rank.parameters, rank.device, rank.host)
+        assert part.carried_bytes == rank.carried_bytes
+        shapes = find_shapes(plan.config, fused_norm=True)
+        assert find_peak(plan.config, shapes, part, part.device, part.carried_bytes) == rank.memory
+
+
+def test_the_bucket_is_that_of_the_engine() -> None:
+    assert traffic.BUCKET_ELEMENTS == zero.BUCKET_ELEMENTS
+
+
+# ------------------------------------------------------------------------------------------------------------ hardware
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load(name: str) -> None:
+    hardware = load_hardware(name)
+    assert hardware.devices_per_node == 8 and hardware.device == "cuda" and hardware.bf16_tflops > 300
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"memory_gb": -1.0}, "memory_gb: must be positive"),
+        ({"matmul_efficiency": 1.5}, "matmul_efficiency: is a share"),
+        ({"reserved_gb": 90.0}, "reserved_gb: 90 leaves nothing"),
+        ({"speed": 3}, "speed: unknown key; known: name"),
+        ({"launch_us": "fast"}, "launch_us: Input should be a valid number"),
+    ],
+)
+def test_a_wrong_description_is_refused(change: dict[str, Any], error: str) -> None:
+    tree = dataclasses.asdict(load_hardware("h100"))
+    with pytest.raises(ConfigError, match=f"mine.yaml: {error}"):
+        validate_hardware({**tree, **change}, "mine.yaml")
+    del tree["memory_gb"]
+    with pytest.raises(ConfigError, match="memory_gb: is missing"):
+        validate_hardware(tree, "mine.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------------------- time
+
+
+def ideal(**changes: Any) -> Hardware:
+    """Infinitely fast but for products of matrices."""
+    fast = {"memory_gb_s": 1e9, "node_gb_s": 1e9, "network_gb_s": 1e9, "launch_us": 0.0}
+    fast |= {"node_latency_us": 0.0, "network_latency_us": 0.0, "attention_efficiency": 1.0, "matmul_efficiency": 1.0}
+    return dataclasses.replace(load_hardware("h100"), **fast, **changes)
+
+
+def test_the_bubble_is_that_of_the_schedules() -> None:
+    """(p - 1) / m of the work for 1F1B, and a virtual-stage-th of it with interleaving; equal stages, tiny ends."""
+    base = make_config({"pipeline_size": 4, "data_size": 1})
+    model = dataclasses.replace(base.model, num_layers=16, vocab_size=8)
+    for virtual in (1, 2, 4):
+        parallel = dataclasses.replace(base.parallel, virtual_stages=virtual)
+        found = predict(dataclasses.replace(base, model=model, parallel=parallel), ideal())
+        share = 3 / (8 * virtual)
+        assert found.bubble == pytest.approx(share / (1 + share), rel=0.05)
+
+
+def test_in_flight_micro_batches() -> None:
+    config = make_config({"pipeline_size": 4, "data_size": 1})
+    assert [in_flight(config, stage) for stage in range(4)] == [4, 3, 2, 1]
+
+
+def test_times_follow_the_hardware() -> None:
+    config = divide_processes(load_run("8b"), 8)
+    h100, h200, a100 = (predict(config, load_hardware(name)) for name in ("h100", "h200", "a100"))
+    assert h200.step_s < h100.step_s < a100.step_s
+    assert sum(h100.seconds.values()) == pytest.approx(h100.step_s)
+    assert h100.tokens_s == pytest.approx(config.train.tokens_per_step / h100.step_s)
+    assert 0 < h100.mfu < 1
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def test_a_search_ranks_what_fits() -> None:
+    base, hardware = load_run("1b"), load_hardware("h100")
+    found = search(base, hardware, 8)
+    assert found.valid > found.fitting == len(found.candidates) > 10
+    assert all(each.peak_bytes <= hardware.usable_bytes for each in found.candidates)
+    times = [each.prediction.step_s for each in found.candidates]
+    assert times[0] <= min(times) * 1.03
+    best = found.candidates[0]
+    assert load_run("1b", best.overrides(base)) == best.config
+    layouts = [config.parallel for config in enumerate_layouts(base, hardware, 8)]
+    assert all(each.model_size * (each.data_size or 1) == 8 for each in layouts)
+
+
+def test_a_search_says_what_is_wrong() -> None:
+    small = dataclasses.replace(load_hardware("h100"), memory_gb=8.0)
+    with pytest.raises(ConfigError, match=r"--search: none of \d+ layouts fits: the smallest needs"):
+        search(load_run("8b"), small, 8)
+    with pytest.raises(ConfigError, match="--search: no layout divides"):
+        search(load_run("debug"), load_hardware("h100"), 7)
+
+
+@pytest.mark.parametrize("name", [f"{size}{nodes}" for size in ("1b", "3b", "8b") for nodes in ("", "_4nodes")])
+def test_shipped_runs_fit_and_are_not_clearly_beaten(name: str) -> None:
+    """A tenth is what a layout that leaves memory to spare may cost."""
+    base, hardware = load_run(name), load_hardware("h100")
+    processes = base.parallel.model_size * (base.parallel.data_size or 1)
+    own = predict(base, hardware)
+    assert fullest(base, hardware, find_parts(base)) < 0.8 * hardware.usable_bytes
+    assert own.step_s < 1.1 * search(base, hardware, processes).candidates[0].prediction.step_s
+
+
+def test_the_tables_of_the_docs_are_those_of_the_code() -> None:
+    """Mend them with: python docs/generate_sizes.py, python benchmarks/plan.py --report."""
+    root = Path(__file__).parents[2]
+    sizes = runpy.run_path(str(root / "docs" / "generate_sizes.py"))
+    page = (root / "docs" / "slurm.md").read_text(encoding="utf-8")
+    assert sizes["fill"](page) == page
+    errors = json.loads((root / "benchmarks" / "results" / "plan" / "errors.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    for name, case in errors["cases"].items():
+        assert f"| {name} | {case['set']} | {case['processes']} |" in page
+
+
+def test_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "1b", "--search", "--top", "2"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[:8])) <= 120 and "1: --set " in text
+    main(["plan", "1b", "--search", "--top", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["candidates"]) == 2 and found["config"]["peak_bytes"] > 0
+    main(["plan", "debug", "--hardware", "a100"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120 and "predicted on A100" in text
+
+
+def test_a_search_needs_no_torch() -> None:
+    code = (
+        "import sys; from infini_train.cli import main; main(['plan', '1b', '--search']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
