@@ -80,6 +80,11 @@ def _tensor(config: RunConfig, s: Shapes, part: Part, micro_batches: int) -> lis
     sums -= recompute * part.layers  # the last sum of a recomputed layer is nobody's input
     losses = part.predicts * micro_batches
     found = [_sum_over_tensor("tensor: cross-entropy", ranks, 3 * losses, FP32_BYTES * s.all_tokens)]
+    if ranks > config.model.kv_heads:  # projections that every rank holds whole
+        biased = s.hidden + config.model.qkv_bias
+        weights = config.model.kv_heads * (s.key + s.value) * biased * s.activation_bytes
+        shared = 2 * part.layers * micro_batches
+        found.append(_sum_over_tensor("tensor: shared projections", ranks, shared, weights / 2))
     if not parallel.sequence_parallel:
         return [_sum_over_tensor("tensor: hidden states", ranks, sums * micro_batches, whole), *found]
     # forward: gather and scatter twice; backward: the same the other way round
