@@ -2,9 +2,9 @@
 
 A window holds one text, or several short ones one behind the other, each from a segment's edge on, so that gradients
 reach from the answer back to the key. Texts grow while the loss is low. With keys of few digits to come, they then
-begin short once more, now with such keys. When they have grown for good, some come under pressure: the segments that don't
-hold the key write more into the memory, as if their text had been read many times, so that a window feels like a far
-longer one. This augmentation is not in the paper.
+begin short once more, now with such keys. When they have grown for good, some come under pressure: the segments that
+don't hold the key write more into the memory, as if their text had been read many times, so that a window feels like a
+far longer one. This augmentation is not in the paper.
 
 Shapes: B lanes read by this rank, T window_tokens.
 """
