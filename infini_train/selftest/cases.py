@@ -130,7 +130,8 @@ CASES: tuple[Case, ...] = (
     *_cases("one", "delta-overlap", recompute=True),
     *_cases("zero3", "linear", precision="bf16"),
     # 2 processes
-    *_cases("tp2", "linear", "local", "full", "rmt"),
+    *_cases("tp2", "linear", "local", "full"),
+    *_cases("tp2", "rmt", layers=2),  # a window passes them once a segment: rounding adds up over all of its depth
     *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
     *_cases("tp2-sp", "delta-overlap", recompute=True),
     *_cases("tp2-sp", "linear", tied=True),
