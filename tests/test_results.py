@@ -48,13 +48,6 @@ def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
     assert page.startswith("before\n") and page.endswith("\nafter\n") and row in page
 
 
-def test_the_summaries_table_is_that_of_the_files():
-    summaries = runpy.run_path(str(ROOT / "benchmarks" / "summaries.py"))
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), summaries["load"]()
-    assert summaries["fill_page"](page, found) == page, "run python benchmarks/summaries.py"
-    assert page.count("| lead-3 |") == len(found)
-
-
 def test_kept_files_name_no_machine():
     for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
         text = path.read_text(encoding="utf-8")
