@@ -5,6 +5,7 @@ texts without all but one of each cluster. Reading, signatures and writing are t
 threshold means the same; sorting, joining, clustering, retries and queues are datatrove's.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -43,7 +44,6 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
 
 _TASK_BYTES = 512_000_000
-_QUEUED = "queued.json"  # the ids of jobs that were submitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,8 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
             raise ConfigError("-: standard input can't be read by several tasks; give files")
         steps = _steps(folder, keys, options)
         tasks = {"signatures": len(plan), "buckets": keys.bands, "clusters": 1, "texts": len(plan)}
+        if options.slurm is not None:
+            _check_queue(folder, tasks)
         missing = _missing(folder, tasks)
         if missing and options.slurm is not None:
             return _submit(folder, steps, tasks, options.slurm)
@@ -215,9 +217,6 @@ def _submit(
     folder: Path, steps: dict[str, list[PipelineStep]], tasks: dict[str, int], slurm: SlurmOptions
 ) -> list[str]:
     """The ids of the jobs."""
-    queued = folder / _QUEUED
-    if queued.exists():
-        _check_queue(json.loads(queued.read_text()))
     before = None
     jobs = []
     for name, pipeline in steps.items():
@@ -227,7 +226,7 @@ def _submit(
             time=slurm.time_limit,
             partition=slurm.partition,
             mem_per_cpu_gb=slurm.memory_gb,
-            job_name=f"near-dedup-{name}",
+            job_name=_job_name(folder, name),
             qos=None,
             env_command=f"source {shlex.quote(os.path.join(sys.prefix, 'bin', 'activate'))}",
             sbatch_args=dict(argument.split("=", 1) for argument in slurm.arguments),
@@ -240,17 +239,26 @@ def _submit(
             raise ConfigError(f"--slurm: sbatch could not submit {name}: {error}") from error
         if before.job_id != -1:
             jobs.append(str(before.job_id))
-            queued.write_text(json.dumps(jobs))
     return jobs
 
 
-def _check_queue(jobs: list[str]) -> None:
-    """They must have left the queue.
+def _job_name(folder: Path, step: str) -> str:
+    """The same for the same work, so that its jobs are found in the queue."""
+    return f"near-dedup-{step}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+
+
+def _check_queue(folder: Path, steps: Iterable[str]) -> None:
+    """No job of this work is queued, nor one that sums up its statistics.
 
     Raises:
-        ConfigError: some have not.
+        ConfigError: some are; or Slurm does not answer.
     """
-    ids = ",".join(jobs)
-    shown = subprocess.run(["squeue", "--noheader", f"--jobs={ids}"], capture_output=True, text=True, check=False)
-    if shown.stdout.strip():
-        raise ConfigError(f"--slurm: jobs {ids} are queued or running; give the command again when they have ended")
+    names = ",".join(_job_name(folder, step) for step in steps)
+    try:
+        shown = subprocess.run(
+            ["squeue", "--noheader", f"--name={names}"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"--slurm: squeue can't tell what is queued: {error}") from error
+    if shown.strip():
+        raise ConfigError("--slurm: jobs of it are queued or running; give the command again when they have ended")

@@ -36,7 +36,7 @@ class PairForm:
         if max_tokens is not None:
             room = max_tokens - len(before) - len(separator)
             if room < 1:
-                raise ConfigError(f"--max-tokens: {max_tokens} leave no room for the book; give more")
+                raise ConfigError(f"max tokens: {max_tokens} leave no room for the book; give more")
             content = content[:room]
         return np.concatenate((before, content, separator))
 
@@ -52,6 +52,6 @@ class PairForm:
         """
         answer = tokenizer.encode(summary)
         if max_tokens is not None and max_tokens <= len(answer):
-            raise ConfigError(f"--max-tokens: {max_tokens} can't hold a summary of {len(answer)} tokens; give more")
+            raise ConfigError(f"max tokens: {max_tokens} can't hold a summary of {len(answer)} tokens; give more")
         read = self.encode_book(tokenizer, book, None if max_tokens is None else max_tokens - len(answer))
         return np.concatenate((read, answer)), len(read)

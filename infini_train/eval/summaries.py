@@ -7,7 +7,8 @@ import gzip
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,10 +78,12 @@ class SummaryTask:
 
     def settings(self) -> dict[str, Any]:
         """What the summaries depend on, besides the checkpoint."""
+        data = hashlib.sha256()
         with open_text(self.data) as stream:
-            data = hashlib.file_digest(stream, "sha256").hexdigest()
+            for line in _lines(stream, self.data):
+                data.update(line)
         return {
-            "data_sha256": data,
+            "data_sha256": data.hexdigest(),
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "top_k": self.sampling.top_k,
@@ -97,9 +100,10 @@ class SummaryTask:
         Raises:
             ConfigError: it can't be read, or a line is no pair; the message names it.
         """
+        found = -1
         with open_text(self.data) as stream:
-            found = -1
-            for found, line in enumerate(islice((line for line in stream if line.strip()), self.books)):  # noqa: B007
+            for line in islice(_lines(stream, self.data), self.books):
+                found += 1
                 yield self._parse(found, line)
         if found < 0:
             raise ConfigError(f"--data: {self.data} holds no books")
@@ -117,6 +121,14 @@ class SummaryTask:
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ConfigError(f"{where}: no text in field {name!r}; the fields are {', '.join(row)}; see {option}")
         return Book(number, str(row.get("id", number)), row[field], row[self.summary_field])
+
+
+def _lines(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines that are not empty."""
+    try:
+        yield from (line for line in stream if line.strip())
+    except (OSError, EOFError, zlib.error) as error:  # of gzip, mostly
+        raise ConfigError(f"--data: {path} can't be read on: {error}; copy it again") from error
 
 
 def open_text(path: Path) -> Any:

@@ -32,7 +32,7 @@ def test_what_is_too_long_is_cut_from_the_book(max_tokens):
 
 @pytest.mark.parametrize("max_tokens", [5, 17])
 def test_no_room_for_a_book_is_refused(max_tokens):
-    with pytest.raises(ConfigError, match=r"^--max-tokens: .* give more$"):
+    with pytest.raises(ConfigError, match=r"^max tokens: .* give more$"):
         FORM.encode(BYTE, "A book.", "Its end.", max_tokens)
 
 

@@ -1,5 +1,6 @@
 """Summaries of books: read in any company, written as by generate, resumed, scored by ROUGE with intervals."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -140,6 +141,15 @@ def test_bad_data_are_named(text, line, tmp_path, capsys):
     assert evaluate(tmp_path / "bad.jsonl", tmp_path / "out") == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_packed_books_are_the_same_and_torn_ones_are_named(data, tmp_path, capsys):
+    packed = tmp_path / "books.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    assert list(SummaryTask(data=packed).read_books()) == list(SummaryTask(data=data).read_books())
+    packed.write_bytes(packed.read_bytes()[:-20])
+    assert evaluate(packed, tmp_path / "out") == 2
+    assert "can't be read on" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------- ROUGE
