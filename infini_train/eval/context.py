@@ -21,7 +21,7 @@ import torch
 from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED
 from infini_train.data.shards import CorruptDocumentError, Dataset
-from infini_train.eval.streaming import FORWARD_SEGMENTS, UNSEGMENTED_TOKENS
+from infini_train.eval.reading import FORWARD_SEGMENTS, segment_of
 from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
 
@@ -108,7 +108,7 @@ def measure_document(
     """
     tokens, name = int(dataset.lengths_tokens[document]), dataset.name(document)
     text = _Text(dataset, document, tokens)
-    segment = model.config.segment_tokens or UNSEGMENTED_TOKENS
+    segment = segment_of(model)
     chunk = window_tokens or FORWARD_SEGMENTS * segment
     targets = plan.place_targets(document, tokens)
     whole = np.zeros(len(targets))

@@ -17,8 +17,9 @@ from infini_train.eval.heatmap import plot_recall
 from infini_train.eval.intervals import format_share
 from infini_train.eval.loading import Trained
 from infini_train.eval.needle_scores import NeedleAnswer, NeedleCell, NeedleGrid, NeedlePrompt
-from infini_train.eval.needles import NeedlePrompts, answer_needles, segment_of
+from infini_train.eval.needles import NeedlePrompts, answer_needles
 from infini_train.eval.passkey_scores import format_length
+from infini_train.eval.reading import segment_of
 from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
 from infini_train.eval.scores import Score, score_cells, summarise
 

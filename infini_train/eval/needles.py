@@ -13,7 +13,7 @@ from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.needle_scores import NeedleAnswer, NeedleGrid, NeedlePrompt
 from infini_train.eval.passkey import EVEN_STEPS
 from infini_train.eval.passkey_scores import format_length
-from infini_train.eval.streaming import UNSEGMENTED_TOKENS, read_prompts
+from infini_train.eval.streaming import read_prompts
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device
 
@@ -122,8 +122,3 @@ def answer_needles(
                 )
                 for prompt, text, said in zip(batch, texts, reading.said, strict=True)
             ]
-
-
-def segment_of(model: Transformer) -> int:
-    """Tokens over which places are spread."""
-    return model.config.segment_tokens or UNSEGMENTED_TOKENS

@@ -6,7 +6,8 @@ import numpy as np
 
 from infini_train.data.passkey import Passkey, PasskeyWriter, choose_before
 from infini_train.eval.passkey_scores import Answer, PasskeyGrid, Prompt
-from infini_train.eval.streaming import UNSEGMENTED_TOKENS, read_prompts
+from infini_train.eval.reading import segment_of
+from infini_train.eval.streaming import read_prompts
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device
 
@@ -60,7 +61,7 @@ def answer_grid(
         done: prompts to leave out.
         on_progress: called with tokens read.
     """
-    segment = model.config.segment_tokens or UNSEGMENTED_TOKENS
+    segment = segment_of(model)
     for length in sorted(grid.lengths_tokens):
         prompts = [prompt for prompt in grid.prompts(length) if prompt not in done]
         for batch in (prompts[first : first + lanes] for first in range(0, len(prompts), lanes)):

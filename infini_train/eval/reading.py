@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from infini_train.model.transformer import ModelState, Transformer
+from infini_train.ops.grid import Grid
 from infini_train.parallel import device
 
 FORWARD_SEGMENTS = 4
@@ -70,7 +71,7 @@ def read_segments(
         if lanes:
             stop = min(begin + FORWARD_SEGMENTS * segment, *(ends[lane] for lane in lanes))
             tokens_BT = torch.from_numpy(np.stack([texts[lane][begin:stop] for lane in lanes]))
-            _, state = advance(model, tokens_BT, state)
+            state = remember(model, tokens_BT, state)
             on_progress(tokens_BT.numel())
             begin = stop
     return [tail for tail in tails if tail is not None]
@@ -90,12 +91,23 @@ def advance(
 
     Write weights of 0 mark padding behind a lane's end.
     """
+    return model.decode(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state, weights_BT), state)
+
+
+@torch.no_grad()
+def remember(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
+    """The state alone, as `advance` leaves it, for tokens that predict nothing."""
+    return model.remember(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state), state)
+
+
+def _make_grid(
+    model: Transformer, tokens_BT: Tensor, state: ModelState | None, weights_BT: Tensor | None = None
+) -> Grid:
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     starts_BT[:, 0] = state is None
     if weights_BT is None:
         weights_BT = torch.ones(tokens_BT.shape)
-    grid = model.make_grid(starts_BT, weights_BT, state).to(device.current())
-    return model.decode(tokens_BT.to(device.current()), grid, state)
+    return model.make_grid(starts_BT, weights_BT, state).to(device.current())
 
 
 def score_tails(model: Transformer, tails: Sequence[Tail], counts: Sequence[int], *, lanes: int) -> list[Score]:

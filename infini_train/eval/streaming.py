@@ -13,15 +13,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from infini_train.eval.generate import feed
+from infini_train.eval.reading import FORWARD_SEGMENTS, remember, segment_of, take_lane
 from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
-
-FORWARD_SEGMENTS = 4
-UNSEGMENTED_TOKENS = 256  # in place of a segment, for variants without
 
 
 class PromptText(Protocol):
@@ -67,7 +63,7 @@ def read_prompts(
         bos_id: begins each prompt.
         on_progress: called with the tokens read, of all lanes together.
     """
-    segment = model.config.segment_tokens or UNSEGMENTED_TOKENS
+    segment = segment_of(model)
     chunk = FORWARD_SEGMENTS * segment
     lengths = [text.prompt_tokens + 1 for text in texts]
     together = (min(lengths) - 1) // segment * segment  # the last token of every prompt is left for the lanes alone
@@ -75,14 +71,14 @@ def read_prompts(
     for begin in range(0, together, chunk):
         stop, clock = min(begin + chunk, together), time.perf_counter()
         tokens_BT = torch.from_numpy(np.stack([_lane(text, bos_id, begin, stop) for text in texts]))
-        state = _advance(model, tokens_BT, state)
+        state = remember(model, tokens_BT, state)
         device.synchronise()
         seconds.append((time.perf_counter() - clock) / tokens_BT.numel())
         on_progress(tokens_BT.numel())
     said = []
     for lane, text in enumerate(texts):
         rest = _lane(text, bos_id, together, lengths[lane]).tolist()
-        said.append(_answer(model, rest, _take_lane(state, lane), text.answer_tokens, chunk))
+        said.append(_answer(model, rest, take_lane(state, lane), text.answer_tokens, chunk))
         on_progress(len(rest))
     return Reading(said, *_speeds(seconds))
 
@@ -91,19 +87,6 @@ def _lane(text: PromptText, bos_id: int, start: int, stop: int) -> np.ndarray:
     """int64 tokens [start, stop) of bos and the text."""
     ids = text.read(max(start - 1, 0), stop - 1).astype(np.int64)
     return ids if start else np.concatenate((np.array([bos_id]), ids))
-
-
-def _advance(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
-    """The state behind tokens; before the first ones it is None."""
-    starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
-    starts_BT[:, 0] = state is None
-    grid = model.make_grid(starts_BT, torch.ones(tokens_BT.shape), state).to(device.current())
-    return model.remember(tokens_BT.to(device.current()), grid, state)
-
-
-def _take_lane(state: ModelState | None, lane: int) -> ModelState | None:
-    """The state of one lane: every tensor of a state has the lanes first."""
-    return pytree.tree_map_only(Tensor, lambda x_B: x_B[lane : lane + 1], state)
 
 
 def _answer(model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int) -> list[int]:
