@@ -30,6 +30,7 @@ from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
 
 _BATCH_CHARS = 1_000_000  # encoded at once
+_DOCUMENT_CHARS = 100  # what a document counts beside its text: tiny ones take memory too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             yield batch
             batch, size = [], 0
         batch.append(document)
-        size = size + len(document.text) if document.tokens is None else _BATCH_CHARS
+        size = size + len(document.text) + _DOCUMENT_CHARS if document.tokens is None else _BATCH_CHARS
     if batch:
         yield batch
 

@@ -137,10 +137,11 @@ class Joiner:
     def _shards(self, name: str) -> Iterator[_StoredShard]:
         for task, record in enumerate(self._records()):
             place = task_folder(self.folder, task)
-            rows = np.fromfile(place / f"{name}.idx", INDEX_RECORD)
-            for number, shard in enumerate(record[name]["shards"]):
-                entry = ShardEntry(**shard)
-                yield _StoredShard(place / entry.file, entry, rows[rows["shard"] == number])
+            with (place / f"{name}.idx").open("rb") as index:
+                for shard in record[name]["shards"]:
+                    entry = ShardEntry(**shard)
+                    rows = np.fromfile(index, INDEX_RECORD, entry.documents)
+                    yield _StoredShard(place / entry.file, entry, rows)
 
     def _read(self, shard: _StoredShard) -> Iterator[StoredDocument]:
         with shard.path.open("rb") as file:

@@ -22,6 +22,7 @@ _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any part of such a file
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
+_TASK_PIECES = 10_000  # at most, since a task's list is held in memory
 
 
 def task_bytes(total_bytes: int, largest: int) -> int:
@@ -30,7 +31,10 @@ def task_bytes(total_bytes: int, largest: int) -> int:
 
 
 def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None) -> Iterator[list[Piece]]:
-    """The pieces of each task, in the order of the files: about `size` bytes, more only for what can't be cut."""
+    """The pieces of each task, in the order of the files: about `size` bytes, more only for what can't be cut.
+
+    Many small files make a smaller task.
+    """
     task: list[Piece] = []
     room = size
     for file in files:
@@ -44,7 +48,7 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
                 continue
             task.append(Piece(file.path, file.id, file.source, start, start + length))
             start, room = start + max(length, 1), room - length
-            if room <= 0:
+            if room <= 0 or len(task) == _TASK_PIECES:
                 yield task
                 task, room = [], size
     if task:

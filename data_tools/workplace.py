@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from infini_train.data.writer import explain_disk_errors, replace_folder
 
 _RESULT = "result"
 _PUBLISHING = "publishing"  # from here on the result may have left the folder
+_REMOVED = "-removed"  # ends the name of a folder that is being deleted
 
 
 def check_pair_target(folder: Path, overwrite: bool) -> None:
@@ -64,10 +66,11 @@ class Workplace:
     def __enter__(self) -> Path:
         with explain_disk_errors(self._shown):
             self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
             # Never what another part has made just now: a folder that is not there is not removed.
             if self.folder.exists() and (self._restart or not self._is_unfinished()):
                 os.close(self._take_lock())  # nobody is at work there
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.discard()
             self.folder.mkdir(exist_ok=True)
         self._lock = self._take_lock()
         return self.folder
@@ -86,7 +89,7 @@ class Workplace:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):
             if kind is not None and self._part is None and not any(self.folder.glob(f"**/{self._finished}")):
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.discard()
         os.close(self._lock)
 
     @contextlib.contextmanager
@@ -112,11 +115,23 @@ class Workplace:
         with explain_disk_errors(self._shown):
             (self.folder / _PUBLISHING).touch()
             replace_folder(self.result, self._target)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.discard()
 
     def discard(self) -> None:
-        """Remove what was done: nothing will come of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder: nothing more will come of it.
+
+        By a rename first: what a kill leaves of a half deleted folder must not look like unfinished work.
+        """
+        aside = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}{_REMOVED}")
+        with contextlib.suppress(OSError):  # another part was faster
+            self.folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _remove_stale(self) -> None:
+        """Delete what runs that were killed in the midst of deleting have left."""
+        for path in list(self.folder.parent.iterdir()):
+            if path.name.startswith(f"{self.folder.name}-") and path.name.endswith(_REMOVED):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _is_unfinished(self) -> bool:
         return self.folder.exists() and (self.result.exists() or not (self.folder / _PUBLISHING).exists())

@@ -35,6 +35,7 @@ from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer
 
 _ASIDE = ".partial-"  # in the name of the hidden folder that is written first
+_ROWS_AT_ONCE = 1 << 16  # of an index
 _OLD = "-old"  # and at its end: what is being replaced
 
 
@@ -189,9 +190,13 @@ def finish_dataset(
 
 def _length_histogram(index: Path) -> tuple[int, ...]:
     """Documents by the number of binary digits of their length in tokens."""
-    lengths = np.memmap(index, INDEX_RECORD, "r", INDEX_HEADER.itemsize)["n_tokens"]
-    exponents = np.frexp(lengths.astype(np.float64))[1]
-    return tuple(int(n) for n in np.bincount(exponents))
+    counts = np.zeros(65, np.int64)
+    with index.open("rb") as file:
+        file.seek(INDEX_HEADER.itemsize)
+        while (rows := np.fromfile(file, INDEX_RECORD, _ROWS_AT_ONCE)).size:
+            exponents = np.frexp(rows["n_tokens"].astype(np.float64))[1]
+            counts += np.bincount(exponents, minlength=counts.size)
+    return tuple(np.trim_zeros(counts, "b").tolist())
 
 
 def replace_folder(finished: Path, target: Path) -> None:

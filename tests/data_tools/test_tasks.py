@@ -52,6 +52,8 @@ def test_the_size_of_tasks() -> None:
     assert task_bytes(10, 512_000_000) == 8_000_000  # a small corpus is one task
     assert task_bytes(10**10, 512_000_000) == 10**10 // 64
     assert task_bytes(10**13, 512_000_000) == 512_000_000 and task_bytes(10**13, 1000) == 1000
+    tiny = [SourceFile(f"{i}.txt", str(i), "s", 1, "") for i in range(25_000)]
+    assert [len(task) for task in plan_tasks(tiny, 10**9)] == [10_000, 10_000, 5_000]  # held in memory
     assert list(plan_tasks([SourceFile("-", "stdin", "stdin", 0, "")], 10)) == [[Piece("-", "stdin", "stdin", 0, 0)]]
 
 
