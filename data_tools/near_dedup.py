@@ -44,6 +44,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
 
 _TASK_BYTES = 512_000_000
+_SUBMITTED = "launch_script.slurm"  # of datatrove: from then on the work belongs to a job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
         "version of infini-data": __version__,
     }
     check_clean_target(out, options.overwrite)
-    workplace = Workplace(out, restart=options.restart, finished="completions/*")
+    workplace = Workplace(out, restart=options.restart, finished=("completions/*", _SUBMITTED))
     with workplace as folder:
         folder = folder.absolute()  # tasks may run elsewhere
         plan = make_plan(folder, sources, command, options.task_bytes, options.read.format)

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from infini_train.config.errors import ConfigError
@@ -44,14 +44,14 @@ class Workplace:
         target: what will be written.
         restart: begin with an empty folder.
         part: this run's part of the work, if there are others.
-        finished: pattern of what an error leaves.
+        finished: patterns of what an error leaves.
 
     Raises:
         ConfigError: another process is at the same work, or the folder can't be written.
     """
 
     def __init__(
-        self, target: Path, *, restart: bool = False, part: str | None = None, finished: str = "task-*"
+        self, target: Path, *, restart: bool = False, part: str | None = None, finished: Sequence[str] = ("task-*",)
     ) -> None:
         self._shown = target
         self._target = Path(os.path.abspath(target))  # has a name and a parent, also for . or a/..
@@ -88,7 +88,7 @@ class Workplace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):
-            if kind is not None and self._part is None and not any(self.folder.glob(f"**/{self._finished}")):
+            if kind is not None and self._part is None and not self._is_worth_keeping():
                 self.discard()
         os.close(self._lock)
 
@@ -132,6 +132,9 @@ class Workplace:
         for path in list(self.folder.parent.iterdir()):
             if path.name.startswith(f"{self.folder.name}-") and path.name.endswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _is_worth_keeping(self) -> bool:
+        return any(any(self.folder.glob(f"**/{pattern}")) for pattern in self._finished)
 
     def _is_unfinished(self) -> bool:
         return self.folder.exists() and (self.result.exists() or not (self.folder / _PUBLISHING).exists())

@@ -25,7 +25,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from infini_train.parallel import device, mesh
+from infini_train.parallel import device
+
+device.prepare()  # before megatron-core is imported: its notices are not for this console
+from infini_train.parallel import mesh  # noqa: E402
 
 BAD_NODE = 3
 LIBRARIES = ("infini-train", "torch", "megatron-core", "deepspeed", "numpy")
@@ -230,5 +233,4 @@ def measure_all_reduce(store: dist.TCPStore, timeout: timedelta) -> float:
 
 
 if __name__ == "__main__":
-    device.prepare()
     main()

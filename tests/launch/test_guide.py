@@ -28,7 +28,7 @@ MODEL = {
 }
 SMALL = {
     "train": {"window_tokens": 64, "batch_lanes": 4, "max_tokens": 4 * 64 * 6, "precision": "fp32"},
-    "parallel": {"data_size": 2, "timeout_s": 60},
+    "parallel": {"context_size": 1, "data_size": 2, "timeout_s": 60},
     "optim": {"lr": 3e-3, "warmup_steps": 2},
     "eval": {"every_steps": 3, "max_tokens": 512},
     "checkpoint": {"every_steps": 3},
