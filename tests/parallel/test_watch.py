@@ -61,6 +61,7 @@ def get_into_trouble(kind, watch):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(100)  # another thread may take the signal, and this one go on for a moment
     if kind == "failed":
         raise ValueError("no such lane")
     if kind == "deadlock":
