@@ -119,6 +119,12 @@ def _check_baseline_layout(model: ModelConfig, parallel: ParallelConfig) -> None
         " would wait for one another; use parallel.tensor_size or data_size instead, and pipeline_size 1",
     )
     require(
+        parallel.pipeline_size == 1 or kind != "memorizing",
+        "parallel.pipeline_size",
+        "the gates of model.attention.kind memorizing lie in one layer, so the stages' optimizers would not match;"
+        " use parallel.tensor_size or data_size instead, and pipeline_size 1",
+    )
+    require(
         not parallel.sequence_parallel or kind != "rmt",
         "parallel.sequence_parallel",
         "the memory tokens of model.attention.kind rmt are not divided along the sequence; set it to false",

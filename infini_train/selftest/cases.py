@@ -136,7 +136,7 @@ CASES: tuple[Case, ...] = (
     *_cases("tp2-sp", "delta-overlap", recompute=True),
     *_cases("tp2-sp", "linear", tied=True),
     *_cases("tp2-sp", "linear", precision="bf16"),
-    *_cases("pp2", "linear", "delta", "full", "memorizing"),
+    *_cases("pp2", "linear", "delta", "full"),
     *_cases("pp2", "linear", recompute=True),
     *_cases("pp2", "delta", precision="bf16"),
     *_cases("pp2-v2", "linear", "delta-overlap"),

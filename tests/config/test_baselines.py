@@ -50,8 +50,14 @@ def test_context_parallelism_is_refused(kind: str) -> None:
 def test_what_the_stack_of_rmt_cannot_be_divided_over(parallel: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^parallel.{field}: .* of model.attention.kind rmt"):
         validate(tree(ATTENTIONS["rmt"], parallel=parallel))
-    for kind in ("transformer_xl", "memorizing"):
-        assert validate(tree(ATTENTIONS[kind], parallel=parallel))
+    assert validate(tree(ATTENTIONS["transformer_xl"], parallel=parallel))
+
+
+def test_memorizing_has_no_pipeline_stages() -> None:
+    """DeepSpeed adds up the norm a parameter group at a time, and one stage alone would have a group of gates."""
+    with pytest.raises(ConfigError, match=r"^parallel.pipeline_size: the gates of model.attention.kind memorizing"):
+        validate(tree(ATTENTIONS["memorizing"], parallel={"pipeline_size": 2}))
+    assert validate(tree(ATTENTIONS["memorizing"], parallel={"tensor_size": 2, "sequence_parallel": True}))
 
 
 @pytest.mark.parametrize(
