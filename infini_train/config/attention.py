@@ -9,6 +9,16 @@ from pydantic import FiniteFloat
 from infini_train.config.errors import require
 
 
+def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int = 0) -> None:
+    """A segment, and the field of this name: how much of the one before is seen as well."""
+    require(segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
+    require(
+        least <= seen_tokens <= segment_tokens,
+        f"model.attention.{name}",
+        f"must lie between {least} and segment_tokens ({segment_tokens})",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfiniConfig:
     """Segment-local attention plus a compressive memory (arXiv 2404.07143)."""
@@ -20,12 +30,7 @@ class InfiniConfig:
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
 
     def __post_init__(self) -> None:
-        require(self.segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
-        require(
-            0 <= self.overlap_tokens <= self.segment_tokens,
-            "model.attention.overlap_tokens",
-            f"must lie between 0 and segment_tokens ({self.segment_tokens})",
-        )
+        _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +42,7 @@ class LocalConfig:
     overlap_tokens: int = 0  # and this many last tokens of the previous segment
 
     def __post_init__(self) -> None:
-        require(self.segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
-        require(
-            0 <= self.overlap_tokens <= self.segment_tokens,
-            "model.attention.overlap_tokens",
-            f"must lie between 0 and segment_tokens ({self.segment_tokens})",
-        )
+        _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,7 @@ class TransformerXLConfig:
     cache_tokens: int = 256  # and this many last tokens of the previous segment
 
     def __post_init__(self) -> None:
-        require(self.segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
-        require(
-            0 < self.cache_tokens <= self.segment_tokens,
-            "model.attention.cache_tokens",
-            f"must lie between 1 and segment_tokens ({self.segment_tokens})",
-        )
+        _check_segment(self.segment_tokens, "cache_tokens", self.cache_tokens, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +70,9 @@ class MemorizingConfig:
     gate_init: FiniteFloat = 0.0  # of its gates; sigmoid(gate) is the share of what was retrieved
 
     def __post_init__(self) -> None:
-        for name in ("segment_tokens", "stored_tokens", "top_k"):
+        _check_segment(self.segment_tokens, "cache_tokens", self.cache_tokens)
+        for name in ("stored_tokens", "top_k"):
             require(getattr(self, name) > 0, f"model.attention.{name}", "must be positive")
-        require(
-            0 <= self.cache_tokens <= self.segment_tokens,
-            "model.attention.cache_tokens",
-            f"must lie between 0 and segment_tokens ({self.segment_tokens})",
-        )
         require(
             self.top_k <= self.stored_tokens,
             "model.attention.top_k",

@@ -75,6 +75,13 @@ class ModelConfig:
         return 3 * self.num_layers // 4 if self.attention.layer is None else self.attention.layer
 
     @property
+    def gate_layers(self) -> tuple[int, ...]:
+        """The layers whose heads have gates, counted from 0."""
+        if isinstance(self.attention, InfiniConfig):
+            return tuple(range(self.num_layers))
+        return () if self.retrieval_layer is None else (self.retrieval_layer,)
+
+    @property
     def segment_tokens(self) -> int | None:
         """Tokens a segment, or None for a variant without segments."""
         return None if isinstance(self.attention, FullConfig) else self.attention.segment_tokens

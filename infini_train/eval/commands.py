@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
 from infini_train.data.passkey_wordings import WORDINGS
-from infini_train.eval.context_commands import add_context, add_gates, check_folder
+from infini_train.eval.context_commands import add_context, add_gates
 from infini_train.eval.needle_commands import add_needles
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions
+from infini_train.eval.runner import add_lanes, add_out, prepare, run
 from infini_train.eval.task_commands import add_harness, add_summarise
 
 EXAMPLES = """\
@@ -91,12 +91,6 @@ def add_commands(parser: CommandParser) -> None:
     parser.default_command = "perplexity", (*commands.choices, "-h", "--help")
 
 
-def _prepare() -> None:
-    from infini_train.parallel import device
-
-    device.prepare()
-
-
 # ---------------------------------------------------------------------------------------------------------- perplexity
 
 
@@ -133,7 +127,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
 
 
 def _perplexity(options: argparse.Namespace) -> None:
-    _prepare()
+    prepare(options)
     from infini_train.eval.loading import open_trained
     from infini_train.eval.report import evaluate_run
 
@@ -186,17 +180,8 @@ def _add_passkey(parser: argparse.ArgumentParser) -> None:
         "--wording", default="paper", metavar="NAME", help=f"{', '.join(WORDINGS)} (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of keys and places (default: %(default)s)")
-    parser.add_argument(
-        "--lanes", type=positive, default=8, metavar="N", help="prompts read side by side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for answers, results, picture and TensorBoard (default: eval/passkey-STEP and tensorboard/eval"
-        " of the run)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="drop the answers that are there")
+    add_lanes(parser, "prompts")
+    add_out(parser, "eval/passkey-STEP", "the answers that are there")
     parser.set_defaults(command=_passkey)
 
 
@@ -209,18 +194,7 @@ def _passkey(options: argparse.Namespace) -> None:
         digits=options.digits,
         wording=options.wording,
     )
-    check_folder(options.out)
-    _prepare()
-    from infini_train.eval.loading import open_trained
-    from infini_train.eval.passkey_report import evaluate_passkey, format_results
+    prepare(options)
+    from infini_train.eval.passkey_report import PasskeyTest, format_results
 
-    results = evaluate_passkey(
-        open_trained(options.model, options.precision),
-        grid,
-        lanes=options.lanes,
-        out=options.out,
-        overwrite=options.overwrite,
-        precision=options.precision,
-        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
-    )
-    print(json.dumps(results) if options.json else f"\n{format_results(results)}")
+    run(options, lambda trained: PasskeyTest(trained, grid, lanes=options.lanes), format_results)

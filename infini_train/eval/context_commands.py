@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
-from infini_train.config.errors import ConfigError
 from infini_train.eval.passkey_scores import parse_length
+from infini_train.eval.runner import add_out, check_folder, prepare, run
 
 CONTEXTS = ("256", "1K", "4K")
 CONTEXT_EXAMPLES = """\
@@ -50,13 +49,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--documents", type=positive, metavar="N", help="the first N documents (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the targets' places (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for everything (default: eval/context-STEP and tensorboard/eval of the run)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="drop what is there")
+    add_out(parser, "eval/context-STEP", "what is there")
     parser.set_defaults(command=_context)
 
 
@@ -69,34 +62,15 @@ def _context(options: argparse.Namespace) -> None:
         target_tokens=options.target_tokens,
         seed=options.seed,
     )
-    check_folder(options.out)
-    from infini_train.parallel import device
+    prepare(options)
+    from infini_train.eval.context_report import ContextTest, format_results
 
-    device.prepare()
-    from infini_train.eval.context_report import evaluate_context, format_results
-    from infini_train.eval.loading import open_trained
-
-    results = evaluate_context(
-        open_trained(options.model, options.precision),
-        plan,
-        data=options.data,
-        max_documents=options.documents,
-        out=options.out,
-        overwrite=options.overwrite,
-        precision=options.precision,
-        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
+    data, documents = options.data, options.documents
+    run(
+        options,
+        lambda trained: ContextTest(trained, plan, data=data, max_documents=documents),
+        format_results,
     )
-    print(json.dumps(results) if options.json else f"\n{format_results(results)}")
-
-
-def check_folder(out: Path | None) -> None:
-    """Whether results can go there.
-
-    Raises:
-        ConfigError: it is a file.
-    """
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {out} is a file; name a folder")
 
 
 def add_gates(parser: argparse.ArgumentParser) -> None:
@@ -107,9 +81,7 @@ def add_gates(parser: argparse.ArgumentParser) -> None:
     )
     describe(parser, description, GATES_EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for everything (default: eval/ and tensorboard/eval of the run)"
-    )
+    add_out(parser, "eval/")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_gates)
 

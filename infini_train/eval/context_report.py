@@ -1,15 +1,12 @@
-"""A measurement of context from its settings to files: documents as they come, then table, picture, scalars."""
+"""A measurement of context over whole documents, and its results as tables and picture."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
@@ -17,70 +14,86 @@ from infini_train.eval.context import ContextPlan, DocumentLosses, bucket_edges,
 from infini_train.eval.curves import plot_context
 from infini_train.eval.intervals import bootstrap_ratio
 from infini_train.eval.loading import Trained
+from infini_train.eval.measurement import Measurement
 from infini_train.eval.passkey_scores import format_length
-from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
+from infini_train.eval.records import save_picture
 from infini_train.eval.report import open_data
 
-DOCUMENTS, RESULTS, PICTURE = "documents.jsonl", "results.json", "context.png"
+PICTURE = "context.png"
 
 
-def evaluate_context(
-    trained: Trained,
-    plan: ContextPlan,
-    *,
-    data: str | None = None,
-    max_documents: int | None = None,
-    out: Path | None = None,
-    overwrite: bool = False,
-    precision: str = "fp32",
-    say: Callable[[str], object] = print,
-) -> dict[str, Any]:
-    """Measures the documents that are still missing, writes everything, and returns the results as plain values.
+class ContextTest(Measurement[DocumentLosses]):
+    """Losses of whole documents, by position and by visible context.
 
     Args:
-        trained: the model, in `precision`.
+        trained: the model.
         plan: which contexts and targets.
         data: folder or URL of shards; None: the run's validation data.
         max_documents: the first so many; None: all.
-        out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
-        overwrite: drop what is there.
-        precision: of weights and activations.
-        say: told a line for every document that is done.
 
     Raises:
-        ConfigError: the data do not do, no document is long enough, or `out` holds another measurement.
+        ConfigError: the data do not do, or no document is long enough.
     """
-    folder, dataset = open_data(trained, data)
-    documents = range(min(len(dataset), max_documents or len(dataset)))
-    _check_lengths(dataset, documents, plan)
-    home = find_home(trained.checkpoint)
-    place = out or home / "eval" / f"context-{trained.step}{'' if precision == 'fp32' else f'-{precision}'}"
-    settings = {
-        "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
-        "data_sha256": dataset.identity,
-        "contexts_tokens": list(plan.contexts_tokens),
-        "targets": plan.targets,
-        "target_tokens": plan.target_tokens,
-        "seed": plan.seed,
-        "precision": precision,
-    }
-    file = RecordFile(place / DOCUMENTS, DocumentLosses, settings, overwrite=overwrite)
-    _measure_rest(trained, dataset, documents, plan, file, say)
-    found = [record for record in file.records if record.document in documents]
-    results = {
-        "checkpoint": str(trained.checkpoint),
-        "step": trained.step,
-        "data": folder,
-        **settings,
-        "segment_tokens": trained.config.model.segment_tokens,
-        "folder": str(place),
-        **summarise(found, plan),
-    }
-    write_file(place / RESULTS, json.dumps(results, indent=1) + "\n")
-    figure = plot_context(results, f"{home.name}, step {trained.step}")
-    save_picture(figure, place / PICTURE)
-    _write_board((out or home) / "tensorboard" / "eval", trained.step, results, figure)
-    return results
+
+    file, record = "documents.jsonl", DocumentLosses
+
+    def __init__(
+        self, trained: Trained, plan: ContextPlan, *, data: str | None = None, max_documents: int | None = None
+    ) -> None:
+        folder, self.dataset = open_data(trained, data)
+        self.documents = range(min(len(self.dataset), max_documents or len(self.dataset)))
+        self.targets = plan
+        _check_lengths(self.dataset, self.documents, plan)
+        settings = {
+            "data_sha256": self.dataset.identity,
+            "contexts_tokens": list(plan.contexts_tokens),
+            "targets": plan.targets,
+            "target_tokens": plan.target_tokens,
+            "seed": plan.seed,
+        }
+        super().__init__(trained, "context", "" if trained.precision == "fp32" else f"-{trained.precision}", settings)
+        self.about = {"data": folder, "segment_tokens": trained.config.model.segment_tokens}
+
+    def _missing(self, records: Sequence[DocumentLosses]) -> list[int]:
+        done = {record.document for record in records}
+        return [document for document in self.documents if document not in done]
+
+    def plan(self, records: Sequence[DocumentLosses]) -> tuple[list[str], int | None]:
+        """See `Measurement.plan`."""
+        plan, dataset, missing = self.targets, self.dataset, self._missing(records)
+        there = len(self.documents) - len(missing)
+        again = plan.targets * (sum(plan.contexts_tokens) + len(plan.contexts_tokens) * plan.target_tokens)
+        total = sum(int(dataset.lengths_tokens[d]) + 1 + again * bool(_targets(plan, dataset, d)) for d in missing)
+        return [f"{there} of {len(self.documents)} documents were there already"] if there else [], total
+
+    def measure(
+        self, records: Sequence[DocumentLosses], on_progress: Callable[[int], object]
+    ) -> Iterator[Sequence[DocumentLosses]]:
+        """See `Measurement.measure`."""
+        for document in self._missing(records):
+            yield [measure_document(self.trained.model, self.dataset, document, self.targets, on_progress=on_progress)]
+
+    def tell(self, batch: Sequence[DocumentLosses], records: Sequence[DocumentLosses]) -> Iterator[str]:
+        """See `Measurement.tell`."""
+        yield from (_document_line(record, self.targets) for record in batch)
+
+    def summarise(self, records: Sequence[DocumentLosses]) -> dict[str, Any]:
+        """See `Measurement.summarise`."""
+        return summarise([record for record in records if record.document in self.documents], self.targets)
+
+    def write(
+        self, records: Sequence[DocumentLosses], results: dict[str, Any], folder: Path, board: SummaryWriter
+    ) -> None:
+        """See `Measurement.write`."""
+        step = self.trained.step
+        figure = plot_context(results, self.title)
+        save_picture(figure, folder / PICTURE)
+        for row in results["positions"]:
+            board.add_scalar(f"eval/context/loss by position/{row['first_position']}", row["loss"], step)
+        for row in results["contexts"]:
+            name = "all" if row["context_tokens"] is None else format_length(row["context_tokens"])
+            board.add_scalar(f"eval/context/loss by context/{name}", row["loss"], step)
+        board.add_figure("eval/context/by position and by context", figure, step)
 
 
 def _check_lengths(dataset: Dataset, documents: Sequence[int], plan: ContextPlan) -> None:
@@ -89,28 +102,6 @@ def _check_lengths(dataset: Dataset, documents: Sequence[int], plan: ContextPlan
         most = longest + 1 - plan.target_tokens
         advice = f"use at most {most}" if most > 0 else "use other --data, or fewer --target-tokens"
         raise ConfigError(f"--contexts: {needed}: the longest document has {longest:,} tokens; {advice}")
-
-
-def _measure_rest(
-    trained: Trained,
-    dataset: Dataset,
-    documents: Sequence[int],
-    plan: ContextPlan,
-    file: RecordFile[DocumentLosses],
-    say: Callable[[str], object],
-) -> None:
-    done = {record.document for record in file.records}
-    missing = [document for document in documents if document not in done]
-    if len(missing) < len(documents):
-        say(f"{len(documents) - len(missing)} of {len(documents)} documents were there already")
-    again = plan.targets * (sum(plan.contexts_tokens) + len(plan.contexts_tokens) * plan.target_tokens)
-    total = sum(int(dataset.lengths_tokens[d]) + 1 + again * bool(_targets(plan, dataset, d)) for d in missing)
-    with tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
-        for document in missing:
-            record = measure_document(trained.model, dataset, document, plan, on_progress=bar.update)
-            file.append([record])
-            with bar.external_write_mode():
-                say(_document_line(record, plan))
 
 
 def _targets(plan: ContextPlan, dataset: Dataset, document: int) -> list[int]:
@@ -205,13 +196,3 @@ def format_results(results: dict[str, Any]) -> str:
 def _loss_columns(row: dict[str, Any]) -> str:
     low, high = row["loss_95"]
     return f"{row['loss']:>9.4f}{f'{low:.4f} to {high:.4f}':>19}{row['perplexity']:>12.2f}"
-
-
-def _write_board(folder: Path, step: int, results: dict[str, Any], figure: Figure) -> None:
-    with SummaryWriter(str(folder)) as board:
-        for row in results["positions"]:
-            board.add_scalar(f"eval/context/loss by position/{row['first_position']}", row["loss"], step)
-        for row in results["contexts"]:
-            name = "all" if row["context_tokens"] is None else format_length(row["context_tokens"])
-            board.add_scalar(f"eval/context/loss by context/{name}", row["loss"], step)
-        board.add_figure("eval/context/by position and by context", figure, step)

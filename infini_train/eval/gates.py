@@ -34,7 +34,7 @@ def read_gates(run: Path) -> list[dict[str, Any]]:
     if not found:
         raise ConfigError(
             f"{path}: tells nothing of gates; they are written every log.memory_every_steps by runs with"
-            " model.attention.kind infini"
+            " model.attention.kind infini or memorizing"
         )
     return found
 

@@ -64,17 +64,14 @@ def _go_offline() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every default that a task file leaves open
 
 
-def evaluate_harness(
-    trained: Trained, task: HarnessTask, *, lanes: int, out: Path | None = None, precision: str = "fp32"
-) -> dict[str, Any]:
+def evaluate_harness(trained: Trained, task: HarnessTask, *, lanes: int, out: Path | None = None) -> dict[str, Any]:
     """Runs the tasks, writes results.json and a samples_TASK.jsonl each as lm_eval would, and returns the results.
 
     Args:
-        trained: the model, in `precision`.
+        trained: the model.
         task: which tasks.
         lanes: texts read side by side.
         out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
-        precision: of weights and activations.
 
     Raises:
         ConfigError: lm_eval is not installed, a task is unknown, broken, or needs the network.
@@ -92,7 +89,7 @@ def evaluate_harness(
     about = {
         "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
         "step": trained.step,
-        "precision": precision,
+        "precision": trained.precision,
         "model_parameters": sum(weight.numel() for weight in trained.model.parameters()),
     }
     names = task.names()

@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     step: int
     checkpoint: Path
     tokenizer: Tokenizer
+    precision: str  # of weights and activations: fp32 or bf16
 
     @property
     def model(self) -> Transformer:
@@ -66,4 +67,5 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stages = Stages(config.model, dtype=dtype)
     load_weights(stages.transformers()[0], checkpoint)
-    return Trained(stages.to(device.current(), dtype).eval(), config, checkpoint.step, checkpoint.path, tokenizer)
+    stages = stages.to(device.current(), dtype).eval()
+    return Trained(stages, config, checkpoint.step, checkpoint.path, tokenizer, precision)

@@ -1,16 +1,13 @@
 """infini-train eval needles. Imports torch only when the command runs."""
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
-from infini_train.command_line import describe, positive
+from infini_train.command_line import describe
 from infini_train.data.haystack import HAYSTACKS
 from infini_train.data.needles import TASKS
-from infini_train.eval.context_commands import check_folder
 from infini_train.eval.needle_scores import DEPTHS, LENGTHS, NeedleGrid
 from infini_train.eval.passkey_scores import parse_length, parse_positions
+from infini_train.eval.runner import add_lanes, add_out, prepare, run
 
 EXAMPLES = """\
 examples:
@@ -67,16 +64,8 @@ def add_needles(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=10, metavar="N", help="prompts a cell (default: %(default)s)")
     parser.add_argument("--digits", type=int, default=5, metavar="N", help="of a value (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of needles, places and hay (default: 0)")
-    parser.add_argument(
-        "--lanes", type=positive, default=8, metavar="N", help="prompts read side by side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for everything (default: eval/needles-STEP-TASK-HAY and tensorboard/eval of the run)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="drop the answers that are there")
+    add_lanes(parser, "prompts")
+    add_out(parser, "eval/needles-STEP-TASK-HAY", "the answers that are there")
     parser.set_defaults(command=_needles)
 
 
@@ -91,20 +80,11 @@ def _needles(options: argparse.Namespace) -> None:
         digits=options.digits,
         haystack=options.haystack,
     )
-    check_folder(options.out)
-    from infini_train.parallel import device
+    prepare(options)
+    from infini_train.eval.needle_report import NeedleTest, format_results
 
-    device.prepare()
-    from infini_train.eval.loading import open_trained
-    from infini_train.eval.needle_report import evaluate_needles, format_results
-
-    results = evaluate_needles(
-        open_trained(options.model, options.precision),
-        grid,
-        lanes=options.lanes,
-        out=options.out,
-        overwrite=options.overwrite,
-        precision=options.precision,
-        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
+    run(
+        options,
+        lambda trained: NeedleTest(trained, grid, lanes=options.lanes),
+        lambda results: format_results(grid, results),
     )
-    print(json.dumps(results) if options.json else f"\n{format_results(grid, results)}")

@@ -27,6 +27,10 @@ class Grid(Protocol):
         """In the order of the test."""
         ...
 
+    def prompts(self, length_tokens: int) -> Sequence[Any]:
+        """All of one length."""
+        ...
+
 
 @dataclass(frozen=True)
 class Score:

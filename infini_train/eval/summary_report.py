@@ -1,98 +1,85 @@
-"""A test of summaries from its settings to files: summaries as they come, then scores, texts to read, scalars."""
+"""A test of summaries as a measurement: scores, texts to read, and the results as a table."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from infini_train.eval.loading import Trained
-from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, write_file
+from infini_train.eval.measurement import Measurement
+from infini_train.eval.records import write_file
 from infini_train.eval.rouge import MEASURES, lead, make_scorer, summarise_scores
 from infini_train.eval.summaries import Book, SummaryTask, Written, write_summaries
 
-RECORDS, RESULTS, TEXTS = "summaries.jsonl", "results.json", "summaries.txt"
+TEXTS = "summaries.txt"
 SHOWN = 5  # summaries in TensorBoard
 Scorer = Callable[[str, str], dict[str, float]]
 
 
-def evaluate_summaries(
-    trained: Trained,
-    task: SummaryTask,
-    *,
-    lanes: int,
-    out: Path | None = None,
-    overwrite: bool = False,
-    precision: str = "fp32",
-    say: Callable[[str], object] = print,
-) -> dict[str, Any]:
-    """Writes the summaries that are still missing, scores all, writes everything, and returns the results.
+class SummaryTest(Measurement[Written]):
+    """Summaries of the books of a task, and their scores.
 
     Args:
-        trained: the model, in `precision`.
+        trained: the model.
         task: which books, and how.
         lanes: books read side by side.
-        out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
-        overwrite: drop the summaries that are there.
-        precision: of weights and activations.
-        say: told a line for every batch of books that is done.
 
     Raises:
-        ConfigError: the data can't be read, rouge-score is not installed, or `out` holds another test.
+        ConfigError: the data can't be read, or rouge-score is not installed.
     """
-    scorer, home = make_scorer(), find_home(trained.checkpoint)
-    folder = out or home / "eval" / f"summarise-{trained.step}-{task.data.name.split('.')[0]}"
-    settings = {
-        "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
-        **task.settings(),
-        "precision": precision,
-    }
-    file = RecordFile(folder / RECORDS, Written, settings, overwrite=overwrite)
-    _write_rest(trained, task, file, lanes, say)
-    books = _read_short(task)
-    found = [record for record in file.records if record.number < len(books) and record.sample < task.samples]
-    results = {
-        "checkpoint": str(trained.checkpoint),
-        "step": trained.step,
-        **settings,
-        "samples": task.samples,
-        "folder": str(folder),
-        **score(books, found, scorer),
-    }
-    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    write_file(folder / TEXTS, "\n\n".join(_show(books[record.number], record) for record in found) + "\n")
-    _write_board((out or home) / "tensorboard" / "eval", folder.name, trained.step, results, books, found)
-    return results
 
+    file, record = "summaries.jsonl", Written
 
-def _write_rest(
-    trained: Trained, task: SummaryTask, file: RecordFile[Written], lanes: int, say: Callable[[str], object]
-) -> None:
-    done = {(record.number, record.sample) for record in file.records}
-    if done:
-        say(f"{len(done)} summaries were there already")
-    with tqdm(unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
-        batches = write_summaries(
-            trained.model, trained.tokenizer, task, lanes=lanes, done=done, on_progress=bar.update
+    def __init__(self, trained: Trained, task: SummaryTask, *, lanes: int) -> None:
+        self.scorer, self.task, self.lanes = make_scorer(), task, lanes
+        super().__init__(trained, "summarise", f"-{task.data.name.split('.')[0]}", task.settings())
+        self.about = {"samples": task.samples}
+
+    @cached_property
+    def books(self) -> list[Book]:
+        """With their first three sentences for a text, so that a test of any size fits into memory."""
+        return [book._replace(text=lead(book.text)) for book in self.task.read_books()]
+
+    def own(self, records: Sequence[Written]) -> list[Written]:
+        """The summaries that the task asks for."""
+        return [one for one in records if one.number < len(self.books) and one.sample < self.task.samples]
+
+    def plan(self, records: Sequence[Written]) -> tuple[list[str], int | None]:
+        """See `Measurement.plan`."""
+        return [f"{len(records)} summaries were there already"] if records else [], None
+
+    def measure(self, records: Sequence[Written], on_progress: Callable[[int], object]) -> Iterator[Sequence[Written]]:
+        """See `Measurement.measure`."""
+        done = {(record.number, record.sample) for record in records}
+        model, tokenizer = self.trained.model, self.trained.tokenizer
+        return write_summaries(model, tokenizer, self.task, lanes=self.lanes, done=done, on_progress=on_progress)
+
+    def tell(self, batch: Sequence[Written], records: Sequence[Written]) -> Iterator[str]:
+        """See `Measurement.tell`."""
+        first, last = batch[0].number + 1, batch[-1].number + 1
+        tokens = sum({record.number: record.book_tokens for record in batch}.values())
+        yield (
+            f"books {first} to {last}: {tokens:,} tokens read in {batch[0].read_s:,.1f} s,"
+            f" {sum(record.said_tokens for record in batch):,} written in"
+            f" {sum(record.write_s for record in batch):,.1f} s"
         )
-        for written in batches:
-            file.append(written)
-            first, last = written[0].number + 1, written[-1].number + 1
-            tokens = sum({record.number: record.book_tokens for record in written}.values())
-            with bar.external_write_mode():
-                say(
-                    f"books {first} to {last}: {tokens:,} tokens read in {written[0].read_s:,.1f} s,"
-                    f" {sum(record.said_tokens for record in written):,} written in"
-                    f" {sum(record.write_s for record in written):,.1f} s"
-                )
 
+    def summarise(self, records: Sequence[Written]) -> dict[str, Any]:
+        """See `Measurement.summarise`."""
+        return score(self.books, self.own(records), self.scorer)
 
-def _read_short(task: SummaryTask) -> list[Book]:
-    """The books with their first three sentences for a text, so that a test of any size fits into memory."""
-    return [book._replace(text=lead(book.text)) for book in task.read_books()]
+    def write(self, records: Sequence[Written], results: dict[str, Any], folder: Path, board: SummaryWriter) -> None:
+        """See `Measurement.write`."""
+        found, step = self.own(records), self.trained.step
+        texts = [_show(self.books[record.number], record) for record in found]
+        write_file(folder / TEXTS, "\n\n".join(texts) + "\n")
+        for key in (*MEASURES, "overall"):
+            board.add_scalar(f"eval/{folder.name}/{key}", results["model"][key], step)
+        for record, text in zip(found[:SHOWN], texts, strict=False):
+            board.add_text(f"eval/{folder.name}/{record.id}", text.replace("\n", "  \n"), step)
 
 
 def score(books: Sequence[Book], written: Sequence[Written], scorer: Scorer) -> dict[str, Any]:
@@ -170,15 +157,3 @@ def _show(book: Book, record: Written) -> str:
         f"=== {book.id} ({record.book_tokens:,} tokens), sample {record.sample}\n"
         f"--- written\n{record.said}\n--- reference\n{book.reference}"
     )
-
-
-def _write_board(
-    folder: Path, name: str, step: int, results: dict[str, Any], books: Sequence[Book], written: Sequence[Written]
-) -> None:
-    # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
-    with SummaryWriter(str(folder)) as board:
-        for key in (*MEASURES, "overall"):
-            board.add_scalar(f"eval/{name}/{key}", results["model"][key], step)
-        for record in written[:SHOWN]:
-            text = _show(books[record.number], record).replace("\n", "  \n")
-            board.add_text(f"eval/{name}/{record.id}", text, step)

@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
 from infini_train.data.pairs import SEPARATOR, PairForm
-from infini_train.eval.context_commands import check_folder
+from infini_train.eval.runner import add_lanes, add_out, prepare, run
 from infini_train.eval.sampling import Sampling
 
 HARNESS_EXAMPLES = """\
@@ -44,27 +43,13 @@ def add_harness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N documents of each task (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled generations (default: 0)")
-    _add_places(parser, "texts", "eval/harness-STEP")
+    add_lanes(parser, "texts")
+    add_out(parser, "eval/harness-STEP")
     parser.set_defaults(command=_harness)
 
 
-def _add_places(parser: argparse.ArgumentParser, what: str, folder: str) -> None:
-    parser.add_argument(
-        "--lanes", type=positive, default=8, metavar="N", help=f"{what} read side by side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for everything (default: {folder} and tensorboard/eval of the run)",
-    )
-
-
 def _harness(options: argparse.Namespace) -> None:
-    check_folder(options.out)
-    from infini_train.parallel import device
-
-    device.prepare()
+    prepare(options)
     from infini_train.eval.harness_report import HarnessTask, evaluate_harness, format_results
     from infini_train.eval.loading import open_trained
 
@@ -81,7 +66,6 @@ def _harness(options: argparse.Namespace) -> None:
         task,
         lanes=options.lanes,
         out=options.out,
-        precision=options.precision,
     )
     print(json.dumps(results) if options.json else format_results(results))
 
@@ -111,20 +95,16 @@ def add_summarise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
-    _add_places(parser, "books", "eval/summarise-STEP-FILE")
-    parser.add_argument("--overwrite", action="store_true", help="drop the summaries that are there")
+    add_lanes(parser, "books")
+    add_out(parser, "eval/summarise-STEP-FILE", "the summaries that are there")
     parser.set_defaults(command=_summarise)
 
 
 def _summarise(options: argparse.Namespace) -> None:
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-    check_folder(options.out)
-    from infini_train.parallel import device
-
-    device.prepare()
-    from infini_train.eval.loading import open_trained
+    prepare(options)
     from infini_train.eval.summaries import SummaryTask
-    from infini_train.eval.summary_report import evaluate_summaries, format_results
+    from infini_train.eval.summary_report import SummaryTest, format_results
 
     task = SummaryTask(
         data=options.data,
@@ -137,13 +117,4 @@ def _summarise(options: argparse.Namespace) -> None:
         book_field=options.text_field,
         summary_field=options.summary_field,
     )
-    results = evaluate_summaries(
-        open_trained(options.model, options.precision),
-        task,
-        lanes=options.lanes,
-        out=options.out,
-        overwrite=options.overwrite,
-        precision=options.precision,
-        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
-    )
-    print(json.dumps(results) if options.json else f"\n{format_results(results)}")
+    run(options, lambda trained: SummaryTest(trained, task, lanes=options.lanes), format_results)

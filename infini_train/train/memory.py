@@ -1,6 +1,6 @@
 """Numbers about gates and memories, of all ranks, read off the model and the carried states.
 
-Legend: L layers, H query heads.
+Legend: L layers with gates, H query heads.
 """
 
 import numpy as np
@@ -14,16 +14,20 @@ from infini_train.parallel.zero import Engine
 
 
 def gate_matrix(stages: Stages, engine: Engine) -> np.ndarray | None:
-    """sigmoid(beta) by layer and head, (L, H); None for a variant without gates. All ranks call it together."""
-    if stages.model.attention.kind != "infini":
+    """sigmoid(gate) by layer and head, (L, H), in the order of `ModelConfig.gate_layers`; None if there are none.
+
+    All ranks call it together.
+    """
+    layers = stages.model.gate_layers
+    if not layers:
         return None
-    gates_LH = np.zeros((stages.model.num_layers, stages.model.num_heads))
+    gates_LH = np.zeros((len(layers), stages.model.num_heads))
     gates = {name: gate for name, gate in stages.named_globally() if name.endswith(".gate")}
     with engine.gathered(gates.values()):
         for name, gate in gates.items():
             first = find_slice(gate).start[0]
             shares = torch.sigmoid(gate.detach().float()).cpu().numpy()
-            gates_LH[int(name.split(".")[1]), first : first + len(shares)] = shares
+            gates_LH[layers.index(int(name.split(".")[1])), first : first + len(shares)] = shares
     replicas = stages.place.data[1] * stages.place.context[1]
     return np.array(mesh.sum_over_world(gates_LH.ravel().tolist())).reshape(gates_LH.shape) / replicas
 

@@ -1,6 +1,6 @@
 """What a run tells: a console line, metrics.jsonl and TensorBoard, continued across restarts without overlap.
 
-Legend: L layers, H query heads.
+Legend: L layers with gates, H query heads.
 """
 
 import contextlib
@@ -58,6 +58,7 @@ class Metrics:
         if not self._writes:
             return
         config, step = session.config, session.step
+        self._gate_layers = config.model.gate_layers
         directory = config.directory
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
@@ -106,10 +107,10 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def write_gates(self, step: int, gates_LH: np.ndarray) -> None:
-        """sigmoid(beta) of each layer and head: heat map, histogram, and their extremes."""
+        """sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
         if not self._writes:
             return
-        self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step), step)
+        self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step, self._gate_layers), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
         self.write(step, summarise_gates(gates_LH))
 

@@ -8,9 +8,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from infini_train.eval import context_report
 from infini_train.eval.context import ContextPlan
-from infini_train.eval.context_report import evaluate_context
+from infini_train.eval.context_report import ContextTest
 from infini_train.eval.intervals import bootstrap_ratio
 from infini_train.eval.loading import open_trained
+from infini_train.eval.measurement import run_measurement
 
 PLAN = ContextPlan(contexts_tokens=(16, 48), targets=2, target_tokens=8)
 OPTIONS = ("--contexts", "16", "48", "--targets", "2", "--target-tokens", "8")
@@ -47,7 +48,7 @@ def test_everything_is_written(run, books, call, capsys):
 def test_the_mean_over_positions_is_the_perplexity(run, books, call, capsys):
     assert call("eval", "perplexity", run, "--data", books, "--stream", "--json") == 0
     expected = json.loads(capsys.readouterr().out)
-    found = evaluate_context(open_trained(run), PLAN, data=str(books), say=lambda line: None)
+    found = run_measurement(ContextTest(open_trained(run), PLAN, data=str(books)), say=lambda line: None)
     assert found["whole"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["whole"]["tokens"] == expected["tokens"]
 
@@ -64,11 +65,11 @@ def test_a_stopped_measurement_goes_on(run, books, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(context_report, "measure_document", stop_in_the_third)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_context(trained, PLAN, data=str(books), say=lambda line: None)
+            run_measurement(ContextTest(trained, PLAN, data=str(books)), say=lambda line: None)
     said: list[str] = []
-    stopped = evaluate_context(trained, PLAN, data=str(books), say=said.append)
+    stopped = run_measurement(ContextTest(trained, PLAN, data=str(books)), say=said.append)
     assert said[0] == "2 of 4 documents were there already" and len(said) == 3
-    whole = evaluate_context(trained, PLAN, data=str(books), out=run / "whole", say=lambda line: None)
+    whole = run_measurement(ContextTest(trained, PLAN, data=str(books)), out=run / "whole", say=lambda line: None)
     assert stopped["positions"] == whole["positions"] and stopped["contexts"] == whole["contexts"]
 
 

@@ -14,7 +14,8 @@ from infini_train.data.needles import TASKS
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval import needle_report
 from infini_train.eval.loading import open_trained
-from infini_train.eval.needle_report import evaluate_needles
+from infini_train.eval.measurement import run_measurement
+from infini_train.eval.needle_report import NeedleTest
 from infini_train.eval.needle_scores import NeedleGrid
 from infini_train.eval.needles import NeedlePrompts, answer_needles
 from infini_train.eval.scores import summarise
@@ -160,9 +161,9 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(needle_report, "answer_needles", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_needles(trained, grid, lanes=3, say=lambda line: None)
+            run_measurement(NeedleTest(trained, grid, lanes=3), say=lambda line: None)
     said: list[str] = []
-    stopped = evaluate_needles(trained, grid, lanes=3, say=said.append)
+    stopped = run_measurement(NeedleTest(trained, grid, lanes=3), say=said.append)
     assert said[0] == "3 of 8 answers were there already"
-    whole = evaluate_needles(trained, grid, lanes=3, out=run / "whole", say=lambda line: None)
+    whole = run_measurement(NeedleTest(trained, grid, lanes=3), out=run / "whole", say=lambda line: None)
     assert stopped["cells"] == whole["cells"]

@@ -11,7 +11,8 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import SentencePieceTokenizer
 from infini_train.eval import passkey_report
 from infini_train.eval.loading import open_trained
-from infini_train.eval.passkey_report import evaluate_passkey
+from infini_train.eval.measurement import run_measurement
+from infini_train.eval.passkey_report import PasskeyTest
 from infini_train.eval.passkey_scores import Answer, PasskeyGrid
 from infini_train.eval.records import RecordFile
 
@@ -120,7 +121,7 @@ def test_a_tokenizer_that_joins_digits(run, tmp_path):
     trained = open_trained(run)._replace(tokenizer=SentencePieceTokenizer(tmp_path / "t.model"))
     grid = PasskeyGrid(lengths_tokens=(400,), positions=(0.5,), samples=1)
     with pytest.raises(ConfigError, match=r"^tokenizer: doesn't write each digit as a token of its own"):
-        evaluate_passkey(trained, grid, lanes=1)
+        run_measurement(PasskeyTest(trained, grid, lanes=1))
     assert not (run / "eval").exists()
 
 
@@ -141,11 +142,11 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(passkey_report, "answer_grid", stop_in_the_third)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_passkey(trained, grid, lanes=2, say=lambda line: None)
+            run_measurement(PasskeyTest(trained, grid, lanes=2), say=lambda line: None)
     folder = run / "eval" / "passkey-1"
     assert [path.name for path in folder.iterdir()] == ["answers.jsonl"]
     said: list[str] = []
-    stopped = evaluate_passkey(trained, grid, lanes=2, say=said.append)
+    stopped = run_measurement(PasskeyTest(trained, grid, lanes=2), say=said.append)
     assert said[0] == "4 of 12 answers were there already"
-    whole = evaluate_passkey(trained, grid, lanes=2, out=run / "whole", say=lambda line: None)
+    whole = run_measurement(PasskeyTest(trained, grid, lanes=2), out=run / "whole", say=lambda line: None)
     assert stopped["cells"] == whole["cells"] and stopped["key_phases"] == whole["key_phases"]

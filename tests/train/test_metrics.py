@@ -12,7 +12,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from infini_train.checkpoint import store
 from infini_train.config.files import load_run
 from infini_train.train.loop import train
+from infini_train.train.memory import gate_matrix
 from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, summarise_gates, trim_metrics
+from infini_train.train.plots import plot_gates
 from infini_train.train.session import Session, open_session, save_session
 
 
@@ -196,6 +198,21 @@ def test_a_line_without_gates():
     assert step_line(7, 100, values, 61.0) == (
         "step   7/100  loss 1.2346  ppl 3.44  bpb 0.500  lr 3.00e-04  |g| 0.79  12,346 tok/s  mfu 26%  eta 1m01s"
     )
+
+
+def test_gates_of_the_one_layer_that_retrieves(configure):
+    """The row of a memorizing model is its gated layer, at whichever number it stands."""
+    attention = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 1.0}"
+    config = configure(f"model.attention={attention}", "model.attention.layer=1")
+    session = open_session(config, ignore)
+    gates_LH = gate_matrix(session.stages, session.engine)
+    assert config.model.gate_layers == (1,)
+    np.testing.assert_allclose(gates_LH, np.full((1, config.model.num_heads), 1 / (1 + math.exp(-1))), rtol=1e-6)
+    axes = plot_gates(gates_LH, 3, config.model.gate_layers).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1"]
+    with Metrics(session, 6) as metrics:
+        metrics.write_gates(1, gates_LH)
+    assert read_board(config.directory).Histograms("gates/distribution")[0].histogram_value.num == gates_LH.size
 
 
 def test_the_shares_of_specialised_heads_are_counted():
