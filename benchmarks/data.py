@@ -119,6 +119,7 @@ def prepare(source: Path, folder: Path, size: int) -> Corpus:
                         break
                     out.write(line)
                     (left if out.tell() < size // 2 else right).write(line)
+    os.sync()  # else the first arm would wait for the disk to take these files
     return corpus
 
 
@@ -173,17 +174,19 @@ def run_arm(arm: str, source: Path, out: Path, options: argparse.Namespace) -> C
 
 def watch(process: "subprocess.Popen[bytes]", begin: float) -> Cost:
     """Waits for its end."""
-    peak = 0
+    peak, cpu_s = 0, {}  # those of workers that are not this process's own children don't come with its end
     root = psutil.Process(process.pid)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return Cost(time.monotonic() - begin, usage.ru_utime + usage.ru_stime, peak / 1e6)
+            own_s = usage.ru_utime + usage.ru_stime
+            return Cost(time.monotonic() - begin, max(own_s, sum(cpu_s.values())), peak / 1e6)
         total = 0
         for each in (root, *root.children(recursive=True)):
             try:
                 total += each.memory_info().rss
+                cpu_s[each.pid] = sum(each.cpu_times()[:2])
             except psutil.NoSuchProcess:
                 continue
         peak = max(peak, total)
@@ -317,7 +320,8 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
                 continue
             tokens, wall = runs[0]["tokens"], median(at_size, arm, "wall_s")
             cells = [name, str(len(runs)), f"{tokens:,}", f"{wall:.1f}", f"{tokens / wall:,.0f}"]
-            cells += [f"{tokens / median(at_size, arm, 'cpu_s'):,.0f}", f"{wall / ours:.2f}"]
+            cpu_s = median(at_size, arm, "cpu_s")
+            cells += [f"{tokens / cpu_s:,.0f}" if cpu_s else "", f"{wall / ours:.2f}"]
             cells += [f"{median(at_size, arm, 'peak_mb'):,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
@@ -325,8 +329,8 @@ def make_tables(rows: list[dict[str, Any]]) -> str:
 
 
 def was_disturbed(row: dict[str, Any]) -> bool:
-    """Whether an arm that keeps two cores busy got less than 1.25 of them."""
-    return row["arm"] != "document" and row["cpu_s"] < 1.25 * row["wall_s"]
+    """Whether an arm that keeps two cores busy got less than 1.25 of them (if its CPU time is known)."""
+    return row["arm"] != "document" and 0 < row["cpu_s"] < 1.25 * row["wall_s"]
 
 
 def median(rows: list[dict[str, Any]], arm: str, name: str) -> float:

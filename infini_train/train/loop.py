@@ -24,7 +24,7 @@ from infini_train.train.memory import gate_matrix, memory_norms
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
 from infini_train.train.optim import gate_warning, learning_rates
 from infini_train.train.session import Session, hold_folder, open_session, roll_back, save_session
-from infini_train.train.status import append_finding, check_fence, end_status, write_status
+from infini_train.train.status import append_finding, check_fence, end_status, tell_failure, write_status
 from infini_train.train.step import StepResult, train_step
 
 
@@ -44,7 +44,7 @@ def train(config: RunConfig, notify: Callable[[str], None] = tell) -> Session:
         session = open_session(config, notify)
         watch.keep_diary(config.directory)
         announce(session, notify)
-        with hold_folder(session), StopRequest(speaks=first) as stop:
+        with hold_folder(session), tell_failure(session), StopRequest(speaks=first) as stop:
             while run_steps(session, stop, watch):
                 watch.doing(OPENING)  # reads a checkpoint, however long that takes
                 roll_back(session, notify)

@@ -5,13 +5,16 @@ still alive somewhere (on a node that lost the network, say) finds another numbe
 `session.hold_folder` is not enough for that: some shared file systems have no locks, or hold them for one node only.
 """
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from infini_train.config.errors import ConfigError
+from infini_train.train.guards import DivergedError
 from infini_train.train.session import Session
 
 
@@ -47,6 +50,20 @@ def end_status(session: Session, reason: str) -> None:
     done = session.step >= session.config.train.total_steps
     state = "finished" if done else reason
     _write(session, {**_read(session.config.directory), "state": state})
+
+
+@contextlib.contextmanager
+def tell_failure(session: Session) -> Iterator[None]:
+    """A run that ends by an error (a full disk, say) no longer looks as if it trained, unless a later start took over."""
+    try:
+        yield
+    except DivergedError:
+        raise  # it has said so
+    except Exception:
+        with contextlib.suppress(ConfigError, OSError):  # the disk may be too full for this too
+            check_fence(session)
+            _write(session, {**_read(session.config.directory), "state": "failed"})
+        raise
 
 
 def check_fence(session: Session) -> None:

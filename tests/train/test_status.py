@@ -1,6 +1,7 @@
 """status.json of a run, and the fence that ends an older start of its job."""
 
 import json
+import resource
 import time
 
 import pytest
@@ -30,3 +31,17 @@ def test_an_older_start_ends_before_it_writes(configure, monkeypatch):
     assert not list((config.directory / "checkpoints").glob("step-*"))
     monkeypatch.setenv("INFINI_TRAIN_START", "7.1")
     assert train(config).step == config.train.total_steps
+
+
+def test_a_run_that_fails_says_so(configure):
+    config = configure("checkpoint.every_steps=2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # room for all but a checkpoint
+    try:
+        with pytest.raises(ConfigError, match="file too large"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads((config.directory / "status.json").read_text())["state"] == "failed"
+    assert train(config).step == config.train.total_steps
+    assert json.loads((config.directory / "status.json").read_text())["state"] == "finished"
