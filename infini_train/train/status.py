@@ -54,7 +54,7 @@ def end_status(session: Session, reason: str) -> None:
 
 @contextlib.contextmanager
 def tell_failure(session: Session) -> Iterator[None]:
-    """A run that ends by an error (a full disk, say) no longer looks as if it trained, unless a later start took over."""
+    """A run that ends by an error (a full disk, say) does not look as if it went on, unless a later start took over."""
     try:
         yield
     except DivergedError:
