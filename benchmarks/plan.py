@@ -1,6 +1,7 @@
 """How well `infini-train plan` predicts: small runs of this machine, some to calibrate with, others held out.
 
     python benchmarks/plan.py --seconds 280     # again and again until all is measured; then it reports
+    python benchmarks/plan.py --again           # all times once more, and the machine's rates: the shorter time stays
     python benchmarks/plan.py --report          # errors, results/plan/errors.json, the tables of docs/plan.md
 
 A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and
@@ -30,7 +31,7 @@ from plan_report import report
 from infini_train.config.run import RunConfig
 
 RATES = dict.fromkeys(("matrices", "vectors", "gates"), 1e-3)
-STEPS = {"time": 6, "memory": 2}
+STEPS = {"time": 5, "memory": 2}
 
 
 # ----------------------------------------------------------------------------------------------------- in the processes
@@ -124,10 +125,9 @@ def wanted(kinds: list[str]) -> list[tuple[str, str]]:
     return [(name, kind) for name, kind in pairs if kind not in found.get(name, {})]
 
 
-def measure(kinds: list[str], seconds: float) -> None:
-    """What is missing, until the time is up."""
+def measure(missing: list[tuple[str, str]], seconds: float) -> None:
+    """These cases, until the time is up; of a time that is there already, the shorter one stays."""
     end = time.monotonic() + seconds
-    missing = wanted(kinds)
     if not missing:
         return
     from infini_train.parallel import device
@@ -138,7 +138,7 @@ def measure(kinds: list[str], seconds: float) -> None:
     import infini_train.train.session
     import infini_train.train.step  # noqa: F401
 
-    if "time" in kinds and not read("measured.json").get("hardware"):
+    if any(kind == "time" for _, kind in missing) and not read("measured.json").get("hardware"):
         from infini_train.plan.measure import measure_hardware
 
         described, rates = measure_hardware()
@@ -150,9 +150,9 @@ def measure(kinds: list[str], seconds: float) -> None:
             break
         value = run_case(name, kind)
         found = read("measured.json")
+        value = min(value, found.get(name, {}).get(kind, value))
         write("measured.json", {**found, name: {**found.get(name, {}), kind: value}})
         print(f"{name}: {kind} {value:.4g}", flush=True)
-    print(f"{len(wanted(kinds))} measurements are left")
 
 
 def main() -> None:
@@ -160,12 +160,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=280, help="begin no further case after so long")
     parser.add_argument("--kind", choices=("time", "memory"), action="append", help="measure only this")
+    parser.add_argument("--again", action="store_true", help="measure times that are there once more")
     parser.add_argument("--report", action="store_true", help="errors of what is measured, without measuring")
     options = parser.parse_args()
     kinds = options.kind or ["memory", "time"]
-    if not options.report:
-        measure(kinds, options.seconds)
-    if options.report or not wanted(["memory", "time"]):
+    if options.again:
+        write("measured.json", {name: value for name, value in read("measured.json").items() if name != "hardware"})
+        measure([(name, "time") for name in CASES if "memory only" not in name], options.seconds)
+    elif not options.report:
+        measure(wanted(kinds), options.seconds)
+    left = len(wanted(["memory", "time"]))
+    print(f"{left} measurements are left")
+    if options.report or not left:
         report()
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Their names since torch 2.13; the older ones warn there.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ContextRanks:
@@ -92,13 +92,13 @@ class _Gather(_Transfer):
         everyones = mine.new_empty(size, *mine.shape)
         self.buffers = (mine, everyones)
         self.ranks.sent_bytes += (size - 1) * mine.nbytes
-        self.work = _all_gather(everyones.view(-1), mine.view(-1), group=self.ranks.group, async_op=True)
+        self.work = all_gather(everyones.view(-1), mine.view(-1), group=self.ranks.group, async_op=True)
 
     def send_back(self, gradient: Tensor) -> None:
         mine = torch.empty_like(gradient[0])
         self.buffers = (gradient, mine)
         self.ranks.sent_bytes += (self.ranks.size - 1) * mine.nbytes
-        self.work = _reduce_scatter(mine.view(-1), gradient.view(-1), group=self.ranks.group, async_op=True)
+        self.work = reduce_scatter(mine.view(-1), gradient.view(-1), group=self.ranks.group, async_op=True)
 
 
 class _FromLeft(_Transfer):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,17 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.files import read_tree, resolve
 
 NOT_POSITIVE = ("reserved_gb", "launch_us", "node_latency_us", "network_latency_us")  # may be 0
-SHARES = ("matmul_efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency")
+SHARES = (
+    "matmul_efficiency",
+    "attention_efficiency",
+    "short_attention_efficiency",
+    "memory_efficiency",
+    "all_reduce_efficiency",
+    "all_gather_efficiency",
+    "reduce_scatter_efficiency",
+    "send_efficiency",
+)
+SHORT_TOKENS, LONG_TOKENS = 64, 256  # lengths that the two shares of the attention kernel belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +42,8 @@ class Hardware:
     bf16_tflops: FiniteFloat  # peak of dense matrix products, 1e12 operations a second
     fp32_tflops: FiniteFloat  # the same in fp32
     matmul_efficiency: FiniteFloat = 1.0  # share of the peak that large products of the model reach
-    attention_efficiency: FiniteFloat = 1.0  # and the attention kernel
+    attention_efficiency: FiniteFloat = 1.0  # and the attention kernel, in segments of 256 tokens or more
+    short_attention_efficiency: FiniteFloat = 1.0  # and in those of 64 or fewer
     memory_gb_s: FiniteFloat  # bandwidth of the device's memory, 1e9 bytes a second
     memory_efficiency: FiniteFloat = 1.0  # share of it that elementwise operations reach
     launch_us: FiniteFloat = 0.0  # host's time to start one operation
@@ -39,7 +51,10 @@ class Hardware:
     node_latency_us: FiniteFloat = 0.0  # of one message there
     network_gb_s: FiniteFloat  # what a device sends to other nodes, one direction
     network_latency_us: FiniteFloat = 0.0  # of one message there
-    link_efficiency: FiniteFloat = 1.0  # share of both bandwidths that collectives reach
+    all_reduce_efficiency: FiniteFloat = 1.0  # share of both bandwidths that a collective reaches, by a ring's bytes
+    all_gather_efficiency: FiniteFloat = 1.0
+    reduce_scatter_efficiency: FiniteFloat = 1.0
+    send_efficiency: FiniteFloat = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -64,11 +79,22 @@ class Hardware:
         """Operations a second that utilisation is measured against."""
         return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
 
-    def link(self, within_node: bool) -> tuple[float, float]:
-        """(bytes a second, seconds of latency) of a device's messages."""
+    def attention_flops(self, precision: str, keys: int) -> float:
+        """Operations a second of the attention kernel where a query sees so many keys.
+
+        Between the two lengths that shares are given for, the share goes with the logarithm.
+        """
+        reach = math.log(keys / SHORT_TOKENS) / math.log(LONG_TOKENS / SHORT_TOKENS)
+        long = min(1.0, max(0.0, reach))
+        share = (1 - long) * self.short_attention_efficiency + long * self.attention_efficiency
+        return self.peak_flops(precision) * share
+
+    def link(self, kind: str, within_node: bool) -> tuple[float, float]:
+        """(bytes a second, seconds of latency) of a device's messages in a collective of this kind."""
         speed = self.node_gb_s if within_node else self.network_gb_s
         latency_us = self.node_latency_us if within_node else self.network_latency_us
-        return 1e9 * speed * self.link_efficiency, 1e-6 * latency_us
+        share: float = getattr(self, f"{kind.replace('-', '_')}_efficiency")
+        return 1e9 * speed * share, 1e-6 * latency_us
 
 
 @functools.cache

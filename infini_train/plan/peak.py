@@ -1,7 +1,8 @@
 """The most memory that a rank holds: states, activations, logits, buffers, in closed form.
 
-There are two moments to look at: the backward of the first micro-batch, when as many are in flight as the pipeline's
-schedule asks for, and the optimizer's step, when activations are gone but gradients are laid out anew.
+There are three moments to look at: a backward's begin, when as many micro-batches are in flight as the pipeline's
+schedule asks for; its end, when a layer's activations are left, but DeepSpeed's bucket is full; and the optimizer's
+step, when activations are gone but gradients are laid out anew.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from infini_train.plan.states import FP32_BYTES, StateBytes, effective_stage
 from infini_train.plan.traffic import BUCKET_ELEMENTS
 from infini_train.plan.work import Shapes
 
+LIVE_ELEMENTS = 1_000_000_000  # of gathered weights that DeepSpeed's stage 3 keeps: stage3_max_live_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBytes:
@@ -24,9 +26,10 @@ class PeakBytes:
         activations: kept for backward by all micro-batches in flight.
         logits: in fp32, of the last stage, and what the loss needs for them.
         working: what the layer at work needs beside what is kept.
-        buffers: of collectives: DeepSpeed's buckets, gathered hidden states, memories of other ranks.
+        buffers: of collectives: gathered weights and hidden states, memories of other ranks, a gradient just computed.
+        buckets: of gradients, when a backward ends.
         step: what the optimizer's step needs beside the states.
-        peak: the larger of the two moments.
+        peak: the largest of the three moments.
     """
 
     states: float
@@ -35,6 +38,7 @@ class PeakBytes:
     logits: float
     working: float
     buffers: float
+    buckets: float
     step: float
     peak: float
 
@@ -66,10 +70,12 @@ def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carr
     head_work = activations.head_working(s) if part.predicts else 0.0
     head_peak = logits + head_work
     moment = max(head_peak, layer_work)  # once a layer is at work, the logits are gone
-    buffers = _buffers(config, s, part)
+    buffers, (early, buckets) = _buffers(config, s, part), _buckets(config, s, part)
     step = step_bytes(config, part)
-    training = states.total + 2 * carried + kept + moment + buffers
-    stepping = states.total + 2 * carried + step
+    lasting = states.total + 2 * carried
+    summed = config.lanes_per_rank // config.micro_lanes * len(part.stages) > visits  # by an earlier backward
+    beginning = lasting - (0 if summed else states.gradients) + kept + moment + buffers + early
+    ending = lasting + layer + layer_work + buffers + buckets
     return PeakBytes(
         states=states.total,
         carried=2 * carried,
@@ -77,8 +83,9 @@ def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carr
         logits=head_peak,
         working=layer_work,
         buffers=buffers,
+        buckets=buckets,
         step=step,
-        peak=max(training, stepping),
+        peak=max(beginning, ending, lasting + step),
     )
 
 
@@ -98,15 +105,23 @@ def step_bytes(config: RunConfig, part: Part) -> float:
     return max(float(bucket), adamw - others)
 
 
+def _buckets(config: RunConfig, s: Shapes, part: Part) -> tuple[float, float]:
+    """(when a backward begins, when it ends), where each backward reduces: the bucket and its flat copy on the way.
+
+    Under stage 2 each backward allocates it; on CPU it takes memory as it fills.
+    """
+    stage, weight_bytes = effective_stage(config), 2 if config.train.precision == "bf16" else FP32_BYTES
+    bucket = float(min(BUCKET_ELEMENTS, part.parameters) * weight_bytes) if stage > 1 else 0.0
+    return bucket if stage == 3 or s.fused_norm else 0.0, 2 * bucket
+
+
 def _buffers(config: RunConfig, s: Shapes, part: Part) -> float:
-    """At work during backward: a gradient that was just computed, buckets where each backward reduces, and copies."""
+    """At work during backward: a gradient that was just computed, what is gathered, memories of other ranks."""
     parallel = config.parallel
     weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
     buffers = float(part.largest_parameter * weight_bytes)
-    if effective_stage(config) == 2:  # the bucket, and its flat copy on the way
-        buffers += 2.0 * min(BUCKET_ELEMENTS, part.parameters) * weight_bytes
-    if effective_stage(config) == 3:  # the weights of a layer, gathered, and a bucket
-        buffers += (part.largest_parameter + min(BUCKET_ELEMENTS, part.parameters)) * weight_bytes
+    if effective_stage(config) == 3:
+        buffers += min(LIVE_ELEMENTS, part.parameters) * weight_bytes
     if parallel.sequence_parallel:
         buffers += s.all_tokens * s.hidden * s.activation_bytes
     if parallel.context_size > 1 and s.kind == "infini":

@@ -114,6 +114,7 @@ def _rows(plan: Plan) -> Iterator[Row]:
     yield "logits and loss", lambda rank: format_size(round(rank.memory.logits))
     yield "layer at work", lambda rank: format_size(round(rank.memory.working))
     yield "buffers", lambda rank: format_size(round(rank.memory.buffers))
+    yield "buckets of gradients", lambda rank: format_size(round(rank.memory.buckets))
     yield "optimizer's step", lambda rank: format_size(round(rank.memory.step))
     yield "predicted peak", lambda rank: format_size(round(rank.memory.peak))
     if offload:

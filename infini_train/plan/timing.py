@@ -41,12 +41,14 @@ class Prediction:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def work_seconds(work: Work, hardware: Hardware, precision: str) -> dict[str, float]:
-    """By kind of work; on CUDA launches run ahead, and count as far as they are slower than all else."""
-    peak = hardware.peak_flops(precision)
+def work_seconds(work: Work, hardware: Hardware, precision: str, keys: int = 1) -> dict[str, float]:
+    """By kind of work; on CUDA launches run ahead, and count as far as they are slower than all else.
+
+    `keys`: those that a query of the attention kernel sees.
+    """
     found = {
-        "matrix products": work.matmul_flops / (peak * hardware.matmul_efficiency),
-        "attention": work.attention_flops / (peak * hardware.attention_efficiency),
+        "matrix products": work.matmul_flops / (hardware.peak_flops(precision) * hardware.matmul_efficiency),
+        "attention": work.attention_flops / hardware.attention_flops(precision, keys),
         "elementwise": work.moved_bytes / (1e9 * hardware.memory_gb_s * hardware.memory_efficiency),
     }
     launches = 1e-6 * hardware.launch_us * work.launches
@@ -59,12 +61,13 @@ def collective_seconds(collective: Collective, hardware: Hardware) -> float:
     """Ranks of one node share its network cards: a ring through them uses the card of each."""
     within = collective.stride * collective.ranks <= hardware.devices_per_node and collective.kind != "send"
     within = within or collective.stride < hardware.devices_per_node == collective.stride * collective.ranks
-    bandwidth, latency = hardware.link(within)
-    if not within and collective.kind != "send":
+    kind = collective.kind
+    bandwidth, latency = hardware.link(kind, within)
+    if not within and kind != "send":
         members = max(1, hardware.devices_per_node // collective.stride)
-        bandwidth = min(hardware.link(True)[0], members * bandwidth)
-    if collective.kind == "send" and collective.stride < hardware.devices_per_node:
-        bandwidth, latency = hardware.link(True)
+        bandwidth = min(hardware.link(kind, True)[0], members * bandwidth)
+    if kind == "send" and collective.stride < hardware.devices_per_node:
+        bandwidth, latency = hardware.link(kind, True)
     return collective.sent_bytes / bandwidth + collective.messages * latency
 
 
@@ -130,7 +133,8 @@ def _stage_seconds(
     config: RunConfig, hardware: Hardware, shapes: Shapes, part: Part, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(of one micro-batch, of the step once)."""
-    each = work_seconds(micro_batch_work(config, shapes, part), hardware, config.train.precision)
+    work = micro_batch_work(config, shapes, part)
+    each = work_seconds(work, hardware, config.train.precision, shapes.keys_seen)
     once = {"optimizer": sum(work_seconds(step_work(config, part), hardware, "fp32").values())}
     for collective in find_collectives(config, shapes, part):
         seconds = collective_seconds(collective, hardware)

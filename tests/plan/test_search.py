@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infini_train.cli import main
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run, validate
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.parallel import device, mesh, zero
-from infini_train.plan import traffic
+from infini_train.plan import measure, traffic
 from infini_train.plan.dry_run import dry_run
 from infini_train.plan.hardware import Hardware, load_hardware, validate_hardware
 from infini_train.plan.parts import find_parts
 from infini_train.plan.peak import find_peak, in_flight
 from infini_train.plan.search import enumerate_layouts, fullest, search
-from infini_train.plan.timing import predict
+from infini_train.plan.timing import collective_seconds, predict
 from infini_train.plan.work import find_shapes
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "hardware").glob("*.yaml"))
@@ -88,6 +89,7 @@ def test_presets_load(name: str) -> None:
     [
         ({"memory_gb": -1.0}, "memory_gb: must be positive"),
         ({"matmul_efficiency": 1.5}, "matmul_efficiency: is a share"),
+        ({"reduce_scatter_efficiency": 0.0}, "reduce_scatter_efficiency: must be positive"),
         ({"reserved_gb": 90.0}, "reserved_gb: 90 leaves nothing"),
         ({"speed": 3}, "speed: unknown key; known: name"),
         ({"launch_us": "fast"}, "launch_us: Input should be a valid number"),
@@ -135,6 +137,45 @@ def test_times_follow_the_hardware() -> None:
     assert sum(h100.seconds.values()) == pytest.approx(h100.step_s)
     assert h100.tokens_s == pytest.approx(config.train.tokens_per_step / h100.step_s)
     assert 0 < h100.mfu < 1
+
+
+def test_each_collective_has_its_rate() -> None:
+    """Half the rate of one kind is twice its time, and changes nothing else."""
+    config = make_config({"tensor_size": 2, "sequence_parallel": True, "pipeline_size": 2, "data_size": 2})
+    hardware = dataclasses.replace(load_hardware("h100"), node_latency_us=0.0)
+    shapes, part = find_shapes(config, fused_norm=True), find_parts(config)[0]
+    found = {each.kind: each for each in traffic.find_collectives(config, shapes, part)}
+    assert set(found) == {"all-reduce", "all-gather", "reduce-scatter", "send"}
+    for slow in found:
+        field = f"{slow.replace('-', '_')}_efficiency"
+        slower = dataclasses.replace(hardware, **{field: getattr(hardware, field) / 2})
+        for kind, each in found.items():
+            ratio = collective_seconds(each, slower) / collective_seconds(each, hardware)
+            assert ratio == pytest.approx(2 if kind == slow else 1)
+
+
+def test_attention_has_a_rate_for_short_and_for_long_segments() -> None:
+    hardware = ideal(bf16_tflops=100.0, attention_efficiency=0.5, short_attention_efficiency=0.2)
+    rates = [hardware.attention_flops("bf16", keys) / 1e12 for keys in (16, 64, 128, 256, 4096)]
+    assert rates == pytest.approx([20, 20, 35, 50, 50])
+    config = make_config({})
+    long = dataclasses.replace(config.model, attention=dataclasses.replace(config.model.attention, segment_tokens=32))
+    spent = [predict(dataclasses.replace(config, model=model), hardware).seconds for model in (config.model, long)]
+    assert spent[1]["attention"] == pytest.approx(spent[0]["attention"] * (32 + 4) / (16 + 4))  # both are short
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own processes; small products only."""
+    monkeypatch.setattr(measure, "MATMUL_SIZES", (64, 256))
+    threads = torch.get_num_threads()
+    main(["plan", "--measure", str(tmp_path / "mine.yaml")])
+    torch.set_num_threads(threads)
+    found = load_hardware(str(tmp_path / "mine.yaml"))
+    shares = [found.all_reduce_efficiency, found.all_gather_efficiency, found.reduce_scatter_efficiency]
+    assert max(*shares, found.send_efficiency) == 1.0
+    config = divide_processes(load_run("debug"), 1)
+    assert 0 < predict(config, found).step_s < 60
 
 
 # -------------------------------------------------------------------------------------------------------------- search
