@@ -16,6 +16,7 @@ from infini_train.plan.work import Shapes
 
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights that DeepSpeed's stage 3 keeps: stage3_max_live_parameters
 
+
 @dataclass(frozen=True, kw_only=True)
 class PeakBytes:
     """Bytes in a device's memory at its fullest.
@@ -90,19 +91,20 @@ def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carr
 
 
 def step_bytes(config: RunConfig, part: Part) -> float:
-    """Of the optimizer's step beyond the states: buckets of ZeRO 1, then flat gradients and AdamW's denominators.
+    """Of the optimizer's step beyond the states: the bucket, flat gradients and AdamW's denominators.
 
-    When AdamW begins, the gradients that were added up are gone: they lie in its flat ones.
+    DeepSpeed lets go of a bucket when it needs the next one. When AdamW begins under ZeRO 1, the gradients that were
+    added up are gone: they lie in its flat ones.
     """
     if config.parallel.offload_optimizer:
         return 0.0
     stage, low_precision = effective_stage(config), config.train.precision == "bf16"
+    bucket = float(min(BUCKET_ELEMENTS, part.parameters) * (2 if low_precision else FP32_BYTES))
     adamw = FP32_BYTES * 2.0 * part.largest_group
     if stage > 1:
-        return adamw + (0 if low_precision or stage == 3 else FP32_BYTES * part.largest_group)
-    bucket = FP32_BYTES * min(BUCKET_ELEMENTS, part.parameters)
+        return bucket + adamw + (0 if low_precision or stage == 3 else FP32_BYTES * part.largest_group)
     others = FP32_BYTES * (part.parameters - part.partition)  # gradients that other ranks' states need
-    return max(float(bucket), adamw - others)
+    return bucket + max(0.0, adamw - others)
 
 
 def _buckets(config: RunConfig, s: Shapes, part: Part) -> tuple[float, float]:

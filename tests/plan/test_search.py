@@ -111,7 +111,7 @@ def ideal(**changes: Any) -> Hardware:
     """Infinitely fast but for products of matrices."""
     fast = {"memory_gb_s": 1e9, "node_gb_s": 1e9, "network_gb_s": 1e9, "launch_us": 0.0}
     fast |= {"node_latency_us": 0.0, "network_latency_us": 0.0, "attention_efficiency": 1.0, "matmul_efficiency": 1.0}
-    return dataclasses.replace(load_hardware("h100"), **fast, **changes)
+    return dataclasses.replace(load_hardware("h100"), **{**fast, "short_attention_efficiency": 1.0, **changes})
 
 
 def test_the_bubble_is_that_of_the_schedules() -> None:
