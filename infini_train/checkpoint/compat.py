@@ -8,6 +8,8 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree, validate
 
 Tree = Mapping[str, Any]
+ATTENTION = "model.attention"
+KIND = f"{ATTENTION}.kind"
 
 # path (a section: all of its fields) -> why a resumed run may change it
 RESUMABLE: Mapping[str, str] = {
@@ -34,6 +36,7 @@ RESUMABLE: Mapping[str, str] = {
 
 # paths below model -> why a model with the same weights may differ in them
 SAME_WEIGHTS: Mapping[str, str] = {
+    KIND: "all kinds share their weights; gates and memory tokens that are new begin with their initial values",
     "model.attention.update": "both update rules share all weights",
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
     "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
@@ -82,7 +85,11 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
     Raises:
         ConfigError: names the first field of the model that differs.
     """
-    for path, old, new in _differences(saved_tree, new_tree):
+    differences = _differences(saved_tree, new_tree)
+    is_other_kind = any(path == KIND for path, *_ in differences)
+    for path, old, new in differences:
+        if is_other_kind and path.startswith(f"{ATTENTION}."):
+            continue  # what one kind has of its own is no difference in what both have
         if path.startswith("model.") and _lookup(SAME_WEIGHTS, path) is None:
             raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")
 

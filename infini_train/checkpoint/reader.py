@@ -32,6 +32,11 @@ class Checkpoint:
     def _groups(self) -> dict[tuple[str, str], list[Stored]]:
         return group_stored(self.index.fragments)
 
+    @property
+    def attention_kind(self) -> str | None:
+        """The `model.attention.kind` of its config; None where that can't be told."""
+        return self.config.get("model", {}).get("attention", {}).get("kind")
+
     def names(self, kind: str) -> tuple[str, ...]:
         """Global names of the tensors of this kind, in the order of writing."""
         return tuple(name for group_kind, name in self._groups if group_kind == kind)

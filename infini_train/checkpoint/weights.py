@@ -1,5 +1,7 @@
 """Weights of a checkpoint into a model."""
 
+import re
+
 import torch
 
 from infini_train.checkpoint.fragments import Wanted
@@ -7,19 +9,33 @@ from infini_train.checkpoint.reader import Checkpoint
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
 
+OF_A_KIND = re.compile(r".*\.gate|memory_tokens\..*")  # parameters that not every kind of attention has
+
 
 @torch.no_grad()
-def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
+def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
+
+    Where the checkpoint is of another kind of attention, the parameters that only the model's kind has stay as they
+    are.
+
+    Returns:
+        Their names.
 
     Raises:
         CheckpointError: a parameter is missing or of another shape.
     """
     parameters = dict(model.named_parameters())
+    new: list[str] = []
+    if checkpoint.attention_kind != model.config.attention.kind:
+        stored = set(checkpoint.names("master"))
+        new = [name for name in parameters if name not in stored and OF_A_KIND.fullmatch(name)]
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()
+        if name not in new
     ]
     for piece, values in checkpoint.read(wanted):
         parameter = parameters[piece.name]
         parameter.copy_(values.view_as(parameter))
+    return new

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -15,14 +16,16 @@ EMBEDDING_STD = 0.02
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
-    """Fills all parameters in place.
+def initialise(model: Transformer, config: ModelConfig, seed: int, only: Collection[str] | None = None) -> None:
+    """Fills all parameters in place, or `only` those of these names.
 
     Matrices are normal with std 1/sqrt(fan in) (or ``config.init_std``), those that write into the residual stream
     smaller by 1/sqrt(2 layers); embedding, memory tokens and head normal with std 0.02; norms 1, biases
     0, gates ``gate_init``.
     """
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         place = find_slice(parameter)
         value = _initial_value(name, place.global_shape, config, seed)
         parameter.copy_(value[tuple(slice(a, a + n) for a, n in zip(place.start, place.shape, strict=True))])

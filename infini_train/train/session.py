@@ -155,7 +155,9 @@ def open_session(config: RunConfig, notify: Notify) -> Session:
         if join_lanes(stages, carried) and not checkpoint.names(CARRY):
             notify(f"warning: {checkpoint.path} holds no carried memory; the lanes go on with an empty one")
     elif origin is not None:
-        notify(f"new run with the weights of {origin.path}")
+        kinds = (origin.attention_kind, config.model.attention.kind)
+        change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
+        notify(f"new run with the weights of {origin.path}{change}")
     return session
 
 
@@ -192,7 +194,7 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
         if origin is None:
             initialise(stage, config.model, config.seed)
         else:
-            load_weights(stage, origin)
+            initialise(stage, config.model, config.seed, only=load_weights(stage, origin))
     parameters = count_parameters(stages)
     engine = Engine(
         stages.to(device.current()),
@@ -228,7 +230,7 @@ def _open_origin(config: RunConfig, source: Source) -> Checkpoint | None:
     if origin.state["tokenizer"] != source.tokenizer_sha256:
         raise ConfigError(
             f"train.init_from: {origin.path} was trained with another tokenizer than {source.name};"
-            f" encode the text with {origin.path.parent.parent / 'tokenizer.model'}"
+            f" encode the text with the tokenizer in {origin.path.parent.parent}"
         )
     return origin
 

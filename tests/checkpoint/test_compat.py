@@ -105,12 +105,15 @@ def test_a_default_written_out_is_no_difference() -> None:
         check_same_model(left, right)
 
 
-def test_another_kind_of_attention_is_named_before_its_fields() -> None:
+def test_another_kind_of_attention_is_another_run_with_the_same_weights() -> None:
     full = override(BASE, ["model.attention={kind: full}"])
-    with pytest.raises(
-        ConfigError, match=r"is of another model: model\.attention\.kind is infini there and full here$"
-    ):
-        check_same_model(BASE, full)
+    memorizing = override(BASE, ["model.attention={kind: memorizing, layer: 0}"])
+    for left, right in ((BASE, full), (full, BASE), (full, memorizing)):
+        check_same_model(left, right)
+        with pytest.raises(ConfigError, match=r"model\.rope_theta is 10000\.0 there and 5\.0 here$"):
+            check_same_model(left, override(right, ["model.rope_theta=5.0"]))
+    with pytest.raises(ConfigError, match=r"model\.attention\.layer is 0 there and null here$"):
+        check_same_model(memorizing, override(memorizing, ["model.attention.layer=null"]))
     with pytest.raises(ConfigError, match=r"^model\.attention\.kind: is full here and infini in the checkpoint"):
         check_resumable(BASE, full)
 

@@ -1,5 +1,6 @@
 """A run that stopped and went on is the run that never stopped: bit for bit, in fp32 on one process."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from infini_train.checkpoint import store
+from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.config.errors import ConfigError
 from infini_train.train.interrupt import Stopped
 from infini_train.train.loop import train
@@ -179,6 +181,40 @@ def test_init_from_takes_weights_only(configure, tools):
     save(new)
     resumed = open_session(configure("train.init_from=nowhere", "optim.lr=1e-4", run="new"), ignore)
     tools.assert_same(tools.capture(resumed), values)
+
+
+@pytest.mark.parametrize(("old", "new"), [("full", "linear"), ("linear", "local"), ("local", "delta")])
+def test_init_from_another_kind_of_attention(old, new, configure, tools):
+    """Shared weights are taken, new gates begin at gate_init, and the run goes on and resumes."""
+    origin = open_session(configure(f"model.attention={tools.attention[old]}", run="origin"), ignore)
+    tools.drive(origin, 2)
+    folder = save(origin)
+    settings = (f"train.init_from={folder}", f"model.attention={tools.attention[new]}")
+    if new != "local":
+        settings += ("model.attention.gate_init=-3.0",)
+    config, lines = configure(*settings, run="new"), []
+    session = open_session(config, lines.append)
+    assert any("model.attention.kind: " in line for line in lines)
+    there, here = dict(origin.stages.named_globally()), dict(session.stages.named_globally())
+    for name, parameter in here.items():
+        if name in there:
+            assert torch.equal(parameter, there[name]), name
+        else:
+            assert name.endswith(".gate") and torch.equal(parameter, torch.full_like(parameter, -3.0))
+    assert any(name.endswith(".gate") for name in here) == (new != "local")
+    tools.drive(session, 1)
+    save(session)
+    resumed = open_session(config, ignore)
+    tools.assert_same(tools.capture(resumed), tools.capture(session))
+
+
+def test_a_checkpoint_that_lacks_a_gate_of_its_own_kind_is_refused(configure):
+    folder = save(open_session(configure(run="origin"), ignore))
+    index = parse_index((folder / "index.json").read_text())
+    kept = tuple(entry for entry in index.fragments if entry.name != "layers.0.attention.gate")
+    (folder / "index.json").write_text(dump_index(dataclasses.replace(index, fragments=kept)))
+    with pytest.raises(ConfigError, match=r"layers\.0\.attention\.gate \(master\): is not in the checkpoint"):
+        open_session(configure(f"train.init_from={folder}", run="new"), ignore)
 
 
 def test_init_from_another_model_is_refused(configure):
