@@ -1,4 +1,4 @@
-"""infini-train: train, eval, generate, plan, checkpoint, selftest, demo. Each command calls one function."""
+"""infini-train: train, eval, generate, plan, checkpoint, import, export, selftest, demo; each calls one function."""
 
 import argparse
 import errno
@@ -14,6 +14,7 @@ from infini_train.checkpoint.commands import add_commands as add_checkpoint_comm
 from infini_train.command_line import describe, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import config_roots, load_run
+from infini_train.convert.commands import add_export, add_import
 from infini_train.eval.commands import CommandParser
 from infini_train.eval.commands import add_commands as add_eval_commands
 from infini_train.plan.command import add_command as add_plan_command
@@ -29,6 +30,7 @@ examples:
   infini-train eval passkey runs/demo                    a key hidden in up to 1M tokens
   infini-train generate runs/demo --prompt "def main("
   infini-train checkpoint verify runs/demo
+  infini-train import hf Meta-Llama-3-8B runs/llama3     and export hf, the other way
   infini-train plan 125m --world-size 8 --set parallel.tensor_size=2    what each rank would hold
 
 A run goes on where it stopped: give the same command again. Text is prepared by infini-data (infini-data --help).
@@ -117,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
     add_plan_command(commands.add_parser("plan", help="what each rank of a layout would hold, without the cluster"))
     add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
+    add_import(commands.add_parser("import", help="a model of Hugging Face, to go on training with a memory"))
+    add_export(commands.add_parser("export", help="a checkpoint's weights in Hugging Face's layout"))
     add_selftest_command(commands.add_parser("selftest", help="every parallel layout against one process, here"))
     _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
     return parser

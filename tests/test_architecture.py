@@ -24,13 +24,14 @@ ROOMS = {
     "model": {"ops"},
     "parallel": {"data", *MODEL},  # micro-batches are cut from a batch of data
     "checkpoint": {"parallel", *MODEL},
+    "convert": {"checkpoint", "data"},
     "eval": STACK,
     "train": {"eval", *STACK},  # validation inside the loop
     "selftest": {"launcher", "train", "eval", *STACK},
     "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "selftest", "plan", "demo", "train", "eval", *STACK},
+    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
     "data_tools": {"data", "config"},

@@ -2,8 +2,9 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,16 +48,40 @@ def reshard(
     target = Path(target)
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: exists already; name a new folder")
+    chosen = [kind for kind in stored if kinds is None or kind in kinds]
+    tensors = _whole_tensors(source, chosen, dtype, on_tensor)
+    write_whole(target, source.step, tensors, source.state, source.config, max_file_bytes)
+
+
+def write_whole(
+    target: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes a checkpoint by one process, which appears under its name complete, or not at all.
+
+    Args:
+        target: its folder, which does not exist.
+        step: optimizer steps done.
+        fragments: of whole tensors; about one file's are held in memory.
+        state: JSON-able values.
+        config: the run's config as plain values.
+        max_file_bytes: tensors are spread over files of about this size.
+
+    Raises:
+        CheckpointError: it can't be written.
+    """
     aside = target.with_name(f".{target.name}.tmp-reshard")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        attempt_id = uuid.uuid4().hex
-        chosen = [kind for kind in stored if kinds is None or kind in kinds]
-        write_part(aside, _whole_tensors(source, chosen, dtype, on_tensor), attempt_id, 0, max_file_bytes)
+        write_part(aside, fragments, uuid.uuid4().hex, 0, max_file_bytes)
         part = parse_part(part_file(aside, 0).read_text(encoding="utf-8"))
-        write_synced(aside / INDEX_FILE, dump_index(merge_parts(source.step, [part], source.state, source.config)))
+        write_synced(aside / INDEX_FILE, dump_index(merge_parts(step, [part], state, config)))
         part_file(aside, 0).unlink()
         sync_path(aside)
         aside.rename(target)
@@ -64,7 +89,7 @@ def reshard(
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, Exception):
-            raise describe_failure(error, target, source.step) from error
+            raise describe_failure(error, target, step) from error
         raise
 
 

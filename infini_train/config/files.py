@@ -247,4 +247,9 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; enough to run again."""
-    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
+    return dump_tree(to_tree(config))
+
+
+def dump_tree(tree: Mapping[str, Any]) -> str:
+    """Plain values as YAML that this module reads back."""
+    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)

@@ -69,6 +69,10 @@ class HuggingFaceTokenizer:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._model.decode(known, skip_special_tokens=True)
 
+    def token(self, number: int) -> str | None:
+        """The text of an id's token, as the file has it."""
+        return self._model.id_to_token(number)
+
     def _find_special_ids(self) -> tuple[int, int, int]:
         """Ids of bos, eos and pad; pad is eos if there is none, as is bos."""
         config = self._config()

@@ -1,0 +1,1 @@
+"""Models of Hugging Face: their folders into checkpoints, and back."""

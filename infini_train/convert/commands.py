@@ -1,0 +1,105 @@
+"""infini-train import, export. Imports torch only when a command runs."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from infini_train.command_line import describe
+
+IMPORT_EXAMPLES = """\
+examples:
+  infini-train import hf Meta-Llama-3-8B runs/llama3
+  infini-train eval runs/llama3 --data data/validation --precision bf16      as it is, with full attention
+  infini-train train runs/llama3/continue.yaml                               goes on with Infini-attention
+  infini-train train continue_8b --set train.init_from=runs/llama3           the same on 8 GPUs
+
+Llama, Mistral, Qwen2 and Qwen3 as safetensors; what can't be represented is refused by its field's name.
+"""
+EXPORT_EXAMPLES = """\
+examples:
+  infini-train export hf runs/demo demo_hf
+  infini-train export hf runs/llama3-infini/checkpoints/step-00030000 llama3_hf --dtype bf16
+
+A model with full attention is the same there. Of all others only the weights are: what is lost is told.
+"""
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train import` its options."""
+    description = (
+        "Writes the folder of a run from a model in Hugging Face's layout: a checkpoint with the same weights, its"
+        " tokenizer, and continue.yaml, a config to go on with. Reads safetensors only, one tensor after the other."
+    )
+    describe(parser, description, IMPORT_EXAMPLES)
+    _add_format(parser)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with config.json and *.safetensors")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the new run's folder; it must not exist")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a tokenizer.json, a SentencePiece .model, or byte (default: FOLDER's)"
+    )
+    parser.set_defaults(command=_import)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train export` its options."""
+    description = (
+        "Writes a model in Hugging Face's layout: config.json, safetensors, tokenizer. Gates and memory have no place"
+        " there."
+    )
+    describe(parser, description, EXPORT_EXAMPLES)
+    _add_format(parser)
+    parser.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the new folder; it must not exist")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: as stored)")
+    parser.set_defaults(command=_export)
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", choices=("hf",), help="hf: Hugging Face's")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from infini_train.convert.importing import import_folder
+
+    with _progress("import") as show:
+        found = import_folder(options.folder, options.run_dir, tokenizer=options.tokenizer, on_tensor=show)
+    print(
+        f"{options.run_dir}: {found.parameters:,} parameters, as stored ({str(found.dtype).removeprefix('torch.')});"
+        f" tokenizer {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids\n"
+        f"go on with: infini-train train {options.run_dir / 'continue.yaml'}"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from infini_train.checkpoint.store import open_checkpoint, resolve
+    from infini_train.convert.exporting import export_checkpoint
+
+    checkpoint = open_checkpoint(resolve(options.model))
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype]
+    with _progress("export") as show:
+        found = export_checkpoint(checkpoint, options.folder, dtype=dtype, on_tensor=show)
+    for note in found.notes:
+        print(f"note: {note}")
+    print(
+        f"{options.folder}: {found.parameters:,} parameters of step {checkpoint.step}"
+        f" ({str(found.dtype).removeprefix('torch.')})"
+    )
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told the elements done and those of all."""
+    from tqdm import tqdm
+
+    with tqdm(unit="el", unit_scale=True, desc=what, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -1,0 +1,72 @@
+"""Tiny random models in Hugging Face's layout, saved by transformers itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from infini_train.cli import main  # noqa: E402
+
+SHAPE = {
+    "vocab_size": 263,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "initializer_range": 0.3,  # large weights: every part matters
+}
+
+
+def save_model(folder: Path, kind: str = "llama", dtype: str = "float32", shard: str = "5GB", **changes: object):
+    """A random model, written by save_pretrained; returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms neither ones, nor biases zeros
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@pytest.fixture
+def save() -> Callable[..., object]:
+    return save_model
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """Changes fields of a folder's config.json; None takes one away."""
+
+    def change(folder: Path, **fields: object) -> None:
+        tree = json.loads((folder / "config.json").read_text())
+        tree = {name: value for name, value in {**tree, **fields}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(tree))
+
+    return change
+
+
+def run_command(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return 0 if stop.code is None else int(stop.code)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., int]:
+    """Calls `infini-train` with arguments, and gives its exit code."""
+    return run_command
