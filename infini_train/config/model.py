@@ -9,6 +9,25 @@ from infini_train.config.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Long waves of the rotary embedding made longer, as Llama 3.1 and 3.2 have them; null: all waves as they are."""
+
+    factor: FiniteFloat  # by which the longest waves grow
+    low_freq_factor: FiniteFloat = 1.0  # waves longer than original_tokens / low_freq_factor grow by the whole factor
+    high_freq_factor: FiniteFloat = 4.0  # waves shorter than original_tokens / high_freq_factor stay
+    original_tokens: int = 8192  # the context that the model was made for before
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "model.rope_scaling.factor", "must be at least 1")
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            "model.rope_scaling.low_freq_factor",
+            f"must lie between 0 and high_freq_factor ({self.high_freq_factor})",
+        )
+        require(self.original_tokens > 0, "model.rope_scaling.original_tokens", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-shaped decoder. `num_kv_heads`, `head_dim` and `value_head_dim` have the usual defaults when null."""
 
@@ -22,6 +41,7 @@ class ModelConfig:
     value_head_dim: int | None = None  # of values; null: head_dim
     attention: AttentionConfig = field(default_factory=InfiniConfig)  # one variant for all layers
     rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
+    rope_scaling: RopeScaling | None = None
     norm_eps: FiniteFloat = 1e-5  # of the RMS norms
     tied_embeddings: bool = False  # one matrix embeds tokens and gives the logits
     qk_norm: bool = False  # RMS norm of queries and keys, a head each

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from infini_train.config.attention import FullConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.model import ModelConfig
+from infini_train.config.model import ModelConfig, RopeScaling
 
 Tree = Mapping[str, Any]
 
@@ -33,6 +33,13 @@ SIZES = {  # theirs -> ours
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "intermediate_size": "ffn_size",
+}
+ORIGINAL = "original_max_position_embeddings"
+SCALING = {  # of rope_type llama3: theirs -> ours
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    ORIGINAL: "original_tokens",
 }
 ONE_VALUE = {  # of fields that may be left out: the only value there is here, and what another one would ask for
     "hidden_act": ("silu", "another activation than SwiGLU's"),
@@ -83,10 +90,12 @@ def parse_model(tree: Tree, source: str) -> ModelConfig:
     eps = tree.get("rms_norm_eps")
     if not isinstance(eps, float | int):
         raise refuse("rms_norm_eps", f"must be a number, not {eps}")
+    theta, scaling = _parse_rope(tree, refuse)
     return ModelConfig(
         **sizes,
         attention=FullConfig(),
-        rope_theta=_parse_rope(tree, refuse),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=float(eps),
         tied_embeddings=bool(tree.get("tie_word_embeddings", False)),
         qk_norm=family.qk_norm,
@@ -104,19 +113,26 @@ def _check_windows(tree: Tree, refuse: Any) -> None:
         raise refuse("layer_types", f"{other[0]} is not known here; all layers must have full_attention")
 
 
-def _parse_rope(tree: Tree, refuse: Any) -> float:
-    """The base of the rotary embedding, from the fields of transformers 5 or 4."""
+def _parse_rope(tree: Tree, refuse: Any) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding, from the fields of transformers 5 or 4."""
     field = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
     rope = tree.get(field) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise refuse(field, f"rotary embedding scaled in the way of {kind} is not known here")
+    if kind not in ("default", "llama3"):
+        raise refuse(field, f"rotary embedding scaled in the way of {kind} is not known here; only that of llama3 is")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refuse(field, "rotary embedding of a part of the head is not known here")
-    theta = rope.get("rope_theta", tree.get("rope_theta", 10_000.0))
-    if not isinstance(theta, float | int):
-        raise refuse("rope_theta", f"must be a number, not {theta}")
-    return float(theta)
+    values = {"rope_theta": rope.get("rope_theta", tree.get("rope_theta", 10_000.0))}
+    if kind == "llama3":
+        values |= {name: rope.get(name) for name in SCALING}
+    for name, value in values.items():
+        if not isinstance(value, float | int):
+            raise refuse(name if name == "rope_theta" else f"{field}.{name}", f"must be a number, not {value}")
+    theta = float(values.pop("rope_theta"))
+    if not values:
+        return theta, None
+    factors = {ours: float(values[theirs]) for theirs, ours in SCALING.items() if theirs != ORIGINAL}
+    return theta, RopeScaling(**factors, original_tokens=int(values[ORIGINAL]))
 
 
 def describe_model(model: ModelConfig) -> dict[str, Any]:
@@ -129,7 +145,7 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"model.value_head_dim: {model.value_dim}: there, values have the size of keys")
     if model.qk_norm and model.qkv_bias:
         raise ConfigError("model.qk_norm: no model type there has it together with model.qkv_bias")
-    wanted = (model.qkv_bias, model.qk_norm)
+    wanted, scaling = (model.qkv_bias, model.qk_norm), model.rope_scaling
     kind = next(name for name, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == wanted)
     return {
         "architectures": [FAMILIES[kind].architecture],
@@ -142,7 +158,9 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
         "mlp_bias": False,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": None
+        if scaling is None
+        else {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for theirs, ours in SCALING.items()}},
         "tie_word_embeddings": model.tied_embeddings,
     }
 

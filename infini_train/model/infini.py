@@ -6,7 +6,7 @@ from torch import Tensor
 
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.model import ModelConfig
-from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter
+from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter, rope_of
 from infini_train.ops.attention import InfiniState, infini_attention, write_memory
 from infini_train.ops.grid import Grid, no_recent
 from infini_train.ops.memory import Ranks, empty_memory
@@ -21,7 +21,7 @@ class InfiniAttention(SequenceMixer):
         self.segment_tokens: int | None = config.attention.segment_tokens
         self.overlap_tokens = config.attention.overlap_tokens
         self.update = config.attention.update
-        self.rope_theta = config.rope_theta
+        self.rope = rope_of(config)
         self.ranks = ranks
         self.projections = Projections(config, parallel)
         local_heads = self.projections.linear_q.output_size_per_partition // config.key_dim
@@ -46,7 +46,7 @@ class InfiniAttention(SequenceMixer):
             state,
             grid,
             update=self.update,
-            rope_theta=self.rope_theta,
+            rope=self.rope,
             ranks=self.ranks,
         )
         return self.projections.join(out_BHTE), state

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infini_train.config.attention import LocalConfig, MemorizingConfig, RmtConfig, TransformerXLConfig
 from infini_train.config.model import ModelConfig
-from infini_train.model.mixer import Projections, SequenceMixer, detach
+from infini_train.model.mixer import Projections, SequenceMixer, detach, rope_of
 from infini_train.ops.attention import local_attention
 from infini_train.ops.grid import Grid, Recent, no_recent
 from infini_train.ops.memory import Ranks
@@ -23,7 +23,7 @@ class LocalAttention(SequenceMixer):
         self.ranks = ranks
         self.segment_tokens: int | None = config.attention.segment_tokens
         self.overlap_tokens = getattr(config.attention, "overlap_tokens", 0)
-        self.rope_theta = config.rope_theta
+        self.rope = rope_of(config)
         self.projections = Projections(config, parallel)
 
     def initial_state(self, lanes: int, like: Tensor) -> Recent | None:
@@ -33,9 +33,7 @@ class LocalAttention(SequenceMixer):
     def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
         """See `SequenceMixer.forward`."""
         q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)
-        out_BHTE, state = local_attention(
-            q_BHTD, k_BKTD, v_BKTE, state, grid, rope_theta=self.rope_theta, ranks=self.ranks
-        )
+        out_BHTE, state = local_attention(q_BHTD, k_BKTD, v_BKTE, state, grid, rope=self.rope, ranks=self.ranks)
         return self.projections.join(out_BHTE), state
 
     def between_windows(self, state: Recent) -> Recent | None:
@@ -56,7 +54,7 @@ class TransformerXLAttention(SequenceMixer):
         assert ranks is None, "the cache would have to cross ranks in each layer, and its hidden values with it"
         self.segment_tokens: int | None = config.attention.segment_tokens
         self.overlap_tokens = config.attention.cache_tokens
-        self.rope_theta = config.rope_theta
+        self.rope = rope_of(config)
         self.projections = Projections(config, parallel)
 
     initial_state = LocalAttention.initial_state
@@ -72,7 +70,7 @@ class TransformerXLAttention(SequenceMixer):
     ) -> tuple[Tensor, Recent]:
         """out_BHTE of queries, keys and values that are `split` from these hidden values, and what to carry."""
         cached = self.projections.split_cached(hidden_TBD) if grid.segments > 1 and self.overlap_tokens else None
-        return local_attention(*projected, state, grid, rope_theta=self.rope_theta, overlapping=cached)
+        return local_attention(*projected, state, grid, rope=self.rope, overlapping=cached)
 
 
 class FullAttention(SequenceMixer):
@@ -84,7 +82,7 @@ class FullAttention(SequenceMixer):
         self.ranks = ranks
         self.segment_tokens: int | None = None
         self.overlap_tokens = 0
-        self.rope_theta = config.rope_theta
+        self.rope = rope_of(config)
         self.projections = Projections(config, parallel)
 
     forward = LocalAttention.forward

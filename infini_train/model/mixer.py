@@ -7,6 +7,7 @@ Legend: T tokens, B lanes, D hidden size, H query heads, K key-value heads (of t
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from infini_train.config.model import ModelConfig
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.ops.grid import Grid
+from infini_train.ops.rope import Rope
 
 State = Any  # a NamedTuple of tensors; each variant has its own
 
@@ -24,6 +26,12 @@ State = Any  # a NamedTuple of tensors; each variant has its own
 def detach(state: State) -> State:
     """The same values cut from the graph: gradients end at the window's edge."""
     return pytree.tree_map_only(Tensor, Tensor.detach, state)
+
+
+def rope_of(config: ModelConfig) -> Rope:
+    """The rotary frequencies of a model."""
+    scaling = config.rope_scaling
+    return Rope(config.rope_theta) if scaling is None else Rope(config.rope_theta, **asdict(scaling))
 
 
 class SequenceMixer(nn.Module, ABC):

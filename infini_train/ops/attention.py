@@ -13,7 +13,9 @@ from torch import Tensor
 
 from infini_train.ops.grid import Grid, Recent, carry_recent
 from infini_train.ops.memory import Memory, Ranks, Scanned, Update, begin_scan, empty_memory, read_memory
-from infini_train.ops.rope import rotate
+from infini_train.ops.rope import Rope, rotate
+
+ROPE = Rope()
 
 
 class InfiniState(NamedTuple):
@@ -30,7 +32,7 @@ def local_attention(
     recent: Recent | None,
     grid: Grid,
     *,
-    rope_theta: float = 10_000.0,
+    rope: Rope = ROPE,
     ranks: Ranks | None = None,
     overlapping: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Recent]:
@@ -42,7 +44,7 @@ def local_attention(
         v_BKTE: values.
         recent: carried tokens, or None.
         grid: of this call (`make_grid`); one endless segment gives full attention.
-        rope_theta: base of the rotary frequencies.
+        rope: the rotary frequencies.
         ranks: how the overlap travels between the ranks of `grid.shard`; not asked on one rank.
         overlapping: keys and values of the same tokens, to be seen by the next segment instead of the first ones; with
             other gradients, say.
@@ -60,7 +62,7 @@ def local_attention(
             )
             for theirs, own in zip(before, (k_BSKJD, v_BSKJE), strict=True)
         )
-    out_BSHQE = _attend_segments(fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope_theta)
+    out_BSHQE = _attend_segments(fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope)
     return unfold_queries(out_BSHQE, grid), following()
 
 
@@ -73,7 +75,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     grid: Grid,
     *,
     update: Update = "linear",
-    rope_theta: float = 10_000.0,
+    rope: Rope = ROPE,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, InfiniState]:
     """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
@@ -89,7 +91,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         state: what earlier calls left, or None for nothing.
         grid: of this call (`make_grid`).
         update: "linear" or "delta".
-        rope_theta: base of the rotary frequencies of the local attention.
+        rope: the rotary frequencies of the local attention.
         ranks: how memory and overlap travel between the ranks of `grid.shard`; not asked on one rank.
 
     Returns:
@@ -101,7 +103,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
     q_BSHQD = fold_queries(q_BHTD, grid)
     k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
-    local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope_theta)  # while memories travel
+    local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope)  # while memories travel
     scanned = scan()
     visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
     group = q_BSHQD.shape[2] // kv_heads
@@ -193,10 +195,10 @@ def closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
     return inside.unflatten(2, (grid.closed, grid.segment_tokens)).transpose(1, 2)
 
 
-def _attend_segments(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, grid: Grid, rope_theta: float) -> Tensor:
+def _attend_segments(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, grid: Grid, rope: Rope) -> Tensor:
     first_query = grid.open_tokens if grid.segments == 1 else 0
-    q_rotated = rotate(q_BSHQD, grid.overlap_tokens + first_query, rope_theta)
-    k_rotated = rotate(k_BSKJD, 0, rope_theta)
+    q_rotated = rotate(q_BSHQD, grid.overlap_tokens + first_query, rope)
+    k_rotated = rotate(k_BSKJD, 0, rope)
     group = q_BSHQD.shape[2] // k_BSKJD.shape[2]
     if group > 1:
         k_rotated, v_BSKJE = (x.repeat_interleave(group, 2) for x in (k_rotated, v_BSKJE))

@@ -13,11 +13,14 @@ from the call before, U = R + T all tokens at hand, V those that one token sees,
 values. Rotary embedding belongs to the local attention alone: queries, keys and the carried keys come without it.
 """
 
+import math
 from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from infini_train.ops.rope import Rope
 
 
 class Form(NamedTuple):
@@ -26,7 +29,7 @@ class Form(NamedTuple):
     segment_tokens: int
     update: Literal["linear", "delta"]  # Eq. 8 or Eq. 9
     overlap_tokens: int = 0  # between 0 and segment_tokens; 0: the paper's form
-    rope_theta: float = 10_000.0
+    rope: Rope = Rope()
 
 
 class Marks(NamedTuple):
@@ -75,11 +78,23 @@ def sigma(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
-def rotate(x_D: Tensor, position: int, theta: float) -> Tensor:
-    """Rotary position embedding of one vector: the pair (x[i], x[i + D/2]) turned by position * theta^(-2i/D)."""
-    angle = position * theta ** (-torch.arange(0, len(x_D), 2, dtype=x_D.dtype) / len(x_D))
+def rotate(x_D: Tensor, position: int, rope: Rope) -> Tensor:
+    """Rotary position embedding of one vector: the pair (x[i], x[i + D/2]) turned by position times a frequency."""
+    angle = position * torch.tensor([frequency(i / len(x_D), rope) for i in range(0, len(x_D), 2)], dtype=x_D.dtype)
     x1, x2 = x_D.chunk(2)
     return torch.cat([x1 * angle.cos() - x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()])
+
+
+def frequency(place: float, rope: Rope) -> float:
+    """theta^-place; of a wave longer than the original context allows, less (Llama 3.1)."""
+    plain = rope.theta**-place
+    wave = 2 * math.pi / plain
+    if wave < rope.original_tokens / rope.high_freq_factor:
+        return plain
+    if wave > rope.original_tokens / rope.low_freq_factor:
+        return plain / rope.factor
+    kept = (rope.original_tokens / wave - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return (1 - kept) * plain / rope.factor + kept * plain
 
 
 def read(q_D: Tensor, past: HeadMemory) -> Tensor:
@@ -127,8 +142,8 @@ def attend_locally(q_D: Tensor, tokens: HeadTokens, t: int, begin: int, form: Fo
     """Softmax attention of token t to its segment, which begins at `begin`, and the overlap before it: [E]."""
     origin = begin - form.overlap_tokens
     visible = [u for u in range(max(origin, 0), t + 1) if not tokens.starts_U[u + 1 : t + 1].any()]
-    q_rotated_D = rotate(q_D, t - origin, form.rope_theta)
-    k_rotated_VD = torch.stack([rotate(tokens.k_UD[u], u - origin, form.rope_theta) for u in visible])
+    q_rotated_D = rotate(q_D, t - origin, form.rope)
+    k_rotated_VD = torch.stack([rotate(tokens.k_UD[u], u - origin, form.rope) for u in visible])
     return torch.softmax(k_rotated_VD @ q_rotated_D / len(q_D) ** 0.5, dim=0) @ tokens.v_UE[visible]  # eq (2)
 
 

@@ -12,6 +12,7 @@ from infini_train.checkpoint.resharding import write_whole
 from infini_train.checkpoint.store import open_checkpoint, resolve
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree, validate
+from infini_train.config.model import RopeScaling
 from infini_train.convert.exporting import export_checkpoint
 from infini_train.convert.importing import import_folder
 from infini_train.model.init import initialise
@@ -64,7 +65,14 @@ def test_there_and_back_is_the_same_model(kind, changes, save, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tied_embeddings": True, "rope_theta": 500.0}, {"qkv_bias": True}, {"qk_norm": True}]
+    "changes",
+    [
+        {},
+        {"tied_embeddings": True, "rope_theta": 500.0},
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"rope_scaling": RopeScaling(factor=4.0, original_tokens=40)},
+    ],
 )
 def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups):
     transformers = pytest.importorskip("transformers")

@@ -3,6 +3,7 @@
 import pytest
 
 from infini_train.config.errors import ConfigError
+from infini_train.config.model import RopeScaling
 from infini_train.convert.family import FAMILIES, describe_model, list_weights, parse_model
 from infini_train.model.transformer import Transformer
 
@@ -35,6 +36,20 @@ def test_the_base_of_the_rotary_embedding_is_found_in_both_places():
     assert parse(rope_parameters={"rope_type": "default", "rope_theta": 1e6}).rope_theta == 1e6
 
 
+def test_the_scaling_of_llama_3_1():
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    model = parse(rope_theta=500_000.0, rope_scaling=scaling, num_key_value_heads=2, head_dim=8)
+    assert model.rope_scaling == RopeScaling(factor=8.0) and model.rope_theta == 500_000.0
+    assert describe_model(model)["rope_scaling"] == scaling
+    assert parse_model(describe_model(model), "again") == model
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_table_names_every_weight(kind, tied, process_groups):
@@ -58,6 +73,10 @@ def test_the_table_names_every_weight(kind, tied, process_groups):
         ({"hidden_act": "gelu"}, "hidden_act: gelu asks for another activation than SwiGLU's"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} asks for quantised weights"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rotary embedding scaled in the way of"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.low_freq_factor: must be a number",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rotary embedding scaled in the way of yarn"),
         ({"model_type": "mistral"}, "sliding_window: 4096: attention in a sliding window is not known here"),
         ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True}, "sliding_window: 32: attention in"),

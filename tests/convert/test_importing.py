@@ -23,6 +23,17 @@ MODELS = {
     "llama, tied": {"tie_word_embeddings": True},
     "llama, all heads": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "llama, wide heads": {"head_dim": 12},
+    "llama, 3.1": {
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "llama, in files": {"shard": "20KB"},
     "mistral": {"sliding_window": None},
     "qwen2": {},

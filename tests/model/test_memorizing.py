@@ -36,10 +36,8 @@ def by_hand(attention: MemorizingAttention, hidden_TBD: Tensor, starts_BT: Tenso
                 near = [u for u in same if u >= origin]
                 keys = [(k if u >= begin else cached_k)[b, h, u] for u in near]
                 values = [(v if u >= begin else cached_v)[b, h, u] for u in near]
-                turned = [
-                    rotate(key[None], u - origin, attention.rope_theta)[0] for u, key in zip(near, keys, strict=True)
-                ]
-                query = rotate(q[b, h, t][None], t - origin, attention.rope_theta)[0]
+                turned = [rotate(key[None], u - origin, attention.rope)[0] for u, key in zip(near, keys, strict=True)]
+                query = rotate(q[b, h, t][None], t - origin, attention.rope)[0]
                 out = (torch.stack(turned) @ query / math.sqrt(SIZE)).softmax(0) @ torch.stack(values)
                 far = [u for u in same if begin - stored <= u < begin and weights_BT[b, u] > 0]
                 if far:

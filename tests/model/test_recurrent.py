@@ -23,8 +23,8 @@ def run_stack(model: Transformer, x_JD: Tensor, sees_JJ: Tensor) -> Tensor:
             return linear(mixed_TBD)[0].unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
 
         mixed_TBD = layer.norm_attention(x_TBD)
-        q = rotate(heads(p.linear_q, p.key_dim, mixed_TBD), 0, layer.attention.rope_theta)
-        k = rotate(heads(p.linear_k, p.key_dim, mixed_TBD), 0, layer.attention.rope_theta).repeat_interleave(2, 1)
+        q = rotate(heads(p.linear_q, p.key_dim, mixed_TBD), 0, layer.attention.rope)
+        k = rotate(heads(p.linear_k, p.key_dim, mixed_TBD), 0, layer.attention.rope).repeat_interleave(2, 1)
         v = heads(p.linear_v, p.value_dim, mixed_TBD).repeat_interleave(2, 1)
         scores = (q @ k.transpose(-1, -2) / math.sqrt(p.key_dim)).masked_fill(~sees_JJ, -math.inf)
         x_TBD = x_TBD + p.linear_o((scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2))[0]

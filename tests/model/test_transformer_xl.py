@@ -25,8 +25,8 @@ def by_hand(attention: TransformerXLAttention, hidden_TBD: Tensor, cache: int) -
         def heads(linear, x_TBD: Tensor, size: int) -> Tensor:
             return linear(x_TBD)[0].unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
 
-        q = rotate(heads(p.linear_q, own, p.key_dim), cache, attention.rope_theta)
-        k = rotate(heads(p.linear_k, seen, p.key_dim), shift, attention.rope_theta).repeat_interleave(2, 1)
+        q = rotate(heads(p.linear_q, own, p.key_dim), cache, attention.rope)
+        k = rotate(heads(p.linear_k, seen, p.key_dim), shift, attention.rope).repeat_interleave(2, 1)
         v = heads(p.linear_v, seen, p.value_dim).repeat_interleave(2, 1)
         scores = q @ k.transpose(-1, -2) / math.sqrt(p.key_dim)
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1 + before).bool(), -math.inf)

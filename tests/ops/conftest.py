@@ -15,6 +15,7 @@ from infini_train.ops import reference
 from infini_train.ops.attention import InfiniState, infini_attention
 from infini_train.ops.grid import make_grid, no_recent
 from infini_train.ops.memory import Memory
+from infini_train.ops.rope import Rope
 
 
 class Shape(NamedTuple):
@@ -92,7 +93,7 @@ class Window(NamedTuple):
         state = state or self.first_state()
         sizes = self.shape.segment_tokens, self.shape.overlap_tokens
         grid = make_grid(self.starts_BT, self.weights_BT, state.recent, *sizes)
-        return infini_attention(*self[1:5], state, grid, update=update, rope_theta=100.0)
+        return infini_attention(*self[1:5], state, grid, update=update, rope=Rope(100.0))
 
     def attend_in_pieces(self, update: str, places: Iterable[int]) -> tuple[Tensor, InfiniState]:
         """The fast form, cut at some places and carried on; the outputs joined."""
@@ -108,7 +109,7 @@ class Window(NamedTuple):
         """The reference, from `memory` or from the initial one."""
         if memory is None:
             memory = reference.empty_memory(self.k_BKTD, self.v_BKTE)._replace(**self.memory._asdict())
-        form = reference.Form(self.shape.segment_tokens, update, self.shape.overlap_tokens, rope_theta=100.0)
+        form = reference.Form(self.shape.segment_tokens, update, self.shape.overlap_tokens, rope=Rope(100.0))
         return reference.attend(*self[1:5], reference.Marks(self.starts_BT, self.weights_BT), memory, form)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from infini_train.ops.attention import infini_attention, local_attention
 from infini_train.ops.grid import make_grid
+from infini_train.ops.rope import Rope
 
 SHAPES = {
     "plain": {},
@@ -71,7 +72,7 @@ def test_a_start_at_the_first_token_hides_the_initial_memory(ops, update):
 def test_no_state_is_an_empty_memory(ops, update):
     window = ops.draw(ops.Shape(tokens=10, overlap_tokens=2), filled=False)
     grid = make_grid(window.starts_BT, window.weights_BT, None, 4, 2)
-    fast = infini_attention(*window[1:5], None, grid, update=update, rope_theta=100.0)
+    fast = infini_attention(*window[1:5], None, grid, update=update, rope=Rope(100.0))
     ops.assert_same(ops.tensors(*fast), ops.tensors(*window.attend_by_reference(update)))
 
 
@@ -106,7 +107,7 @@ def test_local_attention_is_the_form_without_memory(ops):
     window = ops.draw(ops.Shape(heads=4, tokens=10, overlap_tokens=2), start_share=0.3, seed=14)
     window = window.replace_leaves(beta=torch.full((4,), -800.0, dtype=torch.float64))
     grid = make_grid(window.starts_BT, window.weights_BT, None, 4, 2)
-    out, _ = local_attention(*window[1:4], None, grid, rope_theta=100.0)
+    out, _ = local_attention(*window[1:4], None, grid, rope=Rope(100.0))
     expected, _ = window.attend_by_reference("linear")
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
@@ -117,7 +118,7 @@ def test_full_attention_is_one_endless_segment(ops):
     outs, recent = [], None
     for piece in window.cut(1, 5):
         grid = make_grid(piece.starts_BT, piece.weights_BT, recent, None)
-        out, recent = local_attention(*piece[1:4], recent, grid, rope_theta=100.0)
+        out, recent = local_attention(*piece[1:4], recent, grid, rope=Rope(100.0))
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=1e-10, atol=1e-10)
 
@@ -163,7 +164,7 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share, ove
         grid = make_grid(twin.starts_BT, twin.weights_BT, first.recent, 4, overlap_tokens, (rank, ranks))
         mine = (x.chunk(ranks, 2)[rank] for x in twin[1:4])
         crossing = Thread(rank, barrier, places)
-        return infini_attention(*mine, twin.beta_H, first, grid, update=update, rope_theta=100.0, ranks=crossing)
+        return infini_attention(*mine, twin.beta_H, first, grid, update=update, rope=Rope(100.0), ranks=crossing)
 
     with ThreadPoolExecutor(ranks) as pool:
         found = list(pool.map(attend, range(ranks)))

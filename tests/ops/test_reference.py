@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infini_train.ops.reference import Form, Marks, ReferenceMemory, attend, empty_memory, rotate, sigma
+from infini_train.ops.rope import Rope
 
 
 def column(*numbers: float) -> Tensor:
@@ -47,9 +48,9 @@ def test_sigma_is_elu_plus_one_without_a_floor():
 
 def test_rotary_turns_halves():
     quarter = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-    assert rotate(quarter, 3, 100.0).tolist() == pytest.approx([math.cos(3), 0, math.sin(3), 0])
+    assert rotate(quarter, 3, Rope(100.0)).tolist() == pytest.approx([math.cos(3), 0, math.sin(3), 0])
     slow = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    assert rotate(slow, 3, 100.0).tolist() == pytest.approx([0, -math.sin(0.3), 0, math.cos(0.3)])
+    assert rotate(slow, 3, Rope(100.0)).tolist() == pytest.approx([0, -math.sin(0.3), 0, math.cos(0.3)])
 
 
 def test_linear_by_hand():
@@ -86,7 +87,7 @@ def test_memory_weighs_by_sigma():
 def test_local_scores_by_hand(segment_tokens: int, overlap_tokens: int):
     q = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1, 3, 2)
     v, beta_H = column(1, 10, 100), torch.tensor([-800.0], dtype=torch.float64)
-    form = Form(segment_tokens, "linear", overlap_tokens, rope_theta=7.0)
+    form = Form(segment_tokens, "linear", overlap_tokens, rope=Rope(7.0))
     out, _ = attend(q, q, v, beta_H, marks(3), empty_memory(q, v), form)
     share = [math.exp(math.cos(distance) / math.sqrt(2)) for distance in (2, 1, 0)]
     assert out.flatten()[2].item() == pytest.approx((share[0] + 10 * share[1] + 100 * share[2]) / sum(share))
@@ -185,9 +186,7 @@ def test_the_papers_equations_on_a_whole_sequence(update: str):
 
     gate = torch.sigmoid(beta_H)[:, None, None]
     turned = [
-        torch.stack([rotate(row, t, 10_000.0) for row in x[..., t, :].reshape(-1, 4)])
-        for x in (q, k)
-        for t in range(12)
+        torch.stack([rotate(row, t, Rope()) for row in x[..., t, :].reshape(-1, 4)]) for x in (q, k) for t in range(12)
     ]
     q_rot, k_rot = torch.stack(turned).unflatten(0, (2, 12)).unflatten(2, (3, 2)).permute(0, 2, 3, 1, 4)
     memory, z = torch.zeros(3, 2, 4, 5, dtype=torch.float64), torch.zeros(3, 2, 4, 1, dtype=torch.float64)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infini_train.ops.attention import infini_attention, local_attention
 from infini_train.ops.grid import make_grid
+from infini_train.ops.rope import Rope
 from infini_train.parallel.context import ContextRanks
 
 WORLD, SEGMENT = 4, 4
@@ -59,7 +60,7 @@ def attend_shard(window, update, ranks, remember=True):
     q, k, v = (x.chunk(ranks.size, 2)[ranks.rank] for x in window[1:4])
 
     def attend(q, k, v, beta, state):
-        return infini_attention(q, k, v, beta, state, grid, update=update, rope_theta=100.0, ranks=ranks)
+        return infini_attention(q, k, v, beta, state, grid, update=update, rope=Rope(100.0), ranks=ranks)
 
     if remember:
         return attend(q, k, v, window.beta_H, state)
