@@ -19,6 +19,7 @@ class PasskeyConfig:
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
     digits: int = 5  # of the number
     few_digits: bool = False  # when texts have grown they begin short again, with numbers that repeat digits
+    few_digits_below_loss: FiniteFloat = 0.12  # and grow while the loss is below this
     min_segments: int = 3  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
@@ -28,7 +29,7 @@ class PasskeyConfig:
     pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure
 
     def __post_init__(self) -> None:
-        for name in ("digits", "min_segments", "grow_below_loss"):
+        for name in ("digits", "min_segments", "grow_below_loss", "few_digits_below_loss"):
             require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
         for name in ("text_weight", "answer_weight", "key_weight"):
             require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")

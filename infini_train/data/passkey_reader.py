@@ -122,7 +122,7 @@ class PasskeyReader:
         """The position when its last window was learned with this loss: the texts grow while it is low."""
         mean = MEMORY * position.loss + (1 - MEMORY) * loss
         longest = position.longest
-        if mean < self.config.grow_below_loss:
+        if mean < (self.config.few_digits_below_loss if position.few_digits else self.config.grow_below_loss):
             longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
         if longest >= self._most and self.config.few_digits and not position.few_digits:
             return Progress(position.step, self._least, START_LOSS, few_digits=True)
