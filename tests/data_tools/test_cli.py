@@ -71,6 +71,10 @@ MISTAKES = {
     ],
     "error: --vocab-size: too little text": ["tokenizer", "books", "--out", "t.model", "--vocab-size", "9999"],
     "error: data: no such dataset folder": ["inspect", "data"],
+    "error: s3://bucket/data: only training reads datasets at URLs; copy it to a folder first": [
+        "verify",
+        "s3://bucket/data",
+    ],
     "error: bad.txt:1: byte 0 is not valid UTF-8": ["encode", "bad.txt", "--tokenizer", "byte", "--out", "data"],
     "error: books: is not empty": ["encode", "books", "--tokenizer", "byte", "--out", "books"],
     "error: --holdout: 2.0 is not a share": ["encode", "books", "--tokenizer", "byte", "--out", "d", "--holdout", "2"],
