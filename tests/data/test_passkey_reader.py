@@ -107,8 +107,14 @@ def test_texts_grow_while_the_loss_is_low():
     assert reader().learn(position, 9.0).longest == 12, "they never shrink"
 
 
+def test_keys_of_few_digits_have_a_threshold_of_their_own():
+    strict = reader(dataclasses.replace(GROWING, few_digits=True, few_digits_below_loss=0.3))
+    for few_digits, loss, grows in ((False, 0.4, True), (True, 0.4, False), (True, 0.2, True)):
+        assert (strict.learn(Progress(9, 3.0, loss, few_digits), loss).longest > 3) == grows
+
+
 def test_texts_grow_again_with_keys_of_few_digits():
-    twice = reader(dataclasses.replace(GROWING, few_digits=True))
+    twice = reader(dataclasses.replace(GROWING, few_digits=True, few_digits_below_loss=0.3))
     position, stages = twice.start(), []
     for _ in range(120):
         position = twice.learn(position, 0.2)
