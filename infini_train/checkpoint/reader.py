@@ -33,6 +33,12 @@ class Checkpoint:
         return group_stored(self.index.fragments)
 
     @property
+    def special_ids(self) -> tuple[int, int, int] | None:
+        """Ids of bos, eos and pad of its tokenizer; None: written before they were kept."""
+        found = self.state.get("special_ids")
+        return None if found is None else (found[0], found[1], found[2])
+
+    @property
     def attention_kind(self) -> str | None:
         """The `model.attention.kind` of its config; None where that can't be told."""
         return self.config.get("model", {}).get("attention", {}).get("kind")

@@ -107,7 +107,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, A
     """Copies the tokenizer of the checkpoint's run, and names its bos and eos; a line if that can't be done."""
     run_dir = checkpoint.path.resolve().parent.parent
     file = next((run_dir / name for name in TOKENIZER_FILES if (run_dir / name).is_file()), None)
-    tokenizer = load_tokenizer("byte" if file is None else file)
+    tokenizer = load_tokenizer("byte" if file is None else file, checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state.get("tokenizer"):
         return f"no tokenizer is written: that of the weights is not in {run_dir}"
     if "bos_token_id" not in described:

@@ -20,7 +20,7 @@ from infini_train.config.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MAX_FILE_BYTES = 5 * 10**9  # theirs
+MAX_FILE_BYTES = 2 * 10**9  # twice as much is in memory while a file is written
 _OPEN_FILES = 64  # far below the usual limit of 1024 descriptors
 
 

@@ -12,7 +12,6 @@ import torch
 from infini_train.checkpoint.fragments import Fragment, whole_fragment
 from infini_train.checkpoint.resharding import write_whole
 from infini_train.checkpoint.store import FOLDER
-from infini_train.checkpoint.writer import MAX_FILE_BYTES
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import dump, dump_tree, to_tree, validate
@@ -23,6 +22,7 @@ from infini_train.convert.folder import CONFIG, WeightsFolder, appearing, check_
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 
 STEP = "step-00000000"
+MAX_FILE_BYTES = 2 * 10**9  # of the checkpoint; twice as much is in memory while a file is written
 CONTINUE = "continue.yaml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there
 TOKENIZER_CONFIG = "tokenizer_config.json"  # names bos and eos of a tokenizer.json
@@ -84,7 +84,9 @@ def import_folder(
     known = positions if isinstance(positions, int) and positions > 0 else FULL_TOKENS
     config = _own_config(model, run_dir, min(known, FULL_TOKENS))
     total = sum(math.prod(weight.shape) for weight in list_weights(model).values())
-    state = {"step": 0, "tokens": 0, "data": "imported", "tokenizer": used.sha256, "imported": described}
+    special_ids = [used.bos_id, used.eos_id, used.pad_id]
+    tokens = {"tokenizer": used.sha256, "special_ids": special_ids}
+    state = {"step": 0, "tokens": 0, "data": "imported", **tokens, "imported": described}
     with appearing(run_dir) as aside:
         fragments = _fragments(weights, model, lambda done: on_tensor(done, total))
         write_whole(aside / FOLDER / STEP, 0, fragments, state, to_tree(config), max_file_bytes)

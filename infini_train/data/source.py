@@ -69,6 +69,7 @@ class Source:
     vocab_size: int
     identity: str  # the same for the same text in the same order
     tokenizer_sha256: str
+    special_ids: tuple[int, int, int]  # bos, eos and pad, as the text was encoded with
     corpus: Corpus | None = None
 
     @property
@@ -89,7 +90,8 @@ def open_source(config: RunConfig) -> Source:
     for name, texts in (("passkey", data.passkey), ("needles", data.needles), ("recall", data.recall)):
         if texts is not None:
             byte = ByteTokenizer()
-            return Source(f"data.{name}", byte.vocab_size, f"{name} {texts}", byte.sha256)
+            special_ids = (byte.bos_id, byte.eos_id, byte.pad_id)
+            return Source(f"data.{name}", byte.vocab_size, f"{name} {texts}", byte.sha256, special_ids)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step
@@ -100,7 +102,8 @@ def open_source(config: RunConfig) -> Source:
         )
     name = ", ".join(part.folder for part in data.mixture) or str(data.train)
     manifest = corpus.manifest
-    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, corpus)
+    special_ids = (manifest.bos_id, manifest.eos_id, manifest.pad_id)
+    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, corpus)
 
 
 def _open_parts(data: DataConfig) -> list[Part]:

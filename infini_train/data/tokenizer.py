@@ -181,15 +181,21 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = None) -> Tokenizer:
     """The tokenizer of a .model or tokenizer.json file, or the byte tokenizer for ``byte``.
+
+    Args:
+        name: of the file, or byte.
+        special_ids: bos, eos and pad of a tokenizer.json, where they are known; it does not tell them itself.
 
     Raises:
         ConfigError: as `SentencePieceTokenizer` and `HuggingFaceTokenizer`.
     """
     if str(name) == "byte":
         return ByteTokenizer()
-    return HuggingFaceTokenizer(name) if Path(name).suffix == ".json" else SentencePieceTokenizer(name)
+    if Path(name).suffix != ".json":
+        return SentencePieceTokenizer(name)
+    return HuggingFaceTokenizer(name, special_ids)
 
 
 def tokenizer_of(folder: Path | str) -> Tokenizer:

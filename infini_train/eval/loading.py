@@ -59,7 +59,7 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     run_dir = checkpoint.path.resolve().parent.parent
     files = [run_dir / kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer)]
     tokenizer_file = next((file for file in files if file.is_file()), files[0])
-    tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte")
+    tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte", checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state["tokenizer"]:
         problem = "is not the tokenizer the model was trained with" if tokenizer_file.is_file() else "is missing"
         raise ConfigError(f"{tokenizer_file}: {problem}; put the right one there")

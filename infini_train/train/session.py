@@ -254,6 +254,7 @@ def save_session(session: Session, notify: Notify) -> None:
         "guard": session.guard.to_json(),
         "rng": rng.capture_rng(),
         "tokenizer": session.source.tokenizer_sha256,
+        "special_ids": list(session.source.special_ids),
     }
     on_saved = (lambda folder: notify(f"saved {folder}")) if session.place.is_first else (lambda folder: None)
     fragments = own_fragments(session.config, session.stages, session.engine, session.carried)

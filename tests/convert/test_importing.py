@@ -149,6 +149,8 @@ def test_the_run_folder_has_what_it_needs(save, tmp_path, process_groups):
     assert (trained.tokenizer.bos_id, trained.tokenizer.eos_id) == (0, 1) and trained.step == 0
     assert found.tokenizer.sha256 == trained.tokenizer.sha256 == open_checkpoint(resolve(run)).state["tokenizer"]
     assert trained.config.train.window_tokens == 64 and trained.config.model.attention.kind == "full"
+    (run / "tokenizer_config.json").unlink()  # a run that goes on has tokenizer.json only
+    assert open_trained(run).tokenizer.eos_id == 1
     config = load_run(str(run / "continue.yaml"))
     assert config.train.init_from == str(run) and config.model.attention == InfiniConfig(
         segment_tokens=64, gate_init=GATE_INIT
