@@ -197,6 +197,9 @@ def one_thread() -> dict[str, str]:
 
 def describe(run_dir: Path) -> dict[str, Any]:
     """Sizes of a trained model, and what it really carries from window to window."""
+    from infini_train.parallel import device
+
+    device.prepare()  # before anything imports megatron-core, which would warn
     import torch
 
     from infini_train.eval.loading import open_trained
