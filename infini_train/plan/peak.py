@@ -75,7 +75,8 @@ def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carr
     step = step_bytes(config, part)
     lasting = states.total + 2 * carried
     summed = config.lanes_per_rank // config.micro_lanes * len(part.stages) > visits  # by an earlier backward
-    beginning = lasting - (0 if summed else states.gradients) + kept + moment + buffers + early
+    there = summed or effective_stage(config) == 3  # whose buffer of gradients lasts from the start
+    beginning = lasting - (0 if there else states.gradients) + kept + moment + buffers + early
     ending = lasting + layer + layer_work + buffers + buckets
     return PeakBytes(
         states=states.total,

@@ -125,6 +125,16 @@ def test_the_bubble_is_that_of_the_schedules() -> None:
         assert found.bubble == pytest.approx(share / (1 + share), rel=0.05)
 
 
+def test_gradients_of_zero_3_are_there_from_the_start() -> None:
+    """DeepSpeed allocates them with the engine, so that the backward of a lone micro-batch finds them, too."""
+    config = make_config({"data_size": 8, "zero_stage": 3}, window_tokens=4096)
+    part, shapes = find_parts(config)[0], find_shapes(config, fused_norm=True)
+    found = find_peak(config, shapes, part, part.device, part.carried_bytes)
+    bucket = found.buckets / 2  # allocated, and not copied yet
+    beginning = found.states + found.carried + found.activations + found.buffers + bucket
+    assert part.device.gradients > 0 and found.peak == beginning + max(found.logits, found.working)
+
+
 def test_in_flight_micro_batches() -> None:
     config = make_config({"pipeline_size": 4, "data_size": 1})
     assert [in_flight(config, stage) for stage in range(4)] == [4, 3, 2, 1]
