@@ -16,8 +16,8 @@ OF_A_KIND = re.compile(r".*\.gate|memory_tokens\..*")  # parameters that not eve
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
 
-    Where the checkpoint is of another kind of attention, the parameters that only the model's kind has stay as they
-    are.
+    Where the checkpoint is of another kind of attention, gates and memory tokens stay as they are: those of the other
+    kind, if there are any, belong to another memory.
 
     Returns:
         Their names.
@@ -27,9 +27,8 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """
     parameters = dict(model.named_parameters())
     new: list[str] = []
-    if checkpoint.attention_kind != model.config.attention.kind:
-        stored = set(checkpoint.names("master"))
-        new = [name for name in parameters if name not in stored and OF_A_KIND.fullmatch(name)]
+    if checkpoint.attention_kind not in (None, model.config.attention.kind):
+        new = [name for name in parameters if OF_A_KIND.fullmatch(name)]
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()

@@ -208,6 +208,18 @@ def test_init_from_another_kind_of_attention(old, new, configure, tools):
     tools.assert_same(tools.capture(resumed), tools.capture(session))
 
 
+def test_gates_of_another_kind_are_not_taken(configure):
+    """They mix in another memory: what was retrieved, say."""
+    kind = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 2.0}"
+    origin = open_session(configure(f"model.attention={kind}", run="origin"), ignore)
+    assert any(name.endswith(".gate") for name, _ in origin.stages.named_globally())
+    settings = f"train.init_from={save(origin)}", "model.attention.gate_init=-3.0"
+    session = open_session(configure(*settings, run="new"), ignore)
+    gates = [parameter for name, parameter in session.stages.named_globally() if name.endswith(".gate")]
+    assert len(gates) == session.config.model.num_layers
+    assert all(torch.equal(gate, torch.full_like(gate, -3.0)) for gate in gates)
+
+
 def test_a_checkpoint_that_lacks_a_gate_of_its_own_kind_is_refused(configure):
     folder = save(open_session(configure(run="origin"), ignore))
     index = parse_index((folder / "index.json").read_text())
