@@ -104,9 +104,10 @@ def parse_model(tree: Tree, source: str) -> ModelConfig:
 
 
 def _check_windows(tree: Tree, refuse: Any) -> None:
-    """Sliding windows are off: none is given, or a switch says so (Mistral has no switch)."""
-    window = tree.get("sliding_window", 4096 if tree["model_type"] == "mistral" else None)
-    if window is not None and tree.get("use_sliding_window", tree["model_type"] in ("llama", "mistral")):
+    """Sliding windows are off: none is given, or a switch says so, which Qwen's types alone have."""
+    kind = tree["model_type"]
+    window = tree.get("sliding_window", 4096 if kind == "mistral" else None)
+    if window is not None and (not kind.startswith("qwen") or tree.get("use_sliding_window", False)):
         raise refuse("sliding_window", f"{window}: attention in a sliding window is not known here")
     other = [kind for kind in tree.get("layer_types") or () if kind != "full_attention"]
     if other:

@@ -57,10 +57,10 @@ class WeightsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open = lru_cache(_OPEN_FILES)(self._open_file)
-        if (folder / INDEX).is_file():
-            self.files = self._read_index()
-        elif (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).is_file():  # transformers, too, takes it where an index lies beside it
             self.files = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
+        elif (folder / INDEX).is_file():
+            self.files = self._read_index()
         else:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             why = f"only {pickled[0]}, which is pickled and never read; " if pickled else ""

@@ -33,8 +33,8 @@ CONTINUE_HEAD = """\
 # Goes on with the imported model, with Infini-attention in place of full attention:
 #   infini-data encode TEXT --tokenizer {run}/TOKENIZER --out data --holdout 0.01
 #   infini-train train {run}/continue.yaml
-# The model's shape must stay; all else is a beginning, to be edited (docs/continual.md). Rate, batch and length are
-# those of the paper's 1B model, and were not tuned here. New gates begin nearly closed (gate_init).
+# The model's shape must stay; all else is a beginning, to be edited (docs/continual.md). Rate, lanes and steps are the
+# paper's for 1B, but its texts were of 4K; not tuned here. New gates begin nearly closed (gate_init).
 """
 
 

@@ -120,7 +120,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     if not folder.is_dir():
         protocol, _, rest = str(folder).partition(":/")  # a URL that has become a path
         if protocol.isalnum() and rest:
-            raise ConfigError(f"{protocol}://{rest}: only training reads datasets at URLs; copy it to a folder first")
+            raise ConfigError(f"{protocol}://{rest}: only training and evaluation read datasets at URLs; copy it first")
         raise ConfigError(f"{folder}: no such dataset folder; write one with infini-data encode")
     try:
         tree = json.loads(path.read_bytes())

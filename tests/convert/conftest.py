@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers")
-
-from infini_train.cli import main  # noqa: E402
+from infini_train.cli import main
 
 SHAPE = {
     "vocab_size": 263,
@@ -28,11 +26,12 @@ SHAPE = {
 def save_model(folder: Path, kind: str = "llama", dtype: str = "float32", shard: str = "5GB", **changes: object):
     """A random model, written by save_pretrained; returns it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SHAPE, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    make = transformers.AutoModelForCausalLM.from_config
+    model = make(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms neither ones, nor biases zeros
             if parameter.dim() == 1:

@@ -79,6 +79,7 @@ def test_the_table_names_every_weight(kind, tied, process_groups):
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rotary embedding scaled in the way of yarn"),
         ({"model_type": "mistral"}, "sliding_window: 4096: attention in a sliding window is not known here"),
+        ({"model_type": "mistral", "use_sliding_window": False}, "sliding_window: 4096: attention in a sliding window"),
         ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True}, "sliding_window: 32: attention in"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: sliding_attention is not known here"),
         ({"hidden_size": None}, "hidden_size: must be a positive number, not None"),

@@ -49,6 +49,12 @@ def test_what_is_no_folder_of_weights_is_refused(tmp_path):
         read_json(folder / "config.json")
 
 
+def test_one_file_beside_an_index_is_taken_as_transformers_does(tmp_path):
+    folder = write(tmp_path / "hf", 80)
+    save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+    assert WeightsFolder(folder).files == {"a": "model.safetensors"}
+
+
 def test_an_index_that_lies_is_refused(tmp_path):
     folder = write(tmp_path / "hf", 80)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -71,7 +71,7 @@ MISTAKES = {
     ],
     "error: --vocab-size: too little text": ["tokenizer", "books", "--out", "t.model", "--vocab-size", "9999"],
     "error: data: no such dataset folder": ["inspect", "data"],
-    "error: s3://bucket/data: only training reads datasets at URLs; copy it to a folder first": [
+    "error: s3://bucket/data: only training and evaluation read datasets at URLs; copy it first": [
         "verify",
         "s3://bucket/data",
     ],
