@@ -36,7 +36,7 @@ RESUMABLE: Mapping[str, str] = {
 
 # paths below model -> why a model with the same weights may differ in them
 SAME_WEIGHTS: Mapping[str, str] = {
-    KIND: "all kinds share their weights; gates and memory tokens that are new begin with their initial values",
+    KIND: "all kinds share their weights; gates and memory tokens begin with their initial values",
     "model.attention.update": "both update rules share all weights",
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
     "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
