@@ -88,7 +88,7 @@ def export_checkpoint(
         write_synced(aside / CONFIG, json.dumps(described, indent=2) + "\n")
     loss = LOSSES[model.attention.kind]
     notes = [f"the weights are those of attention {model.attention.kind}; the model there {loss}"] * bool(loss)
-    return Exported(model, used, total, tuple(notes + [note] * bool(note)))
+    return Exported(model, used, total, (*notes, *([note] if note else [])))
 
 
 def _describe(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:

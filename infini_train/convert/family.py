@@ -72,7 +72,7 @@ def parse_model(tree: Tree, source: str) -> ModelConfig:
         return ConfigError(f"{source}: {field}: {problem}")
 
     kind = tree.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise refuse("model_type", f"{kind} can't be imported; those that can are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     for field, (value, other) in ONE_VALUE.items():
@@ -118,6 +118,8 @@ def _parse_rope(tree: Tree, refuse: Any) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from the fields of transformers 5 or 4."""
     field = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
     rope = tree.get(field) or {}
+    if not isinstance(rope, Mapping):
+        raise refuse(field, f"must be an object, not {rope}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise refuse(field, f"rotary embedding scaled in the way of {kind} is not known here; only that of llama3 is")

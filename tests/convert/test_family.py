@@ -68,6 +68,8 @@ def test_the_table_names_every_weight(kind, tied, process_groups):
             {"model_type": "gemma"},
             "model_type: gemma can't be imported; those that can are llama, mistral, qwen2, ",
         ),
+        ({"model_type": ["llama"]}, "model_type: ['llama'] can't be imported"),
+        ({"rope_scaling": "llama3"}, "rope_scaling: must be an object, not llama3"),
         ({"attention_bias": True}, "attention_bias: True asks for biases in all four projections of the attention"),
         ({"mlp_bias": True}, "mlp_bias: True asks for biases in the feed-forward"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu asks for another activation than SwiGLU's"),
