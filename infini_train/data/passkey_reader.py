@@ -21,7 +21,7 @@ from infini_train.config.data import PasskeyConfig
 from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter
-from infini_train.data.passkey_wordings import SENTENCES, find_wording
+from infini_train.data.passkey_wordings import SENTENCES, WORDS, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 
 # Where the key lies: up to these shares of the texts anywhere, in the first segment's worth of filler, in the last two
@@ -31,6 +31,8 @@ START_LOSS, MEMORY = 10.0, 0.9  # of the running mean of the loss
 GROWTH = 1.05, 0.1  # a step: segments times this, and this many more
 QUESTION_INSIDE = 0.8  # share of the grown texts whose question is not cut by a segment's edge; before, all
 SENTENCES_DRAWN = 2, 8  # of which a varied filler consists
+WORDS_DRAWN = 2, 9  # of a sentence without sense
+NONSENSE = 0.5  # share of such sentences: the others are so few that a model knows them all by heart
 
 
 class _Window(NamedTuple):
@@ -200,7 +202,10 @@ class PasskeyReader:
         if not self.config.varied_filler:
             return writer
         count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
-        return writer.refill(str(sentence) for sentence in random.choice(SENTENCES, count, replace=False))
+        sentences = [str(sentence) for sentence in random.choice(SENTENCES, count, replace=False)]
+        return writer.refill(
+            _draw_nonsense(random) if random.random() < NONSENSE else sentence for sentence in sentences
+        )
 
     def _draw_key(self, random: np.random.Generator, few_digits: bool) -> np.ndarray:
         """Any digits, or some of few: where digits repeat, only their place tells what follows them."""
@@ -228,3 +233,9 @@ class PasskeyReader:
         holds_key = (segment >= (key.start + 1) // size) & (segment <= key.stop // size)  # behind the bos
         weights[(segment > 0) & ~holds_key] = longer**share
         return weights
+
+
+def _draw_nonsense(random: np.random.Generator) -> str:
+    """Words in any order, so that more neighbours are seen than those of the sentences."""
+    words = random.choice(WORDS, random.integers(WORDS_DRAWN[0], WORDS_DRAWN[1] + 1))
+    return f"{' '.join(map(str, words)).capitalize()}."

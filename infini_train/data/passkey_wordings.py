@@ -164,3 +164,5 @@ SENTENCES = (
     "On Monday the museum stays closed.",
     "Yes, that is what she said.",
 )
+
+WORDS = tuple(sorted({word.strip(".,:;?!").lower() for sentence in SENTENCES for word in sentence.split()}))
