@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -65,13 +66,18 @@ def test_half_of_the_texts_and_all_short_ones_go_without_an_intro():
 def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
     config = dataclasses.replace(GROWING, varied_filler=True)
     batch, _ = reader(config).next(Progress(3, 12.0, 0.1))
-    seen = []
+    seen, known = [], " ".join(SENTENCES)
+    nonsense = 0
     for row in range(4):
         for start, stop in texts(batch, row):
             words = ByteTokenizer().decode(batch.labels_BT[row, start:stop])
             assert not any(sentence in words for text in WORDINGS.values() for sentence in text.filler)
             seen.append(frozenset(sentence for sentence in SENTENCES if sentence in words))
+            filler = words.partition("is the pass key. ")[2].partition(" What is the pass key?")[0]
+            whole = re.split(r"[.?!]", filler)[1:-1]
+            nonsense += sum(sentence.strip() not in known for sentence in whole)
     assert len(set(seen)) > 4 and max(map(len, seen)) <= 8 and set().union(*seen) > seen[0]
+    assert nonsense > 4, "and words of these sentences in any order"
 
 
 @pytest.mark.parametrize(("few_digits", "two"), [(False, 0.0135), (True, 0.18)])
