@@ -125,8 +125,8 @@ def wanted(kinds: list[str]) -> list[tuple[str, str]]:
     return [(name, kind) for name, kind in pairs if kind not in found.get(name, {})]
 
 
-def measure(missing: list[tuple[str, str]], seconds: float) -> None:
-    """These cases, until the time is up; of a time that is there already, the shorter one stays."""
+def measure(missing: list[tuple[str, str]], seconds: float, rates: bool = False) -> None:
+    """These cases, until the time is up; of a time that is there already, the shorter one stays. `rates`: the machine's again, too."""
     end = time.monotonic() + seconds
     if not missing:
         return
@@ -138,12 +138,12 @@ def measure(missing: list[tuple[str, str]], seconds: float) -> None:
     import infini_train.train.session
     import infini_train.train.step  # noqa: F401
 
-    if any(kind == "time" for _, kind in missing) and not read("measured.json").get("hardware"):
+    if any(kind == "time" for _, kind in missing) and (rates or not read("measured.json").get("hardware")):
         from infini_train.plan.measure import measure_hardware
 
-        described, rates = measure_hardware()
+        described, found_rates = measure_hardware()
         named = dataclasses.asdict(dataclasses.replace(described, name="a core of the machine that the cases ran on"))
-        write("measured.json", {**read("measured.json"), "hardware": named, "rates": rates})
+        write("measured.json", {**read("measured.json"), "hardware": named, "rates": found_rates})
     torch.set_num_threads(1)
     for name, kind in missing:
         if time.monotonic() > end:
@@ -165,8 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     kinds = options.kind or ["memory", "time"]
     if options.again:
-        write("measured.json", {name: value for name, value in read("measured.json").items() if name != "hardware"})
-        measure([(name, "time") for name in CASES if "memory only" not in name], options.seconds)
+        measure([(name, "time") for name in CASES if "memory only" not in name], options.seconds, rates=True)
     elif not options.report:
         measure(wanted(kinds), options.seconds)
     left = len(wanted(["memory", "time"]))
