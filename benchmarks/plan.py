@@ -126,7 +126,10 @@ def wanted(kinds: list[str]) -> list[tuple[str, str]]:
 
 
 def measure(missing: list[tuple[str, str]], seconds: float, rates: bool = False) -> None:
-    """These cases, until the time is up; of a time that is there already, the shorter one stays. `rates`: the machine's again, too."""
+    """These cases, until the time is up; of a time that is there already, the shorter one stays.
+
+    `rates`: measure the machine's, too, if they are there already.
+    """
     end = time.monotonic() + seconds
     if not missing:
         return
