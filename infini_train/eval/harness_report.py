@@ -98,6 +98,7 @@ def evaluate_harness(trained: Trained, task: HarnessTask, *, lanes: int, out: Pa
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         _check_names(names, manager.all_tasks, folder)
         manager.load(names)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm_eval would fork this process, threads and all, which may hang
     with contextlib.chdir(folder):
         results = simple_evaluate(
             model=InfiniLM(trained.model, trained.tokenizer, lanes=lanes, seed=task.seed),
