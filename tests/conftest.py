@@ -61,6 +61,22 @@ def tiny() -> Callable[..., ModelConfig]:
 
 
 @pytest.fixture(scope="session")
+def call() -> Callable[..., int]:
+    """Calls `infini-train` with arguments in this process, and gives its exit code."""
+
+    def run(*arguments: object) -> int:
+        from infini_train.cli import main
+
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return 0 if stop.code is None else int(stop.code)
+        return 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def process_groups() -> None:
     """Those of one process, which models need."""
     import torch

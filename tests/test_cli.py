@@ -15,22 +15,12 @@ import yaml
 
 from infini_train import cli
 from infini_train.checkpoint import commands
-from infini_train.cli import main
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 from infini_train.eval import commands as evaluations
 from infini_train.parallel import device
 
 COMMANDS = ("train", "eval", "generate", "checkpoint", "demo")
-
-
-def call(*arguments: object) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -68,7 +58,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(call: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, its shards, and a run of two steps."""
     home = tmp_path_factory.mktemp("home")
     write_shards(home / "train")
@@ -89,7 +79,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(
+    call: Callable[..., int], home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Calls a command that must be refused; returns its one line. Neither `home` nor `tmp_path` may change."""
 
     def check(*arguments: object) -> str:
@@ -247,7 +239,7 @@ def small_disk(request, tmp_path_factory) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_without_space(home, small_disk, capsys, monkeypatch):
+def test_a_disk_without_space(call, home, small_disk, capsys, monkeypatch):
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
     capsys.readouterr()
     model = ("--set", "model.hidden_size=128", "--set", "model.ffn_size=256")
@@ -266,7 +258,7 @@ def test_a_disk_without_space(home, small_disk, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_gives_examples(command, capsys):
+def test_help_gives_examples(call, command, capsys):
     assert call(command, "--help") == 0
     said = capsys.readouterr().out
     assert "examples:\n" in said and said.count(f"infini-train {command}") >= 3
@@ -286,7 +278,7 @@ def test_help_of_every_option_says_its_default():
                     assert f"default: {action.default})" in parser.format_help().replace("\n" + " " * 24, " ")
 
 
-def test_help_and_version(capsys):
+def test_help_and_version(call, capsys):
     assert call("--help") == 0
     said = capsys.readouterr().out
     assert all(f"infini-train {command}" in said for command in COMMANDS)
@@ -312,14 +304,14 @@ def test_examples_in_help_parse(capsys):
     assert "segment_tokens: 128" in capsys.readouterr().out
 
 
-def test_print_config_is_the_resolved_config(home, capsys):
+def test_print_config_is_the_resolved_config(call, home, capsys):
     capsys.readouterr()
     assert call("train", home / "tiny.yaml", "--set", "optim.lr=1e-3", "--print-config") == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert tree["optim"]["lr"] == 1e-3 and tree["optim"]["beta2"] == 0.95 and tree["train"]["max_steps"] == 2
 
 
-def test_eval_prints_a_table_or_json(home, capsys):
+def test_eval_prints_a_table_or_json(call, home, capsys):
     capsys.readouterr()
     assert call("eval", home / "run", "--json") == 0
     values = json.loads(capsys.readouterr().out)
@@ -335,7 +327,7 @@ def test_eval_prints_a_table_or_json(home, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(values["loss"], abs=0.05)
 
 
-def test_eval_from_another_folder_finds_the_validation_data(home, tmp_path, monkeypatch, capsys, refused):
+def test_eval_from_another_folder_finds_the_validation_data(call, home, tmp_path, monkeypatch, capsys, refused):
     """Trained with relative paths, evaluated by absolute path from elsewhere."""
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
     write_shards(tmp_path / "there" / "held", seed=1)
@@ -354,7 +346,7 @@ def test_eval_from_another_folder_finds_the_validation_data(home, tmp_path, monk
     )
 
 
-def test_generate_goes_on_from_a_prompt(home, tmp_path, capsys):
+def test_generate_goes_on_from_a_prompt(call, home, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("abc def " * 20)
     capsys.readouterr()
     assert call("generate", home / "run", "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 9) == 0
@@ -372,14 +364,14 @@ def test_generate_goes_on_from_a_prompt(home, tmp_path, capsys):
     assert texts[0] == texts[1] and len(texts[0]) > 50
 
 
-def test_a_finished_run_says_so(home, capsys, monkeypatch):
+def test_a_finished_run_says_so(call, home, capsys, monkeypatch):
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
     capsys.readouterr()
     assert call("train", home / "tiny.yaml") == 0
     assert "the run has done all of its 2 steps; raise train.max_steps to go on" in capsys.readouterr().out
 
 
-def test_a_run_resumes_from_a_resharded_checkpoint(home, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_from_a_resharded_checkpoint(call, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
     copy = tmp_path / "copy" / "checkpoints" / "step-00000002"
     assert call("checkpoint", "reshard", home / "run", copy) == 0

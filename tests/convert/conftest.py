@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.cli import main
-
 SHAPE = {
     "vocab_size": 263,
     "hidden_size": 32,
@@ -55,17 +53,3 @@ def edit() -> Callable[..., None]:
         (folder / "config.json").write_text(json.dumps(tree))
 
     return change
-
-
-def run_command(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
-
-
-@pytest.fixture(scope="session")
-def call() -> Callable[..., int]:
-    """Calls `infini-train` with arguments, and gives its exit code."""
-    return run_command

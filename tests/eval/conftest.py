@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from infini_train.cli import main
 from infini_train.config.model import ModelConfig
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
@@ -46,23 +45,8 @@ def tools(tiny: Callable[..., ModelConfig], process_groups: None) -> Tools:
     return Tools(tiny)
 
 
-def run_command(*arguments: object) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
-
-
 @pytest.fixture(scope="session")
-def call() -> Callable[..., int]:
-    """Calls `infini-train` with arguments, and gives its exit code."""
-    return run_command
-
-
-@pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_run(call: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step over bytes."""
     home = tmp_path_factory.mktemp("home")
     with ShardWriter(home / "train", ByteTokenizer()) as writer:
@@ -78,7 +62,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "MATMUL_PROBE_SIZE", 64)
-        assert run_command("train", home / "tiny.yaml") == 0
+        assert call("train", home / "tiny.yaml") == 0
     return home / "run"
 
 

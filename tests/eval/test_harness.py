@@ -10,7 +10,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_train.cli import main
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.generate import generate
 from infini_train.eval.sampling import Sampling
@@ -27,15 +26,6 @@ TASKS = Path(__file__).resolve().parent / "harness_tasks"
 NAMES = ("tiny_choice", "tiny_likelihood", "tiny_cloze", "tiny_generation")
 LONG = "It was the best of times, it was the worst of times, and so on.\n" * 5 + "It"  # 40 segments of 8 bytes
 TOKENIZER = ByteTokenizer()
-
-
-def call(*arguments: object) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
 
 
 def requests(kind: str, *arguments: tuple) -> list[Instance]:
@@ -152,7 +142,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def test_the_command_writes_what_lm_eval_writes(tmp_path, capsys):
+def test_the_command_writes_what_lm_eval_writes(call, tmp_path, capsys):
     """The same file as with a model of lm_eval's own, key by key; and table, samples, scalars."""
     out = tmp_path / "out"
     assert call("eval", "harness", MODEL, "--include-path", TASKS, "--tasks", *NAMES, "--out", out) == 0
@@ -178,7 +168,7 @@ def test_the_command_writes_what_lm_eval_writes(tmp_path, capsys):
     assert acc.step == results["config"]["step"]
 
 
-def test_the_numbers_of_a_task_are_those_of_its_texts(tmp_path, capsys):
+def test_the_numbers_of_a_task_are_those_of_its_texts(call, tmp_path, capsys):
     """Bits per byte of the likelihood task, from the model by hand."""
     from infini_train.eval.loading import open_trained
 
@@ -203,13 +193,13 @@ def test_the_numbers_of_a_task_are_those_of_its_texts(tmp_path, capsys):
         (("--tasks", TASKS / "none.yaml"), "none.yaml"),
     ],
 )
-def test_what_is_not_here_is_refused_in_one_line(arguments, line, capsys):
+def test_what_is_not_here_is_refused_in_one_line(call, arguments, line, capsys):
     assert call("eval", "harness", MODEL, *arguments) != 0
     shown = capsys.readouterr()
     assert line in shown.err and shown.err.strip().count("\n") == 0 and "Traceback" not in shown.err
 
 
-def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_lm_eval_the_command_says_what_to_install(call, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert call("eval", "harness", MODEL, "--tasks", "tiny_choice", "--include-path", TASKS) == 2
     assert "pip install 'infini-train[harness]'" in capsys.readouterr().err

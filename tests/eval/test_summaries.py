@@ -2,13 +2,13 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_train.cli import main
 from infini_train.config.errors import ConfigError
 from infini_train.data.pairs import PairForm
 from infini_train.data.tokenizer import ByteTokenizer
@@ -33,15 +33,6 @@ def data(tmp_path) -> Path:
     path = tmp_path / "books.jsonl"
     path.write_text("".join(json.dumps(book) + "\n" for book in BOOKS))
     return path
-
-
-def call(*arguments: object) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return 0 if stop.code is None else int(stop.code)
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -77,11 +68,15 @@ def test_the_defaults_are_the_papers(data):
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def evaluate(data: Path, out: Path, *options: object) -> int:
-    return call("eval", "summarise", MODEL, "--data", data, "--out", out, "--max-new-tokens", 5, *options)
+@pytest.fixture
+def evaluate(call: Callable[..., int]) -> Callable[..., int]:
+    def run(data: Path, out: Path, *options: object) -> int:
+        return call("eval", "summarise", MODEL, "--data", data, "--out", out, "--max-new-tokens", 5, *options)
+
+    return run
 
 
-def test_the_command_writes_scores_texts_and_scalars_and_goes_on(data, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_scores_texts_and_scalars_and_goes_on(evaluate, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert evaluate(data, out, "--books", 2, "--lanes", 2) == 0
     first = (out / "summaries.jsonl").read_text()
@@ -107,7 +102,7 @@ def test_the_command_writes_scores_texts_and_scalars_and_goes_on(data, tmp_path,
     assert any("b0" in tag for tag in board.Tags()["tensors"])
 
 
-def test_other_settings_are_not_mixed_in(data, tmp_path, capsys):
+def test_other_settings_are_not_mixed_in(evaluate, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate(data, out, "--books", 1) == 0
     assert evaluate(data, out, "--books", 1, "--seed", 1) == 2
@@ -115,7 +110,7 @@ def test_other_settings_are_not_mixed_in(data, tmp_path, capsys):
     assert evaluate(data, out, "--books", 1, "--seed", 1, "--overwrite") == 0
 
 
-def test_what_a_killed_run_left_is_kept(data, tmp_path, capsys):
+def test_what_a_killed_run_left_is_kept(evaluate, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate(data, out) == 0
     whole = (out / "summaries.jsonl").read_text()
@@ -136,14 +131,14 @@ def test_what_a_killed_run_left_is_kept(data, tmp_path, capsys):
         ("[]", "record 1: is not a JSON object"),
     ],
 )
-def test_bad_data_are_named(text, line, tmp_path, capsys):
+def test_bad_data_are_named(evaluate, text, line, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text(text)
     assert evaluate(tmp_path / "bad.jsonl", tmp_path / "out") == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_packed_books_are_the_same_and_torn_ones_are_named(data, tmp_path, capsys):
+def test_packed_books_are_the_same_and_torn_ones_are_named(evaluate, data, tmp_path, capsys):
     packed = tmp_path / "books.jsonl.gz"
     packed.write_bytes(gzip.compress(data.read_bytes()))
     assert list(SummaryTask(data=packed).read_books()) == list(SummaryTask(data=data).read_books())
