@@ -1,6 +1,5 @@
 """A checkpoint rewritten as whole tensors by one process, one tensor after the other."""
 
-import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, whole_fragment
 from infini_train.checkpoint.index import DTYPES, dump_index, merge_parts, parse_part
 from infini_train.checkpoint.reader import INDEX_FILE, Checkpoint
-from infini_train.checkpoint.sync import describe_failure, sync_path, write_synced
+from infini_train.checkpoint.sync import appearing, check_new, describe_failure, write_synced
 from infini_train.checkpoint.writer import MAX_FILE_BYTES, part_file, write_part
 
 KEPT_AS_STORED = ("carry",)  # memory is a sum over all that was read: a run goes on from it in the dtype it had
@@ -46,8 +45,7 @@ def reshard(
     if unknown:
         raise CheckpointError(f"{source.path}: holds no {unknown[0]}; its kinds are {', '.join(stored)}")
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: exists already; name a new folder")
+    check_new(target)
     chosen = [kind for kind in stored if kinds is None or kind in kinds]
     tensors = _whole_tensors(source, chosen, dtype, on_tensor)
     write_whole(target, source.step, tensors, source.state, source.config, max_file_bytes)
@@ -74,23 +72,15 @@ def write_whole(
     Raises:
         CheckpointError: it can't be written.
     """
-    aside = target.with_name(f".{target.name}.tmp-reshard")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        write_part(aside, fragments, uuid.uuid4().hex, 0, max_file_bytes)
-        part = parse_part(part_file(aside, 0).read_text(encoding="utf-8"))
-        write_synced(aside / INDEX_FILE, dump_index(merge_parts(step, [part], state, config)))
-        part_file(aside, 0).unlink()
-        sync_path(aside)
-        aside.rename(target)
-        sync_path(target.parent)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, Exception):
-            raise describe_failure(error, target, step) from error
-        raise
+        with appearing(target, "tmp-reshard") as aside:
+            write_part(aside, fragments, uuid.uuid4().hex, 0, max_file_bytes)
+            part = parse_part(part_file(aside, 0).read_text(encoding="utf-8"))
+            write_synced(aside / INDEX_FILE, dump_index(merge_parts(step, [part], state, config)))
+            part_file(aside, 0).unlink()
+    except Exception as error:
+        raise describe_failure(error, target, step) from error
 
 
 def _whole_tensors(

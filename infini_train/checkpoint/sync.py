@@ -1,8 +1,11 @@
 """Files that survive a power cut, and what to tell the user when they can't be written."""
 
+import contextlib
 import errno
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,6 +28,36 @@ def write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def check_new(folder: Path) -> None:
+    """Whether a folder of this name can be made.
+
+    Raises:
+        CheckpointError: something is there.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(f"{folder}: exists already; name a new folder")
+
+
+@contextlib.contextmanager
+def appearing(target: Path, suffix: str) -> Iterator[Path]:
+    """A folder beside the target, which takes its name when all is in it and on disk, and vanishes if anything fails.
+
+    Args:
+        target: it does not exist (`check_new`).
+        suffix: of the name that it has meanwhile.
+    """
+    aside = target.with_name(f".{target.name}.{suffix}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        aside.mkdir(parents=True)
+        yield aside
+        sync_path(aside)
+        aside.rename(target)
+        sync_path(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def describe_failure(failure: Exception, folder: Path, step: int) -> Exception:

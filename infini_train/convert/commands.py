@@ -62,12 +62,13 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from infini_train.convert.folder import name_dtype
     from infini_train.convert.importing import import_folder
 
     with _progress("import") as show:
         found = import_folder(options.folder, options.run_dir, tokenizer=options.tokenizer, on_tensor=show)
     print(
-        f"{options.run_dir}: {found.parameters:,} parameters, as stored ({str(found.dtype).removeprefix('torch.')});"
+        f"{options.run_dir}: {found.parameters:,} parameters, as stored ({name_dtype(found.dtype)});"
         f" tokenizer {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids\n"
         f"go on with: infini-train train {options.run_dir / 'continue.yaml'}"
     )
@@ -78,6 +79,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from infini_train.checkpoint.store import open_checkpoint, resolve
     from infini_train.convert.exporting import export_checkpoint
+    from infini_train.convert.folder import name_dtype
 
     checkpoint = open_checkpoint(resolve(options.model))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype]
@@ -85,10 +87,8 @@ def _export(options: argparse.Namespace) -> None:
         found = export_checkpoint(checkpoint, options.folder, dtype=dtype, on_tensor=show)
     for note in found.notes:
         print(f"note: {note}")
-    print(
-        f"{options.folder}: {found.parameters:,} parameters of step {checkpoint.step}"
-        f" ({str(found.dtype).removeprefix('torch.')})"
-    )
+    size = f"{found.parameters:,} parameters of step {checkpoint.step}"
+    print(f"{options.folder}: {size} ({name_dtype(found.dtype)})")
 
 
 @contextlib.contextmanager

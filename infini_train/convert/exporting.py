@@ -10,18 +10,17 @@ import torch
 
 from infini_train.checkpoint.index import DTYPES
 from infini_train.checkpoint.reader import Checkpoint
-from infini_train.checkpoint.sync import write_synced
+from infini_train.checkpoint.sync import check_new, write_synced
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.convert.family import describe_model, list_weights
-from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, appearing, check_new, size_bytes, write_weights
-from infini_train.convert.importing import TOKENIZER_CONFIG, TOKENIZER_FILES
+from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, name_dtype, new_folder, size_bytes, write_weights
+from infini_train.convert.importing import TOKENIZER_CONFIG
 from infini_train.data.huggingface import HuggingFaceTokenizer
-from infini_train.data.tokenizer import load_tokenizer
+from infini_train.data.tokenizer import find_tokenizer, load_tokenizer
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 LOSSES = {  # kind of attention -> what the other side computes instead
     "full": None,
     "local": "attends to the whole text, not to segments",
@@ -81,8 +80,8 @@ def export_checkpoint(
             on_tensor(done, total)
             yield table[piece.name].theirs, values.view(piece.global_shape)
 
-    described = {**_describe(config, checkpoint), "torch_dtype": DTYPE_NAMES[used]}
-    with appearing(folder) as aside:
+    described = {**_describe(config, checkpoint), "torch_dtype": name_dtype(used)}
+    with new_folder(folder) as aside:
         write_weights(aside, weights(), sizes, max_file_bytes)
         note = _copy_tokenizer(checkpoint, aside, described)
         write_synced(aside / CONFIG, json.dumps(described, indent=2) + "\n")
@@ -106,8 +105,8 @@ def _describe(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, Any]) -> str | None:
     """Copies the tokenizer of the checkpoint's run, and names its bos and eos; a line if that can't be done."""
     run_dir = checkpoint.path.resolve().parent.parent
-    file = next((run_dir / name for name in TOKENIZER_FILES if (run_dir / name).is_file()), None)
-    tokenizer = load_tokenizer("byte" if file is None else file, checkpoint.special_ids)
+    file = find_tokenizer(run_dir)
+    tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state.get("tokenizer"):
         return f"no tokenizer is written: that of the weights is not in {run_dir}"
     if "bos_token_id" not in described:

@@ -3,11 +3,10 @@
 import contextlib
 import json
 import math
-import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infini_train.checkpoint.sync import sync_path, write_synced
+from infini_train.checkpoint.sync import appearing, sync_path, write_synced
 from infini_train.config.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -128,7 +127,7 @@ def write_weights(
     stream = iter(weights)
     for number, names in enumerate(groups, 1):
         file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: tensor.contiguous() for name, tensor in _take(stream, len(names))}
+        tensors = {name: tensor.contiguous() for name, tensor in islice(stream, len(names))}
         assert list(tensors) == names
         save_file(tensors, folder / file, metadata={"format": "pt"})
         # safetensors makes the file private to the user; give it what the umask gave the folder
@@ -152,9 +151,9 @@ def _group(sizes_bytes: Mapping[str, int], max_file_bytes: int) -> list[list[str
     return groups
 
 
-def _take(stream: Iterator[tuple[str, torch.Tensor]], count: int) -> Iterator[tuple[str, torch.Tensor]]:
-    for _ in range(count):
-        yield next(stream)
+def name_dtype(dtype: torch.dtype) -> str:
+    """As config.json has it: float32, bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -162,31 +161,15 @@ def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def check_new(folder: Path) -> None:
-    """Whether a folder of this name can be made.
-
-    Raises:
-        ConfigError: something is there.
-    """
-    if folder.exists() or folder.is_symlink():
-        raise ConfigError(f"{folder}: exists already; name a new folder")
-
-
 @contextlib.contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A folder beside the target, which takes its name when all is in it, and vanishes if anything fails.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the target's name when all is in it, and vanishes if anything fails.
 
     Raises:
         ConfigError: the target can't be written.
     """
-    aside = target.with_name(f".{target.name}.tmp-convert")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        os.rename(aside, target)
-        sync_path(target.parent)
+        with appearing(target, "tmp-convert") as aside:
+            yield aside
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{target}: can't be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

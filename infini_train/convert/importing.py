@@ -12,17 +12,17 @@ import torch
 from infini_train.checkpoint.fragments import Fragment, whole_fragment
 from infini_train.checkpoint.resharding import write_whole
 from infini_train.checkpoint.store import FOLDER
+from infini_train.checkpoint.sync import check_new
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import dump, dump_tree, to_tree, validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.convert.family import list_weights, parse_model
-from infini_train.convert.folder import CONFIG, WeightsFolder, appearing, check_new, read_json
+from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, WeightsFolder, new_folder, read_json
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 
 STEP = "step-00000000"
-MAX_FILE_BYTES = 2 * 10**9  # of the checkpoint; twice as much is in memory while a file is written
 CONTINUE = "continue.yaml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there
 TOKENIZER_CONFIG = "tokenizer_config.json"  # names bos and eos of a tokenizer.json
@@ -87,7 +87,7 @@ def import_folder(
     special_ids = [used.bos_id, used.eos_id, used.pad_id]
     tokens = {"tokenizer": used.sha256, "special_ids": special_ids}
     state = {"step": 0, "tokens": 0, "data": "imported", **tokens, "imported": described}
-    with appearing(run_dir) as aside:
+    with new_folder(run_dir) as aside:
         fragments = _fragments(weights, model, lambda done: on_tensor(done, total))
         write_whole(aside / FOLDER / STEP, 0, fragments, state, to_tree(config), max_file_bytes)
         (aside / "config.yaml").write_text(dump(config), encoding="utf-8")

@@ -198,6 +198,12 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
     return HuggingFaceTokenizer(name, special_ids)
 
 
+def find_tokenizer(run_dir: Path) -> Path | None:
+    """The tokenizer's file in a run's folder; None: there is none, as for bytes."""
+    files = (run_dir / kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer))
+    return next((file for file in files if file.is_file()), None)
+
+
 def tokenizer_of(folder: Path | str) -> Tokenizer:
     """The tokenizer that lies in a dataset's folder.
 
@@ -216,11 +222,7 @@ def tokenizer_of(folder: Path | str) -> Tokenizer:
         raise ConfigError(f"{path}: is not a dataset's manifest; encode the dataset again") from error
     if kind != "byte" and (not isinstance(file, str) or Path(file).name != file):
         raise ConfigError(f"{path}: tokenizer.file must name a file in the dataset's folder")
-    tokenizer: Tokenizer
-    if kind == "huggingface":
-        tokenizer = HuggingFaceTokenizer(path.parent / file, special_ids)
-    else:
-        tokenizer = load_tokenizer("byte" if kind == "byte" else path.parent / file)
+    tokenizer = load_tokenizer("byte" if kind == "byte" else path.parent / file, special_ids)
     if tokenizer.sha256 != sha256:
         raise ConfigError(f"{path.parent}: the tokenizer is not the one the dataset was encoded with; encode it again")
     return tokenizer

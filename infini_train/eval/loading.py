@@ -12,8 +12,7 @@ from infini_train.checkpoint.weights import load_weights
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
-from infini_train.data.huggingface import HuggingFaceTokenizer
-from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
@@ -57,12 +56,11 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     checkpoint = _open(path)
     config = validate(checkpoint.config)
     run_dir = checkpoint.path.resolve().parent.parent
-    files = [run_dir / kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer)]
-    tokenizer_file = next((file for file in files if file.is_file()), files[0])
-    tokenizer = load_tokenizer(tokenizer_file if tokenizer_file.is_file() else "byte", checkpoint.special_ids)
+    file = find_tokenizer(run_dir)
+    tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state["tokenizer"]:
-        problem = "is not the tokenizer the model was trained with" if tokenizer_file.is_file() else "is missing"
-        raise ConfigError(f"{tokenizer_file}: {problem}; put the right one there")
+        problem = "is not the tokenizer the model was trained with" if file else "is missing"
+        raise ConfigError(f"{file or run_dir / SentencePieceTokenizer.file_name}: {problem}; put the right one there")
     mesh.start()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stages = Stages(config.model, dtype=dtype)

@@ -48,8 +48,7 @@ def append_finding(session: Session, finding: str, documents: list[str]) -> None
 def end_status(session: Session, reason: str) -> None:
     """Rank 0: the run has ended; if it is not done, for this reason."""
     done = session.step >= session.config.train.total_steps
-    state = "finished" if done else reason
-    _write(session, {**_read(session.config.directory), "state": state})
+    _end(session, "finished" if done else reason)
 
 
 @contextlib.contextmanager
@@ -62,7 +61,7 @@ def tell_failure(session: Session) -> Iterator[None]:
     except Exception:
         with contextlib.suppress(ConfigError, OSError):  # the disk may be too full for this too
             check_fence(session)
-            _write(session, {**_read(session.config.directory), "state": "failed"})
+            _end(session, "failed")
         raise
 
 
@@ -74,6 +73,11 @@ def check_fence(session: Session) -> None:
     latest = path.read_text(encoding="utf-8").strip()
     if latest != mine:
         raise ConfigError(f"run_dir: start {latest} of the job has taken {path.parent.parent} over; this is {mine}")
+
+
+def _end(session: Session, state: str) -> None:
+    """The last report, with this state."""
+    _write(session, {**_read(session.config.directory), "state": state})
 
 
 def _read(directory: Path) -> dict[str, Any]:

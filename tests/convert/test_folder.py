@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infini_train.config.errors import ConfigError
-from infini_train.convert.folder import WeightsFolder, appearing, read_json, size_bytes, write_weights
+from infini_train.convert.folder import WeightsFolder, new_folder, read_json, size_bytes, write_weights
 
 WEIGHTS = {name: torch.full((4, size), float(size)) for name, size in (("a", 2), ("b", 3), ("c", 9), ("d", 1))}
 
@@ -75,10 +75,10 @@ def test_an_index_that_lies_is_refused(tmp_path):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "folder"
-    with pytest.raises(KeyboardInterrupt), appearing(target) as aside:
+    with pytest.raises(KeyboardInterrupt), new_folder(target) as aside:
         (aside / "half").write_text("")
         raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
-    with appearing(target) as aside:
+    with new_folder(target) as aside:
         (aside / "file").write_text("whole")
     assert [path.name for path in target.parent.iterdir()] == ["folder"] and (target / "file").is_file()
