@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    with without_compiler():
+        import megatron.core  # noqa: F401
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Around imports whose functions are decorated with torch.compile, but never called here.
+
+    The decorator alone loads the compiler: two seconds of each process's start.
+    """
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def current() -> torch.device:

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.training import OptimConfig
+from infini_train.parallel import device
 from infini_train.parallel.mesh import ModelParallelUnit
+
+with device.without_compiler():  # DeepSpeed imports it to see that an optimizer is none of these
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 # Asked for, this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory
 # collective would be compiled at the first start; gloo does without.

@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from infini_train.config.files import dump
-from infini_train.train.plots import plot_gates
 from infini_train.train.session import Session
 
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
@@ -110,6 +109,8 @@ class Metrics:
         """sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
         if not self._writes:
             return
+        from infini_train.train.plots import plot_gates  # loads matplotlib, which a start does not wait for
+
         self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step, self._gate_layers), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
         self.write(step, summarise_gates(gates_LH))
