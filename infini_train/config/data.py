@@ -12,16 +12,15 @@ from infini_train.config.errors import require
 class PasskeyConfig:
     """Texts with a number to remember, made while training; a text never crosses a window (docs/passkey.md).
 
-    They begin short, grow as they are learned, and come under pressure when they have grown.
+    They begin short, grow once they are learned, and come under pressure when they have grown.
     """
 
     wording: str = "paper"  # of text and question
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
     digits: int = 5  # of the number
-    few_digits: bool = False  # when texts have grown they begin short again, with numbers that repeat digits
-    few_digits_below_loss: FiniteFloat = 0.12  # and grow while the loss is below this
+    few_digits_below_loss: FiniteFloat | None = None  # from then on numbers repeat digits; null: never
     min_segments: int = 3  # of the shortest texts
-    grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
+    grow_below_loss: FiniteFloat = 0.12  # and then texts grow, up to a window, while the loss (running mean) is below
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
     answer_weight: FiniteFloat = 1.0  # of the answer
     key_weight: FiniteFloat = 0.5  # of the number's second mention
@@ -29,8 +28,10 @@ class PasskeyConfig:
     pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure
 
     def __post_init__(self) -> None:
-        for name in ("digits", "min_segments", "grow_below_loss", "few_digits_below_loss"):
+        for name in ("digits", "min_segments", "grow_below_loss"):
             require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
+        few = self.few_digits_below_loss
+        require(few is None or few > 0, "data.passkey.few_digits_below_loss", "must be positive, or null for never")
         for name in ("text_weight", "answer_weight", "key_weight"):
             require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")
         require(

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import pydantic
@@ -176,6 +177,8 @@ def _section(location: Iterable[int | str]) -> Any:
             section = KINDS.get(str(part))
         else:
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))
+            if NoneType in get_args(section):  # an optional section
+                section = get_args(section)[0]
     return section
 
 

@@ -1,10 +1,10 @@
 """Passkey texts as training windows: composed on the fly, a pure function of seed, step and lane.
 
 A window holds one text, or several short ones one behind the other, each from a segment's edge on, so that gradients
-reach from the answer back to the key. Texts grow while the loss is low. With keys of few digits to come, they then
-begin short once more, now with such keys. When they have grown for good, some come under pressure: the segments that
-don't hold the key write more into the memory, as if their text had been read many times, so that a window feels like a
-far longer one. This augmentation is not in the paper.
+reach from the answer back to the key. Texts grow while the loss is low; if keys of few digits are to come, with these
+only. When they have grown, some come under pressure: the segments that don't hold the key write more into the memory,
+as if their text had been read many times, so that a window feels like a far longer one. This augmentation is not in the
+paper.
 
 Shapes: B lanes read by this rank, T window_tokens.
 """
@@ -56,7 +56,7 @@ class Progress:
         step: windows read.
         longest: segments of the longest texts.
         loss: its running mean.
-        few_digits: texts have grown once, and have keys of few digits now.
+        few_digits: keys have few different digits now.
     """
 
     step: int
@@ -121,13 +121,14 @@ class PasskeyReader:
         return Progress(int(tree["step"]), float(tree["longest"]), float(tree["loss"]), bool(tree["few_digits"]))
 
     def learn(self, position: Progress, loss: float) -> Progress:
-        """The position when its last window was learned with this loss: the texts grow while it is low."""
-        mean = MEMORY * position.loss + (1 - MEMORY) * loss
-        longest = position.longest
-        if mean < (self.config.few_digits_below_loss if position.few_digits else self.config.grow_below_loss):
+        """The position when its last window was learned with this loss: keys get harder, then texts grow."""
+        config = self.config
+        mean, longest = MEMORY * position.loss + (1 - MEMORY) * loss, position.longest
+        if config.few_digits_below_loss is not None and not position.few_digits:
+            if mean < config.few_digits_below_loss:
+                return Progress(position.step, longest, START_LOSS, few_digits=True)
+        elif mean < config.grow_below_loss:
             longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
-        if longest >= self._most and self.config.few_digits and not position.few_digits:
-            return Progress(position.step, self._least, START_LOSS, few_digits=True)
         return dataclasses.replace(position, longest=longest, loss=mean)
 
     def name_documents(self, position: Progress) -> list[str]:

@@ -112,6 +112,14 @@ WRONG = {
         "data={train: null, mixture: [{folder: a, wieght: 1}]}",
         "data.mixture.0.wieght: unknown key; did",
     ),
+    "a field of an optional section": (
+        "data={train: null, passkey: {digit: 4}}",
+        "data.passkey.digit: unknown key; did you mean digits?",
+    ),
+    "a field of an optional section inside a section": (
+        "model.rope_scaling={factor: 4, original_token: 8}",
+        "model.rope_scaling.original_token: unknown key; did you mean original_tokens?",
+    ),
     "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
     "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),
     "negative skips": ("guard.max_skips=-1", "guard.max_skips: must not be negative"),

@@ -113,24 +113,18 @@ def test_texts_grow_while_the_loss_is_low():
     assert reader().learn(position, 9.0).longest == 12, "they never shrink"
 
 
-def test_keys_of_few_digits_have_a_threshold_of_their_own():
-    strict = reader(dataclasses.replace(GROWING, few_digits=True, few_digits_below_loss=0.3))
-    for few_digits, loss, grows in ((False, 0.4, True), (True, 0.4, False), (True, 0.2, True)):
-        assert (strict.learn(Progress(9, 3.0, loss, few_digits), loss).longest > 3) == grows
-
-
-def test_texts_grow_again_with_keys_of_few_digits():
-    twice = reader(dataclasses.replace(GROWING, few_digits=True, few_digits_below_loss=0.3))
-    position, stages = twice.start(), []
-    for _ in range(120):
-        position = twice.learn(position, 0.2)
+def test_texts_wait_for_keys_of_few_digits_to_be_learned():
+    waits = reader(dataclasses.replace(GROWING, few_digits_below_loss=1.0, grow_below_loss=0.3))
+    position, stages = waits.start(), []
+    for loss in [0.9] * 60 + [0.2] * 60:
+        position = waits.learn(position, loss)
         stages.append((position.few_digits, position.longest))
     turn = [few_digits for few_digits, _ in stages].index(True)
-    assert stages[turn] == (True, 3) and max(longest for _, longest in stages[:turn]) > 10
-    assert stages[-1] == (True, 12) and stages == sorted(stages), "they never get short a second time"
-    assert stages[turn + 1] == (True, 3), "what was learned of other keys doesn't count"
-    window, after = twice.next(position)
-    assert after.few_digits and twice.parse(after.to_json()) == after and window.weights_BT.max() > 1
+    assert set(stages[:turn]) == {(False, 3)} and set(stages[turn:60]) == {(True, 3)}
+    assert stages[60 + 5] == (True, 3), "what was learned of other keys doesn't count"
+    assert stages[-1] == (True, 12) and stages == sorted(stages), "keys stay as they are, texts never get short again"
+    window, after = waits.next(position)
+    assert after.few_digits and waits.parse(after.to_json()) == after and window.weights_BT.max() > 1
 
 
 def test_every_text_counts_alike():
