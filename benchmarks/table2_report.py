@@ -79,10 +79,11 @@ def tabulate_arms(found: list[Found]) -> str:
         perplexity = statistics.mean(run["test"]["perplexity"] for run in runs)
         speeds = [run["train_tokens_per_cpu_s"] for run in runs if run["train_tokens_per_cpu_s"]]
         numbers = runs[0]["memory_numbers"]
+        spread = f", {min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else ""
         compression = f"{reference[0] / numbers:.1f}x" if reference and numbers else "-"
         lines.append(
-            f"| {arm} | {len(runs)} | {perplexity:.2f} | {statistics.mean(losses):.4f}, {min(losses):.4f} to"
-            f" {max(losses):.4f} | {numbers:,} | {compression} | {runs[0]['carried_bytes']:,} |"
+            f"| {arm} | {len(runs)} | {perplexity:.2f} | {statistics.mean(losses):.4f}{spread} |"
+            f" {numbers:,} | {compression} | {runs[0]['carried_bytes']:,} |"
             f" {statistics.mean(speeds) if speeds else float('nan'):,.0f} |"
             f" {max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f} | {runs[0]['parameters']:,} |"
         )
