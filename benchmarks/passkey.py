@@ -60,8 +60,8 @@ def collect(run: Path) -> None:
         ).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
     }
-    for folder in sorted((run / "eval").glob("passkey-*")):
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for path in sorted(run.glob("eval/passkey-*/results.json")):  # of tests that have ended
+        found = json.loads(path.read_text(encoding="utf-8"))
         kept = {"run": about, "test": {name: value for name, value in found.items() if name not in DROPPED}}
         name = f"{config.name}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
