@@ -18,9 +18,9 @@ class PasskeyConfig:
     wording: str = "paper"  # of text and question
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
     digits: int = 5  # of the number
-    few_digits_below_loss: FiniteFloat | None = None  # from then on numbers repeat digits; null: never
+    few_digits_below_loss: FiniteFloat | None = None  # once the loss is below, numbers repeat digits; null: never
     min_segments: int = 3  # of the shortest texts
-    grow_below_loss: FiniteFloat = 0.12  # and then texts grow, up to a window, while the loss (running mean) is below
+    grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
     question_weight: FiniteFloat = 0.0  # of the question's words, on top: they can be learned, whatever the filler is
     answer_weight: FiniteFloat = 1.0  # of the answer

@@ -178,7 +178,7 @@ def _section(location: Iterable[int | str]) -> Any:
         else:
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))
             if NoneType in get_args(section):  # an optional section
-                section = get_args(section)[0]
+                section = next(option for option in get_args(section) if option is not NoneType)
     return section
 
 

@@ -19,7 +19,7 @@ MATMUL_PROBE_SIZE = 2048
 
 
 def prepare() -> None:
-    """Settings needed before deepspeed and megatron-core are imported; keeps their notices off the user's screen."""
+    """Imports megatron-core, with what it and deepspeed need before; keeps their notices off the user's screen."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -40,10 +40,11 @@ def prepare() -> None:
 def without_compiler() -> Iterator[None]:
     """Around imports whose functions are decorated with torch.compile, but never called here.
 
-    The decorator alone loads the compiler: two seconds of each process's start.
+    The decorator alone loads the compiler: two seconds of each process's start. What keeps the decorator itself
+    (megatron-core's jit_fuser) never compiles in this process.
     """
     compiler = torch.compile
-    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from infini_train.parallel import device
 
-device.prepare()  # before megatron-core is imported: its notices are not for this console
+device.prepare()  # before anything else imports megatron-core: its notices are not for this console
 from infini_train.parallel import mesh  # noqa: E402
 
 BAD_NODE = 3

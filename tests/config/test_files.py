@@ -120,6 +120,10 @@ WRONG = {
         "model.rope_scaling={factor: 4, original_token: 8}",
         "model.rope_scaling.original_token: unknown key; did you mean original_tokens?",
     ),
+    "no threshold": (
+        "data={train: null, passkey: {few_digits_below_loss: 0}}",
+        "data.passkey.few_digits_below_loss: must be positive, or null for never",
+    ),
     "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
     "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),
     "negative skips": ("guard.max_skips=-1", "guard.max_skips: must not be negative"),

@@ -19,7 +19,8 @@ def test_more_ranks_than_gpus_are_refused():
 
 def test_a_start_loads_no_compiler_and_no_pictures():
     code = (
-        "import sys; from infini_train.parallel import device; device.prepare(); import infini_train.train.loop;"
+        "import sys; from infini_train.parallel import device; device.prepare(); import infini_train.train.loop,"
+        "deepspeed.runtime.zero.muon.muon_optimizer;"
         "print({'torch._inductor.compile_fx', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
