@@ -22,7 +22,6 @@ class PasskeyConfig:
     min_segments: int = 3  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
-    question_weight: FiniteFloat = 0.0  # of the question's words, on top: they can be learned, whatever the filler is
     answer_weight: FiniteFloat = 1.0  # of the answer
     key_weight: FiniteFloat = 0.5  # of the number's second mention
     pressure: FiniteFloat = 1.0  # texts feel up to so many windows long, by their write weights; 1: the paper's form
@@ -33,7 +32,7 @@ class PasskeyConfig:
             require(getattr(self, name) > 0, f"data.passkey.{name}", "must be positive")
         few = self.few_digits_below_loss
         require(few is None or few > 0, "data.passkey.few_digits_below_loss", "must be positive, or null for never")
-        for name in ("text_weight", "question_weight", "answer_weight", "key_weight"):
+        for name in ("text_weight", "answer_weight", "key_weight"):
             require(getattr(self, name) >= 0, f"data.passkey.{name}", "must not be negative")
         require(
             self.text_weight + self.answer_weight + self.key_weight > 0,

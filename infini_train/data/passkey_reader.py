@@ -218,7 +218,6 @@ class PasskeyReader:
         """Every text counts alike, whatever its length; within it, the shares of the config."""
         config, spans = self.config, text.spans
         weights = np.full(text.tokens, config.text_weight / text.tokens, np.float32)
-        weights[spans.question] += config.question_weight / (spans.question.stop - spans.question.start)
         weights[spans.second_mention] = config.key_weight / config.digits
         weights[spans.answer] = config.answer_weight / config.digits
         return weights

@@ -131,18 +131,14 @@ def test_texts_wait_for_keys_of_few_digits_to_be_learned():
     assert after.few_digits and waits.parse(after.to_json()) == after and window.weights_BT.max() > 1
 
 
-@pytest.mark.parametrize("question_weight", [0.0, 0.25])
-def test_every_text_counts_alike(question_weight):
-    config = dataclasses.replace(GROWING, question_weight=question_weight)
-    batch, _ = reader(config).next(Progress(50, 12.0, 0.1))
-    question = len(" What is the pass key? The pass key is ")
+def test_every_text_counts_alike():
+    batch, _ = reader().next(Progress(50, 12.0, 0.1))
+    config = GROWING
     for start, stop in texts(batch, 1):
         weights = batch.loss_weights_BT[1, start:stop]
         assert weights[-5:].sum() == pytest.approx(config.answer_weight)
         assert np.isclose(weights, config.key_weight / 5).sum() == 5
-        assert weights[-5 - question] > weights[1] or not question_weight
-        rest = weights.sum() - config.answer_weight - config.key_weight - question_weight
-        assert rest == pytest.approx(config.text_weight, rel=0.1)
+        assert weights.sum() - config.answer_weight - config.key_weight == pytest.approx(config.text_weight, rel=0.1)
 
 
 def test_pressure_spares_the_key_and_the_first_segment():
