@@ -84,7 +84,7 @@ def format_tables(found: list[dict[str, Any]]) -> str:
     """Runs, then tests: right answers by length, over all positions of the key."""
     about = {(kept["run"]["name"], kept["run"]["seed"]): kept["run"] for kept in found}
     runs = [
-        "| run | seed | update | overlap | pressure | texts up to | steps | median step | commit |",
+        "| run | seed | update | overlap | pressure | texts up to | steps | median step | kept at |",
         "|---" * 9 + "|",
     ]
     runs += [
