@@ -68,6 +68,14 @@ class Progress:
         """As plain values for json.dumps."""
         return vars(self)
 
+    def learned(self, loss: float) -> "Progress":
+        """When its last window was learned with this loss."""
+        return dataclasses.replace(self, loss=MEMORY * self.loss + (1 - MEMORY) * loss)
+
+    def grown(self, most: float) -> "Progress":
+        """With longer texts, up to so many segments."""
+        return dataclasses.replace(self, longest=min(most, self.longest * GROWTH[0] + GROWTH[1]))
+
 
 class PasskeyReader:
     """Endless windows of passkey texts in bytes.
@@ -122,14 +130,12 @@ class PasskeyReader:
 
     def learn(self, position: Progress, loss: float) -> Progress:
         """The position when its last window was learned with this loss: keys get harder, then texts grow."""
-        config = self.config
-        mean, longest = MEMORY * position.loss + (1 - MEMORY) * loss, position.longest
-        if config.few_digits_below_loss is not None and not position.few_digits:
-            if mean < config.few_digits_below_loss:
-                return Progress(position.step, longest, START_LOSS, few_digits=True)
-        elif mean < config.grow_below_loss:
-            longest = min(self._most, longest * GROWTH[0] + GROWTH[1])
-        return dataclasses.replace(position, longest=longest, loss=mean)
+        config, after = self.config, position.learned(loss)
+        if config.few_digits_below_loss is not None and not after.few_digits:
+            if after.loss < config.few_digits_below_loss:
+                return dataclasses.replace(after, loss=START_LOSS, few_digits=True)
+            return after
+        return after.grown(self._most) if after.loss < config.grow_below_loss else after
 
     def name_documents(self, position: Progress) -> list[str]:
         """The number of the step for which all texts of the window behind `position` are made."""

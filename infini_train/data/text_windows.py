@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from infini_train.data.lanes import IGNORED, Batch
-from infini_train.data.passkey_reader import GROWTH, MEMORY, START_LOSS, Progress
+from infini_train.data.passkey_reader import START_LOSS, Progress
 from infini_train.data.tokenizer import ByteTokenizer
 
 
@@ -96,11 +96,8 @@ class TextReader:
 
     def learn(self, position: Progress, loss: float) -> Progress:
         """The position when its last window was learned with this loss: the texts grow while it is low."""
-        mean = MEMORY * position.loss + (1 - MEMORY) * loss
-        longest = position.longest
-        if mean < self._grow_below_loss:
-            longest = min(self.maker.most, longest * GROWTH[0] + GROWTH[1])
-        return Progress(position.step, longest, mean)
+        after = position.learned(loss)
+        return after.grown(self.maker.most) if after.loss < self._grow_below_loss else after
 
     def name_documents(self, position: Progress) -> list[str]:
         """The number of the step for which all texts of the window behind `position` are made."""

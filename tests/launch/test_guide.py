@@ -4,10 +4,8 @@ The clone is a copy whose 1B model is tiny, since no GPU is there. Not run: the 
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,26 +63,17 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(slurm, clone: Path, *lines: str) -> str:
-    process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+    done = subprocess.run(
+        ["timeout", str(WAIT_S), "bash", "-euo", "pipefail", "-c", "\n".join(lines)],  # ends `logs -f` as well
         cwd=clone,
         env={**slurm.environment, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-    try:
-        said, _ = process.communicate(timeout=WAIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # `logs -f` as well
-        said, _ = process.communicate(timeout=60)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
     logs = [path.read_text() for path in sorted(clone.glob("runs/*/launch/**/*.log"))]
-    assert process.returncode == 0, "\n".join([said, *logs, slurm.controller_log()])
-    return said
+    assert done.returncode == 0, "\n".join([done.stdout, *logs, slurm.controller_log()])
+    return done.stdout
 
 
 def read_status(clone: Path) -> dict:
