@@ -18,8 +18,8 @@ from infini_train.config.errors import ConfigError
 MATMUL_PROBE_SIZE = 2048
 
 
-def prepare() -> None:
-    """Imports megatron-core, with what it and deepspeed need before; keeps their notices off the user's screen."""
+def configure() -> None:
+    """Settings needed before deepspeed and megatron-core are imported; keeps their notices off the user's screen."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -32,6 +32,11 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+
+
+def prepare() -> None:
+    """Imports megatron-core, configured; for all that builds a model."""
+    configure()
     with without_compiler():
         import megatron.core  # noqa: F401
 

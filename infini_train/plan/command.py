@@ -99,7 +99,7 @@ def _search(options: argparse.Namespace, config: RunConfig, size: int | None) ->
 def _measure(path: Path) -> None:
     from infini_train.parallel import device
 
-    device.prepare()
+    device.configure()
     from infini_train.plan.measure import measure_hardware, write_hardware
 
     hardware, rates = measure_hardware()

@@ -93,7 +93,7 @@ def launch_seconds(count: int = 2000) -> float:
 def _measure_links(rank: int, processes: int, folder: str) -> None:
     """One of the processes; the first one writes what `measure_links` returns."""
     os.environ["LOCAL_RANK"] = str(rank)
-    device.prepare()
+    device.configure()
     device.set_current()
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", processes)
