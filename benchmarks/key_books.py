@@ -1,10 +1,10 @@
-"""Makes books of one fact: a pass key somewhere in up to millions of bytes; the summary says it.
+"""Makes books of one fact: a pass key somewhere in up to millions of bytes; the summary is its digits.
 
     python benchmarks/key_books.py --out runs/key_books/8K.jsonl --count 20 --length 8K
     infini-train eval summarise models/passkey-linear --data runs/key_books/8K.jsonl --out runs/key_books/8K \\
-        --separator " What is the pass key?" --max-new-tokens 22
+        --separator " What is the pass key? The pass key is " --max-new-tokens 5
 
-The shipped model was trained on that question (docs/passkey.md), so all of the road can be tried with it on books of
+The shipped model was trained to answer that question (docs/passkey.md), so all of the road can be tried with it on books of
 any length, untrained for summaries as it is. Words, filler and places are those of the passkey test.
 """
 
@@ -39,10 +39,7 @@ def main() -> None:
             text = writer.compose(random, options.length - shorter, number / max(options.count - 1, 1))
             book = tokenizer.decode(text.read(0, text.spans.question.start))
             key = "".join(map(str, text.digits))
-            file.write(
-                json.dumps({"id": f"key-{options.seed}-{number}", "book": book, "summary": f"The pass key is {key}"})
-                + "\n"
-            )
+            file.write(json.dumps({"id": f"key-{options.seed}-{number}", "book": book, "summary": key}) + "\n")
 
 
 if __name__ == "__main__":
