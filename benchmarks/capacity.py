@@ -4,8 +4,9 @@
 
 Keys are normal with a standard deviation (scale), independent for each head; values are normal. Pairs are written in
 segments of 64 by the project's own ops, then each key is asked for. A pair is recalled if, of all values stored, its
-own is nearest in angle to what was read, the heads' readings side by side. Beside the paper's two updates stands a form
-that is not the paper's and no option of the models: keys of unit length, no sigma, no normaliser, a plain sum.
+own is nearest in angle to what was read, the heads' readings side by side. Beside the paper's two updates stand the
+linear one with sharp features (model.attention.features), and a form that is no option of the models: keys of unit
+length, no sigma, no normaliser, a plain sum.
 Capacity is the largest number of pairs on the grid up to which at least 90 % are recalled. The result is kept in
 benchmarks/results/capacity.json, the picture is docs/images/capacity.png.
 """
@@ -24,7 +25,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
 
 from infini_train.ops.grid import make_grid  # noqa: E402
-from infini_train.ops.memory import begin_scan, empty_memory, read_memory  # noqa: E402
+from infini_train.ops.memory import Form, begin_scan, empty_memory, read_memory  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, PICTURE = ROOT / "benchmarks" / "results" / "capacity.json", ROOT / "docs" / "images" / "capacity.png"
@@ -33,7 +34,7 @@ PAIRS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 KEY_DIMS, HEADS, SCALES = (16, 32, 64, 128), (1, 2, 4, 8), (1.0, 2.0, 4.0, 8.0, 16.0)
 USUAL = {"key_dim": 32, "heads": 1, "scale": 8.0}
 ENOUGH = 0.9
-UPDATES = {"linear": "-", "delta": "--", "unit keys": ":"}  # and their lines
+UPDATES = {"linear": "-", "delta": "--", "linear sharp": "-.", "unit keys": ":"}  # and their lines
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def recall(update: Any, pairs: int, repeats: int, key_dim: int, heads: int, scal
     shape, generator = (repeats, heads, pairs, key_dim), torch.Generator().manual_seed(pairs)  # the same for all forms
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     keys = scale * keys
-    read = read_unit(keys, values) if update == "unit keys" else read_back(update, keys, values)
+    read = read_unit(keys, values) if update == "unit keys" else read_back(Form(*update.split()), keys, values)
     said, told = (x.transpose(1, 2).flatten(2) for x in (read, values))
     nearest = (torch.nn.functional.normalize(said, dim=-1) @ torch.nn.functional.normalize(told, dim=-1).mT).argmax(-1)
     return float((nearest == torch.arange(pairs)).float().mean())
@@ -70,7 +71,7 @@ def read_unit(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return unit @ (unit.mT @ values)
 
 
-def read_back(update: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def read_back(form: Form, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """What comes back by each key, (repeats, heads, pairs, value dim), after all pairs were written by Eq. 8 or 9."""
     repeats, heads, pairs, key_dim = keys.shape
     padded = -(-pairs // SEGMENT) * SEGMENT
@@ -86,10 +87,10 @@ def read_back(update: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Te
         return full.unflatten(2, (grid.closed, SEGMENT)).transpose(1, 2)
 
     empty = empty_memory(repeats, heads, key_dim, key_dim, keys)
-    final = begin_scan(fold(keys), fold(values), empty, grid, update)().final
-    entered = begin_scan(fold(keys)[:, :0], fold(values)[:, :0], final, grid._replace(closed=0, segments=1), update)()
+    final = begin_scan(fold(keys), fold(values), empty, grid, form)().final
+    entered = begin_scan(fold(keys)[:, :0], fold(values)[:, :0], final, grid._replace(closed=0, segments=1), form)()
     visible = torch.ones(repeats, 1, pairs, dtype=torch.bool)
-    return read_memory(keys[:, None], entered, visible)[:, 0]
+    return read_memory(keys[:, None], entered, visible, form)[:, 0]
 
 
 def capacity(recalled: list[float]) -> int:
@@ -116,7 +117,9 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.legend(title=title, fontsize=8)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("recalled (%)")
-    figure.suptitle("solid: linear, dashed: delta, dotted: keys of unit length without normaliser (not in the paper)")
+    figure.suptitle(
+        "solid: linear, dashed: delta, dash-dotted: linear sharp, dotted: unit keys without normaliser"
+    )
     return figure
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from infini_train.ops.attention import infini_attention
 from infini_train.ops.grid import make_grid
+from infini_train.ops.memory import Form
 from infini_train.parallel.context import ContextRanks
 
 
@@ -124,7 +125,7 @@ def measure_one(method: str, tokens: int) -> dict[str, Any]:
     source = torch.Generator().manual_seed(dist.get_rank())
     shape = (1, SMALL.heads, tokens // PROCESSES, SMALL.head_size)
     q, k, v = (torch.randn(shape, generator=source) for _ in range(3))
-    attend: Callable[..., int] = {"ulysses": ulysses, "ring": ring}.get(method) or memories(method, tokens)
+    attend: Callable[..., int] = {"ulysses": ulysses, "ring": ring}.get(method) or memories(Form(method), tokens)
     best_s = math.inf
     with torch.no_grad():
         for _ in range(3):
@@ -137,14 +138,14 @@ def measure_one(method: str, tokens: int) -> dict[str, Any]:
     return {"method": method, "tokens": tokens, "sent_bytes": sent, "seconds": best_s}
 
 
-def memories(update: str, tokens: int) -> Callable[[Tensor, Tensor, Tensor], int]:
+def memories(form: Form, tokens: int) -> Callable[[Tensor, Tensor, Tensor], int]:
     """This project's attention."""
     ranks = ContextRanks(dist.group.WORLD)
     grid = make_grid(torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens), None, SEGMENT, 0, ranks.shard)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> int:
         ranks.sent_bytes = 0
-        infini_attention(q, k, v, torch.zeros(SMALL.heads), None, grid, update=update, ranks=ranks)
+        infini_attention(q, k, v, torch.zeros(SMALL.heads), None, grid, form=form, ranks=ranks)
         return ranks.sent_bytes
 
     return attend

@@ -88,7 +88,8 @@ def capacity() -> str:
         same = [row for row in found if (row["key_dim"], row["heads"], row["scale"]) == (key_dim, heads, scale)]
         by_update = {row["update"]: str(row["capacity"]) for row in same}
         rows.append([str(key_dim), str(heads), f"{scale:g}", *by_update.values()])
-    return as_table(["key size", "heads", "scale", "linear", "delta", "unit keys, no normaliser"], rows)
+    forms = list(dict.fromkeys(row["update"] for row in found))
+    return as_table(["key size", "heads", "scale", *forms[:-1], f"{forms[-1]}, no normaliser"], rows)
 
 
 def recall() -> str:

@@ -34,6 +34,7 @@ VARIANTS = {
     "delta": InfiniConfig(segment_tokens=SEGMENT, update="delta"),
     "linear-overlap": InfiniConfig(segment_tokens=SEGMENT, overlap_tokens=3),
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=8),
+    "delta-sharp": InfiniConfig(segment_tokens=SEGMENT, update="delta", features="sharp"),
     "local": LocalConfig(segment_tokens=SEGMENT),
     "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
     "transformer-xl": TransformerXLConfig(segment_tokens=SEGMENT, cache_tokens=5),

@@ -26,6 +26,7 @@ class InfiniConfig:
     kind: Literal["infini"] = "infini"  # chooses this attention
     segment_tokens: int = 256  # inside a segment attention is exact; what is older is read from the memory
     update: Literal["linear", "delta"] = "linear"  # how a segment is written: the paper's Eq. 8 or Eq. 9
+    features: Literal["elu", "sharp"] = "elu"  # of keys and queries in the memory: the paper's sigma, or a sharper one
     gate_init: FiniteFloat = 0.0  # beta at the start; sigmoid(beta) is the share of the memory
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
 

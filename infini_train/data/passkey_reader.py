@@ -225,7 +225,8 @@ class PasskeyReader:
         config, spans = self.config, text.spans
         weights = np.full(text.tokens, config.text_weight / text.tokens, np.float32)
         weights[spans.second_mention] = config.key_weight / config.digits
-        weights[spans.answer] = config.answer_weight / config.digits
+        # with the space before the digits, so that the model can begin an answer itself
+        weights[spans.answer.start - 1 : spans.answer.stop] = config.answer_weight / (config.digits + 1)
         return weights
 
     def _weigh_writes(self, text: Passkey, random: np.random.Generator, presses: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ from infini_train.config.model import ModelConfig
 from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter, rope_of
 from infini_train.ops.attention import InfiniState, infini_attention, write_memory
 from infini_train.ops.grid import Grid, no_recent
-from infini_train.ops.memory import Ranks, empty_memory
+from infini_train.ops.memory import Form, Ranks, empty_memory
 
 
 class InfiniAttention(SequenceMixer):
@@ -20,7 +20,7 @@ class InfiniAttention(SequenceMixer):
         assert isinstance(config.attention, InfiniConfig)
         self.segment_tokens: int | None = config.attention.segment_tokens
         self.overlap_tokens = config.attention.overlap_tokens
-        self.update = config.attention.update
+        self.form = Form(config.attention.update, config.attention.features)
         self.rope = rope_of(config)
         self.ranks = ranks
         self.projections = Projections(config, parallel)
@@ -45,7 +45,7 @@ class InfiniAttention(SequenceMixer):
             self.gate,
             state,
             grid,
-            update=self.update,
+            form=self.form,
             rope=self.rope,
             ranks=self.ranks,
         )
@@ -54,7 +54,7 @@ class InfiniAttention(SequenceMixer):
     def remember(self, hidden_TBD: Tensor, state: InfiniState | None, grid: Grid) -> InfiniState:
         """See `SequenceMixer.remember`: keys and values only, no attention."""
         k_BKTD, v_BKTE = self.projections.split_keys(hidden_TBD)
-        return write_memory(k_BKTD, v_BKTE, state, grid, update=self.update, ranks=self.ranks)
+        return write_memory(k_BKTD, v_BKTE, state, grid, form=self.form, ranks=self.ranks)
 
     def between_windows(self, state: InfiniState) -> InfiniState:
         """The memory, the open segment and the overlap."""

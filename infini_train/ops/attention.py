@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid, Recent, carry_recent
-from infini_train.ops.memory import Memory, Ranks, Scanned, Update, begin_scan, empty_memory, read_memory
+from infini_train.ops.memory import PAPER, Form, Memory, Ranks, Scanned, begin_scan, empty_memory, read_memory
 from infini_train.ops.rope import Rope, rotate
 
 ROPE = Rope()
@@ -74,7 +74,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     state: InfiniState | None,
     grid: Grid,
     *,
-    update: Update = "linear",
+    form: Form = PAPER,
     rope: Rope = ROPE,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, InfiniState]:
@@ -90,7 +90,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         beta_H: gate of each query head.
         state: what earlier calls left, or None for nothing.
         grid: of this call (`make_grid`).
-        update: "linear" or "delta".
+        form: how the memory is written and addressed.
         rope: the rotary frequencies of the local attention.
         ranks: how memory and overlap travel between the ranks of `grid.shard`; not asked on one rank.
 
@@ -100,7 +100,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         any more.
     """
     kv_heads = k_BKTD.shape[1]
-    k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
+    k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, form, ranks)
     q_BSHQD = fold_queries(q_BHTD, grid)
     k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
     local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope)  # while memories travel
@@ -109,7 +109,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     group = q_BSHQD.shape[2] // kv_heads
     # X: the rows of all query heads of a key-value head
     q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)
-    memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group))
+    memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group), form)
     memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
     out_BSHQE = mix_by_gate(local_BSHQE, memory_BSHQE, beta_H, visible_BSQ)  # Eq. 10
     return unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
@@ -121,23 +121,23 @@ def write_memory(
     state: InfiniState | None,
     grid: Grid,
     *,
-    update: Update = "linear",
+    form: Form = PAPER,
     ranks: Ranks | None = None,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    *_, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, update, ranks)
+    *_, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, form, ranks)
     return InfiniState(scan().final, following())
 
 
 def _begin_writing(
-    k_BKTD: Tensor, v_BKTE: Tensor, state: InfiniState | None, grid: Grid, update: Update, ranks: Ranks | None
+    k_BKTD: Tensor, v_BKTE: Tensor, state: InfiniState | None, grid: Grid, form: Form, ranks: Ranks | None
 ) -> tuple[Tensor, Tensor, Callable[[], Recent], Callable[[], Scanned]]:
     """Carried and new keys and values joined, the tokens to carry, and the memories entering the segments."""
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     memory = empty_memory(lanes, kv_heads, key_dim, v_BKTE.shape[-1], k_BKTD) if state is None else state.memory
     recent = None if state is None else state.recent
     k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
-    scan = begin_scan(closed_segments(k_BKLD, grid), closed_segments(v_BKLE, grid), memory, grid, update, ranks)
+    scan = begin_scan(closed_segments(k_BKLD, grid), closed_segments(v_BKLE, grid), memory, grid, form, ranks)
     return k_BKLD, v_BKLE, following, scan
 
 

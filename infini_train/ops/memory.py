@@ -18,12 +18,23 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid
 
-Update = Literal["linear", "delta"]
 
+class Form(NamedTuple):
+    """How a memory is written and addressed; the default is the paper's."""
+
+    update: Literal["linear", "delta"] = "linear"  # Eq. 8 or Eq. 9
+    features: Literal["elu", "sharp"] = "elu"  # sigma of keys and queries
+
+
+PAPER = Form()
+# What every direction of a sharp feature has at least, against a largest of D^2: keys without a direction in common can
+# still be divided by each other, so that the delta update stays well conditioned.
+SHARP_FLOOR = 0.1
 # Only guards against underflow: a visible denominator is a sum of positive numbers.
 TINY = 1e-30
 # Segments summed by one masked product; longer calls go block by block, so that the cost stays linear in the length.
@@ -80,6 +91,19 @@ class _Sigma(torch.autograd.Function):
 def sigma(x: Tensor) -> Tensor:
     """ELU + 1, written so that it has no floor: `elu(x) + 1` is 6e-8 in fp32 and 0 in bf16 for very negative x."""
     return _Sigma.apply(x)  # type: ignore[no-untyped-call]
+
+
+def sharp(x: Tensor) -> Tensor:
+    """Positive features of which few are large: relu(x / rms(x))^4 and a floor, of unit length.
+
+    Not the paper's. Any two keys overlap less than under `sigma`, whose mean never vanishes, and every key counts
+    alike, so that a memory holds more pairs (benchmarks/capacity.py).
+    """
+    level = F.rms_norm(x, x.shape[-1:], eps=1e-12)
+    return F.normalize(level.relu().square().square() + SHARP_FLOOR, dim=-1)
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"elu": sigma, "sharp": sharp}
 
 
 def empty_memory(lanes: int, kv_heads: int, key_dim: int, value_dim: int, like: Tensor) -> Memory:
@@ -147,7 +171,7 @@ _Crossing = Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]]
 
 
 def begin_scan(
-    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, update: Update, ranks: Ranks | None = None
+    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, form: Form = PAPER, ranks: Ranks | None = None
 ) -> Callable[[], Scanned]:
     """Writes the closed segments (Eq. 8 and 9) and starts what has to travel between ranks.
 
@@ -156,7 +180,7 @@ def begin_scan(
         v_BCKNE: their values.
         initial: memory entering the window, the same on all ranks.
         grid: weights, document starts.
-        update: "linear" (Eq. 8) or "delta" (Eq. 9).
+        form: how they are written.
         ranks: how memory travels between the ranks of `grid.shard`; not asked on one rank.
 
     Returns:
@@ -166,11 +190,11 @@ def begin_scan(
     if grid.closed == 0:  # a few tokens of generation: nothing to write yet
         return lambda: _leave(Memory(*(state[:, None] for state in initial)), None, grid)
     dtype = initial.memory_BKDE.dtype
-    feature = sigma(k_BCKND)
+    feature = FEATURES[form.features](k_BCKND)
     weight_BC1N1 = grid.write_BCN[:, :, None, :, None]
     writes = _Writes(feature, feature * weight_BC1N1.to(feature.dtype), v_BCKNE, weight_BC1N1)
     z_increment_BCF = _join_count(writes.weighted_BCKND.sum(-2, dtype=dtype), grid.count_BC.to(dtype))
-    begin = _begin_linear if update == "linear" else _begin_delta
+    begin = _begin_linear if form.update == "linear" else _begin_delta
     return begin(writes, z_increment_BCF, initial, grid, ranks)
 
 
@@ -325,12 +349,12 @@ def _affine_totals(transition_BCKDD: Tensor, increment_BCKDE: Tensor) -> tuple[T
     return total_a, total_b
 
 
-def read_memory(q_BSKQD: Tensor, scanned: Scanned, visible_BSQ: Tensor) -> Tensor:
+def read_memory(q_BSKQD: Tensor, scanned: Scanned, visible_BSQ: Tensor, form: Form = PAPER) -> Tensor:
     """A_mem = sigma(Q) M / (sigma(Q) z) (Eq. 7): (B, S, K, Q, E); 0 where the memory is invisible.
 
     visible_BSQ is made safe before the division, so that an invisible read has no gradient either.
     """
-    feature = sigma(q_BSKQD)
+    feature = FEATURES[form.features](q_BSKQD)
     dtype = feature.dtype
     visible = visible_BSQ[:, :, None, :, None]
     denominator = feature @ scanned.normaliser_BSKD[..., None].to(dtype)

@@ -30,6 +30,7 @@ class Form(NamedTuple):
     update: Literal["linear", "delta"]  # Eq. 8 or Eq. 9
     overlap_tokens: int = 0  # between 0 and segment_tokens; 0: the paper's form
     rope: Rope = Rope()
+    features: Literal["elu", "sharp"] = "elu"  # sigma; the paper's is ELU + 1
 
 
 class Marks(NamedTuple):
@@ -78,6 +79,15 @@ def sigma(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
 
 
+def sharp(x_D: Tensor) -> Tensor:
+    """Not the paper's: relu(x / rms(x))^4 + 0.1, of unit length."""
+    feature_D = (x_D / (x_D @ x_D / len(x_D) + 1e-12).sqrt()).clamp(min=0) ** 4 + 0.1
+    return feature_D / (feature_D @ feature_D).sqrt()
+
+
+FEATURES = {"elu": sigma, "sharp": sharp}
+
+
 def rotate(x_D: Tensor, position: int, rope: Rope) -> Tensor:
     """Rotary position embedding of one vector: the pair (x[i], x[i + D/2]) turned by position times a frequency."""
     angle = position * torch.tensor([frequency(i / len(x_D), rope) for i in range(0, len(x_D), 2)], dtype=x_D.dtype)
@@ -97,9 +107,10 @@ def frequency(place: float, rope: Rope) -> float:
     return (1 - kept) * plain / rope.factor + kept * plain
 
 
-def read(q_D: Tensor, past: HeadMemory) -> Tensor:
+def read(q_D: Tensor, past: HeadMemory, form: Form) -> Tensor:
     """What a memory that is not empty answers to a query, or to a key: [E]."""
-    return (sigma(q_D) @ past.memory_DE) / (sigma(q_D) @ past.normaliser_D)  # eq (7)
+    feature_D = FEATURES[form.features](q_D)
+    return (feature_D @ past.memory_DE) / (feature_D @ past.normaliser_D)  # eq (7)
 
 
 def forget(past: HeadMemory, tokens: HeadTokens, segment: range) -> tuple[HeadMemory, range]:
@@ -110,32 +121,33 @@ def forget(past: HeadMemory, tokens: HeadTokens, segment: range) -> tuple[HeadMe
     return HeadMemory(*(torch.zeros_like(part) for part in past)), range(begins[-1], segment.stop)
 
 
-def write(past: HeadMemory, tokens: HeadTokens, segment: range, update: str) -> HeadMemory:
+def write(past: HeadMemory, tokens: HeadTokens, segment: range, form: Form) -> HeadMemory:
     """The memory after a segment, given the one before it."""
     past, segment = forget(past, tokens, segment)
     memory_DE, normaliser_D, written = past
-    repeats = [(tokens.weights_U[t] - 1).clamp_min(0) * sigma(tokens.k_UD[t]) for t in segment]
+    feature_UD = [FEATURES[form.features](k_D) for k_D in tokens.k_UD]
+    repeats = [(tokens.weights_U[t] - 1).clamp_min(0) * feature_UD[t] for t in segment]
     last = past._replace(normaliser_D=sum(repeats, normaliser_D))  # before the last of several readings of the segment
     for t in segment:
         k_D, v_E, weight = tokens.k_UD[t], tokens.v_UE[t], tokens.weights_U[t]
-        if update == "delta" and past.written > 0:
-            v_E = v_E - read(k_D, last)  # eq (9): every key of the segment reads the memory before the segment
-        memory_DE = memory_DE + weight * torch.outer(sigma(k_D), v_E)  # eq (8), eq (9)
-        normaliser_D = normaliser_D + weight * sigma(k_D)  # eq (8)
+        if form.update == "delta" and past.written > 0:
+            v_E = v_E - read(k_D, last, form)  # eq (9): every key of the segment reads the memory before the segment
+        memory_DE = memory_DE + weight * torch.outer(feature_UD[t], v_E)  # eq (8), eq (9)
+        normaliser_D = normaliser_D + weight * feature_UD[t]  # eq (8)
         written = written + (weight > 0)
     return HeadMemory(memory_DE, normaliser_D, written)
 
 
 def follow_memory(
-    past: HeadMemory, tokens: HeadTokens, segments: list[range], last_is_open: bool, update: str
+    past: HeadMemory, tokens: HeadTokens, segments: list[range], last_is_open: bool, form: Form
 ) -> list[HeadMemory]:
     """The memory before each segment, and then the one after them all; an open last segment is not written."""
     chain = [past]
     for segment in segments[:-1]:
-        chain.append(write(chain[-1], tokens, segment, update))
+        chain.append(write(chain[-1], tokens, segment, form))
     if last_is_open:
         return [*chain, forget(chain[-1], tokens, segments[-1])[0]]
-    return [*chain, write(chain[-1], tokens, segments[-1], update)]
+    return [*chain, write(chain[-1], tokens, segments[-1], form)]
 
 
 def attend_locally(q_D: Tensor, tokens: HeadTokens, t: int, begin: int, form: Form) -> Tensor:
@@ -158,7 +170,7 @@ def attend_head(
         for t in range(max(segment.start, recent), segment.stop):
             out_E = attend_locally(q_TD[t - recent], tokens, t, segment.start, form)
             if past.written > 0 and not tokens.starts_U[segment.start : t + 1].any():
-                out_E = gate * read(q_TD[t - recent], past) + (1 - gate) * out_E  # eq (10)
+                out_E = gate * read(q_TD[t - recent], past, form) + (1 - gate) * out_E  # eq (10)
             out.append(out_E)
     return torch.stack(out)
 
@@ -208,7 +220,7 @@ def attend(
     for b, j in product(range(batch), range(kv_heads)):
         tokens[b, j] = HeadTokens(k_BKUD[b, j], v_BKUE[b, j], starts_BU[b], weights_BU[b])
         past = HeadMemory(memory.memory_BKDE[b, j], memory.normaliser_BKD[b, j], memory.written_B[b])
-        chains[b, j] = follow_memory(past, tokens[b, j], segments, open_tokens > 0, form.update)
+        chains[b, j] = follow_memory(past, tokens[b, j], segments, open_tokens > 0, form)
     out = []
     for b, h in product(range(batch), range(heads)):
         j = h // (heads // kv_heads)

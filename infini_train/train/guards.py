@@ -43,12 +43,12 @@ class Guard:
     def find_problem(self, loss: float) -> str:
         """Why a step with this loss is left out; empty if it is not."""
         problem = describe_non_finite(loss)
-        return problem if problem or self.config.spikes == "warn" else self.describe_spike(loss)
+        return problem if problem or self.config.spikes in ("ignore", "warn") else self.describe_spike(loss)
 
     def describe_spike(self, loss: float) -> str:
-        """How far this loss lies above the last ones; empty if it does not, or if there are too few of them."""
+        """How far this loss lies above the last ones; empty if it does not, if there are too few, or nobody asks."""
         steps, deviations = self.config.spike_window_steps, self.config.spike_deviations
-        if len(self._losses) < steps or not math.isfinite(loss):
+        if self.config.spikes == "ignore" or len(self._losses) < steps or not math.isfinite(loss):
             return ""
         mean, deviation = float(np.mean(self._losses)), float(np.std(self._losses))
         limit = mean + deviations * max(deviation, MIN_DEVIATION * abs(mean))

@@ -14,8 +14,13 @@ from torch import Tensor
 from infini_train.ops import reference
 from infini_train.ops.attention import InfiniState, infini_attention
 from infini_train.ops.grid import make_grid, no_recent
-from infini_train.ops.memory import Memory
+from infini_train.ops.memory import Form, Memory
 from infini_train.ops.rope import Rope
+
+
+def form_of(update: str) -> Form:
+    """Of a name that the fixture `update` gives."""
+    return Form(*update.split())
 
 
 class Shape(NamedTuple):
@@ -93,7 +98,7 @@ class Window(NamedTuple):
         state = state or self.first_state()
         sizes = self.shape.segment_tokens, self.shape.overlap_tokens
         grid = make_grid(self.starts_BT, self.weights_BT, state.recent, *sizes)
-        return infini_attention(*self[1:5], state, grid, update=update, rope=Rope(100.0))
+        return infini_attention(*self[1:5], state, grid, form=form_of(update), rope=Rope(100.0))
 
     def attend_in_pieces(self, update: str, places: Iterable[int]) -> tuple[Tensor, InfiniState]:
         """The fast form, cut at some places and carried on; the outputs joined."""
@@ -109,7 +114,8 @@ class Window(NamedTuple):
         """The reference, from `memory` or from the initial one."""
         if memory is None:
             memory = reference.empty_memory(self.k_BKTD, self.v_BKTE)._replace(**self.memory._asdict())
-        form = reference.Form(self.shape.segment_tokens, update, self.shape.overlap_tokens, rope=Rope(100.0))
+        kind, sizes = form_of(update), (self.shape.segment_tokens, self.shape.overlap_tokens)
+        form = reference.Form(sizes[0], kind.update, sizes[1], Rope(100.0), kind.features)
         return reference.attend(*self[1:5], reference.Marks(self.starts_BT, self.weights_BT), memory, form)
 
 
@@ -170,6 +176,7 @@ class Tools(NamedTuple):
     """What the tests of this room share."""
 
     Shape: type[Shape] = Shape
+    form_of: Callable[[str], Form] = form_of
     draw: Callable[..., Window] = draw_window
     tensors: Callable[..., dict[str, Tensor]] = state_tensors
     assert_same: Callable[..., None] = assert_same
@@ -181,6 +188,6 @@ def ops() -> Tools:
     return Tools()
 
 
-@pytest.fixture(scope="session", params=["linear", "delta"])
+@pytest.fixture(scope="session", params=["linear", "delta", "linear sharp", "delta sharp"])
 def update(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from infini_train.ops.attention import infini_attention, local_attention
 from infini_train.ops.grid import make_grid
+from infini_train.ops.memory import sharp, sigma
 from infini_train.ops.rope import Rope
 
 SHAPES = {
@@ -72,7 +73,7 @@ def test_a_start_at_the_first_token_hides_the_initial_memory(ops, update):
 def test_no_state_is_an_empty_memory(ops, update):
     window = ops.draw(ops.Shape(tokens=10, overlap_tokens=2), filled=False)
     grid = make_grid(window.starts_BT, window.weights_BT, None, 4, 2)
-    fast = infini_attention(*window[1:5], None, grid, update=update, rope=Rope(100.0))
+    fast = infini_attention(*window[1:5], None, grid, form=ops.form_of(update), rope=Rope(100.0))
     ops.assert_same(ops.tensors(*fast), ops.tensors(*window.attend_by_reference(update)))
 
 
@@ -164,7 +165,9 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share, ove
         grid = make_grid(twin.starts_BT, twin.weights_BT, first.recent, 4, overlap_tokens, (rank, ranks))
         mine = (x.chunk(ranks, 2)[rank] for x in twin[1:4])
         crossing = Thread(rank, barrier, places)
-        return infini_attention(*mine, twin.beta_H, first, grid, update=update, rope=Rope(100.0), ranks=crossing)
+        return infini_attention(
+            *mine, twin.beta_H, first, grid, form=ops.form_of(update), rope=Rope(100.0), ranks=crossing
+        )
 
     with ThreadPoolExecutor(ranks) as pool:
         found = list(pool.map(attend, range(ranks)))
@@ -211,6 +214,7 @@ def test_runs_on_the_meta_device(ops, shape, update):
     assert all(x.is_meta for x in found.values())
 
 
+@pytest.mark.parametrize("update", ["linear", "delta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_far_below_zero_are_still_retrieved(ops, update, dtype):
     """A memory of keys at -50 alone answers the mean of their values; beside a key at 0 they weigh nothing."""
@@ -228,3 +232,24 @@ def test_keys_far_below_zero_are_still_retrieved(ops, update, dtype):
     needle = window.v_BKTE[:, :, 1:2].expand(-1, -1, 4, -1)
     torch.testing.assert_close(out[:, :, 4:], needle, rtol=1e-2, atol=1e-2)
     assert F.elu(torch.tensor(-50.0, dtype=dtype)) + 1 == 0  # what sigma must not be
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharp_features_are_positive_of_unit_length_and_know_no_scale(dtype):
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = sharp(x)
+    assert found.dtype == dtype and (found > 0).all()
+    torch.testing.assert_close(found.float().norm(dim=-1), torch.ones(32), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(sharp(8 * x), found)
+    cosine = {f: F.normalize(f(x).double(), dim=-1) for f in (sharp, sigma)}
+    apart = torch.eye(32) == 0
+    assert (cosine[sharp] @ cosine[sharp].T)[apart].mean() < 0.2 < 0.6 < (cosine[sigma] @ cosine[sigma].T)[apart].mean()
+
+
+def test_sharp_features_of_nothing_have_a_gradient():
+    """A padded place is all zeros."""
+    x = torch.zeros(2, 4, requires_grad=True)
+    found = sharp(x)
+    assert torch.equal(found, torch.full((2, 4), 0.5))
+    found[:, 0].sum().backward()
+    assert x.grad.isfinite().all()

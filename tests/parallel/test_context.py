@@ -60,7 +60,7 @@ def attend_shard(window, update, ranks, remember=True):
     q, k, v = (x.chunk(ranks.size, 2)[ranks.rank] for x in window[1:4])
 
     def attend(q, k, v, beta, state):
-        return infini_attention(q, k, v, beta, state, grid, update=update, rope=Rope(100.0), ranks=ranks)
+        return infini_attention(q, k, v, beta, state, grid, form=ops.form_of(update), rope=Rope(100.0), ranks=ranks)
 
     if remember:
         return attend(q, k, v, window.beta_H, state)
@@ -275,6 +275,12 @@ def update(request):
 def test_shards_equal_the_reference(run, update, ranks, overlap):
     shape = {"overlap_tokens": overlap, "heads": 2, "kv_heads": 1}
     run("check_parity", ranks, update=update, shape=shape, starts=[[18], [4, 21]], judge="reference")
+
+
+@pytest.mark.parametrize("update", ["linear sharp", "delta sharp"])
+def test_other_features_cross_alike(run, update):
+    shape = {"overlap_tokens": 3, "heads": 2, "kv_heads": 1}
+    run("check_parity", 4, update=update, shape=shape, starts=[[18], [4, 21]], judge="reference")
 
 
 MARKS = {
