@@ -54,6 +54,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 
 
 def _context(options: argparse.Namespace) -> None:
+    prepare(options)
     from infini_train.eval.context import ContextPlan
 
     plan = ContextPlan(
@@ -62,7 +63,6 @@ def _context(options: argparse.Namespace) -> None:
         target_tokens=options.target_tokens,
         seed=options.seed,
     )
-    prepare(options)
     from infini_train.eval.context_report import ContextTest, format_results
 
     data, documents = options.data, options.documents

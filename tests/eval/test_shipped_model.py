@@ -1,5 +1,7 @@
 """The trained models that come with the repository do what their cards say, at a length that takes seconds."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,23 @@ def test_a_shipped_model_is_small_and_has_a_card(name):
     assert sum(path.stat().st_size for path in files) < 2e6
     card = (MODELS / name / "README.md").read_text(encoding="utf-8")
     assert f"infini-train eval passkey models/{name}" in card
+
+
+MISTAKES = {
+    "passkey": (),
+    "needles": (),
+    "context": ("--data", "nowhere"),
+    "summarise": ("--data", "nowhere"),
+    "harness": ("--tasks", "nothing"),
+    "gates": (),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_an_evaluation_says_nothing_but_its_own_words(kind, tmp_path):
+    """Notices of libraries, which appear when they are imported in the wrong order, have no place on the screen."""
+    model = MODELS / "passkey-linear" if MISTAKES[kind] else tmp_path / "nothing"
+    command = [sys.executable, "-m", "infini_train.cli", "eval", kind, str(model), *MISTAKES[kind]]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 2 and said.stdout == ""
+    assert said.stderr.startswith("error: ") and said.stderr.count("\n") == 1, said.stderr

@@ -184,7 +184,7 @@ def test_a_spike_is_only_told_by_default(odd):
     lines: list[str] = []
     config = odd(*SPIKES, run="warned")
     train(config, lines.append)
-    quiet = odd("guard.spike_window_steps=1000", run="quiet")
+    quiet = odd(*SPIKES, "guard.spikes=ignore", run="quiet")
     train(quiet)
     (finding, *_) = read_rows(config, "findings.jsonl")
     assert "document 30" in finding["documents"] and finding["finding"].startswith("the loss jumped to ")
