@@ -117,9 +117,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.legend(title=title, fontsize=8)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("recalled (%)")
-    figure.suptitle(
-        "solid: linear, dashed: delta, dash-dotted: linear sharp, dotted: unit keys without normaliser"
-    )
+    figure.suptitle("solid: linear, dashed: delta, dash-dotted: linear sharp, dotted: unit keys without normaliser")
     return figure
 
 
