@@ -2,7 +2,7 @@
 
     python benchmarks/key_books.py --out runs/key_books/8K.jsonl --count 20 --length 8K
     infini-train eval summarise models/passkey-linear --data runs/key_books/8K.jsonl --out runs/key_books/8K \\
-        --separator " What is the pass key? The pass key is " --max-new-tokens 5
+        --separator " What is the pass key? The pass key is" --max-new-tokens 6
 
 The shipped model was trained to answer that question (docs/passkey.md), so all of the road can be tried with it
 on books of any length, untrained for summaries as it is. Words, filler and places are those of the passkey test.

@@ -22,7 +22,7 @@ class PasskeyConfig:
     min_segments: int = 3  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the loss (nats, running mean) is below this
     text_weight: FiniteFloat = 1.0  # share in the loss of all text but the number
-    answer_weight: FiniteFloat = 1.0  # of the answer
+    answer_weight: FiniteFloat = 1.0  # of the answer, and the space before it
     key_weight: FiniteFloat = 0.5  # of the number's second mention
     pressure: FiniteFloat = 1.0  # texts feel up to so many windows long, by their write weights; 1: the paper's form
     pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure

@@ -136,7 +136,7 @@ def test_every_text_counts_alike():
     config = GROWING
     for start, stop in texts(batch, 1):
         weights = batch.loss_weights_BT[1, start:stop]
-        assert weights[-5:].sum() == pytest.approx(config.answer_weight)
+        assert weights[-6:].sum() == pytest.approx(config.answer_weight), "its space, and five digits"
         assert np.isclose(weights, config.key_weight / 5).sum() == 5
         assert weights.sum() - config.answer_weight - config.key_weight == pytest.approx(config.text_weight, rel=0.1)
 
