@@ -1,7 +1,7 @@
 """Makes books of one fact: a pass key somewhere in up to millions of bytes; the summary is its digits.
 
     python benchmarks/key_books.py --out runs/key_books/8K.jsonl --count 20 --length 8K
-    infini-train eval summarise models/passkey-linear --data runs/key_books/8K.jsonl --out runs/key_books/8K \\
+    infini-train eval summarise models/passkey-delta --data runs/key_books/8K.jsonl --out runs/key_books/8K \\
         --separator " What is the pass key? The pass key is" --max-new-tokens 6
 
 The shipped model was trained to answer that question (docs/passkey.md), so all of the road can be tried with it

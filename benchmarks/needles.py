@@ -1,7 +1,7 @@
 """Keeps what needle tests found, and writes the tables of docs/results.md on harder memory from the kept files.
 
-    infini-train eval needles models/passkey-linear --task multikey --out tests/multikey
-    python benchmarks/needles.py --name passkey-linear tests/multikey
+    infini-train eval needles models/passkey-delta --task multikey --out tests/multikey
+    python benchmarks/needles.py --name passkey-delta tests/multikey
 
 Each folder's results become a file in benchmarks/results/needles/. Without folders only the tables are written, from
 the files that are there: needles, capacity (benchmarks/capacity.py), recall (benchmarks/recall.py) and streaming

@@ -38,7 +38,7 @@ RESUMABLE: Mapping[str, str] = {
 SAME_WEIGHTS: Mapping[str, str] = {
     KIND: "all kinds share their weights; gates and memory tokens begin with their initial values",
     "model.attention.update": "both update rules share all weights",
-    "model.attention.features": "both kinds share all weights",
+    "model.attention.features": "both features share all weights",
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
     "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
     "model.attention.cache_tokens": "the same weights whatever they see",

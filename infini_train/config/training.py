@@ -81,7 +81,7 @@ class GuardConfig:
     """Steps that nothing is learned from: the loss or a gradient is no number, or the loss jumps."""
 
     max_skips: int = 10  # so many steps in a row may be left out; one more ends the run
-    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # rollback: skip the step and load the checkpoint
+    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # tell, leave the step out, or load a checkpoint too
     spike_window_steps: int = 100  # a loss is compared with those of this many steps before it
     spike_deviations: FiniteFloat = 6.0  # it is a spike at so many standard deviations above their mean
 

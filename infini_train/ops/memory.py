@@ -32,8 +32,8 @@ class Form(NamedTuple):
 
 
 PAPER = Form()
-# What every direction of a sharp feature has at least, against a largest of D^2: keys without a direction in common can
-# still be divided by each other, so that the delta update stays well conditioned.
+# What every direction of a sharp feature has at least, before it is scaled, against a largest of D^2: the delta update
+# divides one key by others, also by those that have no direction in common with it.
 SHARP_FLOOR = 0.1
 # Only guards against underflow: a visible denominator is a sum of positive numbers.
 TINY = 1e-30
@@ -93,14 +93,36 @@ def sigma(x: Tensor) -> Tensor:
     return _Sigma.apply(x)  # type: ignore[no-untyped-call]
 
 
-def sharp(x: Tensor) -> Tensor:
-    """Positive features of which few are large: relu(x / rms(x))^4 and a floor, of unit length.
+class _Sharp(torch.autograd.Function):
+    """Keeps only its input for backward, as much as `_Sigma` keeps, and computes the rest again."""
 
-    Not the paper's. Any two keys overlap less than under `sigma`, whose mean never vanishes, and every key counts
-    alike, so that a memory holds more pairs (benchmarks/capacity.py).
-    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _sharpen(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            (result,) = torch.autograd.grad(_sharpen(again), again, gradient)
+        return result
+
+
+def _sharpen(x: Tensor) -> Tensor:
     level = F.rms_norm(x, x.shape[-1:], eps=1e-12)
     return F.normalize(level.relu().square().square() + SHARP_FLOOR, dim=-1)
+
+
+def sharp(x: Tensor) -> Tensor:
+    """Positive features of which few are large: relu(x / rms(x))^4 and a floor, of unit length in the last dimension.
+
+    Not the paper's. Random keys overlap less in the mean than under `sigma`, and every key counts alike, so that a
+    memory holds more random pairs (benchmarks/capacity.py). A key without a positive number is the floor alone, and
+    has no gradient.
+    """
+    return _Sharp.apply(x)  # type: ignore[no-untyped-call]
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"elu": sigma, "sharp": sharp}

@@ -157,7 +157,7 @@ CASES: tuple[Case, ...] = (
     *_cases("cp4", "linear", "delta", "delta-overlap"),
     *_cases("dp4-zero3", "linear"),
     *_cases("tp2-dp2-zero3", "linear"),
-    *_cases("tp2-sp-cp2", "linear"),
+    *_cases("tp2-sp-cp2", "linear", "delta"),
     *_cases("tp2-sp-cp2", "delta-sharp", layers=2),  # steep features magnify rounding from layer to layer
     *_cases("tp2-sp-cp2", "delta", precision="bf16"),
     *_cases("cp2-dp2-zero2", "linear", "delta"),

@@ -46,7 +46,7 @@ class Guard:
         return problem if problem or self.config.spikes in ("ignore", "warn") else self.describe_spike(loss)
 
     def describe_spike(self, loss: float) -> str:
-        """How far this loss lies above the last ones; empty if it does not, if there are too few, or nobody asks."""
+        """How far this loss lies above the last ones; empty if it does not, if there are too few, or under `ignore`."""
         steps, deviations = self.config.spike_window_steps, self.config.spike_deviations
         if self.config.spikes == "ignore" or len(self._losses) < steps or not math.isfinite(loss):
             return ""

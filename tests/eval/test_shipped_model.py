@@ -38,6 +38,7 @@ def test_a_shipped_model_is_small_and_has_a_card(name):
 
 
 MISTAKES = {
+    "perplexity": ("--data", "nowhere"),
     "passkey": (),
     "needles": (),
     "context": ("--data", "nowhere"),

@@ -246,6 +246,14 @@ def test_sharp_features_are_positive_of_unit_length_and_know_no_scale(dtype):
     assert (cosine[sharp] @ cosine[sharp].T)[apart].mean() < 0.2 < 0.6 < (cosine[sigma] @ cosine[sigma].T)[apart].mean()
 
 
+def test_sharp_features_of_a_key_without_a_positive_number_are_the_floor():
+    x = torch.tensor([[-1.0, -3.0, -2.0, -1e-3]], requires_grad=True)
+    found = sharp(x)
+    torch.testing.assert_close(found, torch.full((1, 4), 0.5))
+    found[:, 0].sum().backward()
+    assert torch.equal(x.grad, torch.zeros(1, 4))
+
+
 def test_sharp_features_of_nothing_have_a_gradient():
     """A padded place is all zeros."""
     x = torch.zeros(2, 4, requires_grad=True)

@@ -26,7 +26,7 @@ FAST = {
     "dp2-zero3-linear",
     "dp2-zero2-delta",
     "cp2-delta-bf16",
-    "tp2-sp-cp2-delta-sharp-2layers",
+    "tp2-sp-cp2-delta",
 }
 TIMEOUT_S = 1500
 
