@@ -206,7 +206,7 @@ def test_the_mark_that_torch_gives_a_traceback_is_left_out(run):
 def test_a_signal_reaches_each_rank_once_and_all_are_waited_for(launched, number):
     process, pids = launched(SAVES_ON_SIGNAL)
     os.killpg(process.pid, number)  # as a terminal does
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (128 + number, "")
     assert sorted(out.splitlines()) == [f"[rank {rank}] saved {number}" for rank in (1, 2)] + [f"saved {number}"]
     wait_until_gone(pids)
@@ -239,7 +239,7 @@ def test_ctrl_z_stops_the_ranks_too_and_fg_goes_on(launched):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGCONT)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=180) == 143
 
 
 def test_no_rank_outlives_a_killed_launcher(launched):
