@@ -80,7 +80,9 @@ def read_status(clone: Path) -> dict:
     return json.loads((clone / "runs" / "1b" / "status.json").read_text())
 
 
-def test_the_page_leads_from_clone_to_a_job_that_trains(slurm, clone):
+@pytest.fixture(scope="module")
+def said(slurm, clone) -> str:
+    """What the page's commands say; then the job has trained, which every test of this file needs, on any worker."""
     lines = commands()
     assert lines[0] == NOT_RUN
     (clone / "fill_in.py").write_text(
@@ -90,7 +92,10 @@ def test_the_page_leads_from_clone_to_a_job_that_trains(slurm, clone):
     )
     (copied,) = (i for i, line in enumerate(lines) if line.startswith("cp "))
     lines.insert(copied + 1, "python fill_in.py")
-    said = run(slurm, clone, *(line.replace("--vocab-size 32000", "--vocab-size 300") for line in lines[1:]))
+    return run(slurm, clone, *(line.replace("--vocab-size 32000", "--vocab-size 300") for line in lines[1:]))
+
+
+def test_the_page_leads_from_clone_to_a_job_that_trains(clone, said):
     assert "to start at" in said, "sbatch --test-only has answered"
     assert re.search(r"^job \d+; see: infini-launch status", said, flags=re.MULTILINE)
     assert re.search(r"^runs/1b +\d+ +(pending|starting|training|configuring)", said, flags=re.MULTILINE)
@@ -113,7 +118,7 @@ def submit_ready(slurm, clone: Path, name: str, **changes: str) -> str:
     return output.read_text()
 
 
-def test_the_ready_scripts_work_once_they_are_filled_in(slurm, clone):
+def test_the_ready_scripts_work_once_they_are_filled_in(slurm, clone, said):
     shutil.rmtree(clone / "runs" / "1b")
     cpu = {"tasks": ("--ntasks-per-node=8", "--ntasks-per-node=2"), "gpus": ("--gpus=8", "--gpus=0")}
     assert "finished" in submit_ready(slurm, clone, "train_1b", **cpu, space=("--min-free-gib=50", "--min-free-gib=0"))
