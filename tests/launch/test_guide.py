@@ -34,7 +34,14 @@ SMALL = {
     "checkpoint": {"every_steps": 3},
     "log": {"every_steps": 1},
 }
-FILLED_IN = {"gpus_per_node": 0, "tasks_per_node": 2, "cores_per_node": 4, "memory": "1G", "network_interface": "lo"}
+FILLED_IN = {
+    "gpus_per_node": 0,
+    "tasks_per_node": 2,
+    "cores_per_node": 4,
+    "memory": "1G",
+    "network_interface": "lo",
+    "min_free_gib": 0,  # this machine's disk may have less than the 50 that are asked of a cluster's
+}
 
 
 def commands() -> list[str]:
