@@ -56,6 +56,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 def _context(options: argparse.Namespace) -> None:
     prepare(options)
     from infini_train.eval.context import ContextPlan
+    from infini_train.eval.context_report import ContextTest, format_results
 
     plan = ContextPlan(
         contexts_tokens=tuple(parse_length(text, "--contexts") for text in options.contexts),
@@ -63,8 +64,6 @@ def _context(options: argparse.Namespace) -> None:
         target_tokens=options.target_tokens,
         seed=options.seed,
     )
-    from infini_train.eval.context_report import ContextTest, format_results
-
     data, documents = options.data, options.documents
     run(
         options,

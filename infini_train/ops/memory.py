@@ -193,7 +193,7 @@ _Crossing = Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]]
 
 
 def begin_scan(
-    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, form: Form = PAPER, ranks: Ranks | None = None
+    k_BCKND: Tensor, v_BCKNE: Tensor, initial: Memory, grid: Grid, form: Form, ranks: Ranks | None = None
 ) -> Callable[[], Scanned]:
     """Writes the closed segments (Eq. 8 and 9) and starts what has to travel between ranks.
 
@@ -202,7 +202,7 @@ def begin_scan(
         v_BCKNE: their values.
         initial: memory entering the window, the same on all ranks.
         grid: weights, document starts.
-        form: how they are written.
+        form: how they are written; they must be read with the same.
         ranks: how memory travels between the ranks of `grid.shard`; not asked on one rank.
 
     Returns:
@@ -371,7 +371,7 @@ def _affine_totals(transition_BCKDD: Tensor, increment_BCKDE: Tensor) -> tuple[T
     return total_a, total_b
 
 
-def read_memory(q_BSKQD: Tensor, scanned: Scanned, visible_BSQ: Tensor, form: Form = PAPER) -> Tensor:
+def read_memory(q_BSKQD: Tensor, scanned: Scanned, visible_BSQ: Tensor, form: Form) -> Tensor:
     """A_mem = sigma(Q) M / (sigma(Q) z) (Eq. 7): (B, S, K, Q, E); 0 where the memory is invisible.
 
     visible_BSQ is made safe before the division, so that an invisible read has no gradient either.

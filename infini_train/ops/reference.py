@@ -125,15 +125,15 @@ def write(past: HeadMemory, tokens: HeadTokens, segment: range, form: Form) -> H
     """The memory after a segment, given the one before it."""
     past, segment = forget(past, tokens, segment)
     memory_DE, normaliser_D, written = past
-    feature_UD = [FEATURES[form.features](k_D) for k_D in tokens.k_UD]
-    repeats = [(tokens.weights_U[t] - 1).clamp_min(0) * feature_UD[t] for t in segment]
+    feature_D = {t: FEATURES[form.features](tokens.k_UD[t]) for t in segment}
+    repeats = [(tokens.weights_U[t] - 1).clamp_min(0) * feature_D[t] for t in segment]
     last = past._replace(normaliser_D=sum(repeats, normaliser_D))  # before the last of several readings of the segment
     for t in segment:
         k_D, v_E, weight = tokens.k_UD[t], tokens.v_UE[t], tokens.weights_U[t]
         if form.update == "delta" and past.written > 0:
             v_E = v_E - read(k_D, last, form)  # eq (9): every key of the segment reads the memory before the segment
-        memory_DE = memory_DE + weight * torch.outer(feature_UD[t], v_E)  # eq (8), eq (9)
-        normaliser_D = normaliser_D + weight * feature_UD[t]  # eq (8)
+        memory_DE = memory_DE + weight * torch.outer(feature_D[t], v_E)  # eq (8), eq (9)
+        normaliser_D = normaliser_D + weight * feature_D[t]  # eq (8)
         written = written + (weight > 0)
     return HeadMemory(memory_DE, normaliser_D, written)
 

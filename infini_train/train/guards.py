@@ -43,7 +43,7 @@ class Guard:
     def find_problem(self, loss: float) -> str:
         """Why a step with this loss is left out; empty if it is not."""
         problem = describe_non_finite(loss)
-        return problem if problem or self.config.spikes in ("ignore", "warn") else self.describe_spike(loss)
+        return problem if problem or self.config.spikes == "warn" else self.describe_spike(loss)
 
     def describe_spike(self, loss: float) -> str:
         """How far this loss lies above the last ones; empty if it does not, if there are too few, or under `ignore`."""
