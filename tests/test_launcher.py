@@ -68,7 +68,8 @@ def launched(program) -> Iterator[Callable[[str], tuple[subprocess.Popen, list[i
 
     def start(text: str) -> tuple[subprocess.Popen, list[int]]:
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, *program(text)],
+            # nohup, or a shell's background job, would have it ignore some
+            ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", LAUNCHER, *program(text)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -206,7 +207,7 @@ def test_the_mark_that_torch_gives_a_traceback_is_left_out(run):
 def test_a_signal_reaches_each_rank_once_and_all_are_waited_for(launched, number):
     process, pids = launched(SAVES_ON_SIGNAL)
     os.killpg(process.pid, number)  # as a terminal does
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "")
     assert sorted(out.splitlines()) == [f"[rank {rank}] saved {number}" for rank in (1, 2)] + [f"saved {number}"]
     wait_until_gone(pids)
@@ -239,7 +240,7 @@ def test_ctrl_z_stops_the_ranks_too_and_fg_goes_on(launched):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGCONT)
     process.terminate()
-    assert process.wait(timeout=180) == 143
+    assert process.wait(timeout=60) == 143
 
 
 def test_no_rank_outlives_a_killed_launcher(launched):
