@@ -4,8 +4,7 @@
     python benchmarks/needles.py --name passkey-delta tests/multikey
 
 Each folder's results become a file in benchmarks/results/needles/. Without folders only the tables are written, from
-the files that are there: needles, capacity (benchmarks/capacity.py), recall (benchmarks/recall.py) and streaming
-(benchmarks/streaming.py).
+the files that are there: needles, capacity (benchmarks/capacity.py) and streaming (benchmarks/streaming.py).
 """
 
 import argparse
@@ -39,7 +38,7 @@ def main() -> None:
 
 def fill_page(page: str) -> str:
     """The page with the tables written anew that stand between marks, as far as there are results."""
-    for name, table in (("needles", needles), ("capacity", capacity), ("recall", recall), ("streaming", streaming)):
+    for name, table in (("needles", needles), ("capacity", capacity), ("streaming", streaming)):
         begin, end = f"<!-- {name} table -->", f"<!-- end of the {name} table -->"
         head, mark, rest = page.partition(begin)
         if mark:
@@ -90,17 +89,6 @@ def capacity() -> str:
         rows.append([str(key_dim), str(heads), f"{scale:g}", *by_update.values()])
     forms = list(dict.fromkeys(row["update"] for row in found))
     return as_table(["key size", "heads", "scale", *forms[:-1], f"{forms[-1]}, no normaliser"], rows)
-
-
-def recall() -> str:
-    """Right answers of trained models in %, by number of pairs."""
-    found = load("recall.json")
-    pairs = [row["pairs"] for row in next(iter(found.values()))["found"]]
-    rows = [
-        [arm, str(result["steps"]), *(f"{100 * row['right'] / row['asked']:.1f}" for row in result["found"])]
-        for arm, result in found.items()
-    ]
-    return as_table(["memory", "steps", *(f"{count} pairs" for count in pairs)], rows)
 
 
 def streaming() -> str:

@@ -1,11 +1,13 @@
-"""How many pairs trained models recall: small models learn key-value recall, each with another memory.
+"""How many pairs trained models recall: small models of one layer learn key-value recall, each with another memory.
 
-    python benchmarks/recall.py                  # trains what is missing below runs/recall, minutes of a core each
-    python benchmarks/recall.py --arms linear    # one arm only; the others' kept results stay
+    python benchmarks/recall.py                           # trains what is missing below runs/recall, minutes of a core each
+    python benchmarks/recall.py --arms linear delta --seeds 1    # these only; what was found before stays
+    python benchmarks/recall.py --report                  # tables and picture again, without training
 
-Every arm is `infini-train train recall` with another attention: the same seed, texts, steps and learning rates. A test
-asks for all pairs of 32 texts with pairs that training did not see; the most likely token counts. Questions begin
-behind a segment's edge. What was found is kept in benchmarks/results/recall.json, the picture in docs/images/.
+Every arm is `infini-train train recall` with something else changed: the same texts, steps and learning rates. A test
+asks for all pairs of 64 texts with pairs and orders that training did not see; the most likely token counts, one of 8
+is right by chance. Each run is a file in benchmarks/results/recall/; the table stands in docs/results.md, the picture
+in docs/images/.
 """
 
 import argparse
@@ -20,103 +22,185 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from matplotlib.axes import Axes  # noqa: E402 (the backend must be chosen first)
+from matplotlib.figure import Figure  # noqa: E402
 
 from infini_train.eval.intervals import wilson_interval  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT, PICTURE = ROOT / "benchmarks" / "results" / "recall.json", ROOT / "docs" / "images" / "recall.png"
+RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "recall", ROOT / "docs" / "images" / "recall.png"
+PAGE, BEGIN, END = ROOT / "docs" / "results.md", "<!-- recall table -->", "<!-- end of the recall table -->"
 RUNS = Path("runs/recall")
-PAIRS, TEXTS, SEED = (2, 4, 8, 12, 15, 16, 24, 32), 32, 1_000_003
+PAIRS, TEXTS, SEED = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 64, 1_000_003
+ENOUGH, CHANCE = 0.9, 1 / 8
+
+
+def infini(update: str, features: str = "elu", key_dim: int = 32, heads: int = 2) -> dict[str, str]:
+    """The settings of an arm with this memory; values have 32 numbers a head throughout."""
+    return {
+        "model.attention": f"{{kind: infini, segment_tokens: 16, update: {update}, features: {features}}}",
+        "model.head_dim": str(key_dim),
+        "model.value_head_dim": "32",
+        "model.num_heads": str(heads),
+    }
+
+
 ARMS = {
-    "linear": "{kind: infini, segment_tokens: 32, update: linear}",
-    "delta": "{kind: infini, segment_tokens: 32, update: delta}",
-    "transformer_xl": "{kind: transformer_xl, segment_tokens: 32, cache_tokens: 32}",
-    "local": "{kind: local, segment_tokens: 32}",
+    **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (8, 16, 32, 64)},
+    **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (8, 16, 32, 64)},
+    **{f"linear sharp, key size {size}": infini("linear", "sharp", size) for size in (16, 32)},
+    **{f"delta sharp, key size {size}": infini("delta", "sharp", size) for size in (16, 32)},
+    **{f"linear, {heads} heads of 16": infini("linear", key_dim=16, heads=heads) for heads in (1, 4)},
+    "transformer_xl": {"model.attention": "{kind: transformer_xl, segment_tokens: 16, cache_tokens: 16}"},
+    "memorizing": {"model.attention": "{kind: memorizing, segment_tokens: 16, cache_tokens: 16, stored_tokens: 512}"},
+    "rmt": {"model.attention": "{kind: rmt, segment_tokens: 16, memory_tokens: 16}"},
+    "local": {"model.attention": "{kind: local, segment_tokens: 16}"},
+    "full": {"model.attention": "{kind: full}"},
+}
+PANELS = {
+    "key size (solid: linear, dashed: delta)": [
+        arm for arm in ARMS if arm.startswith(("linear, key", "delta, key")) and not arm.endswith(" 8")
+    ],
+    "features and heads": [arm for arm in ARMS if "sharp" in arm or "heads" in arm],
+    "the baselines": ["linear, key size 32", "delta, key size 32", *list(ARMS)[-5:]],
 }
 
 
 def main() -> None:
-    """Trains what is missing, tests, keeps, draws, prints."""
+    """Trains what is missing, tests, keeps, draws, writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="names in the table")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only write the table and the picture")
     options = parser.parse_args()
-    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    for arm in options.arms:
-        run = options.runs / f"recall_{arm}"
-        train = [sys.executable, "-m", "infini_train.cli", "train", "recall", "--set", f"run_dir={run}"]
-        subprocess.run([*train, "--set", f"model.attention={ARMS[arm]}"], check=True)
-        kept[arm] = measure(run)
-        RESULT.write_text(json.dumps({arm: kept[arm] for arm in ARMS if arm in kept}, indent=1) + "\n")
-    print(format_table(kept))
-    draw(kept).savefig(PICTURE, dpi=150)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for arm in [] if options.report else options.arms:
+            name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+            if not (RESULTS / f"{name}.json").is_file():
+                result = {"arm": arm, "seed": seed, **train_and_ask(options.runs / name, ARMS[arm], seed)}
+                (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    found = load()
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(fill_page(page, found), encoding="utf-8")
+    draw(found).savefig(PICTURE, dpi=150)
 
 
-def measure(run: Path) -> dict[str, Any]:
-    """Right answers by number of pairs, and what the run was."""
+def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, Any]:
+    """Trains a model, or goes on with it, and counts its right answers."""
+    train = [sys.executable, "-m", "infini_train.cli", "train", "recall"]
+    for name, value in {**settings, "seed": str(seed), "run_dir": str(run)}.items():
+        train += ["--set", f"{name}={value}"]
+    subprocess.run(train, check=True)
     from infini_train.parallel import device
 
     device.prepare()
     from infini_train.eval.loading import open_trained
+    from infini_train.model.flops import count_parameters, memory_numbers
 
     trained = open_trained(run)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    sizes = [row["texts/largest"] for row in rows if "texts/largest" in row]
-    found = [{"pairs": pairs, **ask(trained.model, pairs)} for pairs in PAIRS]
-    return {"steps": trained.step, "seed": trained.config.seed, "largest_pairs_trained": int(sizes[-1]), "found": found}
+    model = trained.config.model
+    return {
+        "steps": trained.step,
+        "parameters": count_parameters(model),
+        "memory_numbers": memory_numbers(model),
+        "found": [{"pairs": pairs, **ask(trained.model, pairs)} for pairs in PAIRS],
+    }
 
 
 def ask(model: Any, pairs: int) -> dict[str, int]:
     """Questions about the pairs of texts, and how many were answered rightly."""
     import torch
 
-    from infini_train.data.recall import lay_pairs
+    from infini_train.data.recall import count_segments, lay_pairs
     from infini_train.data.tokenizer import ByteTokenizer
 
-    segment = model.config.segment_tokens
-    segments = 2 * -(-(2 * pairs + 1) // segment)
-    texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segments, segment) for i in range(TEXTS)]
-    ids_BT = torch.from_numpy(np.stack([text.ids for text in texts]).astype(np.int64))
-    tokens_BT = torch.cat((torch.full((TEXTS, 1), ByteTokenizer.bos_id), ids_BT[:, :-1]), 1)
-    weights_BT = torch.from_numpy(np.stack([text.write_weights for text in texts]))
-    starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+    segment = model.config.segment_tokens or 16  # of the recipe; full attention has none
+    texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment) for i in range(TEXTS)]
+    shape = (TEXTS, count_segments(pairs, segment) * segment)
+    tokens_BT = torch.full(shape, ByteTokenizer.pad_id)
+    labels_BT, asked_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    weights_BT, starts_BT = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     starts_BT[:, 0] = True
+    for row, text in enumerate(texts):
+        length = len(text.ids)
+        tokens_BT[row, :length] = torch.from_numpy(np.concatenate(([ByteTokenizer.bos_id], text.ids[:-1])))
+        labels_BT[row, :length] = torch.from_numpy(text.ids)
+        asked_BT[row, :length] = torch.from_numpy(text.loss_weights > 0)
+        weights_BT[row, :length] = torch.from_numpy(text.write_weights)
     with torch.no_grad():
         hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, weights_BT, None), None)
         said_BT = model.logits(hidden_TBD).argmax(-1).t()
-    asked_BT = torch.from_numpy(np.stack([text.loss_weights > 0 for text in texts]))
-    return {"asked": int(asked_BT.sum()), "right": int(((said_BT == ids_BT) & asked_BT).sum())}
+    return {"asked": int(asked_BT.sum()), "right": int(((said_BT == labels_BT) & asked_BT).sum())}
 
 
-def format_table(kept: dict[str, Any]) -> str:
-    """Right answers in % by number of pairs, a row an arm."""
-    lines = [
-        f"| memory | {' | '.join(f'{pairs} pairs' for pairs in PAIRS)} | trained up to |",
-        "|---" * (len(PAIRS) + 2) + "|",
-    ]
-    for arm, result in kept.items():
-        cells = [f"{100 * row['right'] / row['asked']:.1f}" for row in result["found"]]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {result['largest_pairs_trained']} |")
+def load() -> list[dict[str, Any]]:
+    """What was found, in the order of the arms."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    return sorted(found, key=lambda result: (list(ARMS).index(result["arm"]), result["seed"]))
+
+
+def share(result: dict[str, Any]) -> list[float]:
+    """Of right answers, by number of pairs."""
+    return [row["right"] / row["asked"] for row in result["found"]]
+
+
+def capacity(result: dict[str, Any]) -> int:
+    """Most pairs up to which enough are recalled, on the grid."""
+    shares = share(result)
+    return max((pairs for i, pairs in enumerate(PAIRS) if min(shares[: i + 1]) >= ENOUGH), default=0)
+
+
+def fill_page(page: str, found: list[dict[str, Any]]) -> str:
+    """The page with the table written anew."""
+    head, mark, rest = page.partition(BEGIN)
+    assert mark, f"{PAGE}: has no {BEGIN}"
+    return f"{head}{BEGIN}\n\n{format_table(found)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def format_table(found: list[dict[str, Any]]) -> str:
+    """A row an arm: right answers in %, the mean of its seeds; capacity of each seed."""
+    names = ["memory", "numbers", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for arm in dict.fromkeys(result["arm"] for result in found):
+        runs = [result for result in found if result["arm"] == arm]
+        holds = ", ".join(str(capacity(run)) for run in runs)
+        cells = [f"{100 * mean:.1f}" for mean in np.mean([share(run) for run in runs], 0)]
+        lines.append(f"| {arm} | {runs[0]['memory_numbers']:,} | {len(runs)} | {holds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(kept: dict[str, Any]) -> Figure:
-    """Recall against pairs, with Wilson's intervals."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for arm, result in kept.items():
-        rows = result["found"]
-        share = [100 * row["right"] / row["asked"] for row in rows]
-        low, high = zip(*(wilson_interval(row["right"], row["asked"]) for row in rows), strict=True)
-        (line,) = axes.plot(PAIRS, share, marker="o", markersize=4, label=arm)
-        axes.fill_between(PAIRS, np.multiply(low, 100), np.multiply(high, 100), alpha=0.15, color=line.get_color())
-    axes.set(xscale="log", xlabel="pairs to remember", ylabel="recalled (%)", ylim=(0, 101))
-    axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+def draw(found: list[dict[str, Any]]) -> Figure:
+    """Recall against pairs, seed 0, with Wilson's intervals; a panel for each thing that differs."""
+    figure = Figure(figsize=(14, 4.3), layout="constrained")
+    first = {result["arm"]: result for result in found if result["seed"] == 0}
+    for axes, (title, arms) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        for arm in arms:
+            if arm in first:
+                draw_arm(axes, arm, first[arm])
+        axes.set(xscale="log", xlabel="pairs to remember", ylim=(0, 101), title=title)
+        axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
+        axes.minorticks_off()
+        axes.axhline(100 * ENOUGH, linestyle=":", color="black", linewidth=1)
+        axes.axhline(100 * CHANCE, linestyle=":", color="grey", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("recalled (%); dotted: 90 %, chance")
     return figure
+
+
+def draw_arm(axes: Axes, arm: str, result: dict[str, Any]) -> None:
+    """One line; the same key size has the same colour in linear and delta."""
+    size = arm.rpartition(" ")[2]
+    paired = size.isdigit() and "sharp" not in arm
+    colour = matplotlib.colormaps["viridis"](("8", "16", "32", "64").index(size) / 4) if paired else None
+    style = "--" if arm.startswith("delta") else "-"
+    bounds = [wilson_interval(row["right"], row["asked"]) for row in result["found"]]
+    percent = np.multiply(share(result), 100)
+    (line,) = axes.plot(PAIRS, percent, style, color=colour, marker="o", markersize=3, label=arm)
+    low, high = np.multiply(list(zip(*bounds, strict=True)), 100)
+    axes.fill_between(PAIRS, low, high, alpha=0.12, color=line.get_color())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class NeedlesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
-    """Pairs of a key and a value, a token each, then questions for all of them (docs/needles.md)."""
+    """Pairs of a key and a value, then questions for all of them (docs/needles.md)."""
 
     min_pairs: int = 2  # of the smallest texts
     max_pairs: int = 32  # of the largest; they and their questions must fit into a window

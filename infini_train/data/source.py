@@ -13,7 +13,7 @@ from infini_train.data.corpus import Corpus, Part
 from infini_train.data.lanes import Batch, LaneReader
 from infini_train.data.needle_reader import NeedleMaker
 from infini_train.data.passkey_reader import PasskeyReader
-from infini_train.data.recall import RecallMaker
+from infini_train.data.recall import VOCABULARY, RecallMaker
 from infini_train.data.shards import Dataset
 from infini_train.data.text_windows import TextReader
 from infini_train.data.tokenizer import ByteTokenizer, tokenizer_of
@@ -91,7 +91,8 @@ def open_source(config: RunConfig) -> Source:
         if texts is not None:
             byte = ByteTokenizer()
             special_ids = (byte.bos_id, byte.eos_id, byte.pad_id)
-            return Source(f"data.{name}", byte.vocab_size, f"{name} {texts}", byte.sha256, special_ids)
+            vocab_size = byte.vocab_size if texts is not data.recall else VOCABULARY
+            return Source(f"data.{name}", vocab_size, f"{name} {texts}", byte.sha256, special_ids)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step

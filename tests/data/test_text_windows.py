@@ -11,7 +11,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED
 from infini_train.data.needle_reader import NeedleMaker
 from infini_train.data.passkey_reader import Progress
-from infini_train.data.recall import SYMBOLS, RecallMaker
+from infini_train.data.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
 from infini_train.data.text_windows import TextReader
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -109,20 +109,22 @@ def test_recall_windows_ask_for_every_pair_behind_an_edge(longest):
                 tokens, labels = batch.tokens_BT[row, place], batch.labels_BT[row, place]
                 asked = np.flatnonzero(labels != IGNORED)
                 pairs = len(asked)
-                told = dict(tokens[1 : 2 * pairs + 1].reshape(-1, 2).tolist())
+                keys, values = divmod(tokens[1 : pairs + 1] - FIRST_PAIR, VALUES)
+                told = dict(zip(keys.tolist(), (KEYS + values).tolist(), strict=True))
                 assert len(told) == pairs <= longest
-                assert (np.array(list(told)) < SYMBOLS).all() and min(told.values()) >= SYMBOLS
+                assert 0 <= min(told) <= max(told) < KEYS <= min(told.values()) <= max(told.values()) < FIRST_PAIR
                 assert [told[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
                 assert sorted(tokens[asked].tolist()) == sorted(told)
-                assert asked[0] % SEGMENT == 0 and asked[0] >= 2 * pairs + 1
+                assert asked[0] % SEGMENT == 0 and asked[0] >= pairs + 1
                 assert batch.loss_weights_BT[row, place].sum() == pytest.approx(1.0)
-                written = batch.weights_BT[row, place]
-                assert (written[: 2 * pairs + 1] == 1).all() and (written[2 * pairs + 1 : asked[0]] == 0).all()
+                written = np.flatnonzero(batch.weights_BT[row, place])
+                assert written.tolist() == list(range(1, pairs + 1)), "nothing but the pairs"
+                assert tokens.max() < VOCABULARY
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="data.recall.max_pairs: 100 pairs .* take 512 tokens in segments of 64"):
-        RecallMaker(RecallConfig(max_pairs=100), 448, SEGMENT)
+    with pytest.raises(ConfigError, match="data.recall.max_pairs: 100 pairs .* take 384 tokens in segments of 64"):
+        RecallMaker(RecallConfig(max_pairs=100), 320, SEGMENT)
     with pytest.raises(ConfigError, match="data.needles.min_segments: 1 segments of 64 tokens can't hold a text of"):
         NeedleMaker(NeedlesConfig(min_segments=1), WINDOW, SEGMENT)
     with pytest.raises(ConfigError, match="--haystack: none.txt can't be read"):
