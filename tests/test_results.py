@@ -1,5 +1,6 @@
 """The generated parts of docs/results.md against the files that they come from."""
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -60,3 +61,28 @@ def test_the_tables_of_harder_memory_are_those_of_the_files():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert needles["fill_page"](page) == page, "run python benchmarks/needles.py"
     assert page.count(" table -->\n\n| ") >= 2
+
+
+def test_the_recall_table_is_that_of_the_files():
+    recall = runpy.run_path(str(ROOT / "benchmarks" / "recall.py"))
+    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), recall["load"]()
+    assert found and recall["fill_page"](page, found) == page, "run python benchmarks/recall.py --report"
+
+
+@pytest.fixture(scope="module")
+def context() -> dict[str, object]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "context.py"))
+
+
+def test_the_context_tables_are_those_of_the_files(context):
+    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), context["load"]()
+    assert found and context["fill_page"](page, found) == page, "run python benchmarks/context.py"
+
+
+def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys):
+    plan = {field: 1 for field in context["PLAN"]}
+    parser = argparse.ArgumentParser()
+    context["check_alike"]({"a": plan, "b": dict(plan)}, parser)
+    with pytest.raises(SystemExit):
+        context["check_alike"]({"a": plan, "b": {**plan, "targets": 2}}, parser)
+    assert "b.json: other targets than a.json; test both alike, or remove one" in capsys.readouterr().err

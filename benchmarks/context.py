@@ -1,0 +1,136 @@
+"""Keeps what context tests found, and writes the tables and the picture of docs/results.md on whole books.
+
+    infini-train eval context runs/table2/local-6e-3-0 --data runs/table2/data/test --contexts 64 256 1K 4K --out local
+    python benchmarks/context.py local
+
+Each folder's results become a file in benchmarks/results/context/, by the folder's name. Without folders only the
+tables and the picture are made, from the files that are there.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+
+from infini_train.eval.passkey_scores import format_length  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES, PAGE = ROOT / "benchmarks" / "results" / "context", ROOT / "docs" / "results.md"
+IMAGE = ROOT / "docs" / "images" / "context_arms.png"
+BEGIN, END = "<!-- context: written by benchmarks/context.py -->", "<!-- end of context -->"
+PLAN = ("data_sha256", "documents", "contexts_tokens", "targets", "target_tokens", "seed")
+DROPPED = ("checkpoint", "folder", "data")  # paths of one machine
+
+Found = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    """Keeps results, then writes the tables and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of context tests, with results.json")
+    folders = parser.parse_args().folders
+    FILES.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        kept = {name: value for name, value in found.items() if name not in DROPPED}
+        (FILES / f"{folder.resolve().name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    everything = load()
+    if not everything:
+        parser.error(f"{FILES} holds no results; give folders of `infini-train eval context`")
+    check_alike(everything, parser)
+    draw(everything).savefig(IMAGE, dpi=150)
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), everything), encoding="utf-8")
+
+
+def load() -> Found:
+    """All kept tests, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FILES.glob("*.json"))}
+
+
+def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
+    """One table holds tests of the same books and targets only."""
+    plans = {name: {field: test[field] for field in PLAN} for name, test in found.items()}
+    first, *others = plans
+    for name in others:
+        for field in PLAN:
+            if plans[name][field] != plans[first][field]:
+                parser.error(f"{FILES / name}.json: other {field} than {first}.json; test both alike, or remove one")
+
+
+def fill_page(page: str, found: Found) -> str:
+    """The page with the part between its two marks written anew."""
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    picture = "![Loss by position in the book, and by how much before a target is visible](images/context_arms.png)"
+    return f"{head}{BEGIN}\n\n{tabulate_positions(found)}\n\n{tabulate_contexts(found)}\n\n{picture}\n\n{END}{tail}"
+
+
+def tabulate_positions(found: Found) -> str:
+    """Loss by tokens since the book's start, a row an arm."""
+    places = next(iter(found.values()))["positions"]
+    head = ["loss at tokens", *(f"from {format_place(place['first_position'])}" for place in places), "whole books"]
+    rows = [
+        [arm, *(f"{place['loss']:.3f}" for place in test["positions"]), f"{test['whole']['loss']:.4f}"]
+        for arm, test in found.items()
+    ]
+    return as_table(head, rows)
+
+
+def tabulate_contexts(found: Found) -> str:
+    """How much worse targets are read with less before them, a row an arm; intervals by bootstrap over books."""
+    seen = next(iter(found.values()))["contexts"]
+    head = ["visible before a target", *(format_visible(context) for context in seen)]
+    rows = []
+    for arm, test in found.items():
+        cells = [format_loss(context) for context in test["contexts"] if context["context_tokens"]]
+        rows.append([arm, *cells, f"{test['contexts'][-1]['loss']:.4f}"])
+    return as_table(head, rows)
+
+
+def format_loss(context: dict[str, Any]) -> str:
+    low, high = context["above_all_95"]
+    return f"{context['above_all']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def format_place(tokens: int) -> str:
+    return format_length(tokens) if tokens else "0"
+
+
+def format_visible(context: dict[str, Any]) -> str:
+    tokens = context["context_tokens"]
+    return format_length(tokens) if tokens else "all: loss"
+
+
+def as_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def draw(found: Found) -> Figure:
+    """Loss by position, and by visible context."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, test in found.items():
+        middles = [(max(place["first_position"], 32) * place["end_position"]) ** 0.5 for place in test["positions"]]
+        left.plot(middles, [place["loss"] for place in test["positions"]], marker="o", markersize=3, label=arm)
+        limited = [context for context in test["contexts"] if context["context_tokens"]]
+        (line,) = right.plot(
+            [context["context_tokens"] for context in limited], [context["loss"] for context in limited], marker="o"
+        )
+        right.axhline(test["contexts"][-1]["loss"], color=line.get_color(), linestyle=":", linewidth=1)
+    left.set(xscale="log", xlabel="tokens since the book's start", ylabel="loss (nats a token)")
+    right.set(xscale="log", xlabel="tokens visible before a target (dotted: all)", ylabel="loss of the targets")
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
