@@ -116,7 +116,7 @@ def ask(model: Any, pairs: int) -> dict[str, int]:
     from infini_train.data.recall import count_segments, lay_pairs
     from infini_train.data.tokenizer import ByteTokenizer
 
-    segment = model.config.segment_tokens or 16  # of the recipe; full attention has none
+    segment = model.config.segment_tokens or 32  # full attention has none; its texts are laid out so while training
     texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment) for i in range(TEXTS)]
     shape = (TEXTS, count_segments(pairs, segment) * segment)
     tokens_BT = torch.full(shape, ByteTokenizer.pad_id)

@@ -104,8 +104,8 @@ def _describe(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, Any]) -> str | None:
     """Copies the tokenizer of the checkpoint's run, and names its bos and eos; a line if that can't be done."""
-    run_dir = checkpoint.path.resolve().parent.parent
-    file = find_tokenizer(run_dir)
+    file = find_tokenizer(checkpoint.path.resolve())
+    run_dir = file.parent if file else checkpoint.path.resolve().parent.parent
     tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state.get("tokenizer"):
         return f"no tokenizer is written: that of the weights is not in {run_dir}"

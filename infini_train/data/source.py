@@ -1,5 +1,6 @@
 """Where training text comes from: shards on disk, or texts made while training."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Call
     """Reads the lanes `rows` of the global batch; tells `on_corrupt` of damaged documents."""
     data, train = config.data, config.train
     seed = config.seed if data.order_seed is None else data.order_seed
-    segment = config.model.segment_tokens or train.window_tokens
+    segment = config.model.segment_tokens or math.gcd(train.window_tokens, 64)  # without segments any grid will do
     lanes = (train.batch_lanes, train.window_tokens, segment, seed, rows)
     if data.passkey is not None:
         return PasskeyReader(data.passkey, *lanes)

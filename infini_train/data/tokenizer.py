@@ -198,9 +198,10 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
     return HuggingFaceTokenizer(name, special_ids)
 
 
-def find_tokenizer(run_dir: Path) -> Path | None:
-    """The tokenizer's file in a run's folder; None: there is none, as for bytes."""
-    files = (run_dir / kind.file_name for kind in (SentencePieceTokenizer, HuggingFaceTokenizer))
+def find_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer's file beside a checkpoint's, as in a model to give away, or in its run's folder; None for bytes."""
+    kinds = (SentencePieceTokenizer, HuggingFaceTokenizer)
+    files = (folder / kind.file_name for folder in (checkpoint, checkpoint.parent.parent) for kind in kinds)
     return next((file for file in files if file.is_file()), None)
 
 

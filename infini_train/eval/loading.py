@@ -55,12 +55,13 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     """
     checkpoint = _open(path)
     config = validate(checkpoint.config)
-    run_dir = checkpoint.path.resolve().parent.parent
-    file = find_tokenizer(run_dir)
+    folder = checkpoint.path.resolve()
+    file = find_tokenizer(folder)
     tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
     if tokenizer.sha256 != checkpoint.state["tokenizer"]:
         problem = "is not the tokenizer the model was trained with" if file else "is missing"
-        raise ConfigError(f"{file or run_dir / SentencePieceTokenizer.file_name}: {problem}; put the right one there")
+        place = file or folder.parent.parent / SentencePieceTokenizer.file_name
+        raise ConfigError(f"{place}: {problem}; put the right one there, or into {folder}")
     mesh.start()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stages = Stages(config.model, dtype=dtype)
