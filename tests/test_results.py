@@ -86,3 +86,13 @@ def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys)
     with pytest.raises(SystemExit):
         context["check_alike"]({"a": plan, "b": {**plan, "targets": 2}}, parser)
     assert "b.json: other targets than a.json; test both alike, or remove one" in capsys.readouterr().err
+
+
+def test_the_table_of_summaries_is_that_of_the_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it reads the form of stories.py
+    summaries = runpy.run_path(str(ROOT / "benchmarks" / "summaries.py"))
+    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), summaries["load"]()
+    assert found and summaries["fill_page"](page, found) == page, "run python benchmarks/summaries.py"
+    said = "Otto, a mason of Basel, set out in Easter with Emil and a dog and found the lost iron map."
+    assert list(summaries["read_facts"](said).values()) == "Otto mason Basel Easter Emil dog iron map".split()
+    assert summaries["read_facts"](said.replace("lost ", "")) == {}
