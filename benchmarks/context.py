@@ -24,7 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES, PAGE = ROOT / "benchmarks" / "results" / "context", ROOT / "docs" / "results.md"
 IMAGE = ROOT / "docs" / "images" / "context_arms.png"
 BEGIN, END = "<!-- context: written by benchmarks/context.py -->", "<!-- end of context -->"
-PLAN = ("data_sha256", "documents", "contexts_tokens", "targets", "target_tokens", "seed")
+PLAN = ("data_sha256", "documents", "segment_tokens", "precision")  # and the targets:
+PLAN += ("contexts_tokens", "targets", "target_tokens", "seed")
+    "data_sha256",
+    "documents",
+    "segment_tokens",
+    "precision",
+    "contexts_tokens",
+    "targets",
+    "target_tokens",
+    "seed",
+]
 DROPPED = ("checkpoint", "folder", "data")  # paths of one machine
 
 Found = dict[str, dict[str, Any]]
@@ -65,7 +75,8 @@ def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
 
 def fill_page(page: str, found: Found) -> str:
     """The page with the part between its two marks written anew."""
-    head, _, rest = page.partition(BEGIN)
+    head, mark, rest = page.partition(BEGIN)
+    assert mark, f"{PAGE}: has no {BEGIN}"
     tail = rest.partition(END)[2]
     picture = "![Loss by position in the book, and by how much before a target is visible](images/context_arms.png)"
     return f"{head}{BEGIN}\n\n{tabulate_positions(found)}\n\n{tabulate_contexts(found)}\n\n{picture}\n\n{END}{tail}"

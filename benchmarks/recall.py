@@ -1,10 +1,11 @@
 """How many pairs trained models recall: small models of one layer learn key-value recall, each with another memory.
 
-    python benchmarks/recall.py                           # trains what is missing below runs/recall, minutes of a core each
-    python benchmarks/recall.py --arms linear delta --seeds 1    # these only; what was found before stays
-    python benchmarks/recall.py --report                  # tables and picture again, without training
+    python benchmarks/recall.py              # trains and tests what has no result yet, minutes of a core each
+    python benchmarks/recall.py --arms rmt "delta, key size 32" --seeds 1    # these only; other results stay
+    python benchmarks/recall.py --report     # table and picture again, without training
 
-Every arm is `infini-train train recall` with something else changed: the same texts, steps and learning rates. A test
+Every arm is `infini-train train recall` with something else changed: the same pairs, steps and learning rates. Runs lie
+below runs/recall. A test
 asks for all pairs of 64 texts with pairs and orders that training did not see; the most likely token counts, one of 8
 is right by chance. Each run is a file in benchmarks/results/recall/; the table stands in docs/results.md, the picture
 in docs/images/.
@@ -46,11 +47,11 @@ def infini(update: str, features: str = "elu", key_dim: int = 32, heads: int = 2
 
 
 ARMS = {
-    **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (8, 16, 32, 64)},
-    **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (8, 16, 32, 64)},
-    **{f"linear sharp, key size {size}": infini("linear", "sharp", size) for size in (16, 32)},
-    **{f"delta sharp, key size {size}": infini("delta", "sharp", size) for size in (16, 32)},
-    **{f"linear, {heads} heads of 16": infini("linear", key_dim=16, heads=heads) for heads in (1, 4)},
+    **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (16, 32, 64)},
+    **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (16, 32, 64)},
+    "linear sharp, key size 32": infini("linear", "sharp"),
+    "delta sharp, key size 32": infini("delta", "sharp"),
+    "linear, key size 16, 4 heads": infini("linear", key_dim=16, heads=4),
     "transformer_xl": {"model.attention": "{kind: transformer_xl, segment_tokens: 16, cache_tokens: 16}"},
     "memorizing": {"model.attention": "{kind: memorizing, segment_tokens: 16, cache_tokens: 16, stored_tokens: 512}"},
     "rmt": {"model.attention": "{kind: rmt, segment_tokens: 16, memory_tokens: 16}"},
@@ -58,10 +59,8 @@ ARMS = {
     "full": {"model.attention": "{kind: full}"},
 }
 PANELS = {
-    "key size (solid: linear, dashed: delta)": [
-        arm for arm in ARMS if arm.startswith(("linear, key", "delta, key")) and not arm.endswith(" 8")
-    ],
-    "features and heads": [arm for arm in ARMS if "sharp" in arm or "heads" in arm],
+    "key size, 2 heads (solid: linear, dashed: delta)": list(ARMS)[:6],
+    "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[6:9]],
     "the baselines": ["linear, key size 32", "delta, key size 32", *list(ARMS)[-5:]],
 }
 
@@ -105,18 +104,19 @@ def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, A
         "steps": trained.step,
         "parameters": count_parameters(model),
         "memory_numbers": memory_numbers(model),
-        "found": [{"pairs": pairs, **ask(trained.model, pairs)} for pairs in PAIRS],
+        "found": [{"pairs": pairs, **ask(trained, pairs)} for pairs in PAIRS],
     }
 
 
-def ask(model: Any, pairs: int) -> dict[str, int]:
+def ask(trained: Any, pairs: int) -> dict[str, int]:
     """Questions about the pairs of texts, and how many were answered rightly."""
     import torch
 
     from infini_train.data.recall import count_segments, lay_pairs
+    from infini_train.data.source import text_segment
     from infini_train.data.tokenizer import ByteTokenizer
 
-    segment = model.config.segment_tokens or 32  # full attention has none; its texts are laid out so while training
+    model, segment = trained.model, text_segment(trained.config)
     texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment) for i in range(TEXTS)]
     shape = (TEXTS, count_segments(pairs, segment) * segment)
     tokens_BT = torch.full(shape, ByteTokenizer.pad_id)
@@ -172,9 +172,9 @@ def format_table(found: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """Recall against pairs, seed 0, with Wilson's intervals; a panel for each thing that differs."""
+    """Recall against pairs, the first seed, with Wilson's intervals; a panel for each thing that differs."""
     figure = Figure(figsize=(14, 4.3), layout="constrained")
-    first = {result["arm"]: result for result in found if result["seed"] == 0}
+    first = {result["arm"]: result for result in reversed(found)}
     for axes, (title, arms) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for arm in arms:
             if arm in first:
@@ -193,8 +193,8 @@ def draw(found: list[dict[str, Any]]) -> Figure:
 def draw_arm(axes: Axes, arm: str, result: dict[str, Any]) -> None:
     """One line; the same key size has the same colour in linear and delta."""
     size = arm.rpartition(" ")[2]
-    paired = size.isdigit() and "sharp" not in arm
-    colour = matplotlib.colormaps["viridis"](("8", "16", "32", "64").index(size) / 4) if paired else None
+    paired = size.isdigit() and "sharp" not in arm  # linear and delta of one key size
+    colour = matplotlib.colormaps["viridis"](("16", "32", "64").index(size) / 3) if paired else None
     style = "--" if arm.startswith("delta") else "-"
     bounds = [wilson_interval(row["right"], row["asked"]) for row in result["found"]]
     percent = np.multiply(share(result), 100)

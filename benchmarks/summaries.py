@@ -8,6 +8,7 @@ result becomes a file in benchmarks/results/summaries/. Without a folder only ta
 """
 
 import argparse
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -27,7 +28,17 @@ FILES, PAGE = ROOT / "benchmarks" / "results" / "summaries", ROOT / "docs" / "re
 IMAGE = ROOT / "docs" / "images" / "summaries.png"
 BEGIN, END = "<!-- summaries table -->", "<!-- end of the summaries table -->"
 FORM = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(SUMMARY)))
-KEPT = ("step", "temperature", "samples", "book_tokens", "read_tokens_per_s", "peak_memory_mb", "model", "random")
+KEPT = (
+    "data_sha256",
+    "step",
+    "temperature",
+    "samples",
+    "book_tokens",
+    "read_tokens_per_s",
+    "peak_memory_mb",
+    "model",
+    "random",
+)
 CHANCE = 100 / 16
 
 
@@ -41,7 +52,7 @@ def main() -> None:
     if options.folder is not None:
         if options.model is None or options.data is None:
             parser.error("give --model and --data with a folder")
-        kept = {"name": options.model, "stories": options.data.stem, **collect(options.folder, options.data)}
+        kept = {"name": options.model, "stories": options.data.stem, **collect(options.folder, options.data, parser)}
         FILES.mkdir(parents=True, exist_ok=True)
         file = FILES / f"{options.model}-{options.data.stem}.json"
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -50,9 +61,13 @@ def main() -> None:
     PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
-def collect(folder: Path, stories: Path) -> dict[str, Any]:
+def collect(folder: Path, stories: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The test's results, and right facts: by kind, and of each summary."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if not results["complete"]:
+        parser.error(f"{folder}: the test has not read all stories yet; run it to the end")
+    if results["data_sha256"] != hashlib.sha256(stories.read_bytes()).hexdigest():
+        parser.error(f"--data: {folder} is no test of {stories}")
     wanted = [read_facts(json.loads(line)["summary"]) for line in stories.read_text(encoding="utf-8").splitlines()]
     lines = (folder / "summaries.jsonl").read_text(encoding="utf-8").splitlines()[1:]  # behind the settings
     right = []

@@ -15,11 +15,13 @@ import yaml
 
 from infini_train import cli
 from infini_train.checkpoint import commands
+from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.data.shards import ShardWriter
-from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
+from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from infini_train.eval import commands as evaluations
 from infini_train.parallel import device
 
+MODELS = Path(__file__).resolve().parent.parent / "models"
 COMMANDS = ("train", "eval", "generate", "checkpoint", "demo")
 
 
@@ -162,16 +164,25 @@ def test_data_of_another_tokenizer(refused, home, tmp_path, tokenizer_file):
     assert line.startswith(f"--data: {other} was encoded with another tokenizer than the model's")
 
 
-def test_a_tokenizer_that_is_not_the_models(refused, home, tmp_path, tokenizer_file):
+def test_a_tokenizer_that_is_not_the_models(refused, home, tmp_path):
     shutil.copytree(home / "run", tmp_path / "run")
-    for content, problem in (
-        (tokenizer_file.read_bytes(), "is not the tokenizer the model was trained with"),
-        (b"nonsense", "is not a SentencePiece model"),
+    (index,) = (tmp_path / "run" / "checkpoints").glob("*/index.json")
+    parsed = parse_index(index.read_text(encoding="utf-8"))
+    parsed.state["tokenizer"] = "0" * 64
+    index.write_text(dump_index(parsed), encoding="utf-8")
+    beside, own = index.with_name("tokenizer.model"), tmp_path / "run" / "tokenizer.model"
+    other = SentencePieceTokenizer(MODELS / "stories" / "tokenizer.model").model_bytes
+    for file, content, problem in (
+        (own, None, "is missing; put the right one there"),
+        (own, other, "is not the tokenizer the model was trained with"),
+        (own, b"nonsense", "is not a SentencePiece model"),
+        (beside, b"nonsense", "is not a SentencePiece model"),
     ):
-        (tmp_path / "run" / "tokenizer.model").write_bytes(content)
+        if content is not None:
+            file.write_bytes(content)
         for command in ("eval", "generate"):
             line = refused(command, tmp_path / "run")
-            assert line.startswith(str(tmp_path / "run" / "tokenizer.model")) and problem in line
+            assert line.startswith(str(file)) and problem in line
 
 
 def test_a_folder_without_a_checkpoint(refused, home, tmp_path):

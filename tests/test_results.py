@@ -80,7 +80,7 @@ def test_the_context_tables_are_those_of_the_files(context):
 
 
 def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys):
-    plan = {field: 1 for field in context["PLAN"]}
+    plan = dict.fromkeys(context["PLAN"], 1)
     parser = argparse.ArgumentParser()
     context["check_alike"]({"a": plan, "b": dict(plan)}, parser)
     with pytest.raises(SystemExit):
@@ -94,5 +94,14 @@ def test_the_table_of_summaries_is_that_of_the_files(monkeypatch):
     page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), summaries["load"]()
     assert found and summaries["fill_page"](page, found) == page, "run python benchmarks/summaries.py"
     said = "Otto, a mason of Basel, set out in Easter with Emil and a dog and found the lost iron map."
-    assert list(summaries["read_facts"](said).values()) == "Otto mason Basel Easter Emil dog iron map".split()
+    assert list(summaries["read_facts"](said).values()) == [
+        "Otto",
+        "mason",
+        "Basel",
+        "Easter",
+        "Emil",
+        "dog",
+        "iron",
+        "map",
+    ]
     assert summaries["read_facts"](said.replace("lost ", "")) == {}

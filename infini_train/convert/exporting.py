@@ -19,7 +19,7 @@ from infini_train.convert.family import describe_model, list_weights
 from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, name_dtype, new_folder, size_bytes, write_weights
 from infini_train.convert.importing import TOKENIZER_CONFIG
 from infini_train.data.huggingface import HuggingFaceTokenizer
-from infini_train.data.tokenizer import find_tokenizer, load_tokenizer
+from infini_train.data.tokenizer import find_tokenizer
 
 LOSSES = {  # kind of attention -> what the other side computes instead
     "full": None,
@@ -103,18 +103,18 @@ def _describe(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, Any]) -> str | None:
-    """Copies the tokenizer of the checkpoint's run, and names its bos and eos; a line if that can't be done."""
-    file = find_tokenizer(checkpoint.path.resolve())
-    run_dir = file.parent if file else checkpoint.path.resolve().parent.parent
-    tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
-    if tokenizer.sha256 != checkpoint.state.get("tokenizer"):
-        return f"no tokenizer is written: that of the weights is not in {run_dir}"
+    """Copies the checkpoint's tokenizer, and names its bos and eos; a line if that can't be done."""
+    path = checkpoint.path.resolve()
+    found = find_tokenizer(path, checkpoint.state.get("tokenizer"), checkpoint.special_ids)
+    if found is None:
+        return f"no tokenizer is written: that of the weights is neither in {path} nor in {path.parent.parent}"
+    tokenizer, file = found
     if "bos_token_id" not in described:
         described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if file is None:
         return "no tokenizer is written: ids are bytes, bos 256, eos 257"
     shutil.copyfile(file, folder / file.name)
-    names = run_dir / TOKENIZER_CONFIG
+    names = file.parent / TOKENIZER_CONFIG
     if names.is_file():
         shutil.copyfile(names, folder / names.name)
     elif isinstance(tokenizer, HuggingFaceTokenizer):

@@ -1,6 +1,5 @@
 """Where training text comes from: shards on disk, or texts made while training."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +123,17 @@ def _open_parts(data: DataConfig) -> list[Part]:
         raise ConfigError(str(error) if str(error).startswith("data.") else f"{field}: {error}") from error
 
 
+def text_segment(config: RunConfig) -> int:
+    """Tokens of the grid on which made texts begin: the model's segments, or without any the largest part up to 64."""
+    window = config.train.window_tokens
+    return config.model.segment_tokens or next(size for size in range(64, 0, -1) if window % size == 0)
+
+
 def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Callable[[str], None]) -> Reader:
     """Reads the lanes `rows` of the global batch; tells `on_corrupt` of damaged documents."""
     data, train = config.data, config.train
     seed = config.seed if data.order_seed is None else data.order_seed
-    segment = config.model.segment_tokens or math.gcd(train.window_tokens, 64)  # without segments any grid will do
+    segment = text_segment(config)
     lanes = (train.batch_lanes, train.window_tokens, segment, seed, rows)
     if data.passkey is not None:
         return PasskeyReader(data.passkey, *lanes)

@@ -198,11 +198,33 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
     return HuggingFaceTokenizer(name, special_ids)
 
 
-def find_tokenizer(checkpoint: Path) -> Path | None:
-    """The tokenizer's file beside a checkpoint's, as in a model to give away, or in its run's folder; None for bytes."""
+def tokenizer_files(checkpoint: Path) -> list[Path]:
+    """Those beside a checkpoint's own files, as in a model to give away, and those in its run's folder."""
     kinds = (SentencePieceTokenizer, HuggingFaceTokenizer)
     files = (folder / kind.file_name for folder in (checkpoint, checkpoint.parent.parent) for kind in kinds)
-    return next((file for file in files if file.is_file()), None)
+    return [file for file in files if file.is_file()]
+
+
+def find_tokenizer(
+    checkpoint: Path, sha256: str | None, special_ids: tuple[int, int, int] | None
+) -> tuple[Tokenizer, Path | None] | None:
+    """The tokenizer that a checkpoint was trained with, and its file (None: bytes); None if it is not there.
+
+    Args:
+        checkpoint: its folder, resolved.
+        sha256: of the tokenizer.
+        special_ids: as in `load_tokenizer`.
+
+    Raises:
+        ConfigError: a file can't be read as a tokenizer.
+    """
+    if sha256 == ByteTokenizer.sha256:
+        return ByteTokenizer(), None
+    for file in tokenizer_files(checkpoint):
+        tokenizer = load_tokenizer(file, special_ids)
+        if tokenizer.sha256 == sha256:
+            return tokenizer, file
+    return None
 
 
 def tokenizer_of(folder: Path | str) -> Tokenizer:

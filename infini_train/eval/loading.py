@@ -12,7 +12,7 @@ from infini_train.checkpoint.weights import load_weights
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
-from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, tokenizer_files
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
@@ -26,6 +26,7 @@ class Trained(NamedTuple):
     step: int
     checkpoint: Path
     tokenizer: Tokenizer
+    tokenizer_file: Path | None  # None: bytes
     precision: str  # of weights and activations: fp32 or bf16
 
     @property
@@ -56,15 +57,15 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     checkpoint = _open(path)
     config = validate(checkpoint.config)
     folder = checkpoint.path.resolve()
-    file = find_tokenizer(folder)
-    tokenizer = load_tokenizer(file or "byte", checkpoint.special_ids)
-    if tokenizer.sha256 != checkpoint.state["tokenizer"]:
+    found = find_tokenizer(folder, checkpoint.state["tokenizer"], checkpoint.special_ids)
+    if found is None:
+        file = next(iter(tokenizer_files(folder)), None)
         problem = "is not the tokenizer the model was trained with" if file else "is missing"
         place = file or folder.parent.parent / SentencePieceTokenizer.file_name
-        raise ConfigError(f"{place}: {problem}; put the right one there, or into {folder}")
+        raise ConfigError(f"{place}: {problem}; put the right one there")
     mesh.start()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stages = Stages(config.model, dtype=dtype)
     load_weights(stages.transformers()[0], checkpoint)
     stages = stages.to(device.current(), dtype).eval()
-    return Trained(stages, config, checkpoint.step, checkpoint.path, tokenizer, precision)
+    return Trained(stages, config, checkpoint.step, checkpoint.path, *found, precision)

@@ -77,7 +77,7 @@ def open_data(trained: Trained, data: str | None) -> tuple[str, Dataset]:
     folder = data or find_validation(trained.config, run_dir)
     dataset = Dataset.open(folder, trained.config.data.cache_dir)
     if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
-        own = "byte" if trained.tokenizer.kind == "byte" else trained.checkpoint.parent.parent / "tokenizer.model"
+        own = trained.tokenizer_file or "byte"
         raise ConfigError(
             f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
         )

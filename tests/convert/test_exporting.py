@@ -77,7 +77,8 @@ def test_there_and_back_is_the_same_model(kind, changes, save, tmp_path):
 def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups):
     transformers = pytest.importorskip("transformers")
     model = write_checkpoint(tmp_path / "run", tiny("full", **changes))
-    found = export_checkpoint(open_checkpoint(resolve(tmp_path / "run")), tmp_path / "hf")
+    checkpoint = open_checkpoint(resolve(tmp_path / "run"))
+    found = export_checkpoint(checkpoint, tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert next(theirs.parameters()).dtype == torch.float32
     tokens_BT = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -85,7 +86,8 @@ def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups)
     with torch.no_grad():
         expected = model.logits(model.decode(tokens_BT, grid, None)[0]).transpose(0, 1)
         torch.testing.assert_close(theirs(tokens_BT).logits, expected, rtol=1e-4, atol=1e-4)
-    assert found.notes == (f"no tokenizer is written: that of the weights is not in {tmp_path / 'run'}",)
+    places = f"neither in {checkpoint.path} nor in {tmp_path / 'run'}"
+    assert found.notes == (f"no tokenizer is written: that of the weights is {places}",)
     assert theirs.config.max_position_embeddings == 32
 
 

@@ -1,12 +1,20 @@
 """Tokenizers: bytes, model files, and text that comes token by token."""
 
+import shutil
+
 import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, decode_stream, load_tokenizer
+from infini_train.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    decode_stream,
+    find_tokenizer,
+    load_tokenizer,
+)
 
 
 def train(path, **options) -> None:
@@ -59,3 +67,22 @@ def test_models_that_do_not_fit_are_refused(tmp_path) -> None:
     train(tmp_path / "t.model", vocab_size=16, bos_id=-1)
     with pytest.raises(ConfigError, match="has no bos or eos"):
         SentencePieceTokenizer(tmp_path / "t.model")
+
+
+def test_the_right_tokenizer_is_found_beside_a_checkpoint_and_in_its_run(tmp_path):
+    """Whatever else lies there; bytes need no file."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    for size in (15, 16):
+        train(tmp_path / f"{size}.model", vocab_size=size)
+    right = load_tokenizer(tmp_path / "15.model")
+    own, beside = tmp_path / "run" / "tokenizer.model", checkpoint / "tokenizer.model"
+    assert find_tokenizer(checkpoint, right.sha256, None) is None
+    shutil.copyfile(tmp_path / "15.model", own)
+    assert find_tokenizer(checkpoint, right.sha256, None)[1] == own
+    shutil.copyfile(tmp_path / "16.model", beside)
+    assert find_tokenizer(checkpoint, right.sha256, None)[1] == own
+    shutil.copyfile(tmp_path / "15.model", beside)
+    found, file = find_tokenizer(checkpoint, right.sha256, None)
+    assert file == beside and found.sha256 == right.sha256
+    assert find_tokenizer(checkpoint, ByteTokenizer.sha256, None)[1] is None
