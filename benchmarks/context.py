@@ -24,17 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES, PAGE = ROOT / "benchmarks" / "results" / "context", ROOT / "docs" / "results.md"
 IMAGE = ROOT / "docs" / "images" / "context_arms.png"
 BEGIN, END = "<!-- context: written by benchmarks/context.py -->", "<!-- end of context -->"
-PLAN = ("data_sha256", "documents", "segment_tokens", "precision")  # and the targets:
-PLAN += ("contexts_tokens", "targets", "target_tokens", "seed")
-    "data_sha256",
-    "documents",
-    "segment_tokens",
-    "precision",
-    "contexts_tokens",
-    "targets",
-    "target_tokens",
-    "seed",
-]
+PLAN = (
+    *("data_sha256", "documents", "segment_tokens", "precision"),
+    *("contexts_tokens", "targets", "target_tokens", "seed"),
+)
 DROPPED = ("checkpoint", "folder", "data")  # paths of one machine
 
 Found = dict[str, dict[str, Any]]
