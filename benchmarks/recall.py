@@ -176,6 +176,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(14, 4.3), layout="constrained")
     first = {result["arm"]: result for result in reversed(found)}
     for axes, (title, arms) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        axes.set_prop_cycle(color=["tab:orange", "tab:red", "tab:pink", "tab:brown", "tab:olive"])
         for arm in arms:
             if arm in first:
                 draw_arm(axes, arm, first[arm])

@@ -1,17 +1,21 @@
 """Needle and recall texts as training windows: exact layout, the same for any split of the lanes, resumable."""
 
+import dataclasses
 import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from infini_train.config.attention import FullConfig
 from infini_train.config.data import NeedlesConfig, RecallConfig
 from infini_train.config.errors import ConfigError
+from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
 from infini_train.data.needle_reader import NeedleMaker
 from infini_train.data.passkey_reader import Progress
 from infini_train.data.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
+from infini_train.data.source import open_source, text_segment
 from infini_train.data.text_windows import TextReader
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -137,3 +141,17 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             make()
+
+
+def test_texts_lie_on_the_models_segments_or_on_parts_of_the_window():
+    config = load_run("recall")
+    assert text_segment(config) == config.model.segment_tokens == 16
+    full = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=FullConfig()))
+    for window, segment in ((416, 52), (1280, 64), (1000, 50)):
+        train = dataclasses.replace(config.train, window_tokens=window)
+        assert text_segment(dataclasses.replace(full, train=train)) == segment
+
+
+def test_pairs_need_their_own_vocabulary():
+    assert open_source(load_run("recall")).vocab_size == VOCABULARY == 1283
+    assert open_source(load_run("passkey_linear")).vocab_size == ByteTokenizer.vocab_size
