@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from page import as_table, fill_between  # noqa: E402
 
 from infini_train.eval.passkey_scores import format_length  # noqa: E402
 
@@ -68,11 +69,8 @@ def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
 
 def fill_page(page: str, found: Found) -> str:
     """The page with the part between its two marks written anew."""
-    head, mark, rest = page.partition(BEGIN)
-    assert mark, f"{PAGE}: has no {BEGIN}"
-    tail = rest.partition(END)[2]
     picture = "![Loss by position in the book, and by how much before a target is visible](images/context_arms.png)"
-    return f"{head}{BEGIN}\n\n{tabulate_positions(found)}\n\n{tabulate_contexts(found)}\n\n{picture}\n\n{END}{tail}"
+    return fill_between(page, BEGIN, END, "\n\n".join((tabulate_positions(found), tabulate_contexts(found), picture)))
 
 
 def tabulate_positions(found: Found) -> str:
@@ -109,11 +107,6 @@ def format_place(tokens: int) -> str:
 def format_visible(context: dict[str, Any]) -> str:
     tokens = context["context_tokens"]
     return format_length(tokens) if tokens else "all: loss"
-
-
-def as_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
 
 
 def draw(found: Found) -> Figure:

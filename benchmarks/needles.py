@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from page import as_table, fill_between
+
 from infini_train.eval.intervals import format_share, wilson_interval
 from infini_train.eval.passkey_scores import format_length
 
@@ -40,19 +42,13 @@ def fill_page(page: str) -> str:
     """The page with the tables written anew that stand between marks, as far as there are results."""
     for name, table in (("needles", needles), ("capacity", capacity), ("streaming", streaming)):
         begin, end = f"<!-- {name} table -->", f"<!-- end of the {name} table -->"
-        head, mark, rest = page.partition(begin)
-        if mark:
-            page = f"{head}{begin}\n\n{table()}\n\n{end}{rest.partition(end)[2]}"
+        if begin in page:
+            page = fill_between(page, begin, end, table())
     return page
 
 
 def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def as_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
 
 
 def needles() -> str:

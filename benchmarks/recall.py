@@ -5,10 +5,9 @@
     python benchmarks/recall.py --report     # table and picture again, without training
 
 Every arm is `infini-train train recall` with something else changed: the same pairs, steps and learning rates. Runs lie
-below runs/recall. A test
-asks for all pairs of 64 texts with pairs and orders that training did not see; the most likely token counts, one of 8
-is right by chance. Each run is a file in benchmarks/results/recall/; the table stands in docs/results.md, the picture
-in docs/images/.
+below runs/recall. A test asks for all pairs of 64 texts with pairs and orders that training did not see; the most
+likely token counts, one of 8 is right by chance. Each run is a file in benchmarks/results/recall/; the table stands in
+docs/results.md, the picture in docs/images/.
 """
 
 import argparse
@@ -25,6 +24,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402 (the backend must be chosen first)
 from matplotlib.figure import Figure  # noqa: E402
+from page import as_table, fill_between  # noqa: E402
 
 from infini_train.eval.intervals import wilson_interval  # noqa: E402
 
@@ -154,21 +154,19 @@ def capacity(result: dict[str, Any]) -> int:
 
 def fill_page(page: str, found: list[dict[str, Any]]) -> str:
     """The page with the table written anew."""
-    head, mark, rest = page.partition(BEGIN)
-    assert mark, f"{PAGE}: has no {BEGIN}"
-    return f"{head}{BEGIN}\n\n{format_table(found)}\n\n{END}{rest.partition(END)[2]}"
+    return fill_between(page, BEGIN, END, format_table(found))
 
 
 def format_table(found: list[dict[str, Any]]) -> str:
     """A row an arm: right answers in %, the mean of its seeds; capacity of each seed."""
     names = ["memory", "numbers", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for arm in dict.fromkeys(result["arm"] for result in found):
         runs = [result for result in found if result["arm"] == arm]
         holds = ", ".join(str(capacity(run)) for run in runs)
         cells = [f"{100 * mean:.1f}" for mean in np.mean([share(run) for run in runs], 0)]
-        lines.append(f"| {arm} | {runs[0]['memory_numbers']:,} | {len(runs)} | {holds} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([arm, f"{runs[0]['memory_numbers']:,}", str(len(runs)), holds, *cells])
+    return as_table(names, rows)
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:

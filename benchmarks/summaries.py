@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from page import as_table, fill_between  # noqa: E402
 from stories import FACTS, SUMMARY  # noqa: E402
 
 from infini_train.eval.intervals import bootstrap_ratio, format_share  # noqa: E402
@@ -93,9 +94,7 @@ def load() -> list[dict[str, Any]]:
 
 def fill_page(page: str, found: list[dict[str, Any]]) -> str:
     """The page with the table between its marks written anew."""
-    head, mark, rest = page.partition(BEGIN)
-    assert mark, f"{PAGE}: has no {BEGIN}"
-    return f"{head}{BEGIN}\n\n{tabulate(found)}\n\n{END}{rest.partition(END)[2]}"
+    return fill_between(page, BEGIN, END, tabulate(found))
 
 
 def facts_of(test: dict[str, Any]) -> tuple[float, tuple[float, float]]:
@@ -115,7 +114,7 @@ def tabulate(found: list[dict[str, Any]]) -> str:
         kinds = [f"{100 * right / test['summaries']:.0f}" for right in test["right_by_kind"].values()]
         stories, tokens = str(test["model"]["books"]), f"{test['book_tokens']['mean']:,.0f}"
         rows.append([test["name"], tokens, stories, format_share(share, interval), *scores, other, *kinds])
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return as_table(head, rows)
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:

@@ -3,11 +3,20 @@
 import argparse
 import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside() -> Iterator[None]:
+    """Programs of benchmarks/ import each other, as when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +97,7 @@ def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys)
     assert "b.json: other targets than a.json; test both alike, or remove one" in capsys.readouterr().err
 
 
-def test_the_table_of_summaries_is_that_of_the_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it reads the form of stories.py
+def test_the_table_of_summaries_is_that_of_the_files():
     summaries = runpy.run_path(str(ROOT / "benchmarks" / "summaries.py"))
     page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), summaries["load"]()
     assert found and summaries["fill_page"](page, found) == page, "run python benchmarks/summaries.py"
