@@ -17,6 +17,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from page import fill_between
+
 from infini_train.config.files import read_tree, validate
 from infini_train.data.passkey_wordings import WORDINGS
 from infini_train.eval.intervals import format_percent, wilson_interval
@@ -75,9 +77,7 @@ def load() -> list[dict[str, Any]]:
 
 def fill_page(page: str, found: list[dict[str, Any]]) -> str:
     """The page with the tables between its two marks written anew."""
-    head, _, rest = page.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    return f"{head}{BEGIN}\n\n{format_tables(found)}\n\n{END}{tail}"
+    return fill_between(page, BEGIN, END, format_tables(found))
 
 
 def format_tables(found: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
+from page import fill_between  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "benchmarks" / "results" / "table2"
@@ -39,12 +40,10 @@ def load(files: Path = FILES) -> list[Found]:
 
 def fill_page(page: str, found: list[Found]) -> str:
     """The page with the tables between its two marks written anew."""
-    head, _, rest = page.partition(BEGIN)
-    tail = rest.partition(END)[2]
     plot = "![Perplexity of the test books against the memory's bytes](images/table2_memory.png)"
     parts = (tabulate_arms(found), plot, tabulate_sizes(found), tabulate_rates(found))
     body = "\n\n".join(parts) if found else "No run has been finished yet."
-    return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
+    return fill_between(page, BEGIN, END, body)
 
 
 def best_rate(found: list[Found], arm: str) -> str:
