@@ -49,18 +49,28 @@ class NeedlesConfig:
 
     tasks: tuple[Literal["single", "multikey", "multivalue", "multiquery", "variables"], ...] = ("multikey",)  # mixed
     haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
+    tokenizer: str | None = None  # its file; null: bytes
     needles: int = 4  # at most so many in a text, as far as they fit
     digits: int = 5  # of a value
     min_segments: int = 4  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.25  # texts grow, up to a window, while the loss (running mean) is below this
     text_weight: FiniteFloat = 0.1  # share in the loss of all text but the answer
     answer_weight: FiniteFloat = 1.0  # of the answer
+    pressure: FiniteFloat = 1.0  # grown texts feel up to so many windows long, by their write weights; 1: none
+    pressure_share: FiniteFloat = 0.5  # of the texts that are put under pressure
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "data.needles.tasks", "give at least one")
         for name in ("needles", "digits", "min_segments", "grow_below_loss", "answer_weight"):
             require(getattr(self, name) > 0, f"data.needles.{name}", "must be positive")
         require(self.text_weight >= 0, "data.needles.text_weight", "must not be negative")
+        require(self.pressure >= 1, "data.needles.pressure", "must be at least 1")
+        require(0 <= self.pressure_share <= 1, "data.needles.pressure_share", "must lie between 0 and 1")
+        require(
+            self.needles <= 10**self.digits,
+            "data.needles.digits",
+            f"there are not {self.needles} different values of so few digits; raise it, or lower data.needles.needles",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

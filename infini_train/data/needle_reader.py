@@ -9,29 +9,32 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.haystack import HaystackSource
 from infini_train.data.needles import THINGS, EncodedNeedles, NeedleText, draw_needles
 from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.pressure import weigh_writes
 from infini_train.data.text_windows import LaidText
-from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.data.tokenizer import Tokenizer
 
 WITH_INTRO = 0.5  # of the texts that have room for it
 
 
 class NeedleMaker:
-    """Texts in bytes whose size is a number of segments.
+    """Texts whose size is a number of segments.
 
     Args:
         config: tasks, needles, hay, weights of the losses.
         window_tokens: the largest text fills it.
         segment_tokens: of the model.
+        tokenizer: of the model.
 
     Raises:
         ConfigError: a text of one needle does not fit into the smallest size or the window.
     """
 
-    def __init__(self, config: NeedlesConfig, window_tokens: int, segment_tokens: int) -> None:
+    def __init__(self, config: NeedlesConfig, window_tokens: int, segment_tokens: int, tokenizer: Tokenizer) -> None:
         if config.needles > len(THINGS):
             raise ConfigError(f"data.needles.needles: {config.needles} are too many; at most {len(THINGS)}")
-        self.config, self.segment_tokens = config, segment_tokens
-        self._tokenizer = ByteTokenizer()
+        self.config, self.segment_tokens, self._window_tokens = config, segment_tokens, window_tokens
+        self._tokenizer = tokenizer
+        self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
         self._source = HaystackSource(config.haystack, self._tokenizer)
         self._intro = find_wording("paper").intro
         self.most = float(window_tokens // segment_tokens)
@@ -60,16 +63,23 @@ class NeedleMaker:
         low, high = math.log(self.least), math.log(int(largest) + 1)
         return min(int(largest), int(math.exp(random.uniform(low, high))))
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int) -> LaidText | None:
-        """A text that ends in the last of so many segments, or of those that are left."""
+    def compose(self, random: np.random.Generator, size: int, room_segments: int, grown: bool) -> LaidText | None:
+        """A text that ends in the last of so many segments, or of those that are left; under pressure once grown."""
         segments = min(size, room_segments)
         if segments < self.least:
             return None
-        text = self._write(random, segments)
+        text, config = self._write(random, segments), self.config
         ids = text.read(0, text.tokens)
-        weights = np.full(text.tokens, self.config.text_weight / text.tokens, np.float32)
-        weights[text.prompt_tokens :] = self.config.answer_weight / text.answer_tokens
-        return LaidText(ids, weights, np.ones(text.tokens, np.float32), segments)
+        weights = np.full(text.tokens, config.text_weight / text.tokens, np.float32)
+        weights[text.prompt_tokens :] = config.answer_weight / text.answer_tokens
+        longer = config.pressure * self._window_tokens / text.tokens if grown and config.pressure > 1 else 1
+        writes = weigh_writes(
+            random, text.tokens, self.segment_tokens, text.needle_spans, longer, config.pressure_share
+        )
+        return LaidText(ids, weights, writes, segments, self._count_bytes(ids))
+
+    def _count_bytes(self, ids: np.ndarray) -> int:
+        return len(self._tokenizer.decode(ids).encode("utf-8"))
 
     def _write(self, random: np.random.Generator, segments: int) -> NeedleText:
         """Of a drawn task, with as many needles as were drawn and fit."""

@@ -123,14 +123,14 @@ class NeedleText:
     Attributes:
         needles: in words.
         tokens: of the whole text.
-        needle_tokens: where each needle begins.
+        needle_spans: the tokens of each needle.
         question_token: where the question begins.
         prompt_tokens: before the answer.
     """
 
     needles: Needles
     tokens: int
-    needle_tokens: tuple[int, ...]
+    needle_spans: tuple[slice, ...]
     question_token: int
     prompt_tokens: int
     _stretches: tuple[Stretch, ...]
@@ -169,8 +169,6 @@ class EncodedNeedles:
         if not np.array_equal(asked[: len(self._question)], self._question):
             raise ConfigError("tokenizer: joins the question with its answer; needles can't be asked for with it")
         self._answer = asked[len(self._question) :]
-        self.head_tokens = len(self._intro)
-        self.tail_tokens = len(asked)
         self.min_tokens = len(self._intro) + sum(map(len, self._sentences)) + len(asked)
 
     def place(self, hay: Haystack, hay_before_tokens: Sequence[int], hay_tokens: int) -> NeedleText:
@@ -188,7 +186,7 @@ class EncodedNeedles:
         for ids, until in zip(self._sentences, before, strict=True):
             stretches += [Stretch(hay, read, until - read), _whole(ids)]
             at += until - read
-            places.append(at)
+            places.append(slice(at, at + len(ids)))
             at, read = at + len(ids), until
         stretches += [Stretch(hay, read, hay_tokens - read), _whole(self._question), _whole(self._answer)]
         asked = at + hay_tokens - read

@@ -2,9 +2,7 @@
 
 A window holds one text, or several short ones one behind the other, each from a segment's edge on, so that gradients
 reach from the answer back to the key. Texts grow while the loss is low; if keys of few digits are to come, with these
-only. When they have grown, some come under pressure: the segments that don't hold the key write more into the memory,
-as if their text had been read many times, so that a window feels like a far longer one. This augmentation is not in the
-paper.
+only. When they have grown, some come under pressure (`pressure.py`): segments that don't hold the key write more.
 
 Shapes: B lanes read by this rank, T window_tokens.
 """
@@ -22,6 +20,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter
 from infini_train.data.passkey_wordings import SENTENCES, WORDS, find_wording
+from infini_train.data.pressure import weigh_writes
 from infini_train.data.tokenizer import ByteTokenizer
 
 # Where the key lies: up to these shares of the texts anywhere, in the first segment's worth of filler, in the last two
@@ -230,17 +229,9 @@ class PasskeyReader:
         return weights
 
     def _weigh_writes(self, text: Passkey, random: np.random.Generator, presses: bool) -> np.ndarray:
-        """1, or more in segments that hold nothing of the key, as if their text had been read that many times."""
-        config, size, key = self.config, self.segment_tokens, text.spans.key
-        weights = np.ones(text.tokens, np.float32)
-        drawn, share = random.random(2)
-        if not presses or config.pressure == 1 or drawn >= config.pressure_share:
-            return weights
-        longer = config.pressure * self.window_tokens / text.tokens  # than this text it may feel
-        segment = np.arange(text.tokens) // size
-        holds_key = (segment >= (key.start + 1) // size) & (segment <= key.stop // size)  # behind the bos
-        weights[(segment > 0) & ~holds_key] = longer**share
-        return weights
+        config = self.config
+        longer = config.pressure * self.window_tokens / text.tokens if presses and config.pressure > 1 else 1
+        return weigh_writes(random, text.tokens, self.segment_tokens, [text.spans.key], longer, config.pressure_share)
 
 
 def _draw_nonsense(random: np.random.Generator) -> str:

@@ -35,6 +35,8 @@ class RecallMaker:
         ConfigError: the largest text does not fit into a window.
     """
 
+    bos_id, pad_id = ByteTokenizer.bos_id, ByteTokenizer.pad_id
+
     def __init__(self, config: RecallConfig, window_tokens: int, segment_tokens: int) -> None:
         self.segment_tokens = segment_tokens
         self.least, self.most = float(config.min_pairs), float(config.max_pairs)
@@ -50,7 +52,7 @@ class RecallMaker:
         low, high = math.log(self.least), math.log(int(largest) + 1)
         return min(int(largest), int(math.exp(random.uniform(low, high))))
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int) -> LaidText | None:
+    def compose(self, random: np.random.Generator, size: int, room_segments: int, grown: bool) -> LaidText | None:
         """So many pairs and all questions, if they fit."""
         if count_segments(size, self.segment_tokens) > room_segments:
             return None
@@ -79,4 +81,4 @@ def lay_pairs(random: np.random.Generator, pairs: int, segment_tokens: int) -> L
     loss_weights, write_weights = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
     loss_weights[first_question + 1 :: 2] = 1 / pairs
     write_weights[1 : pairs + 1] = 1  # nothing but the pairs
-    return LaidText(ids, loss_weights, write_weights, count_segments(pairs, segment_tokens))
+    return LaidText(ids, loss_weights, write_weights, count_segments(pairs, segment_tokens), len(ids))

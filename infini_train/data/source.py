@@ -16,7 +16,7 @@ from infini_train.data.passkey_reader import PasskeyReader
 from infini_train.data.recall import VOCABULARY, RecallMaker
 from infini_train.data.shards import Dataset
 from infini_train.data.text_windows import TextReader
-from infini_train.data.tokenizer import ByteTokenizer, tokenizer_of
+from infini_train.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
 
 
 class Position(Protocol):
@@ -70,14 +70,8 @@ class Source:
     identity: str  # the same for the same text in the same order
     tokenizer_sha256: str
     special_ids: tuple[int, int, int]  # bos, eos and pad, as the text was encoded with
-    corpus: Corpus | None = None
-
-    @property
-    def tokenizer_file(self) -> Path | None:
-        """The tokenizer, if it is a file."""
-        if self.corpus is None:
-            return None
-        return getattr(tokenizer_of(self.corpus.parts[0].dataset.folder), "path", None)
+    tokenizer_file: Path | None = None  # None: bytes
+    corpus: Corpus | None = None  # None: texts made while training
 
 
 def open_source(config: RunConfig) -> Source:
@@ -89,10 +83,11 @@ def open_source(config: RunConfig) -> Source:
     data = config.data
     for name, texts in (("passkey", data.passkey), ("needles", data.needles), ("recall", data.recall)):
         if texts is not None:
-            byte = ByteTokenizer()
-            special_ids = (byte.bos_id, byte.eos_id, byte.pad_id)
-            vocab_size = byte.vocab_size if texts is not data.recall else VOCABULARY
-            return Source(f"data.{name}", vocab_size, f"{name} {texts}", byte.sha256, special_ids)
+            tokenizer = _tokenizer_of_texts(data)
+            special_ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+            vocab_size = tokenizer.vocab_size if texts is not data.recall else VOCABULARY
+            file = getattr(tokenizer, "path", None)
+            return Source(f"data.{name}", vocab_size, f"{name} {texts}", tokenizer.sha256, special_ids, file)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step
@@ -101,10 +96,20 @@ def open_source(config: RunConfig) -> Source:
             f"data.mixture: with these epochs there are {corpus.total_positions:,.0f} tokens, and the run reads"
             f" {reads:,}; raise epochs, or lower train.max_steps"
         )
+    file = getattr(tokenizer_of(corpus.parts[0].dataset.folder), "path", None)
     name = ", ".join(part.folder for part in data.mixture) or str(data.train)
     manifest = corpus.manifest
     special_ids = (manifest.bos_id, manifest.eos_id, manifest.pad_id)
-    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, corpus)
+    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, file, corpus)
+
+
+def _tokenizer_of_texts(data: DataConfig) -> Tokenizer:
+    if data.needles is None or data.needles.tokenizer is None:
+        return ByteTokenizer()
+    try:
+        return load_tokenizer(data.needles.tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"data.needles.tokenizer: {error}") from error
 
 
 def _open_parts(data: DataConfig) -> list[Part]:
@@ -138,7 +143,7 @@ def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Call
     if data.passkey is not None:
         return PasskeyReader(data.passkey, *lanes)
     if data.needles is not None:
-        hidden = NeedleMaker(data.needles, train.window_tokens, segment)
+        hidden = NeedleMaker(data.needles, train.window_tokens, segment, _tokenizer_of_texts(data))
         return TextReader(hidden, "texts", data.needles.grow_below_loss, *lanes)
     if data.recall is not None:
         maker = RecallMaker(data.recall, train.window_tokens, segment)

@@ -14,7 +14,6 @@ import numpy as np
 
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey_reader import START_LOSS, Progress
-from infini_train.data.tokenizer import ByteTokenizer
 
 
 class LaidText(NamedTuple):
@@ -24,10 +23,21 @@ class LaidText(NamedTuple):
     loss_weights: np.ndarray  # float32, of each id as a label
     write_weights: np.ndarray  # float32; position i is the input before ids[i]
     segments: int
+    n_bytes: int
 
 
 class TextMaker(Protocol):
     """Makes the texts of a task."""
+
+    @property
+    def bos_id(self) -> int:
+        """Before each text."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Behind it."""
+        ...
 
     @property
     def least(self) -> float:
@@ -43,13 +53,20 @@ class TextMaker(Protocol):
         """Of the texts of one step, the same in all lanes."""
         ...
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int) -> LaidText | None:
-        """A text of this size, a smaller one, or None if no text fits into the room."""
+    def compose(self, random: np.random.Generator, size: int, room_segments: int, grown: bool) -> LaidText | None:
+        """A text of this size, a smaller one, or None if no text fits into the room.
+
+        Args:
+            random: gives the text.
+            size: of the text.
+            room_segments: that are left of the window.
+            grown: the largest texts are as large as they will be.
+        """
         ...
 
 
 class TextReader:
-    """Endless windows of texts in bytes.
+    """Endless windows of texts.
 
     Args:
         maker: of the texts.
@@ -106,22 +123,22 @@ class TextReader:
     def next(self, position: Progress) -> tuple[Batch, Progress]:
         """The window behind a position, and the position behind the window."""
         shape = (len(self.rows), self.window_tokens)
-        tokens_BT, labels_BT = np.full(shape, ByteTokenizer.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+        tokens_BT, labels_BT = np.full(shape, self.maker.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
         starts_BT = np.zeros(shape, bool)
         weights_BT, loss_weights_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         size = self.maker.draw_size(np.random.default_rng([self._seed, position.step]), position.longest)
-        n_bytes = 0
+        n_bytes, grown = 0, position.longest >= self.maker.most
         for row, lane in enumerate(self.rows):
             random = np.random.default_rng([self._seed, position.step, 1 + lane])
             first, segments = 0, self.window_tokens // self.segment_tokens
-            while (text := self.maker.compose(random, size, segments - first)) is not None:
+            while (text := self.maker.compose(random, size, segments - first, grown)) is not None:
                 begin = first * self.segment_tokens
                 columns = slice(begin, begin + len(text.ids))
                 starts_BT[row, begin] = True
-                tokens_BT[row, columns] = np.concatenate(([ByteTokenizer.bos_id], text.ids[:-1]))
+                tokens_BT[row, columns] = np.concatenate(([self.maker.bos_id], text.ids[:-1]))
                 labels_BT[row, columns] = np.where(text.loss_weights > 0, text.ids, IGNORED)
                 loss_weights_BT[row, columns], weights_BT[row, columns] = text.loss_weights, text.write_weights
-                first, n_bytes = first + text.segments, n_bytes + len(text.ids)
+                first, n_bytes = first + text.segments, n_bytes + text.n_bytes
         document_B = np.full(len(self.rows), position.step, np.int64)
         batch = Batch(tokens_BT, labels_BT, starts_BT, weights_BT, document_B, float(n_bytes), loss_weights_BT)
         return batch, Progress(position.step + 1, position.longest, position.loss)

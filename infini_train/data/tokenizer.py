@@ -16,6 +16,8 @@ from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.manifest import token_dtype
 from infini_train.data.pieces import PieceEncoder
 
+SHORT_CHARS = 1000  # up to which a text is encoded at once
+
 
 class Tokenizer(Protocol):
     """What the project needs of a tokenizer. `sha256` identifies it; `pad_id` never stands for text."""
@@ -126,7 +128,10 @@ class SentencePieceTokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_many([text])[0].astype(np.int32)
+        if len(text) > SHORT_CHARS or SPACE_SYMBOL in text:
+            return self.encode_many([text])[0].astype(np.int32)
+        before, after = self.around  # the same ids, without the tables of many texts
+        return np.array(self._inner.encode(f"{before}{text}{after}" if text else ""), np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         before, after = self.around

@@ -65,6 +65,8 @@ class NeedleGrid:
             raise ConfigError(f"--task: {self.task}: no such task; choose one of {', '.join(TASKS)}")
         if max(self.needles) > len(THINGS):
             raise ConfigError(f"--needles: {max(self.needles)} are too many; at most {len(THINGS)}")
+        if max(self.needles) > 10**self.digits:
+            raise ConfigError(f"--digits: there are not {max(self.needles)} values of so few; raise it")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ConfigError("--depths: give at least one, each between 0 (start) and 1 (end)")
         if self.seed < 0:

@@ -111,7 +111,7 @@ def answer_needles(
                 NeedleAnswer(
                     **prompt._asdict(),
                     tokens=text.prompt_tokens + 1,
-                    needle_tokens=[text.needle_tokens[i] + 1 for i in text.needles.asked],
+                    needle_tokens=[text.needle_spans[i].start + 1 for i in text.needles.asked],
                     question_token=text.question_token + 1,
                     expected=list(text.needles.answer),
                     said=tokenizer.decode(said),

@@ -55,8 +55,8 @@ def test_the_text_holds_the_answer_and_the_layout_is_exact(task, count):
         assert prompt.endswith(" " + needles.question) and whole[text.question_token :].startswith(
             f" {needles.question}"
         )
-        for place, sentence in zip(text.needle_tokens, needles.sentences, strict=True):
-            assert whole[place:].startswith(f" {sentence}")
+        for span, sentence in zip(text.needle_spans, needles.sentences, strict=True):
+            assert whole[span] == f" {sentence}"
         bare = whole.replace(f" {needles.question}", "").replace("Listen.", "", 1)[: -len(answer)]
         for sentence in needles.sentences:
             bare = bare.replace(f" {sentence}", "", 1)

@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from infini_train.config.attention import FullConfig
-from infini_train.config.data import NeedlesConfig, RecallConfig
+from infini_train.config.data import DataConfig, NeedlesConfig, RecallConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
 from infini_train.data.needle_reader import NeedleMaker
+from infini_train.data.needles import THINGS
 from infini_train.data.passkey_reader import Progress
 from infini_train.data.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
-from infini_train.data.source import open_source, text_segment
+from infini_train.data.source import open_reader, open_source, text_segment
 from infini_train.data.text_windows import TextReader
-from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.pad_id
 LANES, WINDOW, SEGMENT = 4, 1280, 64
@@ -26,7 +29,7 @@ NEEDLES = NeedlesConfig(tasks=("single", "multikey", "multivalue", "multiquery",
 
 def reader_of(kind: str, rows: slice = slice(None)) -> TextReader:
     if kind == "needles":
-        maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT)
+        maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT, ByteTokenizer())
     else:
         maker = RecallMaker(RecallConfig(min_pairs=3, max_pairs=100), WINDOW, SEGMENT)
     return TextReader(maker, kind, 0.5, LANES, WINDOW, SEGMENT, 7, rows)
@@ -103,6 +106,76 @@ def test_needle_windows_hold_whole_texts(longest):
                 assert all(word in prompt for word in said[1:].split(", "))
 
 
+def test_pressure_spares_the_needles_once_texts_have_grown():
+    config = dataclasses.replace(NEEDLES, pressure=64, pressure_share=0.5)
+    reader = TextReader(
+        NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer()), "texts", 0.5, LANES, WINDOW, SEGMENT, 7, slice(None)
+    )
+    seen = set()
+    for step in range(12):
+        plain, pressed = (
+            reader_of("needles").next(Progress(step, 20.0, 1.0))[0],
+            reader.next(Progress(step, 20.0, 1.0))[0],
+        )
+        for row in range(LANES):
+            np.testing.assert_array_equal(plain.starts_BT[row, 0], pressed.starts_BT[row, 0])
+            for place in texts_of(pressed, row):
+                weights = pressed.weights_BT[row, place]
+                weights = weights[: int((weights > 0).sum())]
+                text = ByteTokenizer().decode(pressed.tokens_BT[row, place][1 : len(weights)])
+                for word in re.findall(r"VAR \w+ = \w+\.|\d{5}\. Remember it\. \d{5} is", text):
+                    begin = 1 + text.find(word)
+                    assert (weights[begin : begin + len(word)] == 1).all()
+                assert (weights[:SEGMENT] == 1).all() and 1 <= weights.min() <= weights.max() <= 64 * WINDOW / len(
+                    weights
+                )
+                seen.add(weights.max() > 1)
+        assert reader.next(Progress(step, 19.9, 1.0))[0].weights_BT.max() == 1, "not before"
+    assert seen == {False, True}
+
+
+def test_needles_in_the_tokens_of_a_file(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    lines = [f" The pass key of the {thing} is 12. Remember it." for thing in THINGS]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=500, byte_fallback=True, pad_id=3,
+            split_digits=True, hard_vocab_limit=False, minloglevel=2, model_type="bpe"
+        )  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    config = load_run("passkey_linear")
+    needles = NeedlesConfig(tokenizer=str(path), digits=2)
+    config = dataclasses.replace(config, data=DataConfig(needles=needles))
+    source = open_source(config)
+    assert source.tokenizer_sha256 == tokenizer.sha256 and source.tokenizer_file == path
+    assert source.vocab_size == tokenizer.vocab_size
+    assert source.special_ids == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    reader = open_reader(source, config, slice(None), print)
+    batch, _ = reader.next(Progress(0, 20.0, 1.0))
+    counted = 0
+    for row in range(len(batch.starts_BT)):
+        begins = [*np.flatnonzero(batch.starts_BT[row]), batch.starts_BT.shape[1]]
+        for place in (slice(a, b) for a, b in pairwise(begins)):
+            labels = batch.labels_BT[row, place]
+            labels, weights = (x[labels != IGNORED] for x in (labels, batch.loss_weights_BT[row, place]))
+            assert batch.tokens_BT[row, place.start] == tokenizer.bos_id
+            text, said = (
+                tokenizer.decode(labels),
+                tokenizer.decode(labels[weights > 2 * needles.text_weight / len(labels)]),
+            )
+            assert re.search(r"What is the pass key of the \w+\? The pass key of the \w+ is \d\d$", text)
+            assert re.fullmatch(r" ?\d\d", said) and f"is{text[-3:]}. Remember it" in text
+            counted += len(text.encode())
+    assert abs(batch.n_bytes - counted) <= 1 * len(batch.starts_BT) * 20
+
+
+def test_a_missing_tokenizer_is_named():
+    config = load_run("passkey_linear")
+    config = dataclasses.replace(config, data=DataConfig(needles=NeedlesConfig(tokenizer="none.model")))
+    with pytest.raises(ConfigError, match="data.needles.tokenizer: none.model: the tokenizer can't be read"):
+        open_source(config)
+
+
 @pytest.mark.parametrize("longest", [3.0, 40.0, 100.0])
 def test_recall_windows_ask_for_every_pair_behind_an_edge(longest):
     reader = reader_of("recall")
@@ -130,14 +203,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="data.recall.max_pairs: 100 pairs .* take 384 tokens in segments of 64"):
         RecallMaker(RecallConfig(max_pairs=100), 320, SEGMENT)
     with pytest.raises(ConfigError, match="data.needles.min_segments: 1 segments of 64 tokens can't hold a text of"):
-        NeedleMaker(NeedlesConfig(min_segments=1), WINDOW, SEGMENT)
+        NeedleMaker(NeedlesConfig(min_segments=1), WINDOW, SEGMENT, ByteTokenizer())
     with pytest.raises(ConfigError, match="--haystack: none.txt can't be read"):
-        NeedleMaker(NeedlesConfig(haystack="none.txt"), WINDOW, SEGMENT)
+        NeedleMaker(NeedlesConfig(haystack="none.txt"), WINDOW, SEGMENT, ByteTokenizer())
     for message, make in (
         ("data.recall.max_pairs: must lie between min_pairs", lambda: RecallConfig(min_pairs=9, max_pairs=8)),
         ("data.recall.max_pairs: must lie between", lambda: RecallConfig(max_pairs=129)),
         ("data.needles.tasks: give at least one", lambda: NeedlesConfig(tasks=())),
         ("data.needles.needles: must be positive", lambda: NeedlesConfig(needles=0)),
+        ("data.needles.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
+        ("data.needles.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
+        ("data.needles.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

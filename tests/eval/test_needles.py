@@ -80,7 +80,7 @@ def test_the_asked_needle_lies_at_its_depth_in_all_phases():
         text = prompts.write(prompt)
         assert 3000 - 16 <= text.tokens + 1 <= 3000
         (asked,) = text.needles.asked
-        place = text.needle_tokens[asked]
+        place = text.needle_spans[asked].start
         phases.add(place % 16)
         first, last = len(prompts._intro), text.question_token
         if prompt.depth == 0:

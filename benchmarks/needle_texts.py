@@ -1,0 +1,52 @@
+"""Writes texts of the needle tests, to train a tokenizer on them (docs/needles.md).
+
+    python benchmarks/needle_texts.py --out runs/needles/texts.jsonl
+    infini-data tokenizer runs/needles/texts.jsonl --vocab-size 1000 --out runs/needles/tokenizer.model
+
+A line a text, of the tasks that name things in turn, in varied hay; the same seed gives the same texts. A small
+vocabulary then has things and words of the hay whole; names of variables are spelled.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from infini_train.data.haystack import HaystackSource
+from infini_train.data.needles import TASKS, EncodedNeedles, draw_needles
+from infini_train.data.tokenizer import ByteTokenizer
+
+NAMED = [
+    task for task in TASKS if task != "variables"
+]  # whose names are any letters: pieces of them would fill the vocabulary
+NEEDLES, DIGITS, HAY_TOKENS = 8, 2, 1024
+
+
+def main() -> None:
+    """Writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--count", type=int, default=2000, help="of texts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in write_texts(options.count, options.seed))
+
+
+def write_texts(count: int, seed: int) -> Iterator[str]:
+    """So many texts."""
+    byte = ByteTokenizer()
+    hay = HaystackSource("varied", byte)
+    for number in range(count):
+        random = np.random.default_rng([seed, number])
+        encoded = EncodedNeedles(byte, draw_needles(random, NAMED[number % len(NAMED)], NEEDLES, DIGITS))
+        places = np.sort(random.integers(0, HAY_TOKENS + 1, len(encoded.needles.sentences)))
+        text = encoded.place(hay.draw([seed, number]), places.tolist(), HAY_TOKENS)
+        yield byte.decode(text.read(0, text.tokens))
+
+
+if __name__ == "__main__":
+    main()
