@@ -1,10 +1,11 @@
 """Prompts of any length through a model side by side, then an answer that it writes freely.
 
-The lanes of a batch read whole segments together, as far as the shortest prompt goes. The rest of each prompt, less
-than two segments and seldom as long as another's, is read lane by lane, like a prompt of `infini-train generate`.
+The lanes of a batch read whole segments together, as far as the shortest prompt goes; lanes share a row of the batch
+for as long as their prompts are the same, so that a common beginning is read once. The rest of each prompt, less than
+two segments and seldom as long as another's, is read lane by lane, like a prompt of `infini-train generate`.
 Memory holds one forward's tokens and the model's state, whatever the length.
 
-Legend: B lanes, T tokens of a forward, V vocabulary.
+Legend: B lanes, R rows, T tokens of a forward, V vocabulary.
 """
 
 import time
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from infini_train.eval.generate import feed
 from infini_train.eval.reading import FORWARD_SEGMENTS, remember, segment_of, take_lane
@@ -42,7 +45,7 @@ class Reading(NamedTuple):
     """What came of a batch of prompts."""
 
     said: list[list[int]]  # ids, of each lane
-    start_tokens_per_s: float | None  # None: too short to tell
+    start_tokens_per_s: float | None  # while every lane has its own row; None: too short to tell
     end_tokens_per_s: float | None
 
 
@@ -67,20 +70,39 @@ def read_prompts(
     chunk = FORWARD_SEGMENTS * segment
     lengths = [text.prompt_tokens + 1 for text in texts]
     together = (min(lengths) - 1) // segment * segment  # the last token of every prompt is left for the lanes alone
-    state, seconds = None, []
+    state, seconds, rows = None, [], [0] * len(texts)
     for begin in range(0, together, chunk):
         stop, clock = min(begin + chunk, together), time.perf_counter()
-        tokens_BT = torch.from_numpy(np.stack([_lane(text, bos_id, begin, stop) for text in texts]))
-        state = remember(model, tokens_BT, state)
+        pieces = [_lane(text, bos_id, begin, stop) for text in texts]
+        state, rows, tokens_RT = _split_rows(state, rows, pieces)
+        state = remember(model, tokens_RT, state)
         device.synchronise()
-        seconds.append((time.perf_counter() - clock) / tokens_BT.numel())
-        on_progress(tokens_BT.numel())
+        if len(tokens_RT) == len(texts):
+            seconds.append((time.perf_counter() - clock) / tokens_RT.numel())
+        on_progress(len(texts) * (stop - begin))
     said = []
     for lane, text in enumerate(texts):
         rest = _lane(text, bos_id, together, lengths[lane]).tolist()
-        said.append(_answer(model, rest, take_lane(state, lane), text.answer_tokens, chunk))
+        said.append(_answer(model, rest, take_lane(state, rows[lane]), text.answer_tokens, chunk))
         on_progress(len(rest))
     return Reading(said, *_speeds(seconds))
+
+
+def _split_rows(
+    state: ModelState | None, rows: list[int], pieces: list[np.ndarray]
+) -> tuple[ModelState | None, list[int], Tensor]:
+    """A row for each different pair of what a lane has read (its row so far) and what it reads next.
+
+    Returns:
+        The state and the tokens of these rows, and the row of each lane.
+    """
+    numbers: dict[tuple[int, bytes], int] = {}
+    after = [numbers.setdefault((row, piece.tobytes()), len(numbers)) for row, piece in zip(rows, pieces, strict=True)]
+    first = [after.index(row) for row in range(len(numbers))]  # a lane of each row
+    if len(numbers) > max(rows) + 1:  # else they are the same rows: numbers follow the lanes
+        before = [rows[lane] for lane in first]
+        state = pytree.tree_map_only(Tensor, lambda x_R: x_R[before], state)
+    return state, after, torch.from_numpy(np.stack([pieces[lane] for lane in first]))
 
 
 def _lane(text: PromptText, bos_id: int, start: int, stop: int) -> np.ndarray:
@@ -100,7 +122,7 @@ def _answer(model: Transformer, rest: list[int], state: ModelState | None, token
 
 
 def _speeds(seconds_a_token: list[float]) -> tuple[float, float] | tuple[None, None]:
-    """Tokens a second in the first and in the last tenth of the forwards (medians); the very first one warms up."""
+    """Tokens a second in the first and in the last tenth of these forwards (medians); the very first one warms up."""
     if len(seconds_a_token) < 2:
         return None, None
     measured = seconds_a_token[1:]

@@ -10,9 +10,11 @@ import torch
 from infini_train.data.passkey import PasskeyWriter
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.eval import streaming
 from infini_train.eval.generate import generate
 from infini_train.eval.passkey import answer_grid, draw_text
 from infini_train.eval.passkey_scores import PasskeyGrid, Prompt
+from infini_train.eval.reading import remember
 from infini_train.eval.sampling import Sampling
 from infini_train.eval.scores import score_cells, summarise
 from infini_train.eval.streaming import read_prompts
@@ -42,6 +44,26 @@ def test_streaming_side_by_side_equals_a_prompt_alone(variant, lengths, tools):
     assert found == expected
     assert sum(seen) == sum(map(len, prompts))
     assert len(set(found[0])) > 1, "a model that repeats itself would show nothing"
+
+
+def test_a_common_beginning_is_read_once(variant, tools, monkeypatch):
+    """The intro is common to all, filler to those with a late key, and two are the same: each says what it says alone."""
+    model, random = tools.build(variant), np.random.default_rng(0)
+    length = WRITER.min_tokens + 500
+    keys = random.integers(0, 10, (4, 5))
+    late = [WRITER.place(key, length, length - WRITER.min_tokens) for key in keys[:3]]
+    texts = [late[0], WRITER.place(keys[3], length, 0), late[1], late[0], late[2]]
+    rows: list[int] = []
+
+    def count(model, tokens_BT, state):
+        rows.append(len(tokens_BT))
+        return remember(model, tokens_BT, state)
+
+    monkeypatch.setattr(streaming, "remember", count)
+    found = read_prompts(model, texts, BOS).said
+    assert sorted(rows) == rows and set(rows) == ({1, 2, 4} if model.config.segment_tokens else {2}), rows
+    monkeypatch.undo()
+    assert found == [read_prompts(model, [text], BOS).said[0] for text in texts]
 
 
 def test_speed_is_told_where_there_is_enough_to_measure(tools):
