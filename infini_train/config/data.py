@@ -51,6 +51,7 @@ class NeedlesConfig:
     haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
     tokenizer: str | None = None  # its file; null: bytes
     needles: int = 4  # at most so many in a text, as far as they fit
+    questions: int = 1  # behind a text, for other needles each; only multikey has more than one
     digits: int = 5  # of a value
     min_segments: int = 4  # of the shortest texts
     grow_below_loss: FiniteFloat = 0.25  # texts grow, up to a window, while the loss (running mean) is below this
@@ -61,7 +62,7 @@ class NeedlesConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "data.needles.tasks", "give at least one")
-        for name in ("needles", "digits", "min_segments", "grow_below_loss", "answer_weight"):
+        for name in ("needles", "questions", "digits", "min_segments", "grow_below_loss", "answer_weight"):
             require(getattr(self, name) > 0, f"data.needles.{name}", "must be positive")
         require(self.text_weight >= 0, "data.needles.text_weight", "must not be negative")
         require(self.pressure >= 1, "data.needles.pressure", "must be at least 1")

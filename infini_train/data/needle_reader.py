@@ -7,11 +7,13 @@ import numpy as np
 from infini_train.config.data import NeedlesConfig
 from infini_train.config.errors import ConfigError
 from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import THINGS, EncodedNeedles, NeedleText, draw_needles
+from infini_train.data.needles import THINGS, EncodedNeedles, NeedleText, draw_needles, encode_round
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.pressure import weigh_writes
 from infini_train.data.text_windows import LaidText
 from infini_train.data.tokenizer import Tokenizer
+
+_Round = tuple[np.ndarray, np.ndarray]  # ids of a question and of its answer
 
 WITH_INTRO = 0.5  # of the texts that have room for it
 
@@ -35,6 +37,7 @@ class NeedleMaker:
         self.config, self.segment_tokens, self._window_tokens = config, segment_tokens, window_tokens
         self._tokenizer = tokenizer
         self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
+        self._stop = tokenizer.encode("x.")[len(tokenizer.encode("x")) :]
         self._source = HaystackSource(config.haystack, self._tokenizer)
         self._intro = find_wording("paper").intro
         self.most = float(window_tokens // segment_tokens)
@@ -68,21 +71,26 @@ class NeedleMaker:
         segments = min(size, room_segments)
         if segments < self.least:
             return None
-        text, config = self._write(random, segments), self.config
+        config = self.config
+        text, rounds = self._write(random, segments)
         ids = text.read(0, text.tokens)
-        weights = np.full(text.tokens, config.text_weight / text.tokens, np.float32)
-        weights[text.prompt_tokens :] = config.answer_weight / text.answer_tokens
-        longer = config.pressure * self._window_tokens / text.tokens if grown and config.pressure > 1 else 1
-        writes = weigh_writes(
-            random, text.tokens, self.segment_tokens, text.needle_spans, longer, config.pressure_share
-        )
-        return LaidText(ids, weights, writes, segments, self._count_bytes(ids))
+        answers = np.zeros(text.tokens, bool)
+        answers[text.prompt_tokens :] = True
+        for question, answer in rounds:
+            ids = np.concatenate((ids, self._stop, question, answer))
+            answers = np.concatenate(
+                (answers, np.zeros(len(self._stop) + len(question), bool), np.ones(len(answer), bool))
+            )
+        weights = np.where(answers, config.answer_weight / answers.sum(), config.text_weight / len(ids))
+        longer = config.pressure * self._window_tokens / len(ids) if grown and config.pressure > 1 else 1
+        writes = weigh_writes(random, len(ids), self.segment_tokens, text.needle_spans, longer, config.pressure_share)
+        return LaidText(ids, weights.astype(np.float32), writes, segments, self._count_bytes(ids))
 
     def _count_bytes(self, ids: np.ndarray) -> int:
         return len(self._tokenizer.decode(ids).encode("utf-8"))
 
-    def _write(self, random: np.random.Generator, segments: int) -> NeedleText:
-        """Of a drawn task, with as many needles as were drawn and fit."""
+    def _write(self, random: np.random.Generator, segments: int) -> tuple[NeedleText, list[_Round]]:
+        """Of a drawn task, with as many needles as were drawn and fit; and further questions, as far as they do."""
         room = segments * self.segment_tokens - 1  # bos
         task = self.config.tasks[random.integers(len(self.config.tasks))]
         intro = self._intro if random.random() < WITH_INTRO else ""
@@ -91,7 +99,14 @@ class NeedleMaker:
         while encoded.min_tokens > room:
             count, intro = max(count // 2, 1), ""
             encoded = self._encode(random, task, count, intro)
-        shortest = max(encoded.min_tokens, (segments - 1) * self.segment_tokens + 1)
-        hay = int(random.integers(shortest, room + 1)) - encoded.min_tokens
+        rounds, least = [], encoded.min_tokens
+        for question, answer in encoded.needles.further[: self.config.questions - 1]:
+            one = encode_round(self._tokenizer, question, answer)
+            if least + len(self._stop) + sum(map(len, one)) <= room:
+                rounds.append(one)
+                least += len(self._stop) + sum(map(len, one))
+        shortest = max(least, (segments - 1) * self.segment_tokens + 1)
+        hay = int(random.integers(shortest, room + 1)) - least
         places = np.sort(random.integers(0, hay + 1, len(encoded.needles.sentences)))
-        return encoded.place(self._source.draw(random.integers(0, 2**31, 2).tolist()), places.tolist(), hay)
+        text = encoded.place(self._source.draw(random.integers(0, 2**31, 2).tolist()), places.tolist(), hay)
+        return text, rounds

@@ -51,6 +51,7 @@ class Needles(NamedTuple):
     asked: tuple[int, ...]  # numbers of the sentences that hold the answer
     question: str
     answer: tuple[str, ...]  # words, in the order in which training shows them
+    further: tuple[tuple[str, tuple[str, ...]], ...] = ()  # other questions and answers, which training may add
 
 
 def draw_needles(random: np.random.Generator, task: Task, count: int, digits: int) -> Needles:
@@ -73,8 +74,9 @@ def draw_needles(random: np.random.Generator, task: Task, count: int, digits: in
     named = things * count if task == "multivalue" else things
     sentences = tuple(_NEEDLE.format(thing=thing, value=value) for thing, value in zip(named, values, strict=True))
     if task == "multikey":
-        asked = int(random.integers(count))
-        return Needles(sentences, (asked,), _ONE.format(things=things[asked]), (values[asked],))
+        turns = [int(i) for i in random.permutation(count)]
+        rounds = [(_ONE.format(things=things[i]), (values[i],)) for i in turns]
+        return Needles(sentences, (turns[0],), *rounds[0], tuple(rounds[1:]))
     everyone = tuple(range(count))
     if task == "multivalue":
         return Needles(sentences, everyone, _MANY.format(things=things[0]), tuple(values))
@@ -164,12 +166,9 @@ class EncodedNeedles:
         self.needles = needles
         self._intro = tokenizer.encode(intro)
         self._sentences = [encode_behind(tokenizer, f" {sentence}") for sentence in needles.sentences]
-        self._question = encode_behind(tokenizer, f" {needles.question}")
-        asked = encode_behind(tokenizer, f" {needles.question} {', '.join(needles.answer)}")
-        if not np.array_equal(asked[: len(self._question)], self._question):
-            raise ConfigError("tokenizer: joins the question with its answer; needles can't be asked for with it")
-        self._answer = asked[len(self._question) :]
-        self.min_tokens = len(self._intro) + sum(map(len, self._sentences)) + len(asked)
+        self._question, self._answer = encode_round(tokenizer, needles.question, needles.answer)
+        asked = len(self._question) + len(self._answer)
+        self.min_tokens = len(self._intro) + sum(map(len, self._sentences)) + asked
 
     def place(self, hay: Haystack, hay_before_tokens: Sequence[int], hay_tokens: int) -> NeedleText:
         """The text with so much hay.
@@ -192,6 +191,19 @@ class EncodedNeedles:
         asked = at + hay_tokens - read
         prompt = asked + len(self._question)
         return NeedleText(self.needles, prompt + len(self._answer), tuple(places), asked, prompt, tuple(stretches))
+
+
+def encode_round(tokenizer: Tokenizer, question: str, answer: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """int32 ids of a question behind the end of a sentence, and of its answer.
+
+    Raises:
+        ConfigError: the tokenizer joins the two.
+    """
+    question_ids = encode_behind(tokenizer, f" {question}")
+    ids = encode_behind(tokenizer, f" {question} {', '.join(answer)}")
+    if not np.array_equal(ids[: len(question_ids)], question_ids):
+        raise ConfigError("tokenizer: joins the question with its answer; needles can't be asked for with it")
+    return question_ids, ids[len(question_ids) :]
 
 
 def _whole(ids: np.ndarray) -> Stretch:

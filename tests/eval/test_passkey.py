@@ -47,7 +47,7 @@ def test_streaming_side_by_side_equals_a_prompt_alone(variant, lengths, tools):
 
 
 def test_a_common_beginning_is_read_once(variant, tools, monkeypatch):
-    """The intro is common to all, filler to those with a late key, and two are the same: each says what it says alone."""
+    """All have the intro in common, some the filler before a late key, two everything: each says what it says alone."""
     model, random = tools.build(variant), np.random.default_rng(0)
     length = WRITER.min_tokens + 500
     keys = random.integers(0, 10, (4, 5))
