@@ -134,6 +134,30 @@ def test_pressure_spares_the_needles_once_texts_have_grown():
     assert seen == {False, True}
 
 
+def test_further_questions_ask_for_other_needles():
+    config = NeedlesConfig(needles=4, questions=3)
+    maker = NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer())
+    reader = TextReader(maker, "texts", 0.5, LANES, WINDOW, SEGMENT, 7, slice(None))
+    asked_times = set()
+    for step in range(6):
+        batch, _ = reader.next(Progress(step, 20.0, 1.0))
+        for row in range(LANES):
+            for place in texts_of(batch, row):
+                labels, weights = batch.labels_BT[row, place], batch.loss_weights_BT[row, place]
+                labels, weights = labels[labels != IGNORED], weights[labels != IGNORED]
+                said = bytes(labels[weights > 2 * config.text_weight / len(labels)].tolist()).decode().split()
+                text = bytes(labels.tolist()).decode()
+                told = dict(re.findall(r"The pass key of the (\w+) is (\d+)\. Remember", text))
+                asked = re.findall(r"What is the pass key of the (\w+)\? The pass key of the \1 is (\d+)", text)
+                assert len(told) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
+                assert [told[thing] for thing, _ in asked] == [value for _, value in asked] == said
+                assert len(asked) == min(len(told), 3) or len(labels) + 130 > 64 * (1 + len(labels) // 64)
+                assert weights.sum() == pytest.approx(1 + config.text_weight, rel=0.1)
+                assert len(labels) < place.stop - place.start
+                asked_times.add(len(asked))
+    assert asked_times == {1, 2, 3}
+
+
 def test_needles_in_the_tokens_of_a_file(tmp_path):
     path = tmp_path / "tokenizer.model"
     lines = [f" The pass key of the {thing} is 12. Remember it." for thing in THINGS]
