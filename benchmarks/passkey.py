@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -65,7 +66,7 @@ def collect(run: Path) -> None:
     for path in sorted(run.glob("eval/passkey-*/results.json")):  # of tests that have ended
         found = json.loads(path.read_text(encoding="utf-8"))
         kept = {"run": about, "test": {name: value for name, value in found.items() if name not in DROPPED}}
-        name = f"{config.name}-{config.seed}-{found['wording']}-{found['seed']}"
+        name = f"{re.sub('[^a-z0-9]+', '_', config.name.lower())}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
         (FILES / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
