@@ -1,10 +1,11 @@
 """Writes texts of the needle tests, to train a tokenizer on them (docs/needles.md).
 
     python benchmarks/needle_texts.py --out runs/needles/texts.jsonl
-    infini-data tokenizer runs/needles/texts.jsonl --vocab-size 1000 --out runs/needles/tokenizer.model
+    infini-data tokenizer runs/needles/texts.jsonl --vocab-size 1500 --out runs/needles/tokenizer.model
 
-A line a text, of the tasks that name things in turn, in varied hay; the same seed gives the same texts. A small
-vocabulary then has things and words of the hay whole; names of variables are spelled.
+A line a text, of the tasks with a value each needle in turn, in varied hay; the same seed gives the same texts. A small
+vocabulary then has things and words of the hay whole. There are no variables: their names are any letters, and pieces
+of them would fill it.
 """
 
 import argparse
@@ -15,12 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import TASKS, EncodedNeedles, draw_needles
+from infini_train.data.needles import VALUE_EACH, EncodedNeedles, draw_needles
 from infini_train.data.tokenizer import ByteTokenizer
 
-NAMED = [
-    task for task in TASKS if task != "variables"
-]  # whose names are any letters: pieces of them would fill the vocabulary
 NEEDLES, DIGITS, HAY_TOKENS = 8, 2, 1024
 
 
@@ -42,7 +40,7 @@ def write_texts(count: int, seed: int) -> Iterator[str]:
     hay = HaystackSource("varied", byte)
     for number in range(count):
         random = np.random.default_rng([seed, number])
-        encoded = EncodedNeedles(byte, draw_needles(random, NAMED[number % len(NAMED)], NEEDLES, DIGITS))
+        encoded = EncodedNeedles(byte, draw_needles(random, VALUE_EACH[number % len(VALUE_EACH)], NEEDLES, DIGITS))
         places = np.sort(random.integers(0, HAY_TOKENS + 1, len(encoded.needles.sentences)))
         text = encoded.place(hay.draw([seed, number]), places.tolist(), HAY_TOKENS)
         yield byte.decode(text.read(0, text.tokens))

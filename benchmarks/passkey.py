@@ -68,7 +68,9 @@ def collect(run: Path) -> None:
         kept = {"run": about, "test": {name: value for name, value in found.items() if name not in DROPPED}}
         name = f"{re.sub('[^a-z0-9]+', '_', config.name.lower())}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
-        (FILES / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        file = FILES / f"{name}.json"
+        if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["test"] != kept["test"]:  # else it was kept
+            file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def load() -> list[dict[str, Any]]:

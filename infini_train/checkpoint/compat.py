@@ -21,6 +21,7 @@ RESUMABLE: Mapping[str, str] = {
     "checkpoint": "changes when states are saved, not the states",
     "data.train": "a path; the shards themselves are compared by their hashes",
     "data.mixture": "paths; the shards, weights and epochs are compared by their hashes",
+    "data.needles.tokenizer": "a path; the tokenizer itself is compared by its hash",
     "data.cache_dir": "a folder for copies",
     "data.max_corrupt_documents": "decides when to give up, not what is read",
     "data.validation": "no influence on training",
@@ -76,7 +77,8 @@ def check_same_data(saved_hash: str, new_hash: str, path: str) -> None:
     if saved_hash != new_hash:
         raise ConfigError(
             f"data.train: {path} is not the data that the checkpoint was trained on (tokenizer, shards or mixture"
-            " differ); give the original shards, or start a new run with train.init_from"
+            " differ, or this version makes such texts in another way); give the original shards, or start a new run"
+            " with train.init_from"
         )
 
 

@@ -49,7 +49,7 @@ class NeedlesConfig:
 
     tasks: tuple[Literal["single", "multikey", "multivalue", "multiquery", "variables"], ...] = ("multikey",)  # mixed
     haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
-    tokenizer: str | None = None  # its file; null: bytes
+    tokenizer: str | None = None  # a .model or tokenizer.json; null: bytes
     needles: int = 4  # at most so many in a text, as far as they fit
     questions: int = 1  # behind a text, for other needles each; only multikey has more than one
     digits: int = 5  # of a value
@@ -65,10 +65,16 @@ class NeedlesConfig:
         for name in ("needles", "questions", "digits", "min_segments", "grow_below_loss", "answer_weight"):
             require(getattr(self, name) > 0, f"data.needles.{name}", "must be positive")
         require(self.text_weight >= 0, "data.needles.text_weight", "must not be negative")
+        require(
+            self.questions == 1 or "multikey" in self.tasks,
+            "data.needles.questions",
+            "only multikey has more than one; add it to data.needles.tasks",
+        )
+        require(self.questions <= self.needles, "data.needles.questions", "there are not so many needles to ask for")
         require(self.pressure >= 1, "data.needles.pressure", "must be at least 1")
         require(0 <= self.pressure_share <= 1, "data.needles.pressure_share", "must lie between 0 and 1")
         require(
-            self.needles <= 10**self.digits,
+            self.needles <= 10**self.digits or not {"multikey", "multivalue", "multiquery"} & set(self.tasks),
             "data.needles.digits",
             f"there are not {self.needles} different values of so few digits; raise it, or lower data.needles.needles",
         )

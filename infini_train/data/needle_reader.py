@@ -1,19 +1,18 @@
 """Needle texts to train on: the tasks of `infini-train eval needles`, short at first. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from infini_train.config.data import NeedlesConfig
 from infini_train.config.errors import ConfigError
 from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import THINGS, EncodedNeedles, NeedleText, draw_needles, encode_round
+from infini_train.data.needles import THINGS, EncodedNeedles, draw_needles, encode_round
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.pressure import weigh_writes
 from infini_train.data.text_windows import LaidText
 from infini_train.data.tokenizer import Tokenizer
-
-_Round = tuple[np.ndarray, np.ndarray]  # ids of a question and of its answer
 
 WITH_INTRO = 0.5  # of the texts that have room for it
 
@@ -37,7 +36,7 @@ class NeedleMaker:
         self.config, self.segment_tokens, self._window_tokens = config, segment_tokens, window_tokens
         self._tokenizer = tokenizer
         self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
-        self._stop = tokenizer.encode("x.")[len(tokenizer.encode("x")) :]
+        self._stop = _encode_stop(tokenizer)
         self._source = HaystackSource(config.haystack, self._tokenizer)
         self._intro = find_wording("paper").intro
         self.most = float(window_tokens // segment_tokens)
@@ -50,11 +49,11 @@ class NeedleMaker:
             )
 
     def _longest_tokens(self) -> int:
-        """Of a text with one needle and no hay, bos included: words differ little in length, so a few are tried."""
+        """Of a text with one needle and no hay, bos included: so many are drawn that all things come."""
         sizes = [
             self._encode(np.random.default_rng(seed), task, 1, "").min_tokens
             for task in self.config.tasks
-            for seed in range(2 * len(THINGS))
+            for seed in range(8 * len(THINGS))
         ]
         return max(sizes) + 1
 
@@ -72,25 +71,21 @@ class NeedleMaker:
         if segments < self.least:
             return None
         config = self.config
-        text, rounds = self._write(random, segments)
-        ids = text.read(0, text.tokens)
-        answers = np.zeros(text.tokens, bool)
-        answers[text.prompt_tokens :] = True
-        for question, answer in rounds:
-            ids = np.concatenate((ids, self._stop, question, answer))
-            answers = np.concatenate(
-                (answers, np.zeros(len(self._stop) + len(question), bool), np.ones(len(answer), bool))
-            )
-        weights = np.where(answers, config.answer_weight / answers.sum(), config.text_weight / len(ids))
+        ids, answered, kept = self._write(random, segments)
+        weights = np.where(answered, config.answer_weight / answered.sum(), config.text_weight / len(ids))
         longer = config.pressure * self._window_tokens / len(ids) if grown and config.pressure > 1 else 1
-        writes = weigh_writes(random, len(ids), self.segment_tokens, text.needle_spans, longer, config.pressure_share)
+        writes = weigh_writes(random, len(ids), self.segment_tokens, kept, longer, config.pressure_share)
         return LaidText(ids, weights.astype(np.float32), writes, segments, self._count_bytes(ids))
 
     def _count_bytes(self, ids: np.ndarray) -> int:
-        return len(self._tokenizer.decode(ids).encode("utf-8"))
+        return len(ids) if self._tokenizer.file_name is None else len(self._tokenizer.decode(ids).encode("utf-8"))
 
-    def _write(self, random: np.random.Generator, segments: int) -> tuple[NeedleText, list[_Round]]:
-        """Of a drawn task, with as many needles as were drawn and fit; and further questions, as far as they do."""
+    def _write(self, random: np.random.Generator, segments: int) -> tuple[np.ndarray, np.ndarray, Sequence[slice]]:
+        """Of a drawn task, with as many needles as were drawn and fit; and further questions, as far as they do.
+
+        Returns:
+            int32 ids without bos, which of them are of an answer, and where the needles are.
+        """
         room = segments * self.segment_tokens - 1  # bos
         task = self.config.tasks[random.integers(len(self.config.tasks))]
         intro = self._intro if random.random() < WITH_INTRO else ""
@@ -99,14 +94,37 @@ class NeedleMaker:
         while encoded.min_tokens > room:
             count, intro = max(count // 2, 1), ""
             encoded = self._encode(random, task, count, intro)
-        rounds, least = [], encoded.min_tokens
-        for question, answer in encoded.needles.further[: self.config.questions - 1]:
-            one = encode_round(self._tokenizer, question, answer)
-            if least + len(self._stop) + sum(map(len, one)) <= room:
-                rounds.append(one)
-                least += len(self._stop) + sum(map(len, one))
+        behind = self._ask_further(random, encoded, room - encoded.min_tokens)
+        least = encoded.min_tokens + sum(map(len, behind))
         shortest = max(least, (segments - 1) * self.segment_tokens + 1)
         hay = int(random.integers(shortest, room + 1)) - least
         places = np.sort(random.integers(0, hay + 1, len(encoded.needles.sentences)))
         text = encoded.place(self._source.draw(random.integers(0, 2**31, 2).tolist()), places.tolist(), hay)
-        return text, rounds
+        ids = np.concatenate((text.read(0, text.tokens), *behind))
+        parts = [text.prompt_tokens, text.answer_tokens, *map(len, behind)]  # by turns no answer and one
+        return ids, np.repeat(np.arange(len(parts)) % 2 == 1, parts), text.needle_spans
+
+    def _ask_further(self, random: np.random.Generator, encoded: EncodedNeedles, room: int) -> list[np.ndarray]:
+        """Ids of further questions and answers by turns, behind the first answer, as many as fit."""
+        further, found = encoded.needles.further, []
+        if self.config.questions == 1:
+            return []
+        for number in random.permutation(len(further))[: self.config.questions - 1].tolist():
+            question, answer = encode_round(self._tokenizer, *further[number])
+            room -= len(self._stop) + len(question) + len(answer)
+            if room < 0:
+                break
+            found += [np.concatenate((self._stop, question)), answer]
+        return found
+
+
+def _encode_stop(tokenizer: Tokenizer) -> np.ndarray:
+    """int32 ids of the full stop behind a value.
+
+    Raises:
+        ConfigError: the tokenizer joins the two.
+    """
+    value, ids = tokenizer.encode("1"), tokenizer.encode("1.")
+    if len(ids) <= len(value) or not np.array_equal(value, ids[: len(value)]):
+        raise ConfigError("tokenizer: joins a number with the full stop behind it; needles can't be hidden with it")
+    return ids[len(value) :]

@@ -29,6 +29,8 @@ Task = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
 TASKS: tuple[Task, ...] = get_args(Task)
 ONE_ASKED = ("single", "multikey")  # whose asked needle has a depth; in the others all matter
 
+VALUE_EACH = ("multikey", "multivalue", "multiquery")  # with as many values as needles
+
 _THINGS = """
 anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle oven pillow
 quilt ribbon saddle table umbrella violin wagon yacht zebra apple bridge carpet door easel falcon guitar helmet
@@ -74,9 +76,9 @@ def draw_needles(random: np.random.Generator, task: Task, count: int, digits: in
     named = things * count if task == "multivalue" else things
     sentences = tuple(_NEEDLE.format(thing=thing, value=value) for thing, value in zip(named, values, strict=True))
     if task == "multikey":
-        turns = [int(i) for i in random.permutation(count)]
-        rounds = [(_ONE.format(things=things[i]), (values[i],)) for i in turns]
-        return Needles(sentences, (turns[0],), *rounds[0], tuple(rounds[1:]))
+        asked = int(random.integers(count))
+        rounds = [(_ONE.format(things=thing), (value,)) for thing, value in zip(things, values, strict=True)]
+        return Needles(sentences, (asked,), *rounds[asked], tuple(rounds[:asked] + rounds[asked + 1 :]))
     everyone = tuple(range(count))
     if task == "multivalue":
         return Needles(sentences, everyone, _MANY.format(things=things[0]), tuple(values))

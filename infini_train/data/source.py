@@ -1,5 +1,6 @@
 """Where training text comes from: shards on disk, or texts made while training."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,16 @@ class Source:
     identity: str  # the same for the same text in the same order
     tokenizer_sha256: str
     special_ids: tuple[int, int, int]  # bos, eos and pad, as the text was encoded with
-    tokenizer_file: Path | None = None  # None: bytes
     corpus: Corpus | None = None  # None: texts made while training
+    tokenizer: Tokenizer | None = None  # of such texts
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer, if it is a file."""
+        tokenizer = self.tokenizer
+        if self.corpus is not None:
+            tokenizer = tokenizer_of(self.corpus.parts[0].dataset.folder)
+        return getattr(tokenizer, "path", None)
 
 
 def open_source(config: RunConfig) -> Source:
@@ -86,8 +95,10 @@ def open_source(config: RunConfig) -> Source:
             tokenizer = _tokenizer_of_texts(data)
             special_ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
             vocab_size = tokenizer.vocab_size if texts is not data.recall else VOCABULARY
-            file = getattr(tokenizer, "path", None)
-            return Source(f"data.{name}", vocab_size, f"{name} {texts}", tokenizer.sha256, special_ids, file)
+            identity = f"{name} {texts}"
+            if texts is data.needles:  # a version, for when they are made another way; the tokenizer may move
+                identity = f"needles 2 {dataclasses.replace(data.needles, tokenizer=None)} {tokenizer.sha256}"
+            return Source(f"data.{name}", vocab_size, identity, tokenizer.sha256, special_ids, tokenizer=tokenizer)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step
@@ -96,11 +107,10 @@ def open_source(config: RunConfig) -> Source:
             f"data.mixture: with these epochs there are {corpus.total_positions:,.0f} tokens, and the run reads"
             f" {reads:,}; raise epochs, or lower train.max_steps"
         )
-    file = getattr(tokenizer_of(corpus.parts[0].dataset.folder), "path", None)
     name = ", ".join(part.folder for part in data.mixture) or str(data.train)
     manifest = corpus.manifest
     special_ids = (manifest.bos_id, manifest.eos_id, manifest.pad_id)
-    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, file, corpus)
+    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, corpus)
 
 
 def _tokenizer_of_texts(data: DataConfig) -> Tokenizer:
@@ -143,7 +153,8 @@ def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Call
     if data.passkey is not None:
         return PasskeyReader(data.passkey, *lanes)
     if data.needles is not None:
-        hidden = NeedleMaker(data.needles, train.window_tokens, segment, _tokenizer_of_texts(data))
+        assert source.tokenizer is not None
+        hidden = NeedleMaker(data.needles, train.window_tokens, segment, source.tokenizer)
         return TextReader(hidden, "texts", data.needles.grow_below_loss, *lanes)
     if data.recall is not None:
         maker = RecallMaker(data.recall, train.window_tokens, segment)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.needles import ONE_ASKED, TASKS, THINGS, Task, find_words
+from infini_train.data.needles import ONE_ASKED, TASKS, THINGS, VALUE_EACH, Task, find_words
 
 LENGTHS = ("4K", "16K", "64K")
 DEPTHS = ("0", "0.5", "1")
@@ -65,7 +65,7 @@ class NeedleGrid:
             raise ConfigError(f"--task: {self.task}: no such task; choose one of {', '.join(TASKS)}")
         if max(self.needles) > len(THINGS):
             raise ConfigError(f"--needles: {max(self.needles)} are too many; at most {len(THINGS)}")
-        if max(self.needles) > 10**self.digits:
+        if self.task in VALUE_EACH and max(self.needles) > 10**self.digits:
             raise ConfigError(f"--digits: there are not {max(self.needles)} values of so few; raise it")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ConfigError("--depths: give at least one, each between 0 (start) and 1 (end)")
@@ -99,7 +99,7 @@ class NeedleAnswer:
     question_token: int
     expected: list[str]
     said: str
-    start_tokens_per_s: float | None  # of all lanes together, while the first tenth of the prompt was read
+    start_tokens_per_s: float | None  # read, of all lanes together; see `streaming.Reading`
     end_tokens_per_s: float | None
     lanes: int
     peak_memory_bytes: int

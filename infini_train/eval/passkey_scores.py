@@ -75,8 +75,8 @@ class Answer:
     question_token: int
     key: str
     said: str  # digit by digit as the model wrote them; what is no digit is ?
-    start_tokens_per_s: float | None  # of all lanes together, while the first tenth of the prompt was read
-    end_tokens_per_s: float | None  # and the last; None: too short to tell
+    start_tokens_per_s: float | None  # read, of all lanes together; see `streaming.Reading`
+    end_tokens_per_s: float | None  # None: too short to tell
     lanes: int
     peak_memory_bytes: int  # of the process, when the answer was there
 

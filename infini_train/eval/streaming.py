@@ -5,10 +5,11 @@ for as long as their prompts are the same, so that a common beginning is read on
 two segments and seldom as long as another's, is read lane by lane, like a prompt of `infini-train generate`.
 Memory holds one forward's tokens and the model's state, whatever the length.
 
-Legend: B lanes, R rows, T tokens of a forward, V vocabulary.
+Legend: R rows, T tokens of a forward, V vocabulary.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -45,7 +46,7 @@ class Reading(NamedTuple):
     """What came of a batch of prompts."""
 
     said: list[list[int]]  # ids, of each lane
-    start_tokens_per_s: float | None  # while every lane has its own row; None: too short to tell
+    start_tokens_per_s: float | None  # see `_speeds`; None: too short to tell
     end_tokens_per_s: float | None
 
 
@@ -64,28 +65,28 @@ def read_prompts(
         model: any variant; memory stays constant with `infini` and `local`.
         texts: a lane each; whatever follows the prompt is not shown.
         bos_id: begins each prompt.
-        on_progress: called with the tokens read, of all lanes together.
+        on_progress: called with the tokens read, of all lanes together; what is read once for many counts for each.
     """
     segment = segment_of(model)
     chunk = FORWARD_SEGMENTS * segment
     lengths = [text.prompt_tokens + 1 for text in texts]
     together = (min(lengths) - 1) // segment * segment  # the last token of every prompt is left for the lanes alone
-    state, seconds, rows = None, [], [0] * len(texts)
+    forwards: list[tuple[int, float]] = []  # rows, and seconds a token
+    state, rows = None, [0] * len(texts)
     for begin in range(0, together, chunk):
         stop, clock = min(begin + chunk, together), time.perf_counter()
         pieces = [_lane(text, bos_id, begin, stop) for text in texts]
         state, rows, tokens_RT = _split_rows(state, rows, pieces)
         state = remember(model, tokens_RT, state)
         device.synchronise()
-        if len(tokens_RT) == len(texts):
-            seconds.append((time.perf_counter() - clock) / tokens_RT.numel())
+        forwards.append((len(tokens_RT), (time.perf_counter() - clock) / tokens_RT.numel()))
         on_progress(len(texts) * (stop - begin))
     said = []
     for lane, text in enumerate(texts):
         rest = _lane(text, bos_id, together, lengths[lane]).tolist()
         said.append(_answer(model, rest, take_lane(state, rows[lane]), text.answer_tokens, chunk))
         on_progress(len(rest))
-    return Reading(said, *_speeds(seconds))
+    return Reading(said, *_speeds(forwards))
 
 
 def _split_rows(
@@ -121,10 +122,16 @@ def _answer(model: Transformer, rest: list[int], state: ModelState | None, token
     return said
 
 
-def _speeds(seconds_a_token: list[float]) -> tuple[float, float] | tuple[None, None]:
-    """Tokens a second in the first and in the last tenth of these forwards (medians); the very first one warms up."""
-    if len(seconds_a_token) < 2:
+def _speeds(forwards: list[tuple[int, float]]) -> tuple[float, float] | tuple[None, None]:
+    """Tokens read a second in the first and in the last tenth of the forwards of the commonest size (medians).
+
+    Those with fewer or more rows are left out, since the size alone changes the speed, and the very first, which warms
+    up.
+    """
+    measured = forwards[1:]
+    if not measured:
         return None, None
-    measured = seconds_a_token[1:]
-    tenth = max(len(measured) // 10, 1)
-    return 1 / float(np.median(measured[:tenth])), 1 / float(np.median(measured[-tenth:]))
+    size, _ = Counter(rows for rows, _ in measured).most_common(1)[0]
+    seconds = [s for rows, s in measured if rows == size]
+    tenth = max(len(seconds) // 10, 1)
+    return 1 / float(np.median(seconds[:tenth])), 1 / float(np.median(seconds[-tenth:]))

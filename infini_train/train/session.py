@@ -21,6 +21,7 @@ from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.lanes import Batch, prefetch
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Position, Reader, Source, open_reader, open_source
+from infini_train.data.tokenizer import file_name_of
 from infini_train.model.init import initialise
 from infini_train.model.slices import find_slice
 from infini_train.parallel import device, mesh
@@ -344,10 +345,12 @@ def hold_folder(session: Session) -> Iterator[None]:
 
 
 def write_identity(config: RunConfig, source: Source) -> None:
-    """The resolved config and the tokenizer, so that the run's folder is enough to go on, evaluate and generate."""
+    """The resolved config and the tokenizer, so that the run's folder is enough to evaluate and generate."""
     try:
         (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
         if source.tokenizer_file is not None:  # the byte tokenizer needs none
-            shutil.copyfile(source.tokenizer_file, config.directory / source.tokenizer_file.name)
+            copy = config.directory / file_name_of(source.tokenizer_file)
+            if not (copy.exists() and copy.samefile(source.tokenizer_file)):
+                shutil.copyfile(source.tokenizer_file, copy)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error

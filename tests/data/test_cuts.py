@@ -97,6 +97,25 @@ def test_where_cuts_are() -> None:
     assert unknown.mask(symbol).all() and cuts.mask(symbol).all()
 
 
+def check_short_texts(tokenizer) -> None:
+    """`encode` has a short way for them."""
+    whole = "".join(TEXTS)
+    for text in [
+        "",
+        " ",
+        "a",
+        "\n\n x  ",
+        *TEXTS,
+        *(whole[i : i + size] for size in (50, 999, 1000, 1001) for i in (0, 7)),
+    ]:
+        (expected,) = tokenizer.encode_many([text])
+        np.testing.assert_array_equal(tokenizer.encode(text), expected)
+
+
+def test_short_texts_have_the_same_ids(tokenizer) -> None:
+    check_short_texts(tokenizer)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -112,6 +131,7 @@ def test_nothing_is_cut_without_proof(tmp_path, options) -> None:
     assert cuts_of(parse_model(tokenizer.model_bytes)) is None and tokenizer.piece_encoder is None
     text = "".join(TEXTS)
     assert tokenizer.encode(text).tolist() == tokenizer._model.encode(text)
+    check_short_texts(tokenizer)
 
 
 def test_the_space_symbol_in_a_text_keeps_its_bytes(tokenizer) -> None:

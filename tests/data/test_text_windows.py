@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.pad_id
 LANES, WINDOW, SEGMENT = 4, 1280, 64
+LONGEST_ROUND = len(". What is the pass key of the notebook? The pass key of the notebook is 12345")
 NEEDLES = NeedlesConfig(tasks=("single", "multikey", "multivalue", "multiquery", "variables"), needles=5)
+
+
+NEEDLE = (
+    r" The pass key is \d+\. Remember it\. \d+ is the pass key\."
+    r"| The pass key of the \w+ is \d+\. Remember it\. \d+ is the pass key of the \w+\.| VAR \w+ = (VAR )?\w+\."
+)
 
 
 def reader_of(kind: str, rows: slice = slice(None)) -> TextReader:
@@ -117,15 +125,19 @@ def test_pressure_spares_the_needles_once_texts_have_grown():
             reader_of("needles").next(Progress(step, 20.0, 1.0))[0],
             reader.next(Progress(step, 20.0, 1.0))[0],
         )
+        first = texts_of(pressed, 0)[0]  # those behind it are drawn by other numbers
+        np.testing.assert_array_equal(plain.tokens_BT[0, first], pressed.tokens_BT[0, first])
         for row in range(LANES):
-            np.testing.assert_array_equal(plain.starts_BT[row, 0], pressed.starts_BT[row, 0])
             for place in texts_of(pressed, row):
                 weights = pressed.weights_BT[row, place]
                 weights = weights[: int((weights > 0).sum())]
                 text = ByteTokenizer().decode(pressed.tokens_BT[row, place][1 : len(weights)])
-                for word in re.findall(r"VAR \w+ = \w+\.|\d{5}\. Remember it\. \d{5} is", text):
-                    begin = 1 + text.find(word)
-                    assert (weights[begin : begin + len(word)] == 1).all()
+                spared = {0}
+                for found in re.finditer(NEEDLE, text):
+                    spared |= set(range((1 + found.start()) // SEGMENT, found.end() // SEGMENT + 1))
+                for segment in range(-(-len(weights) // SEGMENT)):
+                    of_it = weights[segment * SEGMENT : (segment + 1) * SEGMENT]
+                    assert (of_it == (1 if segment in spared else weights.max())).all()
                 assert (weights[:SEGMENT] == 1).all() and 1 <= weights.min() <= weights.max() <= 64 * WINDOW / len(
                     weights
                 )
@@ -138,8 +150,8 @@ def test_further_questions_ask_for_other_needles():
     config = NeedlesConfig(needles=4, questions=3)
     maker = NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer())
     reader = TextReader(maker, "texts", 0.5, LANES, WINDOW, SEGMENT, 7, slice(None))
-    asked_times = set()
-    for step in range(6):
+    asked_times, too_small = set(), 0
+    for step in range(12):
         batch, _ = reader.next(Progress(step, 20.0, 1.0))
         for row in range(LANES):
             for place in texts_of(batch, row):
@@ -151,21 +163,27 @@ def test_further_questions_ask_for_other_needles():
                 asked = re.findall(r"What is the pass key of the (\w+)\? The pass key of the \1 is (\d+)", text)
                 assert len(told) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
                 assert [told[thing] for thing, _ in asked] == [value for _, value in asked] == said
-                assert len(asked) == min(len(told), 3) or len(labels) + 130 > 64 * (1 + len(labels) // 64)
+                room = -(-(1 + len(text)) // SEGMENT) * SEGMENT - 1
+                assert len(asked) == min(len(told), 3) or len(text) + LONGEST_ROUND > room, "another one would fit"
+                too_small += len(asked) < min(len(told), 3)
                 assert weights.sum() == pytest.approx(1 + config.text_weight, rel=0.1)
                 assert len(labels) < place.stop - place.start
                 asked_times.add(len(asked))
-    assert asked_times == {1, 2, 3}
+    assert asked_times == {1, 2, 3} and too_small
+
+
+def write_tokenizer(path: Path, lines: list[str]) -> None:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=400, byte_fallback=True, pad_id=3,
+            split_digits=True, hard_vocab_limit=False, minloglevel=2, model_type="bpe"
+        )  # fmt: skip
 
 
 def test_needles_in_the_tokens_of_a_file(tmp_path):
-    path = tmp_path / "tokenizer.model"
+    path = tmp_path / "things.model"
     lines = [f" The pass key of the {thing} is 12. Remember it." for thing in THINGS]
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, vocab_size=500, byte_fallback=True, pad_id=3,
-            split_digits=True, hard_vocab_limit=False, minloglevel=2, model_type="bpe"
-        )  # fmt: skip
+    write_tokenizer(path, lines)
     tokenizer = load_tokenizer(path)
     config = load_run("passkey_linear")
     needles = NeedlesConfig(tokenizer=str(path), digits=2)
@@ -190,7 +208,18 @@ def test_needles_in_the_tokens_of_a_file(tmp_path):
             assert re.search(r"What is the pass key of the \w+\? The pass key of the \w+ is \d\d$", text)
             assert re.fullmatch(r" ?\d\d", said) and f"is{text[-3:]}. Remember it" in text
             counted += len(text.encode())
-    assert abs(batch.n_bytes - counted) <= 1 * len(batch.starts_BT) * 20
+    assert batch.n_bytes == counted
+
+
+def test_the_tokenizer_may_move_but_not_change(tmp_path):
+    config = load_run("passkey_linear")
+    identities = []
+    for name, thing in (("a/t.model", "lamp"), ("b/t.model", "lamp"), ("c/t.model", "bell")):
+        (tmp_path / name).parent.mkdir()
+        write_tokenizer(tmp_path / name, [f" the {thing} the {thing}s"] * 50)
+        needles = NeedlesConfig(tokenizer=str(tmp_path / name))
+        identities.append(open_source(dataclasses.replace(config, data=DataConfig(needles=needles))).identity)
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_a_missing_tokenizer_is_named():
@@ -236,6 +265,8 @@ def test_what_does_not_fit_is_refused():
         ("data.needles.tasks: give at least one", lambda: NeedlesConfig(tasks=())),
         ("data.needles.needles: must be positive", lambda: NeedlesConfig(needles=0)),
         ("data.needles.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
+        ("data.needles.questions: only multikey has", lambda: NeedlesConfig(questions=2, tasks=("variables",))),
+        ("data.needles.questions: there are not so many needles", lambda: NeedlesConfig(questions=5)),
         ("data.needles.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
         ("data.needles.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
     ):
