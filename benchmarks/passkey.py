@@ -69,7 +69,8 @@ def collect(run: Path) -> None:
         name = f"{re.sub('[^a-z0-9]+', '_', config.name.lower())}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
         file = FILES / f"{name}.json"
-        if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["test"] != kept["test"]:  # else it was kept
+        known = json.loads(file.read_text(encoding="utf-8"))["test"] if file.exists() else None
+        if known != kept["test"]:  # else the commit would be today's
             file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
