@@ -123,7 +123,7 @@ def tabulate_rates(found: list[Found]) -> str:
 
 def draw(found: list[Found], path: Path) -> None:
     """Perplexity against the bytes of the memory in fp32; arms without one are lines across."""
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
     for arm in arms_of(found):
         colour, runs = COLOURS[arm], by_size(found, arm)
         if runs[0]["memory_numbers"] == 0:
@@ -146,7 +146,7 @@ def draw(found: list[Found], path: Path) -> None:
         title="Line: seed 0, by size of the memory; crosses: other seeds",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
