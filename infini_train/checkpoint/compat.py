@@ -77,8 +77,8 @@ def check_same_data(saved_hash: str, new_hash: str, path: str) -> None:
     if saved_hash != new_hash:
         raise ConfigError(
             f"data.train: {path} is not the data that the checkpoint was trained on (tokenizer, shards or mixture"
-            " differ, or this version makes such texts in another way); give the original shards, or start a new run"
-            " with train.init_from"
+            " differ); give the original shards, or start a new run with train.init_from, as where this version makes"
+            " texts in another way"
         )
 
 

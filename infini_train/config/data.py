@@ -7,6 +7,14 @@ from pydantic import FiniteFloat
 
 from infini_train.config.errors import require
 
+NeedleTask = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
+VALUE_EACH: tuple[NeedleTask, ...] = ("multikey", "multivalue", "multiquery")  # with as many values as needles
+
+
+def _check_pressure(section: str, pressure: float, share: float) -> None:
+    require(pressure >= 1, f"{section}.pressure", "must be at least 1")
+    require(0 <= share <= 1, f"{section}.pressure_share", "must lie between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyConfig:
@@ -39,15 +47,14 @@ class PasskeyConfig:
             "data.passkey.answer_weight",
             "some weight must be above 0",
         )
-        require(self.pressure >= 1, "data.passkey.pressure", "must be at least 1")
-        require(0 <= self.pressure_share <= 1, "data.passkey.pressure_share", "must lie between 0 and 1")
+        _check_pressure("data.passkey", self.pressure, self.pressure_share)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedlesConfig:
     """Texts with several things to remember, made while training (docs/needles.md)."""
 
-    tasks: tuple[Literal["single", "multikey", "multivalue", "multiquery", "variables"], ...] = ("multikey",)  # mixed
+    tasks: tuple[NeedleTask, ...] = ("multikey",)  # mixed
     haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
     tokenizer: str | None = None  # a .model or tokenizer.json; null: bytes
     needles: int = 4  # at most so many in a text, as far as they fit
@@ -71,10 +78,9 @@ class NeedlesConfig:
             "only multikey has more than one; add it to data.needles.tasks",
         )
         require(self.questions <= self.needles, "data.needles.questions", "there are not so many needles to ask for")
-        require(self.pressure >= 1, "data.needles.pressure", "must be at least 1")
-        require(0 <= self.pressure_share <= 1, "data.needles.pressure_share", "must lie between 0 and 1")
+        _check_pressure("data.needles", self.pressure, self.pressure_share)
         require(
-            self.needles <= 10**self.digits or not {"multikey", "multivalue", "multiquery"} & set(self.tasks),
+            self.needles <= 10**self.digits or not set(VALUE_EACH) & set(self.tasks),
             "data.needles.digits",
             f"there are not {self.needles} different values of so few digits; raise it, or lower data.needles.needles",
         )

@@ -17,7 +17,7 @@ from infini_train.data.passkey_wordings import SENTENCES, find_wording
 from infini_train.data.tokenizer import Tokenizer
 
 HAYSTACKS = ("repeated", "varied")  # any other name is a file of prose
-_ANCHOR = "."  # whatever is encoded stands behind it, as in the text; alone it might begin with a space of its own
+SENTENCE_END = "."  # whatever is encoded stands behind it, as in the text; alone it might begin with a space of its own
 _BLOCK_SENTENCES = 64
 
 
@@ -133,16 +133,27 @@ def _read_prose(path: Path) -> list[str]:
     return texts
 
 
-def encode_behind(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 ids of the text as it stands behind the end of a sentence.
+def encode_behind(
+    tokenizer: Tokenizer,
+    text: str,
+    before: str = SENTENCE_END,
+    joins: str = "the end of a sentence with what follows; needles can't be hidden with it",
+) -> np.ndarray:
+    """int32 ids of the text as it stands behind another one, by default behind the end of a sentence.
+
+    Args:
+        tokenizer: of the model.
+        text: not empty.
+        before: what it stands behind.
+        joins: what a tokenizer joins that can't keep the two apart, for the message.
 
     Raises:
         ConfigError: the tokenizer joins the two.
     """
-    before, ids = tokenizer.encode(_ANCHOR), tokenizer.encode(_ANCHOR + text)
-    if not np.array_equal(before, ids[: len(before)]):
-        raise ConfigError("tokenizer: joins the end of a sentence with what follows; needles can't be hidden with it")
-    return ids[len(before) :]
+    known, ids = tokenizer.encode(before), tokenizer.encode(before + text)
+    if len(ids) <= len(known) or not np.array_equal(known, ids[: len(known)]):
+        raise ConfigError(f"tokenizer: joins {joins}")
+    return ids[len(known) :]
 
 
 class Stretch(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 
 from infini_train.config.data import NeedlesConfig
 from infini_train.config.errors import ConfigError
-from infini_train.data.haystack import HaystackSource
+from infini_train.data.haystack import HaystackSource, encode_behind
 from infini_train.data.needles import THINGS, EncodedNeedles, draw_needles, encode_round
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.pressure import weigh_writes
@@ -36,7 +36,8 @@ class NeedleMaker:
         self.config, self.segment_tokens, self._window_tokens = config, segment_tokens, window_tokens
         self._tokenizer = tokenizer
         self.bos_id, self.pad_id = tokenizer.bos_id, tokenizer.pad_id
-        self._stop = _encode_stop(tokenizer)
+        joins = "a number with the full stop behind it; needles can't be hidden with it"
+        self._stop = encode_behind(tokenizer, ".", before="1", joins=joins)
         self._source = HaystackSource(config.haystack, self._tokenizer)
         self._intro = find_wording("paper").intro
         self.most = float(window_tokens // segment_tokens)
@@ -73,8 +74,9 @@ class NeedleMaker:
         config = self.config
         ids, answered, kept = self._write(random, segments)
         weights = np.where(answered, config.answer_weight / answered.sum(), config.text_weight / len(ids))
-        longer = config.pressure * self._window_tokens / len(ids) if grown and config.pressure > 1 else 1
-        writes = weigh_writes(random, len(ids), self.segment_tokens, kept, longer, config.pressure_share)
+        pressure = config.pressure if grown else 1
+        grid = (self._window_tokens, self.segment_tokens)
+        writes = weigh_writes(random, len(ids), *grid, kept, pressure, config.pressure_share)
         return LaidText(ids, weights.astype(np.float32), writes, segments, self._count_bytes(ids))
 
     def _count_bytes(self, ids: np.ndarray) -> int:
@@ -116,15 +118,3 @@ class NeedleMaker:
                 break
             found += [np.concatenate((self._stop, question)), answer]
         return found
-
-
-def _encode_stop(tokenizer: Tokenizer) -> np.ndarray:
-    """int32 ids of the full stop behind a value.
-
-    Raises:
-        ConfigError: the tokenizer joins the two.
-    """
-    value, ids = tokenizer.encode("1"), tokenizer.encode("1.")
-    if len(ids) <= len(value) or not np.array_equal(value, ids[: len(value)]):
-        raise ConfigError("tokenizer: joins a number with the full stop behind it; needles can't be hidden with it")
-    return ids[len(value) :]

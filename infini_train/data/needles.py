@@ -16,20 +16,17 @@ torch.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from infini_train.config.errors import ConfigError
-from infini_train.data.haystack import Haystack, RepeatedHaystack, Stretch, encode_behind, read_stretches
+from infini_train.config.data import NeedleTask as Task
+from infini_train.data.haystack import SENTENCE_END, Haystack, RepeatedHaystack, Stretch, encode_behind, read_stretches
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
-Task = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
 TASKS: tuple[Task, ...] = get_args(Task)
 ONE_ASKED = ("single", "multikey")  # whose asked needle has a depth; in the others all matter
-
-VALUE_EACH = ("multikey", "multivalue", "multiquery")  # with as many values as needles
 
 _THINGS = """
 anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle oven pillow
@@ -201,11 +198,12 @@ def encode_round(tokenizer: Tokenizer, question: str, answer: Sequence[str]) -> 
     Raises:
         ConfigError: the tokenizer joins the two.
     """
-    question_ids = encode_behind(tokenizer, f" {question}")
-    ids = encode_behind(tokenizer, f" {question} {', '.join(answer)}")
-    if not np.array_equal(ids[: len(question_ids)], question_ids):
-        raise ConfigError("tokenizer: joins the question with its answer; needles can't be asked for with it")
-    return question_ids, ids[len(question_ids) :]
+    joins = "the question with its answer; needles can't be asked for with it"
+    asked = f" {question}"
+    return (
+        encode_behind(tokenizer, asked),
+        encode_behind(tokenizer, f" {', '.join(answer)}", before=SENTENCE_END + asked, joins=joins),
+    )
 
 
 def _whole(ids: np.ndarray) -> Stretch:

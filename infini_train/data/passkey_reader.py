@@ -229,9 +229,9 @@ class PasskeyReader:
         return weights
 
     def _weigh_writes(self, text: Passkey, random: np.random.Generator, presses: bool) -> np.ndarray:
-        config = self.config
-        longer = config.pressure * self.window_tokens / text.tokens if presses and config.pressure > 1 else 1
-        return weigh_writes(random, text.tokens, self.segment_tokens, [text.spans.key], longer, config.pressure_share)
+        config, grid = self.config, (self.window_tokens, self.segment_tokens)
+        pressure = config.pressure if presses else 1
+        return weigh_writes(random, text.tokens, *grid, [text.spans.key], pressure, config.pressure_share)
 
 
 def _draw_nonsense(random: np.random.Generator) -> str:

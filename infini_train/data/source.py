@@ -72,15 +72,15 @@ class Source:
     tokenizer_sha256: str
     special_ids: tuple[int, int, int]  # bos, eos and pad, as the text was encoded with
     corpus: Corpus | None = None  # None: texts made while training
-    tokenizer: Tokenizer | None = None  # of such texts
+    tokenizer_of_texts: Tokenizer | None = None  # of such texts
 
     @property
-    def tokenizer_file(self) -> Path | None:
-        """The tokenizer, if it is a file."""
-        tokenizer = self.tokenizer
-        if self.corpus is not None:
-            tokenizer = tokenizer_of(self.corpus.parts[0].dataset.folder)
-        return getattr(tokenizer, "path", None)
+    def tokenizer(self) -> Tokenizer:
+        """Of the text; that of a corpus is read when it is asked for."""
+        if self.tokenizer_of_texts is not None:
+            return self.tokenizer_of_texts
+        assert self.corpus is not None
+        return tokenizer_of(self.corpus.parts[0].dataset.folder)
 
 
 def open_source(config: RunConfig) -> Source:
@@ -98,7 +98,7 @@ def open_source(config: RunConfig) -> Source:
             identity = f"{name} {texts}"
             if texts is data.needles:  # a version, for when they are made another way; the tokenizer may move
                 identity = f"needles 2 {dataclasses.replace(data.needles, tokenizer=None)} {tokenizer.sha256}"
-            return Source(f"data.{name}", vocab_size, identity, tokenizer.sha256, special_ids, tokenizer=tokenizer)
+            return Source(f"data.{name}", vocab_size, identity, tokenizer.sha256, special_ids, None, tokenizer)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)
     reads = config.train.total_steps * config.train.tokens_per_step
@@ -153,7 +153,6 @@ def open_reader(source: Source, config: RunConfig, rows: slice, on_corrupt: Call
     if data.passkey is not None:
         return PasskeyReader(data.passkey, *lanes)
     if data.needles is not None:
-        assert source.tokenizer is not None
         hidden = NeedleMaker(data.needles, train.window_tokens, segment, source.tokenizer)
         return TextReader(hidden, "texts", data.needles.grow_below_loss, *lanes)
     if data.recall is not None:

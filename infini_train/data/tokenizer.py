@@ -203,11 +203,6 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
     return HuggingFaceTokenizer(name, special_ids)
 
 
-def file_name_of(path: Path) -> str:
-    """What a copy of a tokenizer's file is called in the folder of a dataset, a run or a model."""
-    return HuggingFaceTokenizer.file_name if path.suffix == ".json" else SentencePieceTokenizer.file_name
-
-
 def tokenizer_files(checkpoint: Path) -> list[Path]:
     """Those beside a checkpoint's own files, as in a model to give away, and those in its run's folder."""
     kinds = (SentencePieceTokenizer, HuggingFaceTokenizer)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError
-from infini_train.data.needles import ONE_ASKED, TASKS, THINGS, VALUE_EACH, Task, find_words
+from infini_train.data.needles import ONE_ASKED, TASKS, THINGS, Task, find_words
 
 LENGTHS = ("4K", "16K", "64K")
 DEPTHS = ("0", "0.5", "1")

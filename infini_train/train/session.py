@@ -21,7 +21,6 @@ from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.lanes import Batch, prefetch
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Position, Reader, Source, open_reader, open_source
-from infini_train.data.tokenizer import file_name_of
 from infini_train.model.init import initialise
 from infini_train.model.slices import find_slice
 from infini_train.parallel import device, mesh
@@ -348,9 +347,10 @@ def write_identity(config: RunConfig, source: Source) -> None:
     """The resolved config and the tokenizer, so that the run's folder is enough to evaluate and generate."""
     try:
         (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
-        if source.tokenizer_file is not None:  # the byte tokenizer needs none
-            copy = config.directory / file_name_of(source.tokenizer_file)
-            if not (copy.exists() and copy.samefile(source.tokenizer_file)):
-                shutil.copyfile(source.tokenizer_file, copy)
+        tokenizer = source.tokenizer
+        if tokenizer.file_name is not None:  # the byte tokenizer needs none
+            copy = config.directory / tokenizer.file_name
+            if not copy.is_file() or copy.read_bytes() != tokenizer.model_bytes:  # never its own source
+                copy.write_bytes(tokenizer.model_bytes)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error

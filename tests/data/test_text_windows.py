@@ -189,15 +189,14 @@ def test_needles_in_the_tokens_of_a_file(tmp_path):
     needles = NeedlesConfig(tokenizer=str(path), digits=2)
     config = dataclasses.replace(config, data=DataConfig(needles=needles))
     source = open_source(config)
-    assert source.tokenizer_sha256 == tokenizer.sha256 and source.tokenizer_file == path
+    assert source.tokenizer_sha256 == tokenizer.sha256 and source.tokenizer.path == path
     assert source.vocab_size == tokenizer.vocab_size
     assert source.special_ids == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     reader = open_reader(source, config, slice(None), print)
     batch, _ = reader.next(Progress(0, 20.0, 1.0))
     counted = 0
     for row in range(len(batch.starts_BT)):
-        begins = [*np.flatnonzero(batch.starts_BT[row]), batch.starts_BT.shape[1]]
-        for place in (slice(a, b) for a, b in pairwise(begins)):
+        for place in texts_of(batch, row):
             labels = batch.labels_BT[row, place]
             labels, weights = (x[labels != IGNORED] for x in (labels, batch.loss_weights_BT[row, place]))
             assert batch.tokens_BT[row, place.start] == tokenizer.bos_id

@@ -55,7 +55,7 @@ def test_a_mixture_goes_on_exactly(mixture, tools):
     tools.assert_same(tools.capture(again), tools.capture(whole))
     with pytest.raises(ConfigError, match=r"data.curriculum: is \[\] here and .*, and a resumed run can't change it"):
         open_session(mixture("data.curriculum=[]", run="cut"), ignore)
-    with pytest.raises(ConfigError, match=r"data.train: .* \(tokenizer, shards or mixture differ,"):
+    with pytest.raises(ConfigError, match=r"data.train: .* \(tokenizer, shards or mixture differ\)"):
         open_session(mixture(run="cut", weights=(1, 1)), ignore)
 
 
