@@ -150,9 +150,7 @@ class Run:
 
     def wait_for_end(self) -> str:
         """Slurm's last state of the job."""
-        busy = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        wait_until(lambda: self.slurm.job_state(self.job) not in busy, JOB_S, self.story, every_s=0.5)
-        return self.slurm.job_state(self.job)
+        return self.slurm.wait_for_end(self.job, JOB_S, self.story)
 
     def find_ranks(self) -> dict[int, int]:
         """The python process of each rank that trains."""

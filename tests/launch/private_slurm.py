@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare")
@@ -61,6 +61,7 @@ def wait_until(
 
 
 FIRST_PORT, PORTS = 22000, 40
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")  # no way back
 
 
 def free_ports(count: int) -> int:
@@ -183,8 +184,21 @@ class SlurmCluster:
 
     def enter(self, name: str, *command: str) -> str:
         """Runs a command inside a node."""
-        child = Path(f"/proc/{self._nodes[name].pid}/task/{self._nodes[name].pid}/children").read_text().split()[0]
-        return self.run("nsenter", f"--target={child}", "--mount", "--pid", "--uts", *command)
+        return self.run("nsenter", f"--target={self._find_slurmd(name)}", "--mount", "--pid", "--uts", *command)
+
+    @contextlib.contextmanager
+    def freeze_node(self, name: str) -> Iterator[None]:
+        """Its slurmd does not answer; tasks that run there go on."""
+        slurmd = self._find_slurmd(name)
+        os.kill(slurmd, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(slurmd, signal.SIGCONT)
+
+    def _find_slurmd(self, name: str) -> int:
+        pid = self._nodes[name].pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--quiet", "--user", getpass.getuser()], env=self.environment, check=False)
@@ -217,6 +231,20 @@ class SlurmCluster:
     def controller_log(self) -> str:
         path = self.home / "log" / "slurmctld.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-30:]) if path.exists() else "no slurmctld.log"
+
+    def wait_for_end(self, job: int, seconds: float, what: str | Callable[[], str]) -> str:
+        """The state in which the job ended. Besides those of a job that waits or runs there are others in passing, such
+        as SIGNALING, so that only the ends can be listed.
+        """
+        seen = ""
+
+        def has_ended() -> bool:
+            nonlocal seen
+            seen = self.job_state(job)
+            return seen in ENDS
+
+        wait_until(has_ended, seconds, what, every_s=0.5)
+        return seen
 
     def job_state(self, job: int) -> str:
         """Empty if the controller has no time to answer."""

@@ -3,6 +3,7 @@
 `test_job_life.py` does the same with real training.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -100,6 +101,20 @@ def test_ranks_told_to_stop_by_others_requeue(start, slurm):
     run = start()
     with run.hold(5):
         slurm.run("scancel", "--signal=TERM", str(run.job))
+    assert_each_step_once(run, starts=2)
+
+
+def test_a_signal_that_is_still_on_its_way_does_not_end_the_job(start, slurm):
+    """Preemption sends SIGCONT first; until all nodes have answered, Slurm calls the running job SIGNALING."""
+    run = start()
+    with contextlib.ExitStack() as frozen:
+        with run.hold(5) as ranks:
+            frozen.enter_context(slurm.freeze_node("n2"))
+            slurm.run("scancel", "--signal=CONT", str(run.job))
+            slurm.wait_until(lambda: slurm.job_state(run.job) == "SIGNALING", WAIT_S, run.story)
+            for process in ranks.values():
+                os.kill(process, signal.SIGTERM)
+        slurm.wait_until(lambda: "the ranks were told to stop" in run.job_log(), WAIT_S, run.story)
     assert_each_step_once(run, starts=2)
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from infini_train.data.manifest import hash_file
+from tests.launch.private_slurm import ENDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 WAIT_S = 400  # on a busy machine
@@ -59,8 +60,7 @@ def test_an_array_gives_the_bytes_of_one_process(slurm, tmp_path: Path) -> None:
         return slurm.run("scontrol", "show", "job", "--oneliner", f"{job}_{task}").split("Restarts=")[1].split()[0]
 
     def wait_for_end() -> None:
-        busy = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
-        slurm.wait_until(lambda: not busy & set(states()), WAIT_S, outputs, every_s=0.5)
+        slurm.wait_until(lambda: set(states()) <= set(ENDS), WAIT_S, outputs, every_s=0.5)
         assert states() == ["COMPLETED"] * 3, outputs()
 
     slurm.wait_until(lambda: hold_task(slurm, 0), WAIT_S, outputs, every_s=0.02)

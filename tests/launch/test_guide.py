@@ -118,10 +118,9 @@ def submit_ready(slurm, clone: Path, name: str, **changes: str) -> str:
         text = text.replace(old, new)
     path.write_text(text)
     job = int(run(slurm, clone, f"sbatch --parsable slurm/{name}.sbatch"))
-    busy = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-    slurm.wait_until(lambda: slurm.job_state(job) not in busy, WAIT_S, slurm.controller_log, every_s=0.5)
+    state = slurm.wait_for_end(job, WAIT_S, slurm.controller_log)
     (output,) = clone.glob(f"*-{job}.out")
-    assert slurm.job_state(job) == "COMPLETED", output.read_text()
+    assert state == "COMPLETED", output.read_text()
     return output.read_text()
 
 
