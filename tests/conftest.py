@@ -35,6 +35,8 @@ VARIANTS = {
     "linear-overlap": InfiniConfig(segment_tokens=SEGMENT, overlap_tokens=3),
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=8),
     "delta-sharp": InfiniConfig(segment_tokens=SEGMENT, update="delta", features="sharp"),
+    "linear-conv": InfiniConfig(segment_tokens=SEGMENT, conv_tokens=3),
+    "delta-overlap-conv": InfiniConfig(segment_tokens=SEGMENT, update="delta", overlap_tokens=3, conv_tokens=2),
     "local": LocalConfig(segment_tokens=SEGMENT),
     "local-overlap": LocalConfig(segment_tokens=SEGMENT, overlap_tokens=3),
     "transformer-xl": TransformerXLConfig(segment_tokens=SEGMENT, cache_tokens=5),

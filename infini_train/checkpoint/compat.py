@@ -32,15 +32,17 @@ RESUMABLE: Mapping[str, str] = {
     "train.activation_checkpointing": "trades memory for time; the numbers are the same",
     "train.init_from": "read only when a run starts anew",
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
+    "model.attention.conv_std": "for initial values; the checkpoint's weights are used",
     "model.init_std": "for initial values; the checkpoint's weights are used",
 }
 
 # paths below model -> why a model with the same weights may differ in them
 SAME_WEIGHTS: Mapping[str, str] = {
-    KIND: "all kinds share their weights; gates and memory tokens begin with their initial values",
+    KIND: "all kinds share their weights; gates, convolutions and memory tokens begin with their initial values",
     "model.attention.update": "both update rules share all weights",
     "model.attention.features": "both features share all weights",
     "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
+    "model.attention.conv_std": "for initial values; the checkpoint's weights are used",
     "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
     "model.attention.cache_tokens": "the same weights whatever they see",
     "model.attention.stored_tokens": "the same weights whatever they see",

@@ -9,14 +9,14 @@ from infini_train.checkpoint.reader import Checkpoint
 from infini_train.model.slices import find_slice
 from infini_train.model.transformer import Transformer
 
-OF_A_KIND = re.compile(r".*\.gate|memory_tokens\..*")  # parameters that not every kind of attention has
+OF_A_KIND = re.compile(r".*\.(gate|conv)|memory_tokens\..*")  # parameters that not every kind of attention has
 
 
 @torch.no_grad()
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
 
-    Where the checkpoint is of another kind of attention, gates and memory tokens stay as they are: those of the other
+    Where the checkpoint is of another kind of attention, gates, convolutions and memory tokens stay as they are: those of the other
     kind, if there are any, belong to another memory.
 
     Returns:

@@ -21,7 +21,7 @@ def initialise(model: Transformer, config: ModelConfig, seed: int, only: Collect
 
     Matrices are normal with std 1/sqrt(fan in) (or ``config.init_std``), those that write into the residual stream
     smaller by 1/sqrt(2 layers); embedding, memory tokens and head normal with std 0.02; norms 1, biases
-    0, gates ``gate_init``.
+    0, gates ``gate_init``, convolutions ``conv_std``.
     """
     for name, parameter in model.named_parameters():
         if only is not None and name not in only:
@@ -36,6 +36,10 @@ def _initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     if kind == "gate":
         assert isinstance(config.attention, InfiniConfig | MemorizingConfig)
         return torch.full(shape, config.attention.gate_init)
+    if kind == "conv":
+        assert isinstance(config.attention, InfiniConfig)
+        std = shape[0] ** -0.5 if config.attention.conv_std is None else config.attention.conv_std
+        return _draw(name, shape, seed) * std
     if kind == "bias":
         return torch.zeros(shape)
     if len(shape) == 1:
@@ -47,6 +51,10 @@ def _initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
         std = shape[1] ** -0.5 if std is None else std
     if owner in ("linear_o", "linear_down"):
         std /= math.sqrt(2 * config.num_layers)
+    return _draw(name, shape, seed) * std
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator)

@@ -84,9 +84,8 @@ class Projections(nn.Module):
 
     def split(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_BHTD, k_BKTD, v_BKTE of this rank's heads and, under sequence parallelism too, of all tokens."""
-        hidden_TBD = enter_parallel(hidden_TBD, self.parallel)
-        q_BHTD = self.norm_q(self._heads(self.linear_q(hidden_TBD)[0], self.key_dim))
-        return q_BHTD, *self._keys_and_values(hidden_TBD)
+        hidden_TBD = self.enter(hidden_TBD)
+        return self.queries(hidden_TBD), self.keys(hidden_TBD), self.values(hidden_TBD)
 
     def split_cached(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
         """k_BKTD and v_BKTE as in `split`, from hidden values without gradient; these weights get theirs."""
@@ -94,11 +93,24 @@ class Projections(nn.Module):
 
     def split_keys(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
         """k_BKTD and v_BKTE as in `split`."""
-        return self._keys_and_values(enter_parallel(hidden_TBD, self.parallel))
+        hidden_TBD = self.enter(hidden_TBD)
+        return self.keys(hidden_TBD), self.values(hidden_TBD)
 
-    def _keys_and_values(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
-        k_BKTD = self.norm_k(self._heads(self.linear_k(hidden_TBD)[0], self.key_dim))
-        return k_BKTD, self._heads(self.linear_v(hidden_TBD)[0], self.value_dim)
+    def enter(self, hidden_TBD: Tensor) -> Tensor:
+        """What `queries`, `keys` and `values` take: all tokens, on each tensor-parallel rank."""
+        return enter_parallel(hidden_TBD, self.parallel)
+
+    def queries(self, x_TBD: Tensor) -> Tensor:
+        """q_BHTD."""
+        return self.norm_q(self._heads(self.linear_q(x_TBD)[0], self.key_dim))
+
+    def keys(self, x_TBD: Tensor) -> Tensor:
+        """k_BKTD."""
+        return self.norm_k(self._heads(self.linear_k(x_TBD)[0], self.key_dim))
+
+    def values(self, x_TBD: Tensor) -> Tensor:
+        """v_BKTE."""
+        return self._heads(self.linear_v(x_TBD)[0], self.value_dim)
 
     @staticmethod
     def _heads(projected: Tensor, size: int) -> Tensor:

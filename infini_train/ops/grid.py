@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NOTHING = -(2**30)
+LONG = 2**30
 
 
 class Recent(NamedTuple):
@@ -56,7 +57,8 @@ class Grid(NamedTuple):
     of the closed segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the
     segment, so the older memory stays. keep_open_B: the same for the segment left open. keep_BP: the same for the shard
     of each rank, None on one rank. count_BC: tokens written. carried_document_BR and carried_weight_BR: marks of the
-    tokens that the next window needs.
+    tokens that the next window needs. age_BT: tokens of its document before each token, `LONG` or more where it
+    began before the window; last_age_B: that of the window's last token.
     """
 
     overlap_tokens: int
@@ -75,6 +77,8 @@ class Grid(NamedTuple):
     count_BC: Tensor
     carried_document_BR: Tensor
     carried_weight_BR: Tensor
+    age_BT: Tensor
+    last_age_B: Tensor
 
     @property
     def padding(self) -> int:
@@ -125,10 +129,13 @@ def make_grid(
     carried_document_BR = (document_BL[:, carried] - document_BL[:, -1:]).clamp_min(NOTHING)
     carried_weight_BR = weight_BL[:, carried].clone()  # a view would keep the marks of the whole window alive
 
+    age_BT = _count_ages(starts_BT)
+    last_age_B = age_BT[:, -1]
     keep_BP = None
     if shard[1] > 1:
         assert segment_tokens is not None and open_tokens == 0 and tokens % (shard[1] * size) == 0
         tokens //= shard[1]
+        age_BT = age_BT[:, shard[0] * tokens : (shard[0] + 1) * tokens]
         document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
     known = {
         "overlap_tokens": overlap_tokens,
@@ -141,6 +148,8 @@ def make_grid(
         "keep_BP": keep_BP,
         "carried_document_BR": carried_document_BR,
         "carried_weight_BR": carried_weight_BR,
+        "age_BT": age_BT,
+        "last_age_B": last_age_B,
     }
     return _cut_segments(document_BL, weight_BL, known)
 
@@ -174,6 +183,11 @@ def _cut_segments(document_BL: Tensor, weight_BL: Tensor, known: dict[str, Any])
         keep_open_B=keep_BS[:, -1] if closed < segments else torch.ones_like(keep_BS[:, -1]),
         count_BC=(write_BCN > 0).sum(-1),
     )
+
+
+def _count_ages(starts_BT: Tensor) -> Tensor:
+    place_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return place_T - torch.where(starts_BT, place_T, -LONG).cummax(1).values
 
 
 def _take_shard(

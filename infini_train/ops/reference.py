@@ -189,6 +189,29 @@ def empty_memory(k_BKTD: Tensor, v_BKTE: Tensor) -> ReferenceMemory:
     )
 
 
+def convolve(
+    x_BTD: Tensor, weight_JD: Tensor, starts_BT: Tensor, before: list[list[Tensor]] | None = None
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Each token and the weighted sum of up to J tokens of its document before it; `before` is what came earlier.
+
+    Returns the output [B, T, D] and, for each row, all tokens so far of the document that is being read.
+    """
+    rows, histories = [], []
+    for b in range(x_BTD.shape[0]):
+        history = list(before[b]) if before is not None else []
+        out = []
+        for x_D, starts in zip(x_BTD[b], starts_BT[b], strict=True):
+            history = [] if starts else history
+            total_D = x_D
+            for weight_D, earlier_D in zip(weight_JD, reversed(history), strict=False):
+                total_D = total_D + weight_D * earlier_D
+            out.append(total_D)
+            history.append(x_D)
+        rows.append(torch.stack(out))
+        histories.append(history)
+    return torch.stack(rows), histories
+
+
 def attend(
     q_BHTD: Tensor,
     k_BKTD: Tensor,

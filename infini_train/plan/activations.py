@@ -23,7 +23,7 @@ def layer_kept(s: Shapes) -> float:
     if s.qk_norm:
         kept += _norm(s, n * (s.heads + s.kv_heads), s.key)
     kept += _attention(s) + 4 * e * n * s.ffn  # gate, up, silu of gate, product
-    return kept + (_memory(s) if s.kind == "infini" else 0.0)
+    return kept + _convolution(s) + (_memory(s) if s.kind == "infini" else 0.0)
 
 
 def _norm(s: Shapes, rows: float, size: int) -> float:
@@ -40,6 +40,12 @@ def _attention(s: Shapes) -> float:
     rotary = (s.segment + s.keys_seen) * s.key
     mask = windows * s.segment * s.keys_seen
     return e * (keys + queries + rotary + mask) + FP32 * n * s.heads
+
+
+def _convolution(s: Shapes) -> float:
+    """The tokens before, one copy for each weight, what queries and keys are made of, and the masks."""
+    n, d = s.all_tokens, s.hidden
+    return s.activation_bytes * n * d * (s.conv + 1) + s.conv * (n + s.lanes) if s.conv else 0.0
 
 
 def _memory(s: Shapes) -> float:

@@ -104,7 +104,7 @@ def _sum_over_tensor(name: str, ranks: int, calls: float, call_bytes: float) -> 
 
 
 def _context(config: RunConfig, s: Shapes, part: Part, micro_batches: int) -> list[Collective]:
-    """Memories, gathered forward and scattered back (parallel/context.py); the overlap to the right neighbour."""
+    """Memories, gathered forward and scattered back (parallel/context.py); the last tokens to the right neighbour."""
     ranks = config.parallel.context_size
     forwards = 2 if config.train.activation_checkpointing == "layer" else 1
     times = part.layers * micro_batches
@@ -125,16 +125,17 @@ def _context(config: RunConfig, s: Shapes, part: Part, micro_batches: int) -> li
                     buffer_bytes=passes * times * buffer,
                 )
             )
-    overlap = s.keys_seen - s.segment
-    if overlap:
-        passes = 2 * forwards + 1  # to the neighbour, from the last one, and back
-        tail = s.lanes * s.kv_heads * overlap * (s.key + s.value) * s.activation_bytes
-        calls = passes * times
-        found.append(
-            Collective(
-                name="context: overlap", kind="send", ranks=ranks, stride=stride, calls=calls, buffer_bytes=calls * tail
+    tails = {
+        "context: overlap": s.kv_heads * (s.keys_seen - s.segment) * (s.key + s.value),
+        "context: convolution": s.conv * s.hidden,
+    }
+    for name, numbers in tails.items():
+        if numbers:
+            calls = (2 * forwards + 1) * times  # to the neighbour, from the last one, and back
+            tail = s.lanes * numbers * s.activation_bytes
+            found.append(
+                Collective(name=name, kind="send", ranks=ranks, stride=stride, calls=calls, buffer_bytes=calls * tail)
             )
-        )
     return found
 
 

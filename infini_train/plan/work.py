@@ -60,6 +60,7 @@ class Shapes:
     vocab: int
     segment: int  # tokens; the window without segments
     keys_seen: int  # by a query, under the mask: the segment and its overlap
+    conv: int  # tokens before its own that a query or key takes in
     kind: str
     delta: bool
     qk_norm: bool
@@ -100,6 +101,7 @@ def find_shapes(config: RunConfig, fused_norm: bool) -> Shapes:
         vocab=model.vocab_size // tensor,
         segment=segment,
         keys_seen=segment + overlap,
+        conv=getattr(attention, "conv_tokens", 0),
         kind=attention.kind,
         delta=isinstance(attention, InfiniConfig) and attention.update == "delta",
         qk_norm=model.qk_norm,

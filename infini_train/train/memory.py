@@ -6,6 +6,7 @@ Legend: L layers with gates, H query heads.
 import numpy as np
 import torch
 
+from infini_train.model.infini import ConvolvedState
 from infini_train.model.slices import find_slice
 from infini_train.ops.attention import InfiniState
 from infini_train.parallel import mesh
@@ -41,7 +42,7 @@ def memory_norms(stages: Stages, states: Carried) -> dict[str, float]:
     norms = np.zeros((3, layers))
     for stage, micro_batches in zip(stages.transformers(), states, strict=True):
         for number, state in zip(stage.layers, micro_batches[-1] or (), strict=False):
-            if isinstance(state, InfiniState):
+            if isinstance(state, InfiniState | ConvolvedState):
                 memory = state.memory
                 norms[:, int(number)] = (
                     memory.memory_BKDE.float().norm(dim=(-2, -1)).mean().item(),

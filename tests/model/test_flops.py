@@ -33,6 +33,7 @@ def test_every_shipped_model_has_the_counted_parameters(name, tools):
         {"qk_norm": True},
         {"qkv_bias": True},
         {"num_kv_heads": 1},
+        {"attention": InfiniConfig(segment_tokens=8, conv_tokens=3)},
         {"num_kv_heads": None},
         {"head_dim": 6, "value_head_dim": 10, "qk_norm": True, "qkv_bias": True},
     ],

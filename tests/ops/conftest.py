@@ -23,6 +23,32 @@ def form_of(update: str) -> Form:
     return Form(*update.split())
 
 
+class Thread:
+    """One of several ranks that run as threads and meet in shared lists. The graph crosses them as it is."""
+
+    def __init__(self, rank, barrier, places):
+        self.rank, self.barrier, self.places = rank, barrier, places
+
+    def _meet(self, mine):
+        self.barrier.wait()
+        self.places[self.rank] = mine
+        self.barrier.wait()
+        return list(self.places)
+
+    def gather(self, mine):
+        everyones = torch.stack(self._meet(mine))
+        return lambda: everyones
+
+    def from_left(self, mine):
+        theirs = self._meet(mine)
+        left = torch.zeros_like(mine) if self.rank == 0 else theirs[self.rank - 1]
+        return lambda: left
+
+    def from_last(self, mine):
+        last = self._meet(mine)[-1].detach()
+        return lambda: last
+
+
 class Shape(NamedTuple):
     batch: int = 2
     heads: int = 2
@@ -181,6 +207,7 @@ class Tools(NamedTuple):
     tensors: Callable[..., dict[str, Tensor]] = state_tensors
     assert_same: Callable[..., None] = assert_same
     gradients: Callable[..., dict[str, Tensor]] = gradients
+    Thread: type[Thread] = Thread
 
 
 @pytest.fixture(scope="session")

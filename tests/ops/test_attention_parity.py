@@ -124,32 +124,6 @@ def test_full_attention_is_one_endless_segment(ops):
     torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=1e-10, atol=1e-10)
 
 
-class Thread:
-    """One of several ranks that run as threads and meet in shared lists. The graph crosses them as it is."""
-
-    def __init__(self, rank, barrier, places):
-        self.rank, self.barrier, self.places = rank, barrier, places
-
-    def _meet(self, mine):
-        self.barrier.wait()
-        self.places[self.rank] = mine
-        self.barrier.wait()
-        return list(self.places)
-
-    def gather(self, mine):
-        everyones = torch.stack(self._meet(mine))
-        return lambda: everyones
-
-    def from_left(self, mine):
-        theirs = self._meet(mine)
-        left = torch.zeros_like(mine) if self.rank == 0 else theirs[self.rank - 1]
-        return lambda: left
-
-    def from_last(self, mine):
-        last = self._meet(mine)[-1].detach()
-        return lambda: last
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("overlap_tokens", [0, 2])
 @pytest.mark.parametrize("start_share", [0.0, 0.1])
@@ -164,7 +138,7 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share, ove
     def attend(rank):
         grid = make_grid(twin.starts_BT, twin.weights_BT, first.recent, 4, overlap_tokens, (rank, ranks))
         mine = (x.chunk(ranks, 2)[rank] for x in twin[1:4])
-        crossing = Thread(rank, barrier, places)
+        crossing = ops.Thread(rank, barrier, places)
         return infini_attention(
             *mine, twin.beta_H, first, grid, form=ops.form_of(update), rope=Rope(100.0), ranks=crossing
         )

@@ -73,7 +73,7 @@ def count_rank_parameters(model: ModelConfig, tensor: int, layers: int, embeds: 
     qkv = heads * key + kv * (key + value)
     layer = width * qkv + heads * value * width + 3 * width * (model.ffn_size // tensor) + 2 * width
     layer += qkv * model.qkv_bias + 2 * key * model.qk_norm
-    layer += heads if isinstance(model.attention, InfiniConfig) else 0
+    layer += heads + model.attention.conv_tokens * width if isinstance(model.attention, InfiniConfig) else 0
     rows = model.vocab_size // tensor * width
     ends = rows * embeds + (rows * (not model.tied_embeddings) + width) * predicts
     return layers * layer + ends
@@ -197,6 +197,10 @@ def test_what_context_parallelism_sends() -> None:
         memory, overlap = 3 * 4 * (2 * 6 * 5 + 1 + extra), 4 * 3 * 2 * (6 + 4)
         assert first.sent_bytes == (memory + overlap, memory)
         assert last.sent_bytes == (memory + overlap, memory + overlap)
+    near = change(SMALL, attention=InfiniConfig(segment_tokens=8, conv_tokens=3))
+    first, *_, last = dry_run(make_run(near, parallel={"context_size": 4}), ranks=range(4)).ranks
+    memory, tail = 3 * 4 * (2 * 6 * 5 + 1), 4 * 3 * SMALL.hidden_size
+    assert first.sent_bytes == (memory + tail, memory) and last.sent_bytes == (memory + tail, memory + tail)
 
 
 def test_nothing_is_carried_without_carry_memory() -> None:
@@ -219,6 +223,8 @@ def test_notes_tell_what_is_wasted() -> None:
     found = notes(parallel={"pipeline_size": 2})
     assert "have a layer more" in found and "1 micro-batch for parallel.pipeline_size 2" in found
     assert "divides nothing" in notes(parallel={"zero_stage": 2})
+    near = change(SMALL, attention=InfiniConfig(segment_tokens=8, conv_tokens=3))
+    assert "the convolution is not counted" in "".join(dry_run(make_run(near), ranks=()).notes)
 
 
 def small_plan(**sections: Any) -> Plan:

@@ -111,6 +111,13 @@ def test_a_layers_work_is_what_it_does(attention: dict[str, Any], precision: str
         assert planned.launches == pytest.approx(counted.launches, rel=0.2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_convolution_keeps(precision: str) -> None:
+    config = make_config({"kind": "infini", "conv_tokens": 3}, precision)
+    shapes = work.find_shapes(config, fused_norm=False)
+    assert activations.layer_kept(shapes) == run_layer(config)[2]
+
+
 def test_useful_operations_have_their_parts() -> None:
     for attention in ({"kind": "infini"}, {"kind": "infini", "update": "delta"}, {"kind": "local"}, {"kind": "full"}):
         model = make_config(attention, "fp32").model
