@@ -46,6 +46,13 @@ def infini(update: str, features: str = "elu", key_dim: int = 32, heads: int = 2
     }
 
 
+def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
+    """The settings of an arm whose pairs are a key and a value side by side, with a delta memory."""
+    attention = f"{{kind: infini, segment_tokens: 16, update: delta, conv_tokens: {conv_tokens}}}"
+    texts = {"data.recall.joined": "false", "train.window_tokens": "528"}
+    return {"model.attention": attention, "model.num_layers": str(layers), **texts}
+
+
 ARMS = {
     **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (16, 32, 64)},
     **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (16, 32, 64)},
@@ -57,11 +64,14 @@ ARMS = {
     "rmt": {"model.attention": "{kind: rmt, segment_tokens: 16, memory_tokens: 16}"},
     "local": {"model.attention": "{kind: local, segment_tokens: 16}"},
     "full": {"model.attention": "{kind: full}"},
+    "two tokens, 2 layers": two_tokens(0, layers=2),
+    "two tokens, convolution": two_tokens(1),
 }
 PANELS = {
     "key size, 2 heads (solid: linear, dashed: delta)": list(ARMS)[:6],
     "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[6:9]],
-    "the baselines": ["linear, key size 32", "delta, key size 32", *list(ARMS)[-5:]],
+    "key and value as two tokens": ["delta, key size 32", *list(ARMS)[-2:]],
+    "the baselines": ["linear, key size 32", "delta, key size 32", *list(ARMS)[9:14]],
 }
 
 
@@ -116,9 +126,9 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
     from infini_train.data.source import text_segment
     from infini_train.data.tokenizer import ByteTokenizer
 
-    model, segment = trained.model, text_segment(trained.config)
-    texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment) for i in range(TEXTS)]
-    shape = (TEXTS, count_segments(pairs, segment) * segment)
+    model, segment, joined = trained.model, text_segment(trained.config), trained.config.data.recall.joined
+    texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment, joined) for i in range(TEXTS)]
+    shape = (TEXTS, count_segments(pairs, segment, joined) * segment)
     tokens_BT = torch.full(shape, ByteTokenizer.pad_id)
     labels_BT, asked_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     weights_BT, starts_BT = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
@@ -171,7 +181,7 @@ def format_table(found: list[dict[str, Any]]) -> str:
 
 def draw(found: list[dict[str, Any]]) -> Figure:
     """Recall against pairs, the first seed, with Wilson's intervals; a panel for each thing that differs."""
-    figure = Figure(figsize=(14, 4.3), layout="constrained")
+    figure = Figure(figsize=(18, 4.3), layout="constrained")
     first = {result["arm"]: result for result in reversed(found)}
     for axes, (title, arms) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         axes.set_prop_cycle(color=["tab:orange", "tab:red", "tab:pink", "tab:brown", "tab:olive"])

@@ -24,7 +24,7 @@ from infini_train.data.tokenizer import find_tokenizer
 LOSSES = {  # kind of attention -> what the other side computes instead
     "full": None,
     "local": "attends to the whole text, not to segments",
-    "infini": "has no memory: it attends to the whole text, not to segments, and the gates are left out",
+    "infini": "has no memory: it attends to the whole text, not to segments; gates and convolutions are left out",
     "transformer_xl": "attends to the whole text, not to a segment and its cache",
     "memorizing": "has no store: it attends to the whole text, and the gates are left out",
 }

@@ -44,9 +44,9 @@ class InfiniAttention(SequenceMixer):
         self.gate = head_parameter(local_heads, parallel.params_dtype)  # the paper's beta
         set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
         self.conv: nn.Parameter | None = None
+        self.conv_shape = (config.attention.conv_tokens, config.hidden_size)  # ZeRO-3 empties the parameter
         if config.attention.conv_tokens:
-            shape = (config.attention.conv_tokens, config.hidden_size)
-            self.conv = nn.Parameter(torch.empty(shape, dtype=parallel.params_dtype))
+            self.conv = nn.Parameter(torch.empty(self.conv_shape, dtype=parallel.params_dtype))
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
 
     def initial_state(self, lanes: int, like: Tensor) -> LayerState:
@@ -56,7 +56,7 @@ class InfiniAttention(SequenceMixer):
         recent = no_recent(shape, value_dim, self.overlap_tokens, like)
         if self.conv is None:
             return InfiniState(memory, recent)
-        return ConvolvedState(memory, recent, like.new_zeros(lanes, *self.conv.shape))
+        return ConvolvedState(memory, recent, like.new_zeros(lanes, *self.conv_shape))
 
     def forward(self, hidden_TBD: Tensor, state: LayerState | None, grid: Grid) -> tuple[Tensor, LayerState]:
         """See `SequenceMixer.forward`."""

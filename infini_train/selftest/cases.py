@@ -40,7 +40,7 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=8),
     "delta-sharp": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", features="sharp"),
     "linear-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, conv_tokens=3),
-    "delta-overlap-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2),
+    "delta-overlap-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2, conv_std=0.3),
     "local": LocalConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "transformer_xl": TransformerXLConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5),
     "memorizing": MemorizingConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5, stored_tokens=20, top_k=3),
@@ -136,7 +136,7 @@ CASES: tuple[Case, ...] = (
     *_cases("tp2", "linear", "linear-conv", "local", "full"),
     *_cases("tp2", "rmt", layers=2),  # a window passes them once a segment: rounding adds up over all of its depth
     *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
-    *_cases("tp2-sp", "delta-overlap", "delta-overlap-conv", recompute=True),
+    *_cases("tp2-sp", "delta-overlap", "linear-conv", recompute=True),
     *_cases("tp2-sp", "linear", tied=True),
     *_cases("tp2-sp", "linear", precision="bf16"),
     *_cases("pp2", "linear", "delta", "full"),

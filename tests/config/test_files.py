@@ -99,6 +99,10 @@ WRONG = {
         "model.attention.overlap_tokens=33",
         "model.attention.overlap_tokens: must lie between",
     ),
+    "convolution beyond a segment": (
+        "model.attention.conv_tokens=33",
+        "model.attention.conv_tokens: must lie between",
+    ),
     "text twice": ("data.mixture=[{folder: a}]", "data.train: give a folder of shards to train on (or data.mixture"),
     "a pipe": (
         "data.train='pipe:cat x.tar'",

@@ -39,11 +39,12 @@ def reader_of(kind: str, rows: slice = slice(None)) -> TextReader:
     if kind == "needles":
         maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT, ByteTokenizer())
     else:
-        maker = RecallMaker(RecallConfig(min_pairs=3, max_pairs=100), WINDOW, SEGMENT)
+        joined = kind == "recall"
+        maker = RecallMaker(RecallConfig(min_pairs=3, max_pairs=100, joined=joined), WINDOW, SEGMENT)
     return TextReader(maker, kind, 0.5, LANES, WINDOW, SEGMENT, 7, rows)
 
 
-@pytest.fixture(params=["needles", "recall"])
+@pytest.fixture(params=["needles", "recall", "recall, two tokens"])
 def kind(request) -> str:
     return request.param
 
@@ -229,8 +230,9 @@ def test_a_missing_tokenizer_is_named():
 
 
 @pytest.mark.parametrize("longest", [3.0, 40.0, 100.0])
-def test_recall_windows_ask_for_every_pair_behind_an_edge(longest):
-    reader = reader_of("recall")
+@pytest.mark.parametrize("form", ["recall", "recall, two tokens"])
+def test_recall_windows_ask_for_every_pair_behind_an_edge(longest, form):
+    reader, joined = reader_of(form), form == "recall"
     for step in range(6):
         batch, _ = reader.next(Progress(step, longest, 1.0))
         for row in range(LANES):
@@ -238,16 +240,18 @@ def test_recall_windows_ask_for_every_pair_behind_an_edge(longest):
                 tokens, labels = batch.tokens_BT[row, place], batch.labels_BT[row, place]
                 asked = np.flatnonzero(labels != IGNORED)
                 pairs = len(asked)
+                stored = pairs if joined else 2 * pairs
                 keys, values = divmod(tokens[1 : pairs + 1] - FIRST_PAIR, VALUES)
-                told = dict(zip(keys.tolist(), (KEYS + values).tolist(), strict=True))
+                keys, values = (keys, KEYS + values) if joined else (tokens[1:stored:2], tokens[2 : stored + 1 : 2])
+                told = dict(zip(keys.tolist(), values.tolist(), strict=True))
                 assert len(told) == pairs <= longest
                 assert 0 <= min(told) <= max(told) < KEYS <= min(told.values()) <= max(told.values()) < FIRST_PAIR
                 assert [told[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
                 assert sorted(tokens[asked].tolist()) == sorted(told)
-                assert asked[0] % SEGMENT == 0 and asked[0] >= pairs + 1
+                assert asked[0] % SEGMENT == 0 and asked[0] >= stored + 1
                 assert batch.loss_weights_BT[row, place].sum() == pytest.approx(1.0)
                 written = np.flatnonzero(batch.weights_BT[row, place])
-                assert written.tolist() == list(range(1, pairs + 1)), "nothing but the pairs"
+                assert written.tolist() == list(range(1, stored + 1)), "nothing but the pairs"
                 assert tokens.max() < VOCABULARY
 
 

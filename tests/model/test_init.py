@@ -66,7 +66,7 @@ def test_kinds_of_values(tools):
         vocab_size=512,
         qkv_bias=True,
         qk_norm=True,
-        attention=InfiniConfig(segment_tokens=8, gate_init=-1.5),
+        attention=InfiniConfig(segment_tokens=8, gate_init=-1.5, conv_tokens=4),
     )
     found = initialised(config)
     for name, value in found.items():
@@ -75,6 +75,8 @@ def test_kinds_of_values(tools):
             assert (value == -1.5).all()
         elif kind == "bias":
             assert not value.any()
+        elif kind == "conv":
+            assert value.shape == (4, 128) and value.std().item() == pytest.approx(0.5, rel=0.08)
         elif value.dim() == 1:
             assert (value == 1).all(), name
         else:

@@ -97,6 +97,16 @@ def test_infini_with_closed_gates_is_local(update, overlap, tools):
     assert (opened[:, 8:] - found[:, 8:]).abs().max() > 1e-2
 
 
+def test_a_convolution_of_zeros_changes_nothing_and_another_does(tools):
+    tokens_BT = tools.draw(40)
+    plain = tools.run(tools.build(tools.tiny("linear")), tokens_BT)[0]
+    zeros = InfiniConfig(segment_tokens=8, conv_tokens=3, conv_std=0.0)
+    assert torch.equal(tools.run(tools.build(tools.tiny(attention=zeros)), tokens_BT)[0], plain)
+    drawn_BTV = tools.run(tools.build(tools.tiny("linear-conv")), tokens_BT)[0]
+    torch.testing.assert_close(drawn_BTV[:, 0], plain[:, 0], **CLOSE)  # nothing before it
+    assert (drawn_BTV[:, 1:] - plain[:, 1:]).abs().max() > 1e-2
+
+
 def test_local_over_the_whole_window_is_full(tools):
     tokens_BT = tools.draw(40)
     starts_BT = torch.zeros(2, 40, dtype=torch.bool)

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 LENGTHS = (5, 13, 40, 100, 3, 61, 22, 9, 150, 31, 17, 48)  # documents begin at all places of windows and segments
 ATTENTION = {
     "linear": "{kind: infini, segment_tokens: 8, update: linear, overlap_tokens: 3}",
-    "delta": "{kind: infini, segment_tokens: 8, update: delta, overlap_tokens: 3}",
+    "delta": "{kind: infini, segment_tokens: 8, update: delta, overlap_tokens: 3, conv_tokens: 2}",
     "local": "{kind: local, segment_tokens: 8, overlap_tokens: 3}",
     "full": "{kind: full}",
 }

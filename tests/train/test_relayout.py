@@ -66,7 +66,7 @@ def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[P
             "num_kv_heads": 2,
             "ffn_size": 48,
             "qk_norm": True,
-            "attention": {"kind": "infini", "segment_tokens": 8, "update": "delta", "overlap_tokens": 3},
+            "attention": {"kind": "infini", "segment_tokens": 8, "update": "delta", "overlap_tokens": 3, "conv_tokens": 2},
         },
         "data": {"train": str(shards)},
         "train": {"window_tokens": 32, "batch_lanes": 4, "micro_batch_lanes": 1},
