@@ -67,11 +67,13 @@ ARMS = {
     "two tokens, 2 layers": two_tokens(0, layers=2),
     "two tokens, convolution": two_tokens(1),
 }
+BASELINES = ["transformer_xl", "memorizing", "rmt", "local", "full"]
+TWO_TOKENS = ["two tokens, 2 layers", "two tokens, convolution"]
 PANELS = {
     "key size, 2 heads (solid: linear, dashed: delta)": list(ARMS)[:6],
     "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[6:9]],
-    "key and value as two tokens": ["delta, key size 32", *list(ARMS)[-2:]],
-    "the baselines": ["linear, key size 32", "delta, key size 32", *list(ARMS)[9:14]],
+    "key and value as two tokens": ["delta, key size 32", *TWO_TOKENS],
+    "the baselines": ["linear, key size 32", "delta, key size 32", *BASELINES],
 }
 
 

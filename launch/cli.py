@@ -378,7 +378,7 @@ def _cancel(options: argparse.Namespace) -> int:
     job = slurm.queue().get(number) if number is not None else None
     if job is None:
         raise ConfigError(f"{options.run}: no job of it is in the queue")
-    if options.now or job.state != "RUNNING":
+    if options.now or not job.is_running:
         slurm.end(job.id)
         print(f"job {job.id} is cancelled")
     else:

@@ -18,6 +18,11 @@ class QueuedJob(NamedTuple):
     nodes: int
     reason: str  # or its nodes
 
+    @property
+    def is_running(self) -> bool:
+        """SIGNALING is a running job whose signal is still on its way to a node."""
+        return self.state in ("RUNNING", "SIGNALING")
+
 
 class EndedJob(NamedTuple):
     """The last start of a job as Slurm's accounting tells it."""

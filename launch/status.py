@@ -48,7 +48,7 @@ def _state(said: str | None, number: int | None, job: QueuedJob | None, past: En
     if said == "finished":
         return said
     if job is not None:
-        return said or "starting" if job.state == "RUNNING" else job.state.lower()
+        return said or "starting" if job.is_running else job.state.lower()
     if number is None or said not in ("training", None):
         return said or "unknown"
     if past is not None:

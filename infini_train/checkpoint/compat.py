@@ -10,6 +10,7 @@ from infini_train.config.files import to_tree, validate
 Tree = Mapping[str, Any]
 ATTENTION = "model.attention"
 KIND = f"{ATTENTION}.kind"
+CONVOLUTION = f"{ATTENTION}.conv_tokens"
 
 # path (a section: all of its fields) -> why a resumed run may change it
 RESUMABLE: Mapping[str, str] = {
@@ -93,7 +94,9 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
     differences = _differences(saved_tree, new_tree)
     is_other_kind = any(path == KIND for path, *_ in differences)
     for path, old, new in differences:
-        if is_other_kind and path.startswith(f"{ATTENTION}."):
+        if path == CONVOLUTION and old in (0, _ABSENT):
+            continue  # begins with zeros
+        if is_other_kind and path != CONVOLUTION and path.startswith(f"{ATTENTION}."):
             continue  # what one kind has of its own is no difference in what both have
         if path.startswith("model.") and _lookup(SAME_WEIGHTS, path) is None:
             raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")

@@ -43,6 +43,11 @@ class Checkpoint:
         """The `model.attention.kind` of its config; None where that can't be told."""
         return self.config.get("model", {}).get("attention", {}).get("kind")
 
+    @property
+    def conv_tokens(self) -> int:
+        """The `model.attention.conv_tokens` of its config; 0 where there are none."""
+        return int(self.config.get("model", {}).get("attention", {}).get("conv_tokens", 0))
+
     def names(self, kind: str) -> tuple[str, ...]:
         """Global names of the tensors of this kind, in the order of writing."""
         return tuple(name for group_kind, name in self._groups if group_kind == kind)

@@ -16,8 +16,9 @@ OF_A_KIND = re.compile(r".*\.(gate|conv)|memory_tokens\..*")  # parameters that 
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
 
-    Where the checkpoint is of another kind of attention, gates, convolutions and memory tokens stay as they are: those of the other
-    kind, if there are any, belong to another memory.
+    Where the checkpoint is of another kind of attention, gates and memory tokens stay as they are: those of the other
+    kind, if there are any, belong to another memory. A convolution that the checkpoint's model has not begins with
+    zeros, which leave the model as it is, unless `conv_std` says otherwise.
 
     Returns:
         Their names.
@@ -29,6 +30,11 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     new: list[str] = []
     if checkpoint.attention_kind not in (None, model.config.attention.kind):
         new = [name for name in parameters if OF_A_KIND.fullmatch(name)]
+    elif not checkpoint.conv_tokens:
+        new = [name for name in parameters if name.endswith(".conv")]
+    for name in new:
+        if name.endswith(".conv") and getattr(model.config.attention, "conv_std", None) is None:
+            parameters[name].zero_()
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()

@@ -10,7 +10,7 @@ from infini_train.config.errors import require
 
 
 def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int = 0) -> None:
-    """A segment, and the field of this name: how much of the one before is seen as well."""
+    """A segment, and the field of this name: tokens before it, or before a token, that are seen as well."""
     require(segment_tokens > 0, "model.attention.segment_tokens", "must be positive")
     require(
         least <= seen_tokens <= segment_tokens,
@@ -29,15 +29,13 @@ class InfiniConfig:
     features: Literal["elu", "sharp"] = "elu"  # of keys and queries in the memory: the paper's sigma, or a sharper one
     gate_init: FiniteFloat = 0.0  # beta at the start; sigmoid(beta) is the share of the memory
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
-    conv_tokens: int = 0  # queries and keys also take in so many tokens before theirs, as a short convolution (0: paper)
-    conv_std: FiniteFloat | None = None  # of its weights at first; null: 1/sqrt(conv_tokens); 0 changes no trained model
+    conv_tokens: int = 0  # queries and keys also take in so many tokens before theirs (0: the paper's form)
+    conv_std: FiniteFloat | None = None  # of those weights at first; null: 1/sqrt(conv_tokens), in a trained model 0
 
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
         _check_segment(self.segment_tokens, "conv_tokens", self.conv_tokens)
-        require(
-            self.conv_std is None or self.conv_std >= 0, "model.attention.conv_std", "must not be negative, or null"
-        )
+        require(self.conv_std is None or self.conv_std >= 0, "model.attention.conv_std", "must be at least 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """`data`: what is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import FiniteFloat
@@ -92,7 +92,7 @@ class RecallConfig:
 
     min_pairs: int = 2  # of the smallest texts
     max_pairs: int = 32  # of the largest; they and their questions must fit into a window
-    joined: bool = True  # a pair is one token; false: two, its key and its value
+    joined: bool = field(default=True, repr=False)  # a pair is one token; false: two, its key and its value
     grow_below_loss: FiniteFloat = 0.3  # texts grow while the loss (nats a value, running mean) is below this
 
     def __post_init__(self) -> None:

@@ -102,6 +102,11 @@ class ModelConfig:
         return () if self.retrieval_layer is None else (self.retrieval_layer,)
 
     @property
+    def conv_tokens(self) -> int:
+        """Tokens before its own that a query or key takes in."""
+        return self.attention.conv_tokens if isinstance(self.attention, InfiniConfig) else 0
+
+    @property
     def segment_tokens(self) -> int | None:
         """Tokens a segment, or None for a variant without segments."""
         return None if isinstance(self.attention, FullConfig) else self.attention.segment_tokens

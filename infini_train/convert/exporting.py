@@ -24,7 +24,7 @@ from infini_train.data.tokenizer import find_tokenizer
 LOSSES = {  # kind of attention -> what the other side computes instead
     "full": None,
     "local": "attends to the whole text, not to segments",
-    "infini": "has no memory: it attends to the whole text, not to segments; gates and convolutions are left out",
+    "infini": "has no memory: it attends to the whole text, not to segments, and the gates are left out",
     "transformer_xl": "attends to the whole text, not to a segment and its cache",
     "memorizing": "has no store: it attends to the whole text, and the gates are left out",
 }
@@ -66,6 +66,11 @@ def export_checkpoint(
         raise ConfigError(
             f"model.attention.kind: {model.attention.kind} reads memory tokens between segments, which no model type"
             " there does; its weights alone are another model"
+        )
+    if model.conv_tokens:
+        raise ConfigError(
+            f"model.attention.conv_tokens: {model.conv_tokens}: queries and keys are made of several tokens, which no"
+            " model type there does; its weights alone are another model"
         )
     table = list_weights(model)
     stored = {entry.name: DTYPES[entry.dtype] for entry in checkpoint.index.fragments if entry.kind == "master"}

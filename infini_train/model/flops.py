@@ -14,7 +14,7 @@ def count_parameters(config: ModelConfig) -> int:
     layer += projected if config.qkv_bias else 0
     layer += 2 * config.key_dim if config.qk_norm else 0
     if isinstance(config.attention, InfiniConfig):
-        layer += heads + config.attention.conv_tokens * hidden
+        layer += heads + config.conv_tokens * hidden
     embeddings = config.vocab_size * hidden * (1 if config.tied_embeddings else 2)
     once = heads if isinstance(config.attention, MemorizingConfig) else 0
     once += hidden * config.attention.memory_tokens if isinstance(config.attention, RmtConfig) else 0

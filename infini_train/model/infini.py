@@ -44,8 +44,8 @@ class InfiniAttention(SequenceMixer):
         self.gate = head_parameter(local_heads, parallel.params_dtype)  # the paper's beta
         set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
         self.conv: nn.Parameter | None = None
-        self.conv_shape = (config.attention.conv_tokens, config.hidden_size)  # ZeRO-3 empties the parameter
-        if config.attention.conv_tokens:
+        self.conv_shape = (config.conv_tokens, config.hidden_size)  # ZeRO-3 empties the parameter
+        if config.conv_tokens:
             self.conv = nn.Parameter(torch.empty(self.conv_shape, dtype=parallel.params_dtype))
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
 
@@ -76,7 +76,7 @@ class InfiniAttention(SequenceMixer):
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 
     def remember(self, hidden_TBD: Tensor, state: LayerState | None, grid: Grid) -> LayerState:
-        """See `SequenceMixer.remember`: keys and values only, no attention."""
+        """See `SequenceMixer.remember`: keys and values only, no attention. ZeRO-3 gathers for `forward` alone."""
         entered_TBD = self.projections.enter(hidden_TBD)
         near_TBD, before_BJD = self._look_back(entered_TBD, state, grid)
         k_BKTD, v_BKTE = self.projections.keys(near_TBD), self.projections.values(entered_TBD)
@@ -84,7 +84,7 @@ class InfiniAttention(SequenceMixer):
         return _with_convolution(following, before_BJD)
 
     def _look_back(self, x_TBD: Tensor, state: LayerState | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        """What queries and keys are made of, and what the next call needs of it; the input itself without convolution."""
+        """What queries and keys are made of, and what the next call needs; the input itself without convolution."""
         if self.conv is None:
             return x_TBD, None
         before_BJD = state.before_BJD if isinstance(state, ConvolvedState) else None

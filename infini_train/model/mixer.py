@@ -89,11 +89,7 @@ class Projections(nn.Module):
 
     def split_cached(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
         """k_BKTD and v_BKTE as in `split`, from hidden values without gradient; these weights get theirs."""
-        return self.split_keys(hidden_TBD.detach())
-
-    def split_keys(self, hidden_TBD: Tensor) -> tuple[Tensor, Tensor]:
-        """k_BKTD and v_BKTE as in `split`."""
-        hidden_TBD = self.enter(hidden_TBD)
+        hidden_TBD = self.enter(hidden_TBD.detach())
         return self.keys(hidden_TBD), self.values(hidden_TBD)
 
     def enter(self, hidden_TBD: Tensor) -> Tensor:

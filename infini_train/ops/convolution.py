@@ -1,10 +1,11 @@
-"""A short causal convolution along time, a weight a channel and token before: queries and keys that know what came last.
+"""A short causal convolution along time, a weight a channel and token before: what came just before, in each token.
 
 An option beside the paper. What a memory (or any attention) finds by its content is one token's; with the tokens just
-before in its key, a value is found by the word that it belongs to, and one layer is enough for that. As in H3 (Fu et
-al., arXiv 2212.14052), Based (Arora et al., arXiv 2402.18668) and DeltaNet (Yang et al., arXiv 2406.06484).
+before in its key, a value is found by the word that it belongs to, and one layer is enough for that. Related are the
+convolutions of H3 (arXiv 2212.14052), Based (2402.18668) and DeltaNet (2406.06484); this one is of a layer's input, and
+the weight of the token itself is 1.
 
-Legend: B lanes, T tokens of the call, D channels, J tokens before that are taken in (row 0 of the weight: the last one).
+Legend: B lanes, T tokens of the call, D channels, J tokens before that are taken in (row 0 of the weight: the last).
 """
 
 import torch
@@ -46,7 +47,8 @@ def convolve(
     out_TBD = x_TBD
     for back in range(1, taps + 1):
         seen_TBD = joined_TBD[taps - back : taps - back + tokens]
-        out_TBD = out_TBD + weight_JD[back - 1] * torch.where(age_TB1 >= back, seen_TBD, 0)
+        # The product inside, so that autograd keeps views of one tensor, not a masked copy for each.
+        out_TBD = out_TBD + torch.where(age_TB1 >= back, weight_JD[back - 1] * seen_TBD, 0)
     distance_J = torch.arange(taps - 1, -1, -1, device=x_TBD.device)
     is_kept_JB = distance_J[:, None] <= grid.last_age_B
     return out_TBD, torch.where(is_kept_JB[..., None], last_JBD, 0).transpose(0, 1)

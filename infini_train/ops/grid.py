@@ -58,7 +58,7 @@ class Grid(NamedTuple):
     segment, so the older memory stays. keep_open_B: the same for the segment left open. keep_BP: the same for the shard
     of each rank, None on one rank. count_BC: tokens written. carried_document_BR and carried_weight_BR: marks of the
     tokens that the next window needs. age_BT: tokens of its document before each token, `LONG` or more where it
-    began before the window; last_age_B: that of the window's last token.
+    began before the call (int32); last_age_B: that of the window's last token.
     """
 
     overlap_tokens: int
@@ -186,7 +186,7 @@ def _cut_segments(document_BL: Tensor, weight_BL: Tensor, known: dict[str, Any])
 
 
 def _count_ages(starts_BT: Tensor) -> Tensor:
-    place_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    place_T = torch.arange(starts_BT.shape[1], dtype=torch.int32, device=starts_BT.device)
     return place_T - torch.where(starts_BT, place_T, -LONG).cummax(1).values
 
 

@@ -43,9 +43,9 @@ def _attention(s: Shapes) -> float:
 
 
 def _convolution(s: Shapes) -> float:
-    """The tokens before, one copy for each weight, what queries and keys are made of, and the masks."""
-    n, d = s.all_tokens, s.hidden
-    return s.activation_bytes * n * d * (s.conv + 1) + s.conv * (n + s.lanes) if s.conv else 0.0
+    """The tokens with those before, what queries and keys are made of, and the masks."""
+    n, lanes, d = s.all_tokens, s.lanes, s.hidden
+    return s.activation_bytes * d * (2 * n + s.conv * lanes) + s.conv * (n + lanes) if s.conv else 0.0
 
 
 def _memory(s: Shapes) -> float:

@@ -293,7 +293,7 @@ def find_notes(config: RunConfig) -> Iterable[str]:
     model, parallel = config.model, config.parallel
     if model.attention.kind in ("memorizing", "rmt"):
         yield f"model.attention.kind {model.attention.kind}: activations and time are of the segment's attention alone"
-    if getattr(model.attention, "conv_tokens", 0):
+    if model.conv_tokens:
         yield "model.attention.conv_tokens: the time of the convolution is not counted"
     if parallel.tensor_size > model.kv_heads:
         copies = parallel.tensor_size // model.kv_heads

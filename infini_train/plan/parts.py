@@ -55,8 +55,7 @@ def parameter_sizes(config: RunConfig, stages: tuple[Stage, ...]) -> list[list[i
     hidden, key, value = model.hidden_size, model.key_dim, model.value_dim
     heads, ffn = model.num_heads // tensor, model.ffn_size // tensor
     kv = model.kv_heads // tensor if model.kv_heads % tensor == 0 else model.kv_heads
-    before = getattr(model.attention, "conv_tokens", 0)
-    attention = [before * hidden] if before else []
+    attention = [model.conv_tokens * hidden] if model.conv_tokens else []
     attention += [heads * key * hidden, kv * key * hidden, kv * value * hidden, heads * value * hidden]
     matrices: list[int] = []
     vectors: list[int] = []
@@ -105,7 +104,7 @@ def find_parts(config: RunConfig) -> list[Part]:
 
 
 def carried_layer_bytes(config: RunConfig) -> int:
-    """Of one lane and layer on one rank: memory, normaliser, count, overlap, convolution; 0 if nothing travels between windows."""
+    """Of one lane and layer on one rank: memory, normaliser, count, overlap, convolution; 0 if nothing travels."""
     model, attention = config.model, config.model.attention
     if not config.train.carry_memory or model.segment_tokens is None:
         return 0
@@ -115,5 +114,5 @@ def carried_layer_bytes(config: RunConfig) -> int:
     carried = overlap * (kv * (model.key_dim + model.value_dim) * activation_bytes + 8 + 4)  # document, weight
     if isinstance(attention, InfiniConfig):
         carried += 4 * (kv * model.key_dim * (model.value_dim + 1) + 1)
-        carried += attention.conv_tokens * model.hidden_size * activation_bytes
+        carried += model.conv_tokens * model.hidden_size * activation_bytes
     return carried

@@ -101,7 +101,7 @@ def find_shapes(config: RunConfig, fused_norm: bool) -> Shapes:
         vocab=model.vocab_size // tensor,
         segment=segment,
         keys_seen=segment + overlap,
-        conv=getattr(attention, "conv_tokens", 0),
+        conv=model.conv_tokens,
         kind=attention.kind,
         delta=isinstance(attention, InfiniConfig) and attention.update == "delta",
         qk_norm=model.qk_norm,

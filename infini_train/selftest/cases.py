@@ -40,7 +40,9 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=8),
     "delta-sharp": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", features="sharp"),
     "linear-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, conv_tokens=3),
-    "delta-overlap-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2, conv_std=0.3),
+    "delta-overlap-conv": InfiniConfig(
+        segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2, conv_std=0.3
+    ),
     "local": LocalConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "transformer_xl": TransformerXLConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5),
     "memorizing": MemorizingConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5, stored_tokens=20, top_k=3),
@@ -144,7 +146,7 @@ CASES: tuple[Case, ...] = (
     *_cases("pp2", "delta", precision="bf16"),
     *_cases("pp2-v2", "linear", "delta-overlap"),
     *_cases("cp2", "linear", "delta", "linear-overlap", "delta-overlap", "linear-conv", "delta-overlap-conv", "local"),
-    *_cases("cp2", "delta", precision="bf16"),
+    *_cases("cp2", "delta", "linear-conv", precision="bf16"),
     *_cases("dp2", "linear", "delta", "full"),
     *_cases("dp2-offload", "linear"),
     *_cases("dp2-zero2", "linear", "delta", "rmt"),
@@ -154,7 +156,7 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero3", "linear", tied=True),
     *_cases("dp2-zero3", "linear", precision="bf16"),
     # 4 processes
-    *_cases("tp4-sp", "linear", "delta"),  # more ranks than key-value heads
+    *_cases("tp4-sp", "linear", "linear-conv", "delta"),  # more ranks than key-value heads
     *_cases("pp4", "linear", layers=5),
     *_cases("cp4", "linear", "delta", "delta-overlap"),
     *_cases("dp4-zero3", "linear"),

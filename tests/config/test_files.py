@@ -103,6 +103,7 @@ WRONG = {
         "model.attention.conv_tokens=33",
         "model.attention.conv_tokens: must lie between",
     ),
+    "a convolution's spread": ("model.attention.conv_std=-1", "model.attention.conv_std: must be at least 0, or null"),
     "text twice": ("data.mixture=[{folder: a}]", "data.train: give a folder of shards to train on (or data.mixture"),
     "a pipe": (
         "data.train='pipe:cat x.tar'",

@@ -97,7 +97,7 @@ def test_what_is_lost_is_told(tiny, tmp_path, process_groups):
     found = export_checkpoint(checkpoint, tmp_path / "hf", dtype=torch.bfloat16)
     assert found.notes[0] == (
         "the weights are those of attention infini; the model there has no memory: it attends to the whole text, not to"
-        " segments; gates and convolutions are left out"
+        " segments, and the gates are left out"
     )
     weights = weights_of(tmp_path / "hf")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

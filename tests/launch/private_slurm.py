@@ -61,7 +61,8 @@ def wait_until(
 
 
 FIRST_PORT, PORTS = 22000, 40
-ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")  # no way back
+# Not NODE_FAIL or PREEMPTED: from those a job comes back.
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 def free_ports(count: int) -> int:

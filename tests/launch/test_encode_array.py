@@ -60,7 +60,7 @@ def test_an_array_gives_the_bytes_of_one_process(slurm, tmp_path: Path) -> None:
         return slurm.run("scontrol", "show", "job", "--oneliner", f"{job}_{task}").split("Restarts=")[1].split()[0]
 
     def wait_for_end() -> None:
-        slurm.wait_until(lambda: set(states()) <= set(ENDS), WAIT_S, outputs, every_s=0.5)
+        slurm.wait_until(lambda: len(states()) == 3 and set(states()) <= set(ENDS), WAIT_S, outputs, every_s=0.5)
         assert states() == ["COMPLETED"] * 3, outputs()
 
     slurm.wait_until(lambda: hold_task(slurm, 0), WAIT_S, outputs, every_s=0.02)

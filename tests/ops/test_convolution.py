@@ -59,8 +59,8 @@ def test_ranks_together_equal_one_pass(drawn, ops, ranks):
     x_BTD, weight_JD, starts_BT = drawn
     first_BTD = torch.randn(LANES, 7, CHANNELS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     nothing = torch.zeros(LANES, 7, dtype=torch.bool)
-    before_BJD = convolve(first_BTD.transpose(0, 1), weight_JD, None, make_grid(nothing, torch.ones(LANES, 7), None, 7))[1]
-    before_BJD = before_BJD.detach()
+    earlier = make_grid(nothing, torch.ones(LANES, 7), None, 7)
+    before_BJD = convolve(first_BTD.transpose(0, 1), weight_JD, None, earlier)[1].detach()
     whole_TBD, carried = convolve(
         x_BTD.transpose(0, 1), weight_JD, before_BJD, make_grid(starts_BT, torch.ones(LANES, TOKENS), None, SEGMENT)
     )
@@ -80,3 +80,13 @@ def test_ranks_together_equal_one_pass(drawn, ops, ranks):
     wanted = torch.autograd.grad(weigh(whole_TBD), (x_BTD, weight_JD))
     for got, right in zip(torch.autograd.grad(weigh(found_TBD), (x_BTD, weight_JD)), wanted, strict=True):
         torch.testing.assert_close(got, right, **EXACT)
+
+
+def test_bf16_stays_bf16(drawn):
+    x_BTD, weight_JD, starts_BT = (x.detach() for x in drawn)
+    narrow = x_BTD.transpose(0, 1).bfloat16(), weight_JD.bfloat16()
+    grid = make_grid(starts_BT, torch.ones(LANES, TOKENS), None, None)
+    out_TBD, before_BJD = convolve(*narrow, None, grid)
+    assert out_TBD.dtype == before_BJD.dtype == torch.bfloat16
+    expected_BTD, _ = reference.convolve(x_BTD, weight_JD, starts_BT)
+    torch.testing.assert_close(out_TBD.transpose(0, 1).double(), expected_BTD, rtol=0.05, atol=0.1)

@@ -199,6 +199,9 @@ def test_what_context_parallelism_sends() -> None:
         assert last.sent_bytes == (memory + overlap, memory + overlap)
     near = change(SMALL, attention=InfiniConfig(segment_tokens=8, conv_tokens=3))
     first, *_, last = dry_run(make_run(near, parallel={"context_size": 4}), ranks=range(4)).ranks
+    plain = dry_run(make_run(change(SMALL, attention=InfiniConfig(segment_tokens=8))), ranks=()).carried_lane_bytes
+    kept = dry_run(make_run(near), ranks=()).carried_lane_bytes
+    assert kept - plain == 4 * 3 * SMALL.hidden_size * SMALL.num_layers
     memory, tail = 3 * 4 * (2 * 6 * 5 + 1), 4 * 3 * SMALL.hidden_size
     assert first.sent_bytes == (memory + tail, memory) and last.sent_bytes == (memory + tail, memory + tail)
 

@@ -200,7 +200,8 @@ def test_init_from_another_kind_of_attention(old, new, configure, tools):
         if name in there:
             assert torch.equal(parameter, there[name]), name
         else:
-            assert name.endswith(".gate") and torch.equal(parameter, torch.full_like(parameter, -3.0))
+            first = 0.0 if name.endswith(".conv") else -3.0
+            assert name.endswith((".gate", ".conv")) and torch.equal(parameter, torch.full_like(parameter, first))
     assert any(name.endswith(".gate") for name in here) == (new != "local")
     tools.drive(session, 1)
     save(session)
