@@ -17,8 +17,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
 
     Where the checkpoint is of another kind of attention, gates and memory tokens stay as they are: those of the other
-    kind, if there are any, belong to another memory. A convolution that the checkpoint's model has not begins with
-    zeros, which leave the model as it is, unless `conv_std` says otherwise.
+    kind, if there are any, belong to another memory. So does a convolution that the checkpoint's model has not.
 
     Returns:
         Their names.
@@ -32,9 +31,6 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
         new = [name for name in parameters if OF_A_KIND.fullmatch(name)]
     elif not checkpoint.conv_tokens:
         new = [name for name in parameters if name.endswith(".conv")]
-    for name in new:
-        if name.endswith(".conv") and getattr(model.config.attention, "conv_std", None) is None:
-            parameters[name].zero_()
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()

@@ -91,6 +91,16 @@ def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups)
     assert theirs.config.max_position_embeddings == 32
 
 
+def test_a_model_with_a_convolution_is_refused(tiny, tmp_path, process_groups):
+    write_checkpoint(tmp_path / "run", tiny("linear-conv"))
+    checkpoint = open_checkpoint(resolve(tmp_path / "run"))
+    with pytest.raises(
+        ConfigError, match="model.attention.conv_tokens: 3: queries and keys are made of several tokens"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_what_is_lost_is_told(tiny, tmp_path, process_groups):
     write_checkpoint(tmp_path / "run", tiny("linear-overlap"))
     checkpoint = open_checkpoint(resolve(tmp_path / "run"))

@@ -98,7 +98,7 @@ def test_the_table_joins_what_training_and_slurm_say(tmp_path: Path) -> None:
     (tmp_path / "e" / "launch").mkdir(parents=True)
     write_run(tmp_path, "f", {**said, **now, "state": "training"}, 5)
     write_run(tmp_path, "g", {**said, **now, "state": "training"}, 6)
-    queue = {1: QueuedJob(1, "RUNNING", "1:00", 2, "n[1-2]"), 4: QueuedJob(4, "PENDING", "0:00", 2, "(Resources)")}
+    queue = {1: QueuedJob(1, "SIGNALING", "1:00", 2, "n[1-2]"), 4: QueuedJob(4, "PENDING", "0:00", 2, "(Resources)")}
     ended = {6: EndedJob(6, "NODE_FAIL", "0:0", "1:02:03", "n[1-2]")}
     rows = status.describe_runs(folder.find_runs(tmp_path), queue, ended)
     states = ["training", "failed", "finished", "pending", "unknown", "ended without a word", "node_fail"]

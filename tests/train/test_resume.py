@@ -209,6 +209,27 @@ def test_init_from_another_kind_of_attention(old, new, configure, tools):
     tools.assert_same(tools.capture(resumed), tools.capture(session))
 
 
+def test_init_from_without_a_convolution_begins_one_that_changes_nothing(configure, tools):
+    """From another seed's weights; a convolution that the other model has can't be left out."""
+    plain = tools.attention["linear"]
+    near = plain.replace("}", ", conv_tokens: 2}")
+    origin = open_session(configure(f"model.attention={plain}", run="origin"), ignore)
+    tools.drive(origin, 1)
+    settings = f"train.init_from={save(origin)}", f"model.attention={near}"
+    session = open_session(configure(*settings, run="new"), ignore)
+    there, here = dict(origin.stages.named_globally()), dict(session.stages.named_globally())
+    assert all(torch.equal(here[name], parameter) for name, parameter in there.items())
+    new = {name: parameter for name, parameter in here.items() if name not in there}
+    assert new and all(name.endswith(".conv") and not parameter.any() for name, parameter in new.items())
+    tools.drive(session, 1)
+    back = f"train.init_from={save(session)}"
+    spread = open_session(configure(*settings, "model.attention.conv_std=0.5", run="spread"), ignore)
+    assert all(dict(spread.stages.named_globally())[name].std() > 0.1 for name in new)
+    for other in (plain, near.replace("conv_tokens: 2", "conv_tokens: 3"), tools.attention["local"]):
+        with pytest.raises(ConfigError, match="is of another model: model.attention.conv_tokens is 2 there and"):
+            open_session(configure(back, f"model.attention={other}", run="back"), ignore)
+
+
 def test_gates_of_another_kind_are_not_taken(configure):
     """They mix in another memory: what was retrieved, say."""
     kind = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 2.0}"
