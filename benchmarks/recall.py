@@ -196,7 +196,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         axes.axhline(100 * ENOUGH, linestyle=":", color="black", linewidth=1)
         axes.axhline(100 * CHANCE, linestyle=":", color="grey", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc=(0.02, 0.42))
+        axes.legend(fontsize=7, loc="center right" if TWO_TOKENS[0] in arms else (0.02, 0.42))
     figure.axes[0].set_ylabel("recalled (%); dotted: 90 %, chance")
     return figure
 
