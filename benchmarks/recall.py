@@ -36,10 +36,13 @@ PAIRS, TEXTS, SEED = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 64, 1_000_003
 ENOUGH, CHANCE = 0.9, 1 / 8
 
 
-def infini(update: str, features: str = "elu", key_dim: int = 32, heads: int = 2) -> dict[str, str]:
+def infini(
+    update: str, features: str = "elu", key_dim: int = 32, heads: int = 2, conv_tokens: int = 0
+) -> dict[str, str]:
     """The settings of an arm with this memory; values have 32 numbers a head throughout."""
+    fields = f"segment_tokens: 16, update: {update}, features: {features}, conv_tokens: {conv_tokens}"
     return {
-        "model.attention": f"{{kind: infini, segment_tokens: 16, update: {update}, features: {features}}}",
+        "model.attention": f"{{kind: infini, {fields}}}",
         "model.head_dim": str(key_dim),
         "model.value_head_dim": "32",
         "model.num_heads": str(heads),
@@ -48,9 +51,8 @@ def infini(update: str, features: str = "elu", key_dim: int = 32, heads: int = 2
 
 def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
     """The settings of an arm whose pairs are a key and a value side by side, with a delta memory."""
-    attention = f"{{kind: infini, segment_tokens: 16, update: delta, conv_tokens: {conv_tokens}}}"
     texts = {"data.recall.joined": "false", "train.window_tokens": "528"}
-    return {"model.attention": attention, "model.num_layers": str(layers), **texts}
+    return {**infini("delta", conv_tokens=conv_tokens), "model.num_layers": str(layers), **texts}
 
 
 ARMS = {

@@ -62,11 +62,11 @@ class RecallMaker:
 
 def count_segments(pairs: int, segment_tokens: int, joined: bool = True) -> int:
     """Of a text: those of bos and the pairs, and those of the questions and all answers but the last."""
-    return _first_segments(pairs, segment_tokens, joined) + -(-(2 * pairs - 1) // segment_tokens)
+    return -(-(1 + _stored_tokens(pairs, joined)) // segment_tokens) + -(-(2 * pairs - 1) // segment_tokens)
 
 
-def _first_segments(pairs: int, segment_tokens: int, joined: bool) -> int:
-    return -(-(1 + (pairs if joined else 2 * pairs)) // segment_tokens)
+def _stored_tokens(pairs: int, joined: bool) -> int:
+    return pairs if joined else 2 * pairs
 
 
 def lay_pairs(random: np.random.Generator, pairs: int, segment_tokens: int, joined: bool = True) -> LaidText:
@@ -78,16 +78,17 @@ def lay_pairs(random: np.random.Generator, pairs: int, segment_tokens: int, join
         segment_tokens: of the model.
         joined: a pair is one token, not two.
     """
+    stored = _stored_tokens(pairs, joined)
     keys, values = random.permutation(KEYS)[:pairs], random.integers(0, VALUES, pairs)
     order = random.permutation(pairs)
-    first_question = _first_segments(pairs, segment_tokens, joined) * segment_tokens - 1  # first input of its segment
+    first_question = -(-(1 + stored) // segment_tokens) * segment_tokens - 1  # the first input of its segment
     ids = np.full(first_question + 2 * pairs, ByteTokenizer.pad_id, np.int32)
     if joined:
-        ids[:pairs] = FIRST_PAIR + VALUES * keys + values
+        ids[:stored] = FIRST_PAIR + VALUES * keys + values
     else:
-        ids[: 2 * pairs : 2], ids[1 : 2 * pairs : 2] = keys, KEYS + values
+        ids[:stored:2], ids[1:stored:2] = keys, KEYS + values
     ids[first_question::2], ids[first_question + 1 :: 2] = keys[order], KEYS + values[order]
     loss_weights, write_weights = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
     loss_weights[first_question + 1 :: 2] = 1 / pairs
-    write_weights[1 : (pairs if joined else 2 * pairs) + 1] = 1  # nothing but the pairs
+    write_weights[1 : stored + 1] = 1  # nothing but the pairs
     return LaidText(ids, loss_weights, write_weights, count_segments(pairs, segment_tokens, joined), len(ids))
