@@ -25,6 +25,7 @@ class PasskeyConfig:
 
     wording: str = "paper"  # of text and question
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
+    varied_wording: bool = False  # half of the texts have intro, key sentences and question of words in any order
     digits: int = 5  # of the number
     few_digits_below_loss: FiniteFloat | None = None  # once the loss is below, numbers repeat digits; null: never
     min_segments: int = 3  # of the shortest texts

@@ -116,6 +116,8 @@ class PasskeyWriter:
 
     Attributes:
         min_tokens: of a text without filler.
+        key_tokens: of the sentences about the key.
+        tail_tokens: of question and answer.
 
     Raises:
         ConfigError: the tokenizer joins digits with each other or with what is around them, or doesn't tell them apart.
@@ -127,7 +129,11 @@ class PasskeyWriter:
         self._intro = _encode(tokenizer, text.intro, anchor="")
         self._filler = _encode_filler(tokenizer, text)
         self._encode_key(tokenizer)
-        self.min_tokens = len(self._intro) + len(self._key) + len(self._question) + digits
+        self.key_tokens, self.tail_tokens = len(self._key), len(self._question) + digits
+
+    @property
+    def min_tokens(self) -> int:
+        return len(self._intro) + self.key_tokens + self.tail_tokens
 
     def _encode_key(self, tokenizer: Tokenizer) -> None:
         """Key and question with the places of the digits, found by probes that put every digit in every place."""
@@ -153,6 +159,13 @@ class PasskeyWriter:
         other = copy.copy(self)
         other.text = dataclasses.replace(self.text, filler=tuple(sentences))
         other._filler = _encode_filler(self._tokenizer, other.text)
+        return other
+
+    def without_intro(self) -> "PasskeyWriter":
+        """A writer of the same words that begins with the filler."""
+        other = copy.copy(self)
+        other.text = dataclasses.replace(self.text, intro="")
+        other._intro = self._intro[:0]
         return other
 
     def compose(

@@ -19,7 +19,7 @@ from infini_train.config.data import PasskeyConfig
 from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.data.passkey import Passkey, PasskeyWriter
-from infini_train.data.passkey_wordings import SENTENCES, WORDS, find_wording
+from infini_train.data.passkey_wordings import SENTENCES, WORDS, PasskeyText, find_wording
 from infini_train.data.pressure import weigh_writes
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -101,19 +101,14 @@ class PasskeyReader:
         self._seed = seed
         self._most = window_tokens // segment_tokens
         self._least = min(config.min_segments, self._most)
-        wording, byte = find_wording(config.wording), ByteTokenizer()
-        self._writer = PasskeyWriter(byte, wording, config.digits)
-        self._bare_writer = PasskeyWriter(byte, dataclasses.replace(wording, intro=""), config.digits)
-        least_tokens = self._bare_writer.min_tokens
+        self._writer = PasskeyWriter(ByteTokenizer(), find_wording(config.wording), config.digits)
+        least_tokens = self._writer.without_intro().min_tokens
         if self._least * segment_tokens < least_tokens:
             raise ConfigError(
                 f"data.passkey.min_segments: {self._least} segments of {segment_tokens} tokens can't hold a text of"
                 f" {least_tokens} tokens; use {-(-least_tokens // segment_tokens)} or more, and a window of as many"
                 " segments"
             )
-        bare = self._bare_writer.place(np.zeros(config.digits, np.int64), least_tokens, 0)
-        self._key_tokens = bare.spans.key.stop
-        self._tail_tokens = bare.tokens - bare.spans.question.start
 
     def mix(self, position: Progress) -> dict[str, float]:
         """There is one source."""
@@ -186,25 +181,34 @@ class PasskeyReader:
     def _compose(self, random: np.random.Generator, segments: int, stage: _Stage) -> Passkey:
         """A text that ends in the last of so many segments; the question may reach back into the one before."""
         size = self.segment_tokens
+        worded = self._choose_wording(random, segments * size)
+        own_tokens = worded.key_tokens + worded.tail_tokens
         kind, inside = random.random(), random.random() < QUESTION_INSIDE or not stage.grown
-        beside = kind >= BEFORE_END and self._key_tokens + self._tail_tokens < size
-        least = 1 + (self._key_tokens + self._tail_tokens if beside else self._tail_tokens if inside else 0)
+        beside = kind >= BEFORE_END and own_tokens < size
+        least = 1 + (own_tokens if beside else worded.tail_tokens if inside else 0)
         last_tokens = int(random.integers(min(least, size), size + 1))
-        length = max((segments - 1) * size + last_tokens, self._bare_writer.min_tokens)
-        writer = self._choose_writer(random, length)
+        length = max((segments - 1) * size + last_tokens, own_tokens)
+        writer = self._choose_writer(random, worded, length)
         filler = length - writer.min_tokens
         if beside:
-            reach = last_tokens - self._tail_tokens - self._key_tokens
+            reach = last_tokens - own_tokens
         else:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
         return writer.place(self._draw_key(random, stage.few_digits), length, before)
 
-    def _choose_writer(self, random: np.random.Generator, length: int) -> PasskeyWriter:
+    def _choose_wording(self, random: np.random.Generator, most_tokens: int) -> PasskeyWriter:
+        """Of the wording, or of words drawn for this text alone, if they fit."""
+        if not self.config.varied_wording or random.random() < 0.5:
+            return self._writer
+        drawn = PasskeyWriter(ByteTokenizer(), _draw_wording(random, self._writer.text.filler), self.config.digits)
+        return drawn if drawn.key_tokens + drawn.tail_tokens <= most_tokens else self._writer
+
+    def _choose_writer(self, random: np.random.Generator, worded: PasskeyWriter, length: int) -> PasskeyWriter:
         """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
-        bare = random.random() < 0.5 or length < self._writer.min_tokens
-        writer = self._bare_writer if bare else self._writer
+        bare = random.random() < 0.5 or length < worded.min_tokens
+        writer = worded.without_intro() if bare else worded
         if not self.config.varied_filler:
             return writer
         count = random.integers(SENTENCES_DRAWN[0], SENTENCES_DRAWN[1] + 1)
@@ -236,5 +240,21 @@ class PasskeyReader:
 
 def _draw_nonsense(random: np.random.Generator) -> str:
     """Words in any order, so that more neighbours are seen than those of the sentences."""
-    words = random.choice(WORDS, random.integers(WORDS_DRAWN[0], WORDS_DRAWN[1] + 1))
-    return f"{' '.join(map(str, words)).capitalize()}."
+    return f"{_draw_words(random, *WORDS_DRAWN).capitalize()}."
+
+
+def _draw_words(random: np.random.Generator, least: int, most: int) -> str:
+    return " ".join(map(str, random.choice(WORDS, random.integers(least, most + 1))))
+
+
+def _draw_wording(random: np.random.Generator, filler: tuple[str, ...]) -> PasskeyText:
+    """Other words around key and question, so that digits are remembered whatever is said of them.
+
+    In half of them the question ends in the words that stood before the key, as in those of the tests.
+    """
+    before, after, between = _draw_words(random, 1, 6), _draw_words(random, 0, 3), _draw_words(random, 0, 3)
+    key = f"{before} {{key}} {after}".strip().capitalize() + "."
+    key = f"{key} {f'{between} {{key}} {_draw_words(random, 0, 5)}'.strip().capitalize()}."
+    asked = before if random.random() < 0.5 else _draw_words(random, 1, 6)
+    question = f"{_draw_words(random, 3, 7).capitalize()}? {asked.capitalize()}"
+    return PasskeyText("drawn", " ".join(_draw_nonsense(random) for _ in range(2)), filler, key, question)
