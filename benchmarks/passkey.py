@@ -52,8 +52,10 @@ def collect(run: Path) -> None:
         "name": config.name,
         "update": getattr(attention, "update", None),
         "overlap_tokens": getattr(attention, "overlap_tokens", 0),
+        "conv_tokens": getattr(attention, "conv_tokens", 0),
         "pressure": None if passkey is None else passkey.pressure,
         "varied_filler": None if passkey is None else passkey.varied_filler,
+        "varied_wording": None if passkey is None else passkey.varied_wording,
         "seed": config.seed,
         "window_tokens": config.train.window_tokens,
         "steps": config.train.total_steps,
@@ -88,11 +90,12 @@ def format_tables(found: list[dict[str, Any]]) -> str:
     """Runs, then tests: right answers by length, over all positions of the key."""
     about = {(kept["run"]["name"], kept["run"]["seed"]): kept["run"] for kept in found}
     runs = [
-        "| run | seed | update | overlap | pressure | texts up to | steps | median step | kept at |",
-        "|---" * 9 + "|",
+        "| run | seed | update | overlap | convolution | pressure | texts up to | steps | median step | kept at |",
+        "|---" * 10 + "|",
     ]
     runs += [
-        f"| {name} | {seed} | {run['update']} | {run['overlap_tokens']} | {run['pressure']:g} |"
+        f"| {name} | {seed} | {run['update']} | {run['overlap_tokens']} | {run.get('conv_tokens', 0)} |"
+        f" {run['pressure']:g} |"
         f" {run['window_tokens']:,} | {run['steps']:,} | {1000 * run['median_step_s']:.0f} ms | {run['commit']} |"
         for (name, seed), run in sorted(about.items())
     ]

@@ -80,6 +80,42 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
     assert nonsense > 4, "and words of these sentences in any order"
 
 
+def test_varied_wording_says_other_words_around_the_key_in_half_of_the_texts():
+    config, byte = dataclasses.replace(GROWING, varied_wording=True), ByteTokenizer()
+    owns, keys, repeats = [], set(), 0
+    for step in range(10):
+        batch, _ = reader(config).next(Progress(step, 12.0, 0.1))
+        for row in range(4):
+            for start, stop in texts(batch, row):
+                text = byte.decode(batch.labels_BT[row, start:stop])
+                body, key = text[:-5], text[-5:]
+                assert key.isdigit() and re.findall(r"\d+", body) == [key, key]
+                weights = batch.loss_weights_BT[row, start:stop]
+                second = start + body.rindex(key)
+                assert np.isclose(batch.loss_weights_BT[row, second : second + 5], config.key_weight / 5).all()
+                assert weights[-6:].sum() == pytest.approx(config.answer_weight)
+                owns.append(text.endswith("What is the pass key? The pass key is " + key))
+                if not owns[-1]:
+                    asked = body.strip().rpartition("? ")[2]
+                    keys.add(asked)
+                    repeats += f"{asked} {key}" in body
+                    assert not any(part in text for words in WORDINGS.values() for part in words.key.split("{key}"))
+    assert 0.3 < sum(owns) / len(owns) < 0.7, "of those the others are drawn"
+    assert len(keys) > 0.9 * owns.count(False), "anew for each text"
+    assert 0.25 < repeats / owns.count(False) < 0.75, "some ask in the words that stood before the key"
+
+
+def test_drawn_words_that_do_not_fit_give_way_to_the_wording():
+    tight = dataclasses.replace(GROWING, varied_wording=True, min_segments=1)
+    least = len(
+        " The pass key is 12345. Remember it. 12345 is the pass key. What is the pass key? The pass key is 12345"
+    )
+    small = PasskeyReader(tight, 2, least, least, 5, slice(None))
+    found = [ByteTokenizer().decode(small.next(Progress(step, 1.0, 1.0))[0].labels_BT[0]) for step in range(40)]
+    own = [text.strip().startswith("The pass key is") for text in found]
+    assert 0.5 < sum(own) / len(own) < 1, "drawn ones that are short enough stay"
+
+
 @pytest.mark.parametrize(("few_digits", "two"), [(False, 0.0135), (True, 0.18)])
 def test_keys_of_few_digits_repeat_them(few_digits, two):
     keys = []
