@@ -81,6 +81,18 @@ WORDINGS = {
             "To open the vault, dial {key}. Do not forget: {key} opens the vault.",
             "Which number opens the vault? To open the vault, dial",
         ),
+        PasskeyText(  # no question mark, and the question's last words are not those before the key
+            "parcel",
+            "Dear customer, thank you for writing to us. Somewhere below you are told a number. We need it.",
+            (
+                "Lorries are loaded at four.",
+                "Cardboard keeps dry under plastic.",
+                "Drivers drink tea, then leave.",
+                "All day phones ring.",
+            ),
+            "Please note that your parcel was given {key} as its number; say {key} when you fetch it.",
+            "Now please tell us how your parcel can be found. Its number was",
+        ),
     )
 }
 
