@@ -90,7 +90,7 @@ WORDINGS = {
                 "Drivers drink tea, then leave.",
                 "All day phones ring.",
             ),
-            "Please note that your parcel was given {key} as its number; say {key} when you fetch it.",
+            "Take note that your parcel was given {key} as its number; say {key} when you fetch it.",
             "Now please tell us how your parcel can be found. Its number was",
         ),
     )
