@@ -33,7 +33,12 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 def train_foreign(path: Path, text: str = PROSE, **options: object) -> None:
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text] * 3), model_writer=file, vocab_size=140, minloglevel=2, **options
+            sentence_iterator=iter([text] * 3),
+            model_writer=file,
+            vocab_size=140,
+            character_coverage=1.0,
+            minloglevel=2,
+            **options,
         )
 
 
