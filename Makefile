@@ -46,8 +46,8 @@ test-slow: install ## the tests that take long
 test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get install slurm-wlm slurmdbd mariadb-server-core munge shellcheck)
 	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m slurm tests/launch
 
-test-layouts: install ## every parallel layout against one process, up to 8 processes
-	$(BIN)/python -m pytest -q -m 'layouts or not slow' tests/selftest/test_layouts.py tests/train/test_relayout.py
+test-layouts: install ## the parallel layouts that make test leaves out, against one process, up to 8 processes
+	$(BIN)/python -m pytest -q -n 2 -m layouts tests/selftest/test_layouts.py tests/train/test_relayout.py
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .

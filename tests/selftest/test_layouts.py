@@ -1,6 +1,6 @@
 """Every layout against one process, in real processes: `infini-train selftest` itself, a test for each case.
 
-A few cases run always. The whole table: `make test-layouts`.
+A few cases run always. The rest of the table: `make test-layouts`.
 """
 
 import fcntl
