@@ -47,7 +47,7 @@ test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get 
 	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m slurm tests/launch
 
 test-layouts: install ## the parallel layouts that make test leaves out, against one process, up to 8 processes
-	$(BIN)/python -m pytest -q -n 2 -m layouts tests/selftest/test_layouts.py tests/train/test_relayout.py
+	$(BIN)/python -m pytest -q -m layouts tests/selftest/test_layouts.py tests/train/test_relayout.py
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .

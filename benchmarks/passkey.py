@@ -90,18 +90,27 @@ def format_tables(found: list[dict[str, Any]]) -> str:
     """Runs, then tests: right answers by length, over all positions of the key."""
     about = {(kept["run"]["name"], kept["run"]["seed"]): kept["run"] for kept in found}
     runs = [
-        "| run | seed | update | overlap | convolution | pressure | texts up to | steps | median step | kept at |",
-        "|---" * 10 + "|",
+        "| run | seed | update | overlap | convolution | pressure | words | texts up to | steps | median step |"
+        " kept at |",
+        "|---" * 11 + "|",
     ]
     runs += [
         f"| {name} | {seed} | {run['update']} | {run['overlap_tokens']} | {run.get('conv_tokens', 0)} |"
-        f" {run['pressure']:g} |"
+        f" {run['pressure']:g} | {'drawn too' if run.get('varied_wording') else 'one wording'} |"
         f" {run['window_tokens']:,} | {run['steps']:,} | {1000 * run['median_step_s']:.0f} ms | {run['commit']} |"
         for (name, seed), run in sorted(about.items())
     ]
     lengths = sorted({length["length_tokens"] for kept in found for length in kept["test"]["lengths"]})
     names = [format_length(length) for length in lengths]
-    head = ["run", "seed", "filler", "key's phases", *names, f"up to {format_length(POOLED_TOKENS)}", "worst cell"]
+    head = [
+        "run",
+        "seed",
+        "wording, its filler",
+        "key's phases",
+        *names,
+        f"up to {format_length(POOLED_TOKENS)}",
+        "worst cell",
+    ]
     tests = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(_test_row(kept, lengths) for kept in found)]
     return "\n".join([*runs, "", *tests])
 

@@ -23,9 +23,9 @@ class PasskeyConfig:
     They begin short, grow once they are learned, and come under pressure when they have grown.
     """
 
-    wording: str = "paper"  # of text and question
+    wording: str = "paper"  # of intro, key and question
     varied_filler: bool = False  # sentences that no wording has, drawn anew for each text, in place of the wording's
-    varied_wording: bool = False  # half of the texts have intro, key sentences and question of words in any order
+    varied_wording: bool = False  # half of the texts have words in any order there, if they fit, drawn anew for each
     digits: int = 5  # of the number
     few_digits_below_loss: FiniteFloat | None = None  # once the loss is below, numbers repeat digits; null: never
     min_segments: int = 3  # of the shortest texts

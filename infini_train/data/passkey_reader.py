@@ -28,7 +28,9 @@ from infini_train.data.tokenizer import ByteTokenizer
 ANYWHERE, AT_START, BEFORE_END = 0.5, 0.65, 0.85
 START_LOSS, MEMORY = 10.0, 0.9  # of the running mean of the loss
 GROWTH = 1.05, 0.1  # a step: segments times this, and this many more
-QUESTION_INSIDE = 0.8  # share of the grown texts whose question is not cut by a segment's edge; before, all
+# Share of the grown texts whose question is not cut by a segment's edge; before, all. A drawn question that is longer
+# than a segment ends at an edge instead.
+QUESTION_INSIDE = 0.8
 SENTENCES_DRAWN = 2, 8  # of which a varied filler consists
 WORDS_DRAWN = 2, 9  # of a sentence without sense
 NONSENSE = 0.5  # share of such sentences: the others are so few that a model knows them all by heart
@@ -181,14 +183,14 @@ class PasskeyReader:
     def _compose(self, random: np.random.Generator, segments: int, stage: _Stage) -> Passkey:
         """A text that ends in the last of so many segments; the question may reach back into the one before."""
         size = self.segment_tokens
-        worded = self._choose_wording(random, segments * size)
+        worded = self._choose_words(random, segments * size)
         own_tokens = worded.key_tokens + worded.tail_tokens
         kind, inside = random.random(), random.random() < QUESTION_INSIDE or not stage.grown
         beside = kind >= BEFORE_END and own_tokens < size
         least = 1 + (own_tokens if beside else worded.tail_tokens if inside else 0)
         last_tokens = int(random.integers(min(least, size), size + 1))
         length = max((segments - 1) * size + last_tokens, own_tokens)
-        writer = self._choose_writer(random, worded, length)
+        writer = self._vary(random, worded, length)
         filler = length - writer.min_tokens
         if beside:
             reach = last_tokens - own_tokens
@@ -198,15 +200,15 @@ class PasskeyReader:
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
         return writer.place(self._draw_key(random, stage.few_digits), length, before)
 
-    def _choose_wording(self, random: np.random.Generator, most_tokens: int) -> PasskeyWriter:
-        """Of the wording, or of words drawn for this text alone, if they fit."""
+    def _choose_words(self, random: np.random.Generator, most_tokens: int) -> PasskeyWriter:
+        """A writer of the wording, or of words drawn for this text alone, if they fit."""
         if not self.config.varied_wording or random.random() < 0.5:
             return self._writer
         drawn = PasskeyWriter(ByteTokenizer(), _draw_wording(random, self._writer.text.filler), self.config.digits)
         return drawn if drawn.key_tokens + drawn.tail_tokens <= most_tokens else self._writer
 
-    def _choose_writer(self, random: np.random.Generator, worded: PasskeyWriter, length: int) -> PasskeyWriter:
-        """The writer of one text: half of the texts go without an intro, and all that are too short for it."""
+    def _vary(self, random: np.random.Generator, worded: PasskeyWriter, length: int) -> PasskeyWriter:
+        """With filler of this text alone; half of the texts go without an intro, and all that are too short for it."""
         bare = random.random() < 0.5 or length < worded.min_tokens
         writer = worded.without_intro() if bare else worded
         if not self.config.varied_filler:
@@ -250,7 +252,7 @@ def _draw_words(random: np.random.Generator, least: int, most: int) -> str:
 def _draw_wording(random: np.random.Generator, filler: tuple[str, ...]) -> PasskeyText:
     """Other words around key and question, so that digits are remembered whatever is said of them.
 
-    In half of them the question ends in the words that stood before the key, as in those of the tests.
+    In half of them the question ends in the words that stood before the key, as in the paper's.
     """
     before, after, between = _draw_words(random, 1, 6), _draw_words(random, 0, 3), _draw_words(random, 0, 3)
     key = f"{before} {{key}} {after}".strip().capitalize() + "."

@@ -98,8 +98,11 @@ def open_source(config: RunConfig) -> Source:
             identity = f"{name} {texts}"
             if texts is data.needles:  # a version, for when they are made another way; the tokenizer may move
                 identity = f"needles 2 {dataclasses.replace(data.needles, tokenizer=None)} {tokenizer.sha256}"
-            if texts is data.recall and not data.recall.joined:  # told apart here, so that earlier runs go on
+            # Told apart here, so that earlier runs go on.
+            if texts is data.recall and not data.recall.joined:
                 identity += ", two tokens a pair"
+            if texts is data.passkey:
+                identity = identity.replace("varied_wording=False, ", "")
             return Source(f"data.{name}", vocab_size, identity, tokenizer.sha256, special_ids, None, tokenizer)
     seed = config.seed if data.order_seed is None else data.order_seed
     corpus = Corpus(_open_parts(data), seed, data.curriculum)

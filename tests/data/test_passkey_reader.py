@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from infini_train.config.data import PasskeyConfig
+from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
 from infini_train.data.passkey_reader import PasskeyReader, Progress
-from infini_train.data.passkey_wordings import SENTENCES, WORDINGS
+from infini_train.data.passkey_wordings import SENTENCES, WORDINGS, WORDS
+from infini_train.data.source import open_source
 from infini_train.data.tokenizer import ByteTokenizer
 
 SEGMENT, WINDOW = 128, 128 * 12
@@ -80,29 +82,50 @@ def test_varied_filler_is_drawn_for_each_text_from_sentences_of_no_test():
     assert nonsense > 4, "and words of these sentences in any order"
 
 
-def test_varied_wording_says_other_words_around_the_key_in_half_of_the_texts():
-    config, byte = dataclasses.replace(GROWING, varied_wording=True), ByteTokenizer()
-    owns, keys, repeats = [], set(), 0
+@pytest.mark.parametrize(("digits", "varied_filler"), [(5, False), (8, True)])
+def test_varied_wording_says_other_words_around_the_key_in_half_of_the_texts(digits, varied_filler):
+    config = dataclasses.replace(GROWING, varied_wording=True, varied_filler=varied_filler, digits=digits)
+    byte, paper, drawn, owns = ByteTokenizer(), WORDINGS["paper"], [], 0
     for step in range(10):
         batch, _ = reader(config).next(Progress(step, 12.0, 0.1))
         for row in range(4):
             for start, stop in texts(batch, row):
                 text = byte.decode(batch.labels_BT[row, start:stop])
-                body, key = text[:-5], text[-5:]
-                assert key.isdigit() and re.findall(r"\d+", body) == [key, key]
-                weights = batch.loss_weights_BT[row, start:stop]
-                second = start + body.rindex(key)
-                assert np.isclose(batch.loss_weights_BT[row, second : second + 5], config.key_weight / 5).all()
-                assert weights[-6:].sum() == pytest.approx(config.answer_weight)
-                owns.append(text.endswith("What is the pass key? The pass key is " + key))
-                if not owns[-1]:
-                    asked = body.strip().rpartition("? ")[2]
-                    keys.add(asked)
-                    repeats += f"{asked} {key}" in body
-                    assert not any(part in text for words in WORDINGS.values() for part in words.key.split("{key}"))
-    assert 0.3 < sum(owns) / len(owns) < 0.7, "of those the others are drawn"
-    assert len(keys) > 0.9 * owns.count(False), "anew for each text"
-    assert 0.25 < repeats / owns.count(False) < 0.75, "some ask in the words that stood before the key"
+                body, key = text[:-digits], text[-digits:]
+                assert re.findall(r"\d+", text) == [key] * 3
+                second, weights = start + body.rindex(key), batch.loss_weights_BT[row]
+                assert weights[second : second + digits].sum() == pytest.approx(config.key_weight)
+                assert weights[stop - digits - 1 : stop].sum() == pytest.approx(config.answer_weight)
+                if text.endswith(f"{paper.question} {key}"):
+                    owns += 1
+                else:
+                    drawn.append((body.strip(), key))
+                    assert not any(part in text for part in (paper.intro, paper.question, *paper.key.split("{key}")))
+    assert 0.3 < owns / (owns + len(drawn)) < 0.7
+    asked = [body.rpartition("? ") for body, _ in drawn]
+    questions = [re.split("[.?]", before)[-1] for before, _, _ in asked]
+    assert len(set(questions)) > 0.9 * len(drawn), "anew for each text"
+    assert {word.lower() for question in questions for word in question.split()[-2:]} <= set(WORDS)
+    repeats = sum(f"{words} {key}" in body for (body, key), (_, _, words) in zip(drawn, asked, strict=True))
+    assert 0.25 < repeats / len(drawn) < 0.75, "some ask in the words that stood before the key"
+    begun = [not body.startswith((paper.filler[0], "The pass")) for body, _ in drawn]
+    assert varied_filler or 0.1 < sum(begun) / len(drawn) < 0.9, "some begin with an intro, of drawn words too"
+
+
+def test_drawn_texts_lie_on_any_segments():
+    """Key and question may be longer than a segment, or stand in one together; nothing runs over its place."""
+    for segment, segments in ((32, 10), (64, 4), (256, 2)):
+        config = dataclasses.replace(GROWING, varied_wording=True, min_segments=segments)
+        small = PasskeyReader(config, 2, segment * segments, segment, 5, slice(None))
+        ends = set()
+        for step in range(60):
+            batch, _ = small.next(Progress(step, float(segments), 0.1))
+            for row in range(2):
+                length = int((batch.weights_BT[row] > 0).sum())
+                text = ByteTokenizer().decode(batch.labels_BT[row, :length])
+                assert len(re.findall(r"\d{5}", text)) == 3
+                ends.add(length % segment)
+        assert len(ends) > 10
 
 
 def test_drawn_words_that_do_not_fit_give_way_to_the_wording():
@@ -203,3 +226,14 @@ def test_a_rank_reads_its_rows_of_the_same_batch():
         assert np.array_equal(getattr(part, name), getattr(whole, name)[2:4])
     assert after == Progress(34, 12.0, 0.1) and reader().parse(after.to_json()) == after
     assert not np.array_equal(whole.tokens_BT, reader().next(after)[0].tokens_BT)
+
+
+def test_a_run_of_before_varied_wording_goes_on():
+    """What its checkpoints say of the data."""
+    identity = open_source(load_run("passkey_delta")).identity
+    assert identity == (
+        "passkey PasskeyConfig(wording='paper', varied_filler=True, digits=5, few_digits_below_loss=0.25,"
+        " min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0, key_weight=0.5, pressure=8192.0,"
+        " pressure_share=0.5)"
+    )
+    assert "varied_wording=True" in open_source(load_run("passkey")).identity

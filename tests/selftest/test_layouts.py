@@ -65,13 +65,16 @@ def row_of(
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
                 names = [other.name for other in selected if other.processes == case.processes]
+                file.write_text("[]", encoding="utf-8")  # so that a launch that fails is not tried again for each case
                 file.write_text(json.dumps(launch(case.processes, names)), encoding="utf-8")
-        return next(row for row in json.loads(file.read_text(encoding="utf-8")) if row["case"] == case.name)
+        rows = {row["case"]: row for row in json.loads(file.read_text(encoding="utf-8"))}
+        assert case.name in rows, "the launch with this case has failed; see the first test that failed"
+        return rows[case.name]
 
     return find
 
 
-@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.timeout(TIMEOUT_S + 100)  # more than the launch has, so that what it said is shown
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name, marks=[] if case.name in FAST else pytest.mark.layouts) for case in CASES],
