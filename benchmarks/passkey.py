@@ -68,7 +68,8 @@ def collect(run: Path) -> None:
     for path in sorted(run.glob("eval/passkey-*/results.json")):  # of tests that have ended
         found = json.loads(path.read_text(encoding="utf-8"))
         kept = {"run": about, "test": {name: value for name, value in found.items() if name not in DROPPED}}
-        name = f"{re.sub('[^a-z0-9]+', '_', config.name.lower())}-{config.seed}-{found['wording']}-{found['seed']}"
+        words = [re.sub("[^a-z0-9]+", "_", part) for part in config.name.lower().split(", ")]
+        name = f"{'--'.join(words)}-{config.seed}-{found['wording']}-{found['seed']}"
         FILES.mkdir(parents=True, exist_ok=True)
         file = FILES / f"{name}.json"
         known = json.loads(file.read_text(encoding="utf-8"))["test"] if file.exists() else None
