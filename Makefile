@@ -43,7 +43,7 @@ test: install ## the test suite
 test-slow: install ## the tests that take long
 	$(BIN)/python -m pytest -q -m 'slow and not slurm'
 
-test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get install slurm-wlm slurmdbd mariadb-server-core munge shellcheck)
+test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get install slurm-wlm slurmdbd mariadb-server-core mariadb-client-core munge shellcheck)
 	$(BIN)/python -m pytest -q -n 4 --dist worksteal -m slurm tests/launch
 
 test-layouts: install ## the parallel layouts that make test leaves out, against one process, up to 8 processes

@@ -42,7 +42,8 @@ def run_cluster(tmp_path_factory: pytest.TempPathFactory, more: tuple[str, ...] 
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [program for program in (*PROGRAMS, *more) if shutil.which(program, path=path) is None]
     if missing:
-        message = f"{', '.join(missing)} not found: apt-get install slurm-wlm slurmdbd mariadb-server-core munge"
+        packages = "slurm-wlm slurmdbd mariadb-server-core mariadb-client-core munge"
+        message = f"{', '.join(missing)} not found: apt-get install {packages}"
         assert REQUIRED not in os.environ, message
         pytest.skip(message)
     home = tmp_path_factory.mktemp("slurm")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare")
-ACCOUNTING = ("mariadbd", "mariadb-install-db", "slurmdbd")
+ACCOUNTING = ("mariadbd", "mariadb-install-db", "my_print_defaults", "slurmdbd")
 NODES, CORES, GPUS = 4, 96, 8
 NAMESPACES = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child"]
 UNPRIVILEGED = [*NAMESPACES[:1], "--user", "--map-current-user", "--keep-caps", *NAMESPACES[1:]]
