@@ -144,7 +144,7 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
         asked_BT[row, :length] = torch.from_numpy(text.loss_weights > 0)
         weights_BT[row, :length] = torch.from_numpy(text.write_weights)
     with torch.no_grad():
-        hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, weights_BT, None), None)
+        hidden_TBD, _ = model.decode(tokens_BT, model.make_grids(starts_BT, weights_BT, None), None)
         said_BT = model.logits(hidden_TBD).argmax(-1).t()
     return {"asked": int(asked_BT.sum()), "right": int(((said_BT == labels_BT) & asked_BT).sum())}
 

@@ -210,8 +210,8 @@ def describe(run_dir: Path) -> dict[str, Any]:
     model, window = trained.model, trained.config.train.window_tokens
     tokens_BT = torch.randint(0, model.config.vocab_size, (1, window))
     with torch.no_grad():
-        grid = model.make_grid(torch.zeros(1, window, dtype=torch.bool), torch.ones(1, window), None)
-        kept = model.between_windows(model.decode(tokens_BT, grid, None)[1])
+        grid = model.make_grids(torch.zeros(1, window, dtype=torch.bool), torch.ones(1, window), None)
+        kept = model.carry_over(model.decode(tokens_BT, grid, None)[1])
     return {
         "parameters": count_parameters(model.config),
         "memory_numbers": memory_numbers(model.config),

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from infini_train.config import run
+from infini_train.config.attention import KINDS, AttentionVariant
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
@@ -95,7 +96,8 @@ def read_sections() -> list[Section]:
         section = Section(title, " ".join((schema.__doc__ or "").split()), [])
         for field in dataclasses.fields(schema):
             path, kind = prefix + field.name, types[field.name]
-            variants = [v for v in (kind, *get_args(kind)) if isinstance(v, type) and dataclasses.is_dataclass(v)]
+            kinds = KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind))
+            variants = [v for v in kinds if isinstance(v, type) and dataclasses.is_dataclass(v)]
             items = "[]" if get_origin(kind) is tuple else ""
             for variant in variants:
                 suffix = f", kind: {variant.kind}" if len(variants) > 1 else ""

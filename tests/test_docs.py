@@ -21,7 +21,8 @@ import pytest
 
 from data_tools.options import build_parser as build_data_parser
 from infini_train import cli
-from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS
+from infini_train.checkpoint.compat import resumable_fields, same_weight_fields
+from infini_train.config.attention import KINDS, AttentionVariant
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
 from infini_train.train.optim import gate_warning
@@ -245,7 +246,7 @@ def config_fields() -> set[str]:
     def visit(section: type, prefix: str) -> None:
         for field, kind in get_type_hints(section).items():
             found.add(prefix + field)
-            for variant in (kind, *get_args(kind)):  # the variants of model.attention share its prefix
+            for variant in KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind)):  # share a prefix
                 if dataclasses.is_dataclass(variant) and isinstance(variant, type):
                     visit(variant, f"{prefix}{field}.")
 
@@ -294,7 +295,7 @@ def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| Field \| Why .*\n.*\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
     found = [dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", table, flags=re.MULTILINE)) for table in tables]
-    assert found == [dict(RESUMABLE), dict(SAME_WEIGHTS)]
+    assert found == [resumable_fields(), same_weight_fields()]
 
 
 def test_the_gate_warning_is_that_of_the_code() -> None:

@@ -4,16 +4,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from infini_train.config.attention import KINDS
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree, validate
 
 Tree = Mapping[str, Any]
 ATTENTION = "model.attention"
 KIND = f"{ATTENTION}.kind"
-CONVOLUTION = f"{ATTENTION}.conv_tokens"
 
-# path (a section: all of its fields) -> why a resumed run may change it
-RESUMABLE: Mapping[str, str] = {
+# path (a section: all of its fields) -> why a resumed run may change it; attention variants add theirs (`initial`)
+_RESUMABLE: Mapping[str, str] = {
     "name": "names the run only",
     "run_dir": "names the run's folder only",
     "guard": "judges the steps from here on",
@@ -32,25 +32,24 @@ RESUMABLE: Mapping[str, str] = {
     "train.micro_batch_lanes": "sums are taken in another order: equal up to rounding",
     "train.activation_checkpointing": "trades memory for time; the numbers are the same",
     "train.init_from": "read only when a run starts anew",
-    "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
-    "model.attention.conv_std": "for initial values; the checkpoint's weights are used",
     "model.init_std": "for initial values; the checkpoint's weights are used",
 }
 
-# paths below model -> why a model with the same weights may differ in them
-SAME_WEIGHTS: Mapping[str, str] = {
+# paths below model -> why a model with the same weights may differ in them; variants add theirs (`same_weights`)
+_SAME_WEIGHTS: Mapping[str, str] = {
     KIND: "all kinds share their weights; gates, convolutions and memory tokens begin with their initial values",
-    "model.attention.update": "both update rules share all weights",
-    "model.attention.features": "both features share all weights",
-    "model.attention.gate_init": "an initial value; the checkpoint's gates are used",
-    "model.attention.conv_std": "for initial values; the checkpoint's weights are used",
-    "model.attention.overlap_tokens": "local attention has the same weights whatever it sees",
-    "model.attention.cache_tokens": "the same weights whatever they see",
-    "model.attention.stored_tokens": "the same weights whatever they see",
-    "model.attention.top_k": "the same weights whatever they see",
-    "model.attention.segment_tokens": "local attention has the same weights whatever it sees",
     "model.init_std": "for initial values; the checkpoint's weights are used",
 }
+
+
+def resumable_fields() -> dict[str, str]:
+    """Path of a field or section -> why a resumed run may change it."""
+    return {**_RESUMABLE, **_of_variants("initial")}
+
+
+def same_weight_fields() -> dict[str, str]:
+    """Path of a field -> why a model with the same weights may differ in it."""
+    return {**_SAME_WEIGHTS, **_of_variants("same_weights"), **_of_variants("initial")}
 
 
 def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
@@ -60,8 +59,9 @@ def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
         ConfigError: names the first field that a resumed run can't change, its two values, and what to do.
     """
     notes: list[str] = []
+    table = resumable_fields()
     for path, old, new in _differences(saved_tree, new_tree):
-        reason = _lookup(RESUMABLE, path)
+        reason = _lookup(table, path)
         if reason is None:
             raise ConfigError(
                 f"{path}: is {_show(new)} here and {_show(old)} in the checkpoint, and a resumed run can't change it;"
@@ -93,13 +93,19 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
     """
     differences = _differences(saved_tree, new_tree)
     is_other_kind = any(path == KIND for path, *_ in differences)
+    table = same_weight_fields()
+    adding = {f"{ATTENTION}.{field}" for variant in KINDS.values() for field in variant.adds_parameters}
     for path, old, new in differences:
-        if path == CONVOLUTION and old in (0, _ABSENT):
-            continue  # begins with zeros
-        if is_other_kind and path != CONVOLUTION and path.startswith(f"{ATTENTION}."):
+        if path in adding and not (old and old is not _ABSENT):
+            continue  # begins with values that change nothing
+        if is_other_kind and path not in adding and path.startswith(f"{ATTENTION}."):
             continue  # what one kind has of its own is no difference in what both have
-        if path.startswith("model.") and _lookup(SAME_WEIGHTS, path) is None:
+        if path.startswith("model.") and _lookup(table, path) is None:
             raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")
+
+
+def _of_variants(table: str) -> dict[str, str]:
+    return {f"{ATTENTION}.{field}": why for variant in KINDS.values() for field, why in getattr(variant, table).items()}
 
 
 def _lookup(table: Mapping[str, str], path: str) -> str | None:

@@ -43,10 +43,9 @@ class Checkpoint:
         """The `model.attention.kind` of its config; None where that can't be told."""
         return self.config.get("model", {}).get("attention", {}).get("kind")
 
-    @property
-    def conv_tokens(self) -> int:
-        """The `model.attention.conv_tokens` of its config; 0 where there are none."""
-        return int(self.config.get("model", {}).get("attention", {}).get("conv_tokens", 0))
+    def attention_field(self, name: str) -> Any:
+        """A field of `model.attention` of its config; None where it is not set, or was not known yet."""
+        return self.config.get("model", {}).get("attention", {}).get(name)
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Global names of the tensors of this kind, in the order of writing."""

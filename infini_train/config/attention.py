@@ -1,12 +1,128 @@
-"""`model.attention`: the variants of attention, each with its own fields."""
+"""`model.attention`: the variants of attention. A class here says all of its variant that needs no tensors.
 
+That is: the fields, what they have to satisfy, which layouts the variant allows, what an export loses, what a resumed
+or continued run may change, and the arithmetic of parameters, memory and FLOPs. Its tensors are those of its
+`SequenceMixer` (model/variants.py names both).
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 
 import pydantic
 from pydantic import FiniteFloat
 
-from infini_train.config.errors import require
+from infini_train.config.errors import ConfigError, require
+from infini_train.config.parallel import ParallelConfig
+
+INITIAL = "an initial value; the checkpoint's weights are used"
+ANY_VIEW = "the same weights whatever they see"
+
+
+class LayerShape(NamedTuple):
+    """The sizes that all variants of one model share."""
+
+    hidden_size: int
+    num_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def token_numbers(self) -> int:
+        """Numbers in a token's keys and values."""
+        return (self.key_dim + self.value_dim) * self.kv_heads
+
+
+class TokenFlops(NamedTuple):
+    """Floating-point operations of a token's forward pass, by purpose."""
+
+    matrices: float = 0.0  # projections, feed-forward, head
+    attention: float = 0.0  # local: causal, so half of the square is useful
+    memory_read: float = 0.0  # Eq. 7
+    memory_write: float = 0.0  # Eq. 8
+    delta: float = 0.0  # what Eq. 9 adds; its chain of D x D products is spread over the segment
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def plus(self, other: "TokenFlops") -> "TokenFlops":
+        """The sums, purpose by purpose."""
+        return TokenFlops(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionVariant:
+    """What the rest of the program asks of a variant of attention. The defaults suit one that adds nothing.
+
+    A model's layers need not be alike: `at` gives the variant of each, and every other question is one about a layer,
+    unless it says otherwise.
+    """
+
+    kind: str
+
+    has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
+    # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
+    same_weights: ClassVar[Mapping[str, str]] = {}
+    initial: ClassVar[Mapping[str, str]] = {}
+    # Fields that give a model parameters of their own. A trained model may gain them, and can't lose them.
+    adds_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def segment_tokens(self) -> int | None:
+        """Tokens in a segment, a field of most variants; None for one endless segment."""
+        return None
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens before its segment that local attention sees as well."""
+        return 0
+
+    def at(self, layer: int, num_layers: int) -> "AttentionVariant":
+        """The variant of a layer, counted from 0."""
+        return self
+
+    def check_model(self, num_layers: int) -> None:
+        """Raises ConfigError if the fields don't fit the model."""
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Raises ConfigError if the variant can't be divided in this way; the message says why."""
+
+    def check_export(self) -> str | None:
+        """What a plain Llama-like model with these weights computes instead, or None if it computes the same.
+
+        Raises:
+            ConfigError: the weights alone are another model.
+        """
+        return None
+
+    def extra_parameters(self, shape: LayerShape) -> int:
+        """Parameters of a layer beside the projections."""
+        return 0
+
+    def stack_parameters(self, shape: LayerShape) -> int:
+        """Parameters of the whole model that lie outside its layers."""
+        return 0
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """Numbers that a layer remembers of a sequence, as the paper's Table 2 counts them."""
+        return 0
+
+    @property
+    def passes(self) -> float:
+        """Places that run through the layers, for each token."""
+        return 1.0
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """Useful operations of a layer's forward pass, per token, beside its weight matrices."""
+        seen = window_tokens if self.segment_tokens is None else self.segment_tokens
+        return TokenFlops(attention=_attention_flops(shape, seen))
+
+
+def _attention_flops(shape: LayerShape, seen_tokens: float) -> float:
+    """Of causal attention: 2 FLOPs x half of the square."""
+    return shape.num_heads * seen_tokens * (shape.key_dim + shape.value_dim)
 
 
 def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int = 0) -> None:
@@ -19,8 +135,16 @@ def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int 
     )
 
 
+def _refuse_context(parallel: ParallelConfig, kind: str, carried: str) -> None:
+    require(
+        parallel.context_size == 1,
+        "parallel.context_size",
+        f"{carried} of model.attention.kind {kind} does not cross ranks; use infini or local, or context_size 1",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class InfiniConfig:
+class InfiniConfig(AttentionVariant):
     """Segment-local attention plus a compressive memory (arXiv 2404.07143)."""
 
     kind: Literal["infini"] = "infini"  # chooses this attention
@@ -29,50 +153,138 @@ class InfiniConfig:
     features: Literal["elu", "sharp"] = "elu"  # of keys and queries in the memory: the paper's sigma, or a sharper one
     gate_init: FiniteFloat = 0.0  # beta at the start; sigmoid(beta) is the share of the memory
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
-    conv_tokens: int = 0  # queries and keys also take in so many tokens before theirs (0: the paper's form)
+    conv_tokens: int = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
     conv_std: FiniteFloat | None = None  # of those weights at first; null: 1/sqrt(conv_tokens), in a trained model 0
+
+    has_gates: ClassVar[bool] = True
+    same_weights: ClassVar[Mapping[str, str]] = {
+        "update": "both update rules share all weights",
+        "features": "both features share all weights",
+        "overlap_tokens": ANY_VIEW,
+        "segment_tokens": ANY_VIEW,
+    }
+    initial: ClassVar[Mapping[str, str]] = {"gate_init": INITIAL, "conv_std": INITIAL}
+    adds_parameters: ClassVar[tuple[str, ...]] = ("conv_tokens",)
 
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
         _check_segment(self.segment_tokens, "conv_tokens", self.conv_tokens)
         require(self.conv_std is None or self.conv_std >= 0, "model.attention.conv_std", "must be at least 0, or null")
 
+    @property
+    def seen_tokens(self) -> int:
+        return self.overlap_tokens
+
+    def check_export(self) -> str | None:
+        """See `AttentionVariant.check_export`."""
+        if self.conv_tokens:
+            raise ConfigError(
+                f"model.attention.conv_tokens: {self.conv_tokens}: queries and keys are made of several tokens, which"
+                " no model type there does; its weights alone are another model"
+            )
+        return "has no memory: it attends to the whole text, not to segments, and the gates are left out"
+
+    def extra_parameters(self, shape: LayerShape) -> int:
+        """The gates, and a convolution's weights."""
+        return shape.num_heads + self.conv_tokens * shape.hidden_size
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """d_k (d_v + 1) for each key-value head: M and z."""
+        return shape.key_dim * (shape.value_dim + 1) * shape.kv_heads
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """Local attention, and the memory's reads and writes."""
+        key, value = shape.key_dim, shape.value_dim
+        delta = 2 * shape.kv_heads * key * key * (1 + value / self.segment_tokens)
+        return TokenFlops(
+            attention=_attention_flops(shape, self.segment_tokens),
+            memory_read=2 * shape.num_heads * key * (value + 1),
+            memory_write=2 * shape.kv_heads * key * (value + 1),
+            delta=delta if self.update == "delta" else 0.0,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class LocalConfig:
+class LocalConfig(AttentionVariant):
     """Causal attention inside the segment only: Infini-attention without its memory."""
 
     kind: Literal["local"] = "local"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment only
     overlap_tokens: int = 0  # and this many last tokens of the previous segment
 
+    same_weights: ClassVar[Mapping[str, str]] = {"overlap_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
+
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
 
+    @property
+    def seen_tokens(self) -> int:
+        return self.overlap_tokens
+
+    def check_export(self) -> str | None:
+        """See `AttentionVariant.check_export`."""
+        return "attends to the whole text, not to segments"
+
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerXLConfig:
+class TransformerXLConfig(AttentionVariant):
     """A baseline: attention inside the segment and to a cache of tokens before it, without gradient into the cache."""
 
     kind: Literal["transformer_xl"] = "transformer_xl"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment
     cache_tokens: int = 256  # and this many last tokens of the previous segment
 
+    same_weights: ClassVar[Mapping[str, str]] = {"cache_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
+
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "cache_tokens", self.cache_tokens, least=1)
 
+    @property
+    def seen_tokens(self) -> int:
+        return self.cache_tokens
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Its cache lies on one rank."""
+        _refuse_context(parallel, self.kind, "the cache")
+
+    def check_export(self) -> str | None:
+        """See `AttentionVariant.check_export`."""
+        return "attends to the whole text, not to a segment and its cache"
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """Keys and values of the cache."""
+        return shape.token_numbers * self.cache_tokens
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """Half of the segment's square, and all of the cache's."""
+        return TokenFlops(attention=_cached_attention_flops(shape, self.segment_tokens, self.cache_tokens))
+
+
+def _cached_attention_flops(shape: LayerShape, segment_tokens: int, cache_tokens: int) -> float:
+    flops = _attention_flops(shape, segment_tokens)
+    if cache_tokens:  # seen whole; its keys and values are projected once more
+        flops += 2 * shape.num_heads * cache_tokens * (shape.key_dim + shape.value_dim)
+        flops += 2 * shape.hidden_size * shape.token_numbers
+    return flops
+
 
 @dataclass(frozen=True, kw_only=True)
-class MemorizingConfig:
+class MemorizingConfig(AttentionVariant):
     """A baseline: Transformer-XL whose one layer also retrieves from stored keys and values (arXiv 2203.08913)."""
 
     kind: Literal["memorizing"] = "memorizing"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment
     cache_tokens: int = 256  # and this many last tokens of the previous segment; 0: none
-    stored_tokens: int = 65_536  # keys and values of so many last tokens are stored, without gradient
-    top_k: int = 32  # a query attends to so many of them, those with the highest scores
-    layer: int | None = None  # the layer that stores and retrieves, the first is 0; null: behind three quarters
+    stored_tokens: int = 65_536  # keys and values of this many last tokens are stored, without gradient
+    top_k: int = 32  # a query attends to this many of them, those with the highest scores
+    layer: int | None = None  # the layer that stores and retrieves, the first is 0; null: after three quarters of them
     gate_init: FiniteFloat = 0.0  # of its gates; sigmoid(gate) is the share of what was retrieved
+
+    has_gates: ClassVar[bool] = True
+    same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("cache_tokens", "stored_tokens", "top_k", "segment_tokens"), ANY_VIEW
+    )
+    initial: ClassVar[Mapping[str, str]] = {"gate_init": INITIAL}
 
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "cache_tokens", self.cache_tokens)
@@ -84,32 +296,130 @@ class MemorizingConfig:
             f"can't be more than stored_tokens ({self.stored_tokens})",
         )
 
+    def retrieval_layer(self, num_layers: int) -> int:
+        """The layer that stores and retrieves, counted from 0."""
+        return 3 * num_layers // 4 if self.layer is None else self.layer
+
+    @property
+    def seen_tokens(self) -> int:
+        return self.cache_tokens
+
+    def at(self, layer: int, num_layers: int) -> AttentionVariant:
+        """All layers but one are Transformer-XL's, or local without a cache."""
+        if layer == self.retrieval_layer(num_layers):
+            return self
+        if not self.cache_tokens:
+            return LocalConfig(segment_tokens=self.segment_tokens)
+        return TransformerXLConfig(segment_tokens=self.segment_tokens, cache_tokens=self.cache_tokens)
+
+    def check_model(self, num_layers: int) -> None:
+        """The chosen layer must be there."""
+        require(
+            0 <= self.retrieval_layer(num_layers) < num_layers,
+            "model.attention.layer",
+            f"{self.layer} is none of the {num_layers} layers; choose one from 0 to {num_layers - 1}",
+        )
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Its store lies on one rank, and its gates in one layer."""
+        _refuse_context(parallel, self.kind, "the store")
+        require(
+            parallel.pipeline_size == 1,
+            "parallel.pipeline_size",
+            "the gates of model.attention.kind memorizing lie in one layer, so the stages' optimizers would not match;"
+            " use parallel.tensor_size or data_size instead, and pipeline_size 1",
+        )
+
+    def check_export(self) -> str | None:
+        """See `AttentionVariant.check_export`."""
+        return "has no store: it attends to the whole text, and the gates are left out"
+
+    def extra_parameters(self, shape: LayerShape) -> int:
+        """The gates."""
+        return shape.num_heads
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """Keys and values of the store and the cache."""
+        return shape.token_numbers * (self.stored_tokens + self.cache_tokens)
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """The cached attention, and the search, which has no backward pass."""
+        found = self.stored_tokens * shape.key_dim / 3 + self.top_k * (shape.key_dim + shape.value_dim)
+        cached = _cached_attention_flops(shape, self.segment_tokens, self.cache_tokens)
+        return TokenFlops(attention=cached + 2 * shape.num_heads * found)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RmtConfig:
+class RmtConfig(AttentionVariant):
     """A baseline: memory tokens that a segment hands to the next one (Recurrent Memory Transformer, 2207.06881)."""
 
     kind: Literal["rmt"] = "rmt"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment, and the memory tokens
-    memory_tokens: int = 10  # read before a segment, and written behind it
+    memory_tokens: int = 10  # read before a segment, and written after it
+
+    same_weights: ClassVar[Mapping[str, str]] = {"segment_tokens": ANY_VIEW}
 
     def __post_init__(self) -> None:
         for name in ("segment_tokens", "memory_tokens"):
             require(getattr(self, name) > 0, f"model.attention.{name}", "must be positive")
 
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """A segment waits for the whole stack's output of the one before."""
+        _refuse_context(parallel, self.kind, "what a segment hands to the next one")
+        require(
+            parallel.pipeline_size == 1,
+            "parallel.pipeline_size",
+            "the first layer of model.attention.kind rmt reads what the last one wrote a segment before, so its stages"
+            " would wait for one another; use parallel.tensor_size or data_size instead, and pipeline_size 1",
+        )
+        require(
+            not parallel.sequence_parallel,
+            "parallel.sequence_parallel",
+            "the memory tokens of model.attention.kind rmt are not divided along the sequence; set it to false",
+        )
+
+    def check_export(self) -> str | None:
+        """See `AttentionVariant.check_export`."""
+        raise ConfigError(
+            "model.attention.kind: rmt reads memory tokens between segments, which no model type there does; its"
+            " weights alone are another model"
+        )
+
+    def stack_parameters(self, shape: LayerShape) -> int:
+        """The memory of a document's first segment."""
+        return shape.hidden_size * self.memory_tokens
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """Keys and values of the memory tokens; of these RMT hands only d_model p on, once for all layers."""
+        return shape.token_numbers * self.memory_tokens
+
+    @property
+    def passes(self) -> float:
+        """Memory tokens run through the layers before and after a segment."""
+        return 1 + 2 * self.memory_tokens / self.segment_tokens
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """Attention over the segment and both copies of the memory tokens."""
+        seen = self.segment_tokens + 2 * self.memory_tokens
+        return TokenFlops(attention=self.passes * _attention_flops(shape, seen))
+
 
 @dataclass(frozen=True, kw_only=True)
-class FullConfig:
+class FullConfig(AttentionVariant):
     """Causal attention over the whole window; its cost grows with the square of the length."""
 
     kind: Literal["full"] = "full"  # chooses this attention
 
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Keys and values of the whole window would have to cross ranks."""
+        require(
+            parallel.context_size == 1,
+            "parallel.context_size",
+            "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
+        )
 
-AttentionConfig = Annotated[
-    InfiniConfig | LocalConfig | TransformerXLConfig | MemorizingConfig | RmtConfig | FullConfig,
-    pydantic.Field(discriminator="kind"),
-]
-KINDS = {
+
+KINDS: dict[str, type[AttentionVariant]] = {
     "infini": InfiniConfig,
     "local": LocalConfig,
     "transformer_xl": TransformerXLConfig,
@@ -117,3 +427,12 @@ KINDS = {
     "rmt": RmtConfig,
     "full": FullConfig,
 }
+
+
+def _choose_by_kind(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+    union: Any = Union[tuple(KINDS.values())]  # noqa: UP007 (of a table, not of names)
+    return handler(Annotated[union, pydantic.Field(discriminator="kind")])
+
+
+# One of KINDS, told apart by `kind`; the table is read when a validator is built.
+AttentionConfig = Annotated[AttentionVariant, pydantic.GetPydanticSchema(_choose_by_kind)]

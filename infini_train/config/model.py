@@ -1,10 +1,11 @@
 """`model`: the sizes of the decoder."""
 
+import math
 from dataclasses import dataclass, field
 
 from pydantic import FiniteFloat
 
-from infini_train.config.attention import AttentionConfig, FullConfig, InfiniConfig, MemorizingConfig
+from infini_train.config.attention import AttentionConfig, AttentionVariant, InfiniConfig, LayerShape
 from infini_train.config.errors import require
 
 
@@ -39,7 +40,7 @@ class ModelConfig:
     num_kv_heads: int | None = None  # key-value heads, each with a memory; a divisor of num_heads; null: num_heads
     head_dim: int | None = None  # of queries and keys; null: hidden_size / num_heads
     value_head_dim: int | None = None  # of values; null: head_dim
-    attention: AttentionConfig = field(default_factory=InfiniConfig)  # one variant for all layers
+    attention: AttentionConfig = field(default_factory=InfiniConfig)  # its variant; some differ from layer to layer
     rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
     rope_scaling: RopeScaling | None = None
     norm_eps: FiniteFloat = 1e-5  # of the RMS norms
@@ -68,12 +69,7 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"model.{name}", "must be positive")
         require(self.init_std is None or self.init_std > 0, "model.init_std", "must be positive, or null")
         require(self.key_dim % 2 == 0, "model.head_dim", f"rotary embedding needs an even size, not {self.key_dim}")
-        layer = self.retrieval_layer
-        require(
-            layer is None or 0 <= layer < self.num_layers,
-            "model.attention.layer",
-            f"{layer} is none of the {self.num_layers} layers; choose one from 0 to {self.num_layers - 1}",
-        )
+        self.attention.check_model(self.num_layers)
 
     @property
     def kv_heads(self) -> int:
@@ -88,25 +84,22 @@ class ModelConfig:
         return self.key_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
-    def retrieval_layer(self) -> int | None:
-        """The layer of a memorizing model that stores and retrieves, counted from 0; None for other variants."""
-        if not isinstance(self.attention, MemorizingConfig):
-            return None
-        return 3 * self.num_layers // 4 if self.attention.layer is None else self.attention.layer
+    def shape(self) -> LayerShape:
+        """The sizes that an attention variant's arithmetic needs."""
+        return LayerShape(self.hidden_size, self.num_heads, self.kv_heads, self.key_dim, self.value_dim)
+
+    @property
+    def layers(self) -> tuple[AttentionVariant, ...]:
+        """The attention variant of each layer."""
+        return tuple(self.attention.at(layer, self.num_layers) for layer in range(self.num_layers))
 
     @property
     def gate_layers(self) -> tuple[int, ...]:
         """The layers whose heads have gates, counted from 0."""
-        if isinstance(self.attention, InfiniConfig):
-            return tuple(range(self.num_layers))
-        return () if self.retrieval_layer is None else (self.retrieval_layer,)
-
-    @property
-    def conv_tokens(self) -> int:
-        """Tokens before its own that a query or key takes in."""
-        return self.attention.conv_tokens if isinstance(self.attention, InfiniConfig) else 0
+        return tuple(number for number, attention in enumerate(self.layers) if attention.has_gates)
 
     @property
     def segment_tokens(self) -> int | None:
-        """Tokens a segment, or None for a variant without segments."""
-        return None if isinstance(self.attention, FullConfig) else self.attention.segment_tokens
+        """Tokens in a segment, whose edges a window must keep; None if no layer has segments."""
+        sizes = {size for attention in self.layers if (size := attention.segment_tokens) is not None}
+        return math.lcm(*sizes) if sizes else None

@@ -68,7 +68,7 @@ class RunConfig:
 def _check_model_layout(run: RunConfig) -> None:
     """Whether the model can be divided as `parallel` asks; whatever could not work is refused here, by name."""
     model, parallel = run.model, run.parallel
-    tensor, pipeline, context = parallel.tensor_size, parallel.pipeline_size, parallel.context_size
+    tensor, pipeline = parallel.tensor_size, parallel.pipeline_size
     for name in ("num_heads", "ffn_size", "vocab_size"):
         value = getattr(model, name)
         lower, upper = value // tensor * tensor, -(-value // tensor) * tensor
@@ -94,41 +94,8 @@ def _check_model_layout(run: RunConfig) -> None:
         "model.tied_embeddings",
         "embedding and head lie on different stages with parallel.pipeline_size above 1; set it to false",
     )
-    require(
-        context == 1 or model.segment_tokens is not None,
-        "parallel.context_size",
-        "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
-    )
-    _check_baseline_layout(model, parallel)
-
-
-def _check_baseline_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """What the baselines can't be divided over."""
-    kind = model.attention.kind
-    carried = {"transformer_xl": "the cache", "memorizing": "the store", "rmt": "what a segment hands to the next one"}
-    require(
-        parallel.context_size == 1 or kind not in carried,
-        "parallel.context_size",
-        f"{carried.get(kind)} of model.attention.kind {kind} does not cross ranks; use infini or"
-        " local, or context_size 1",
-    )
-    require(
-        parallel.pipeline_size == 1 or kind != "rmt",
-        "parallel.pipeline_size",
-        "the first layer of model.attention.kind rmt reads what the last one wrote a segment before, so its stages"
-        " would wait for one another; use parallel.tensor_size or data_size instead, and pipeline_size 1",
-    )
-    require(
-        parallel.pipeline_size == 1 or kind != "memorizing",
-        "parallel.pipeline_size",
-        "the gates of model.attention.kind memorizing lie in one layer, so the stages' optimizers would not match;"
-        " use parallel.tensor_size or data_size instead, and pipeline_size 1",
-    )
-    require(
-        not parallel.sequence_parallel or kind != "rmt",
-        "parallel.sequence_parallel",
-        "the memory tokens of model.attention.kind rmt are not divided along the sequence; set it to false",
-    )
+    for attention in dict.fromkeys((model.attention, *model.layers)):
+        attention.check_layout(parallel)
 
 
 def _check_batch_layout(run: RunConfig) -> None:

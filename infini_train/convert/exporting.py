@@ -11,7 +11,6 @@ import torch
 from infini_train.checkpoint.index import DTYPES
 from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.sync import check_new, write_synced
-from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
@@ -20,14 +19,6 @@ from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, name_dtype, new_
 from infini_train.convert.importing import TOKENIZER_CONFIG
 from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.tokenizer import find_tokenizer
-
-LOSSES = {  # kind of attention -> what the other side computes instead
-    "full": None,
-    "local": "attends to the whole text, not to segments",
-    "infini": "has no memory: it attends to the whole text, not to segments, and the gates are left out",
-    "transformer_xl": "attends to the whole text, not to a segment and its cache",
-    "memorizing": "has no store: it attends to the whole text, and the gates are left out",
-}
 
 
 class Exported(NamedTuple):
@@ -62,16 +53,7 @@ def export_checkpoint(
     check_new(folder)
     config = validate(checkpoint.config)
     model = config.model
-    if model.attention.kind not in LOSSES:
-        raise ConfigError(
-            f"model.attention.kind: {model.attention.kind} reads memory tokens between segments, which no model type"
-            " there does; its weights alone are another model"
-        )
-    if model.conv_tokens:
-        raise ConfigError(
-            f"model.attention.conv_tokens: {model.conv_tokens}: queries and keys are made of several tokens, which no"
-            " model type there does; its weights alone are another model"
-        )
+    loss = model.attention.check_export()
     table = list_weights(model)
     stored = {entry.name: DTYPES[entry.dtype] for entry in checkpoint.index.fragments if entry.kind == "master"}
     used = dtype or stored[next(iter(table))]
@@ -90,7 +72,6 @@ def export_checkpoint(
         write_weights(aside, weights(), sizes, max_file_bytes)
         note = _copy_tokenizer(checkpoint, aside, described)
         write_synced(aside / CONFIG, json.dumps(described, indent=2) + "\n")
-    loss = LOSSES[model.attention.kind]
     notes = [f"the weights are those of attention {model.attention.kind}; the model there {loss}"] * bool(loss)
     return Exported(model, used, total, (*notes, *([note] if note else [])))
 
@@ -102,9 +83,9 @@ def _describe(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     if original is not None:
         return {name: value for name, value in original.items() if name != "dtype"}
     attention = config.model.attention
-    sees = getattr(attention, "overlap_tokens", 0) or getattr(attention, "cache_tokens", 0)
-    segment = config.model.segment_tokens
-    return {**described, "max_position_embeddings": config.train.window_tokens if segment is None else segment + sees}
+    segment = attention.segment_tokens
+    positions = config.train.window_tokens if segment is None else segment + attention.seen_tokens
+    return {**described, "max_position_embeddings": positions}
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, Any]) -> str | None:

@@ -185,7 +185,7 @@ def _score(model: Transformer, cuts: Sequence[_Cut], state: ModelState | None) -
             starts_BT[lane, columns.start] = True
             tokens_BT[lane, columns.start] = cut.text.dataset.manifest.bos_id
     here = device.current()
-    grid = model.make_grid(torch.from_numpy(starts_BT), torch.from_numpy(weights_BT), state).to(here)
+    grid = model.make_grids(torch.from_numpy(starts_BT), torch.from_numpy(weights_BT), state).to(here)
     loss_BT, state = model(torch.from_numpy(tokens_BT).to(here), grid, state, torch.from_numpy(labels_BT).to(here))
     return loss_BT.double().cpu().numpy(), state
 

@@ -45,9 +45,9 @@ def feed(
         chunk_BT = torch.tensor([tokens[begin : begin + chunk_tokens]])
         starts_BT = torch.zeros(chunk_BT.shape, dtype=torch.bool)
         starts_BT[0, 0] = first and begin == 0
-        grid = model.make_grid(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
+        grid = model.make_grids(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
         if begin + chunk_tokens < len(tokens):
-            state = model.remember(chunk_BT.to(device.current()), grid, state)
+            state = model.prefill(chunk_BT.to(device.current()), grid, state)
     hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
     return model.logits(hidden_TBD[-1:])[0, 0], state
 

@@ -97,7 +97,7 @@ def advance(
 @torch.no_grad()
 def remember(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
     """The state alone, as `advance` leaves it, for tokens that predict nothing."""
-    return model.remember(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state), state)
+    return model.prefill(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state), state)
 
 
 def _make_grid(
@@ -107,7 +107,7 @@ def _make_grid(
     starts_BT[:, 0] = state is None
     if weights_BT is None:
         weights_BT = torch.ones(tokens_BT.shape)
-    return model.make_grid(starts_BT, weights_BT, state).to(device.current())
+    return model.make_grids(starts_BT, weights_BT, state).to(device.current())
 
 
 def score_tails(model: Transformer, tails: Sequence[Tail], counts: Sequence[int], *, lanes: int) -> list[Score]:

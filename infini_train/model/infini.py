@@ -1,28 +1,27 @@
 """Infini-attention as a layer: shared projections, a gate a head, and the compressive memory as its state."""
 
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from infini_train.config.attention import InfiniConfig
-from infini_train.config.model import ModelConfig
 from infini_train.model.layers import sum_gradient_over_tensor_ranks
-from infini_train.model.mixer import Projections, SequenceMixer, detach, head_parameter, rope_of
+from infini_train.model.mixer import LayerSpec, SequenceMixer, head_gates
+from infini_train.model.parameters import Initial, declare
 from infini_train.ops.attention import InfiniState, infini_attention, write_memory
 from infini_train.ops.convolution import convolve
 from infini_train.ops.grid import Grid, Recent, no_recent
-from infini_train.ops.memory import Form, Memory, Ranks, empty_memory
+from infini_train.ops.memory import Form, Memory, empty_memory
+from infini_train.ops.state import Stored
 
 
 class ConvolvedState(NamedTuple):
     """An `InfiniState`, and the last J layer inputs (normed) that the convolution needs, zeros for other documents."""
 
-    memory: Memory
-    recent: Recent
-    before_BJD: Tensor
+    memory: Annotated[Memory, Stored("memory")]
+    recent: Annotated[Recent, Stored("recent")]
+    before_BJD: Annotated[Tensor, Stored("before_BJD", "lanes tokens hidden")]
 
 
 LayerState = InfiniState | ConvolvedState
@@ -31,29 +30,30 @@ LayerState = InfiniState | ConvolvedState
 class InfiniAttention(SequenceMixer):
     """Local attention and compressive memory, mixed by sigmoid(gate) (arXiv 2404.07143)."""
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
-        super().__init__()
-        assert isinstance(config.attention, InfiniConfig)
-        self.segment_tokens: int | None = config.attention.segment_tokens
-        self.overlap_tokens = config.attention.overlap_tokens
-        self.form = Form(config.attention.update, config.attention.features)
-        self.rope = rope_of(config)
-        self.ranks = ranks
-        self.projections = Projections(config, parallel)
-        local_heads = self.projections.linear_q.output_size_per_partition // config.key_dim
-        self.gate = head_parameter(local_heads, parallel.params_dtype)  # the paper's beta
-        set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
+    figures: ClassVar[tuple[str, ...]] = ("norm", "normaliser", "written_tokens")
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        attention, dtype = spec.attention, spec.parallel.params_dtype
+        assert isinstance(attention, InfiniConfig)
+        self.form = Form(attention.update, attention.features)
+        self.gate = head_gates(spec.model, spec.parallel, attention.gate_init)  # the paper's beta
         self.conv: nn.Parameter | None = None
-        self.conv_shape = (config.conv_tokens, config.hidden_size)  # ZeRO-3 empties the parameter
-        if config.conv_tokens:
-            self.conv = nn.Parameter(torch.empty(self.conv_shape, dtype=parallel.params_dtype))
+        self.conv_shape = (attention.conv_tokens, spec.model.hidden_size)  # ZeRO-3 empties the parameter
+        if attention.conv_tokens:
+            self.conv = nn.Parameter(torch.empty(self.conv_shape, dtype=dtype))
+            # Zeros change no query or key of a trained model.
+            chosen = attention.conv_std
+            std, added = (attention.conv_tokens**-0.5, 0.0) if chosen is None else (chosen, chosen)
+            initial = Initial(std=std, follows_config=False, std_if_added=added)
+            declare(self.conv, initial, field="conv_tokens")
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
 
     def initial_state(self, lanes: int, like: Tensor) -> LayerState:
         """An empty memory, and nothing seen yet."""
         shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
         memory = empty_memory(*shape, value_dim, like)
-        recent = no_recent(shape, value_dim, self.overlap_tokens, like)
+        recent = no_recent(shape, value_dim, self.layout.overlap_tokens, like)
         if self.conv is None:
             return InfiniState(memory, recent)
         return ConvolvedState(memory, recent, like.new_zeros(lanes, *self.conv_shape))
@@ -75,8 +75,8 @@ class InfiniAttention(SequenceMixer):
         )
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 
-    def remember(self, hidden_TBD: Tensor, state: LayerState | None, grid: Grid) -> LayerState:
-        """See `SequenceMixer.remember`: keys and values only, no attention. ZeRO-3 gathers for `forward` alone."""
+    def prefill(self, hidden_TBD: Tensor, state: LayerState | None, grid: Grid) -> LayerState:
+        """See `SequenceMixer.prefill`: keys and values only, no attention. ZeRO-3 gathers for `forward` alone."""
         entered_TBD = self.projections.enter(hidden_TBD)
         near_TBD, before_BJD = self._look_back(entered_TBD, state, grid)
         k_BKTD, v_BKTE = self.projections.keys(near_TBD), self.projections.values(entered_TBD)
@@ -90,9 +90,14 @@ class InfiniAttention(SequenceMixer):
         before_BJD = state.before_BJD if isinstance(state, ConvolvedState) else None
         return convolve(x_TBD, self.conv, before_BJD, grid, self.ranks)
 
-    def between_windows(self, state: LayerState) -> LayerState:
-        """The memory, the open segment, the overlap, and the convolution's last tokens."""
-        return detach(state)
+    def measure(self, state: LayerState) -> tuple[float, ...]:
+        """Mean norms of M and z over lanes and heads, and the mean of the tokens written since documents began."""
+        memory = state.memory
+        return (
+            memory.memory_BKDE.float().norm(dim=(-2, -1)).mean().item(),
+            memory.normaliser_BKD.float().norm(dim=-1).mean().item(),
+            memory.written_B.float().mean().item(),
+        )
 
 
 def _without_convolution(state: LayerState | None) -> InfiniState | None:

@@ -22,6 +22,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from infini_train.model.parameters import Initial, constant, declare
+
+EMBEDDING = Initial(std=0.02)
+MATRIX = Initial()
+INTO_RESIDUAL = Initial(into_residual=True)
+
 
 def parallel_config(dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False) -> ModelParallelConfig:
     """megatron-core's layer settings: parameters on the default device, filled by `init.initialise`, not by it.
@@ -57,7 +63,7 @@ def enter_parallel(hidden_TBD: Tensor, parallel: ModelParallelConfig) -> Tensor:
 
 
 def column_linear(
-    inputs: int, outputs: int, parallel: ModelParallelConfig, *, bias: bool = False
+    inputs: int, outputs: int, parallel: ModelParallelConfig, *, bias: bool = False, initial: Initial = MATRIX
 ) -> ColumnParallelLinear:
     """A linear layer whose outputs are divided over the tensor-parallel ranks; its input went `enter_parallel`."""
     linear = ColumnParallelLinear(
@@ -69,6 +75,9 @@ def column_linear(
         disable_grad_reduce=True,
     )
     set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+    declare(linear.weight, initial)
+    if bias:
+        declare(linear.bias, constant(0.0))
     return linear
 
 
@@ -85,6 +94,9 @@ class HeadLinear(nn.Module):
         self.rows = slice(first, first + size)
         self.weight = nn.Parameter(torch.empty(heads * size, inputs, dtype=parallel.params_dtype))
         self.bias = nn.Parameter(torch.empty(heads * size, dtype=parallel.params_dtype)) if bias else None
+        declare(self.weight, MATRIX)
+        if self.bias is not None:
+            declare(self.bias, constant(0.0))
         for parameter in self.parameters():
             sum_gradient_over_tensor_ranks(parameter)
 
@@ -112,7 +124,7 @@ def sum_gradient_over_tensor_ranks(parameter: nn.Parameter) -> None:
 
 
 def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowParallelLinear:
-    """A linear layer whose inputs are divided over the tensor-parallel ranks; its outputs are summed."""
+    """A linear layer into the residual stream: inputs divided over the tensor-parallel ranks, outputs summed."""
     linear = RowParallelLinear(
         inputs,
         outputs,
@@ -123,6 +135,7 @@ def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowP
         skip_bias_add=False,
     )
     set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+    declare(linear.weight, INTO_RESIDUAL)
     return linear
 
 
@@ -135,6 +148,7 @@ class Embedding(VocabParallelEmbedding):
             vocab_size, hidden_size, init_method=_no_init, reduce_scatter_embeddings=scatter, config=parallel
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        declare(self.weight, EMBEDDING)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """hidden_TBD."""
@@ -155,6 +169,7 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float, dtype: torch.dtype, *, divided: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        declare(self.weight, constant(1.0))
         self.eps = eps
         if divided:
             sum_gradient_over_tensor_ranks(self.weight)

@@ -1,16 +1,12 @@
 """Memorizing Transformers (arXiv 2203.08913) as a layer: Transformer-XL attention, and retrieval from a store."""
 
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from infini_train.config.attention import MemorizingConfig
-from infini_train.config.model import ModelConfig
 from infini_train.model.local import TransformerXLAttention
-from infini_train.model.mixer import detach, head_parameter
+from infini_train.model.mixer import LayerSpec, head_gates
 from infini_train.ops.attention import fold_queries, mix_by_gate, unfold_queries
 from infini_train.ops.grid import Grid, no_recent
-from infini_train.ops.memory import Ranks
 from infini_train.ops.retrieval import MemorizingState, empty_store, retrieve
 
 
@@ -22,19 +18,18 @@ class MemorizingAttention(TransformerXLAttention):
     one training window stores is seen by its own later segments already.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None) -> None:
-        super().__init__(config, parallel, ranks)
-        assert isinstance(config.attention, MemorizingConfig)
-        self.stored_tokens, self.top_k = config.attention.stored_tokens, config.attention.top_k
-        local_heads = self.projections.linear_q.output_size_per_partition // config.key_dim
-        self.gate = head_parameter(local_heads, parallel.params_dtype)
-        set_tensor_model_parallel_attributes(self.gate, True, 0, 1)
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        attention = spec.attention
+        assert isinstance(attention, MemorizingConfig)
+        self.stored_tokens, self.top_k = attention.stored_tokens, attention.top_k
+        self.gate = head_gates(spec.model, spec.parallel, attention.gate_init)
 
     def initial_state(self, lanes: int, like: Tensor) -> MemorizingState:
         """An empty store, and nothing seen yet."""
         shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
         store = empty_store(lanes, shape[1], (shape[2], value_dim), self.stored_tokens, like)
-        return MemorizingState(store, no_recent(shape, value_dim, self.overlap_tokens, like))
+        return MemorizingState(store, no_recent(shape, value_dim, self.layout.overlap_tokens, like))
 
     def forward(self, hidden_TBD: Tensor, state: MemorizingState | None, grid: Grid) -> tuple[Tensor, MemorizingState]:
         """See `SequenceMixer.forward`."""
@@ -44,7 +39,3 @@ class MemorizingAttention(TransformerXLAttention):
         found = retrieve(q_BHTD, k_BKTD, v_BKTE, state, grid, self.top_k)
         mixed_BSHQE = mix_by_gate(fold_queries(local_BHTE, grid), found.memory_BSHQE, self.gate, found.visible_BSQ)
         return self.projections.join(unfold_queries(mixed_BSHQE, grid)), MemorizingState(found.store, recent)
-
-    def between_windows(self, state: MemorizingState) -> MemorizingState:
-        """The store, the open segment and the cache."""
-        return detach(state)

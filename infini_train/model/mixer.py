@@ -7,25 +7,49 @@ Legend: T tokens, B lanes, D hidden size, H query heads, K key-value heads (of t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from infini_train.config.attention import AttentionVariant
 from infini_train.config.model import ModelConfig
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
-from infini_train.ops.grid import Grid
+from infini_train.model.parameters import constant, declare
+from infini_train.ops.grid import Grid, Layout
+from infini_train.ops.memory import Ranks
 from infini_train.ops.rope import Rope
 
-State = Any  # a NamedTuple of tensors; each variant has its own
+State = Any  # a NamedTuple that declares its fields (ops.state); each variant has its own
+Layers = Callable[[Tensor, Grid, Any], tuple[Tensor, tuple[Any, ...]]]  # (hidden_TBD, grid, states) -> the same after
 
 
 def detach(state: State) -> State:
     """The same values cut from the graph: gradients end at the window's edge."""
     return pytree.tree_map_only(Tensor, Tensor.detach, state)
+
+
+class StackMemory(nn.Module, ABC):
+    """A module around all layers, for a memory that the whole stack writes. It needs a grid that all layers share."""
+
+    @abstractmethod
+    def forward(
+        self, layers: Layers, norm: nn.Module, hidden_TBD: Tensor, grid: Grid, state: tuple[State, ...] | None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Runs a call through the layers.
+
+        Args:
+            layers: the stack.
+            norm: its final norm.
+            hidden_TBD: embedded tokens.
+            grid: of the call.
+            state: of all layers; None before the first token.
+        """
 
 
 def rope_of(config: ModelConfig) -> Rope:
@@ -34,15 +58,38 @@ def rope_of(config: ModelConfig) -> Rope:
     return Rope(config.rope_theta) if scaling is None else Rope(config.rope_theta, **asdict(scaling))
 
 
-class SequenceMixer(nn.Module, ABC):
-    """What a decoder layer asks of its attention variant."""
+class LayerSpec(NamedTuple):
+    """All that the attention of a layer is built from.
 
-    segment_tokens: int | None  # None: one endless segment
-    overlap_tokens: int
+    `attention` is the variant of this layer (the first is 0), `parallel` megatron-core's layer settings, `ranks` how a
+    state crosses the ranks that hold one window (None on one rank).
+    """
+
+    model: ModelConfig
+    attention: AttentionVariant
+    parallel: ModelParallelConfig
+    ranks: Ranks | None = None
+    layer: int = 0
+
+
+class SequenceMixer(nn.Module, ABC):
+    """Attention along time in one layer: what a decoder layer asks of its variant."""
+
+    # Figures of a state that are watched in training; `measure` gives their values.
+    figures: ClassVar[tuple[str, ...]] = ()
+    crosses_ranks: ClassVar[bool] = True  # whether a window may lie on several context-parallel ranks
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        assert spec.ranks is None or self.crosses_ranks, f"{type(self).__name__}: a window must lie on one rank"
+        self.layout = Layout(spec.attention.segment_tokens, spec.attention.seen_tokens)
+        self.ranks = spec.ranks
+        self.rope = rope_of(spec.model)
+        self.projections = Projections(spec.model, spec.parallel)
 
     @abstractmethod
     def initial_state(self, lanes: int, like: Tensor) -> State | None:
-        """The state before the first token, in the shapes that `between_windows` keeps; None if nothing travels.
+        """The state before the first token, in the shapes that `carry_over` keeps; None if nothing is carried.
 
         `like` gives the device, and the dtype of activations.
         """
@@ -51,13 +98,22 @@ class SequenceMixer(nn.Module, ABC):
     def forward(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> tuple[Tensor, State]:
         """Mixes along time; pure in the state. None is the state before the first token."""
 
-    def remember(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
-        """The state that `forward` leaves, for whoever needs no output: of a prompt's last layer, say."""
+    def prefill(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
+        """The state that `forward` leaves, for whoever needs no output, such as a prompt's last layer."""
         return self(hidden_TBD, state, grid)[1]
 
-    @abstractmethod
-    def between_windows(self, state: State) -> State | None:
-        """What travels from one training window to the next, detached; of bounded size."""
+    def carry_over(self, state: State) -> State | None:
+        """What is carried from one training window to the next, detached and of bounded size."""
+        return detach(state)
+
+    def measure(self, state: State) -> tuple[float, ...]:
+        """The values of `figures` for a state."""
+        return ()
+
+    @classmethod
+    def around_stack(cls, config: ModelConfig, parallel: ModelParallelConfig) -> StackMemory | None:
+        """A module that runs all layers segment by segment, for a variant that needs their output in between."""
+        return None
 
 
 class Projections(nn.Module):
@@ -121,6 +177,10 @@ class Projections(nn.Module):
         return self.linear_o(out_BHTE.permute(2, 0, 1, 3).flatten(2).contiguous())[0]
 
 
-def head_parameter(heads: int, dtype: torch.dtype) -> nn.Parameter:
-    """A number per query head, divided over the tensor-parallel ranks like the heads."""
-    return nn.Parameter(torch.empty(heads, dtype=dtype))
+def head_gates(config: ModelConfig, parallel: ModelParallelConfig, initial: float) -> nn.Parameter:
+    """A gate per query head, before its sigmoid; divided over the tensor-parallel ranks like the heads."""
+    local_heads = config.num_heads // parallel.tensor_model_parallel_size
+    gates = nn.Parameter(torch.empty(local_heads, dtype=parallel.params_dtype))
+    set_tensor_model_parallel_attributes(gates, True, 0, 1)
+    declare(gates, constant(initial), is_gate=True, field="kind")
+    return gates

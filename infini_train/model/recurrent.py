@@ -1,6 +1,6 @@
 """The Recurrent Memory Transformer (arXiv 2207.06881, section 3): memory tokens that a segment hands to the next one.
 
-A segment is read as [memory, its tokens, memory]; what the whole stack makes of the memory behind it is the memory of
+A segment is read as [memory, its tokens, memory]; what the whole stack makes of the memory after it is the memory of
 the next segment. So segments run one after the other through all layers, and the loop stands around the stack, not in a
 layer (docs/decisions/2026-11-25-recurrent-memory-around-the-stack.md). The layers are those of `local`, on the longer
 segment.
@@ -9,8 +9,7 @@ Legend: T tokens, B lanes, D hidden size, M memory tokens, t tokens of a segment
 segment so far: memory, tokens, memory; Q those of them that are computed in this call.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 
 from infini_train.config.attention import RmtConfig
 from infini_train.config.model import ModelConfig
+from infini_train.model.layers import EMBEDDING
 from infini_train.model.local import LocalAttention
+from infini_train.model.mixer import Layers, LayerSpec, StackMemory
+from infini_train.model.parameters import declare
 from infini_train.ops.grid import Grid, Recent
-from infini_train.ops.memory import Ranks
-
-Layers = Callable[[Tensor, Grid, Any], tuple[Tensor, tuple[Recent, ...]]]
+from infini_train.ops.state import Stored
 
 
 class RmtState(NamedTuple):
@@ -34,41 +34,49 @@ class RmtState(NamedTuple):
     included; its marks are those of the tokens alone.
     """
 
-    memory_BMD: Tensor
-    written_B: Tensor
-    recent: Recent
+    memory_BMD: Annotated[Tensor, Stored("memory_BMD", "lanes memory_tokens hidden")]
+    written_B: Annotated[Tensor, Stored("written_B", "lanes")]
+    recent: Annotated[Recent, Stored("recent")]
 
 
-class MemoryTokens(nn.Module):
-    """The learned memory of a document's first segment."""
+class MemoryTokens(StackMemory):
+    """The learned memory of a document's first segment, and the loop over segments."""
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()
         assert isinstance(config.attention, RmtConfig)
         shape = (config.attention.memory_tokens, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=parallel.params_dtype))
+        declare(self.weight, EMBEDDING, field="kind")
 
-    def forward(self, lanes: int) -> Tensor:
-        """(M, B, D)."""
-        return self.weight[:, None].expand(-1, lanes, -1)
+    def forward(
+        self, layers: Layers, norm: nn.Module, hidden_TBD: Tensor, grid: Grid, state: tuple[Any, ...] | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """See `StackMemory.forward`."""
+        first_MBD = self.weight[:, None].expand(-1, hidden_TBD.shape[1], -1)
+        return decode_segments(layers, norm, first_MBD, hidden_TBD, grid, state)
 
 
 class RmtAttention(LocalAttention):
     """Attention of one layer inside [memory, tokens, memory]; the first layer's state holds the memory, too."""
 
-    def __init__(
-        self, config: ModelConfig, parallel: ModelParallelConfig, ranks: Ranks | None = None, *, is_first: bool = True
-    ) -> None:
-        assert isinstance(config.attention, RmtConfig)
-        assert ranks is None, "a segment would have to wait for the rank before"
-        super().__init__(config, parallel)
-        self.memory_shape = (config.attention.memory_tokens, config.hidden_size)
-        self.is_first = is_first
+    crosses_ranks: ClassVar[bool] = False  # a segment would have to wait for the rank before
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        assert isinstance(spec.attention, RmtConfig)
+        self.memory_shape = (spec.attention.memory_tokens, spec.model.hidden_size)
+        self.is_first = spec.layer == 0
+
+    @classmethod
+    def around_stack(cls, config: ModelConfig, parallel: ModelParallelConfig) -> StackMemory:
+        """The memory tokens."""
+        return MemoryTokens(config, parallel)
 
     def initial_state(self, lanes: int, like: Tensor) -> Any:
         """Nothing seen yet."""
         recent = super().initial_state(lanes, like)
-        if not self.is_first or recent is None:
+        if not self.is_first:
             return recent
         return RmtState(like.new_zeros(lanes, *self.memory_shape), recent.weight_BR.new_zeros(lanes), recent)
 
@@ -80,7 +88,7 @@ def decode_segments(
 
     Args:
         layers: (hidden_TBD, grid, states) -> (hidden_TBD, states): the stack.
-        norm: its final norm, behind which the memory is taken, or it would grow from segment to segment.
+        norm: its final norm, after which the memory is taken, or it would grow from segment to segment.
         first_MBD: the memory of a document that has none yet.
         hidden_TBD: embedded tokens.
         grid: of the call, segments alone.
@@ -100,7 +108,7 @@ def decode_segments(
             recents, goes_on_B = None, grid.reads_BSQ[:, segment, 0]
             memory_MBD, written_B = _choose(goes_on_B, memory_MBD, first_MBD), written_B * goes_on_B
         sees_BtJ = _sees_tokens(grid, segment, stop - begin)
-        same_B = sees_BtJ[:, -1, 0]  # no document began behind the segment's first token
+        same_B = sees_BtJ[:, -1, 0]  # no document began after the segment's first token
         parts = [memory_MBD] * opens + [hidden_TBD[begin:stop]]
         parts += [_choose(same_B, memory_MBD, first_MBD)] * closes
         mask_BQJ = _mask(sees_BtJ, len(first_MBD), opens, grid.write_BCN[:, segment] > 0 if closes else None)

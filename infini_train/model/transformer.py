@@ -6,7 +6,6 @@ Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infini_train.config.model import ModelConfig
 from infini_train.model.layers import (
+    EMBEDDING,
     Embedding,
     FeedForward,
     Norm,
@@ -26,14 +26,13 @@ from infini_train.model.layers import (
     parallel_config,
 )
 from infini_train.model.mixer import SequenceMixer, State
-from infini_train.model.recurrent import MemoryTokens, decode_segments
 from infini_train.model.stages import Stage
-from infini_train.model.variants import build_mixer
-from infini_train.ops.grid import Grid, make_grid
+from infini_train.model.variants import build_mixer, mixer_class
+from infini_train.ops.grid import Grid, Grids, Layout, make_grid
 from infini_train.ops.memory import Ranks
 
 IGNORED = -100  # label of a position without a target
-ModelState = tuple[State, ...]
+ModelState = tuple[State | None, ...]  # of each layer; None for one that carries nothing
 
 
 class DecoderLayer(nn.Module):
@@ -52,9 +51,9 @@ class DecoderLayer(nn.Module):
         hidden_TBD = hidden_TBD + mixed_TBD
         return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD)), state
 
-    def remember(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
+    def prefill(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
         """The state after the layer, without its output."""
-        return self.attention.remember(self.norm_attention(hidden_TBD), state, grid)
+        return self.attention.prefill(self.norm_attention(hidden_TBD), state, grid)
 
 
 class Transformer(nn.Module):
@@ -84,7 +83,7 @@ class Transformer(nn.Module):
         self.recompute_layers = recompute_layers
         if stage.embeds:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, parallel)
-        self.memory_tokens = MemoryTokens(config, parallel) if config.attention.kind == "rmt" else None
+        self.memory_tokens = mixer_class(config.attention).around_stack(config, parallel)
         numbers = range(stage.first_layer, stage.last_layer)
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks, number) for number in numbers})
         if stage.predicts:
@@ -92,37 +91,45 @@ class Transformer(nn.Module):
             self.head = _head(config, parallel)
 
     def initial_state(self, lanes: int) -> ModelState | None:
-        """The state before the first token of these lanes; None if the variant carries nothing between windows."""
+        """The state before the first token of these lanes; None if no layer carries anything between windows."""
         like = next(self.parameters())
-        state = tuple(mixer.initial_state(lanes, like) for mixer in self._mixers())
-        return None if state[0] is None else state
+        return _whole(tuple(mixer.initial_state(lanes, like) for mixer in self._mixers()))
 
-    def make_grid(
-        self, starts_BT: Tensor, weights_BT: Tensor, state: ModelState | None, shard: tuple[int, int] = (0, 1)
-    ) -> Grid:
-        """The layout of this call, shared by all layers; cheapest with both marks on the host.
+    def make_grids(
+        self,
+        starts_BT: Tensor,
+        weights_BT: Tensor,
+        state: ModelState | None,
+        shard: tuple[int, int] = (0, 1),
+        known: Grids | None = None,
+    ) -> Grids:
+        """This call cut into segments, once for all layers that cut it alike; cheapest with both marks on the host.
 
-        With `shard`, (rank, ranks) of context parallelism, the marks are those of the whole window.
+        With `shard`, (rank, ranks) of context parallelism, the marks are those of the whole window. Those of another
+        stage for the same call are reused if `known`.
         """
-        mixer = self._mixers()[0]
-        recent = None if state is None or state[0] is None else getattr(state[0], "recent", state[0])
-        return make_grid(starts_BT, weights_BT, recent, mixer.segment_tokens, mixer.overlap_tokens, shard)
+        found: dict[Layout, Grid] = {} if known is None else dict(zip(*known, strict=True))
+        for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
+            if mixer.layout not in found:
+                recent = None if layer_state is None else getattr(layer_state, "recent", layer_state)
+                found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, *mixer.layout, shard)
+        return Grids(tuple(found), tuple(found.values()))
 
     def forward(
-        self, inputs: Tensor, grid: Grid, state: ModelState | None, labels_BT: Tensor | None
+        self, inputs: Tensor, grids: Grids, state: ModelState | None, labels_BT: Tensor | None
     ) -> tuple[Tensor, ModelState]:
         """Losses of the tokens of one call; a stage that doesn't predict gives its hidden states instead.
 
         Args:
             inputs: tokens_BT (int64 ids); hidden_TBD of the stage before for one that doesn't embed.
-            grid: of this call, on the parameters' device.
+            grids: of this call, on the parameters' device.
             state: what earlier calls left, or None before the first token.
             labels_BT: int64 targets, `IGNORED` where there is none.
 
         Returns:
             Cross-entropy in nats, loss_BT (fp32, 0 where ignored), and the state after the call.
         """
-        hidden_TBD, state = self.decode(inputs, grid, state)
+        hidden_TBD, state = self.decode(inputs, grids, state)
         if not self.stage.predicts:
             return hidden_TBD, state
         assert labels_BT is not None
@@ -130,36 +137,40 @@ class Transformer(nn.Module):
         loss_TB = vocab_parallel_cross_entropy(self.logits(hidden_TBD), labels_TB.clamp_min(0).contiguous())
         return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), state
 
-    def decode(self, inputs: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
+    def decode(self, inputs: Tensor, grids: Grids, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
         hidden_TBD = self._enter(inputs)
         if self.memory_tokens is None:
-            return self._run_layers(hidden_TBD, grid, state, self._layers())
-        first_MBD = self.memory_tokens(hidden_TBD.shape[1])
-        stack = partial(self._run_layers, layers=self._layers())
-        return decode_segments(stack, self.norm_final, first_MBD, hidden_TBD, grid, state)
+            return self._run_layers(hidden_TBD, grids, state, self._layers())
+        (layout,), (grid,) = grids
 
-    def remember(self, tokens_BT: Tensor, grid: Grid, state: ModelState | None) -> ModelState:
+        def run(hidden_TBD: Tensor, grid: Grid, state: ModelState | None) -> tuple[Tensor, ModelState]:
+            return self._run_layers(hidden_TBD, Grids((layout,), (grid,)), state, self._layers())
+
+        return self.memory_tokens(run, self.norm_final, hidden_TBD, grid, state)
+
+    def prefill(self, tokens_BT: Tensor, grids: Grids, state: ModelState | None) -> ModelState:
         """The state that `decode` leaves after tokens that predict nothing: a prompt is read without its last outputs.
 
         For a whole model. Saves what the last layer would compute for the head: all but the keys and values; nothing
         where the state is made of its outputs.
         """
         if self.memory_tokens is not None:
-            return self.decode(tokens_BT, grid, state)[1]
+            return self.decode(tokens_BT, grids, state)[1]
         *lower, last = self._layers()
         below, last_state = (None, None) if state is None else (state[:-1], state[-1])
-        hidden_TBD, states = self._run_layers(self._enter(tokens_BT), grid, below, lower)
-        return (*states, last.remember(hidden_TBD, last_state, grid))
+        hidden_TBD, states = self._run_layers(self._enter(tokens_BT), grids, below, lower)
+        return (*states, last.prefill(hidden_TBD, last_state, grids.of(last.attention.layout)))
 
     def _enter(self, inputs: Tensor) -> Tensor:
         return self.embedding(inputs) if self.stage.embeds else inputs
 
     def _run_layers(
-        self, hidden_TBD: Tensor, grid: Grid, state: ModelState | None, layers: list[DecoderLayer]
+        self, hidden_TBD: Tensor, grids: Grids, state: ModelState | None, layers: list[DecoderLayer]
     ) -> tuple[Tensor, ModelState]:
         states = []
         for layer, layer_state in zip(layers, state or (None,) * len(layers), strict=True):
+            grid = grids.of(layer.attention.layout)
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden_TBD, layer_state = checkpoint(
                     layer, hidden_TBD, layer_state, grid, use_reentrant=False, preserve_rng_state=False
@@ -175,12 +186,11 @@ class Transformer(nn.Module):
         hidden_TBD = enter_parallel(self.norm_final(hidden_TBD), self.parallel)
         return self.head(hidden_TBD, weight=tied)[0].float()
 
-    def between_windows(self, state: ModelState) -> ModelState | None:
-        """What travels from one window of training to the next, detached; None if the variant carries nothing."""
-        kept = tuple(
-            mixer.between_windows(layer_state) for mixer, layer_state in zip(self._mixers(), state, strict=True)
+    def carry_over(self, state: ModelState) -> ModelState | None:
+        """What is carried from one window of training to the next, detached; None if no layer carries anything."""
+        return _whole(
+            tuple(mixer.carry_over(layer_state) for mixer, layer_state in zip(self._mixers(), state, strict=True))
         )
-        return None if kept[0] is None else kept
 
     def _layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], list(self.layers.values()))
@@ -189,13 +199,17 @@ class Transformer(nn.Module):
         return [layer.attention for layer in self._layers()]
 
 
+def _whole(state: ModelState) -> ModelState | None:
+    return None if all(layer_state is None for layer_state in state) else state
+
+
 def _norm(config: ModelConfig, parallel: ModelParallelConfig) -> Norm:
     return Norm(config.hidden_size, config.norm_eps, parallel.params_dtype, divided=parallel.sequence_parallel)
 
 
 def _head(config: ModelConfig, parallel: ModelParallelConfig) -> ColumnParallelLinear:
     if not config.tied_embeddings:
-        return column_linear(config.hidden_size, config.vocab_size, parallel)
+        return column_linear(config.hidden_size, config.vocab_size, parallel, initial=EMBEDDING)
     return ColumnParallelLinear(  # its weight is the embedding's, handed in at each call
         config.hidden_size,
         config.vocab_size,

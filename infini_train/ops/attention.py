@@ -5,7 +5,7 @@ padded to whole segments, S segments, Q queries a segment, J keys a segment, D k
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from infini_train.ops.grid import Grid, Recent, carry_recent
 from infini_train.ops.memory import PAPER, Form, Memory, Ranks, Scanned, begin_scan, empty_memory, read_memory
 from infini_train.ops.rope import Rope, rotate
+from infini_train.ops.state import Stored
 
 ROPE = Rope()
 
@@ -21,8 +22,8 @@ ROPE = Rope()
 class InfiniState(NamedTuple):
     """All that a layer remembers: the compressive memory, and the open segment's (and overlap's) keys and values."""
 
-    memory: Memory
-    recent: Recent
+    memory: Annotated[Memory, Stored("memory")]
+    recent: Annotated[Recent, Stored("recent")]
 
 
 def local_attention(

@@ -2,7 +2,8 @@
 
 Segment edges lie on a fixed grid of N tokens, whatever the documents do. A call may continue an open segment: the state
 then holds that segment's keys and values ("recent" tokens), preceded by the overlap of the segment before it.
-Everything here follows from document numbers and write weights; it is computed once a forward and shared by all layers.
+Everything here follows from document numbers and write weights; it is computed once a call and shared by all layers
+that cut it alike.
 
 Document numbers are relative: 0 is the document that was being read when the call began, each start mark adds one.
 Carried tokens of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
@@ -15,11 +16,13 @@ touched, C segments closed by the call, N tokens a segment, W overlap, Q queries
 P ranks that hold the window.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from infini_train.ops.state import Stored
 
 NOTHING = -(2**30)
 LONG = 2**30
@@ -32,10 +35,10 @@ class Recent(NamedTuple):
     weight_BR are write weights (fp32, >= 0).
     """
 
-    k_BKRD: Tensor
-    v_BKRE: Tensor
-    document_BR: Tensor
-    weight_BR: Tensor
+    k_BKRD: Annotated[Tensor, Stored("k_BKRD", "lanes kv_heads tokens key_dim")]
+    v_BKRE: Annotated[Tensor, Stored("v_BKRE", "lanes kv_heads tokens value_dim")]
+    document_BR: Annotated[Tensor, Stored("document_BR", "lanes tokens")]
+    weight_BR: Annotated[Tensor, Stored("weight_BR", "lanes tokens")]
 
 
 def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int, like: Tensor) -> Recent:
@@ -49,8 +52,15 @@ def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int
     )
 
 
+class Layout(NamedTuple):
+    """Segments of N tokens, or one endless segment (None), and the W tokens before a segment that it sees as well."""
+
+    segment_tokens: int | None
+    overlap_tokens: int
+
+
 class Grid(NamedTuple):
-    """The layout of one call, shared by all layers.
+    """One call cut into segments, shared by all layers of one `Layout`.
 
     mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
     already being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights
@@ -96,6 +106,21 @@ class Grid(NamedTuple):
         return self._replace(**moved)
 
 
+class Grids(NamedTuple):
+    """The grids of one call, one for each layout that its layers have."""
+
+    layouts: tuple[Layout, ...]
+    grids: tuple[Grid, ...]
+
+    def of(self, layout: Layout) -> Grid:
+        """The grid of a layer."""
+        return self.grids[self.layouts.index(layout)]
+
+    def to(self, device: torch.device) -> "Grids":
+        """The same grids on another device."""
+        return Grids(self.layouts, tuple(grid.to(device) for grid in self.grids))
+
+
 def make_grid(
     starts_BT: Tensor,
     weights_BT: Tensor,
@@ -137,29 +162,44 @@ def make_grid(
         tokens //= shard[1]
         age_BT = age_BT[:, shard[0] * tokens : (shard[0] + 1) * tokens]
         document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
-    known = {
-        "overlap_tokens": overlap_tokens,
-        "segment_tokens": size,
-        "open_tokens": open_tokens,
-        "tokens": tokens,
-        "segments": -(-(open_tokens + tokens) // size),
-        "closed": (open_tokens + tokens - left_open) // size,
-        "shard": shard,
-        "keep_BP": keep_BP,
-        "carried_document_BR": carried_document_BR,
-        "carried_weight_BR": carried_weight_BR,
-        "age_BT": age_BT,
-        "last_age_B": last_age_B,
-    }
-    return _cut_segments(document_BL, weight_BL, known)
-
-
-def _cut_segments(document_BL: Tensor, weight_BL: Tensor, known: dict[str, Any]) -> Grid:
-    """Who sees whom and what is written, from the marks of W, open and new tokens; `known` are the other fields."""
-    overlap_tokens, size, segments, closed = (
-        known[name] for name in ("overlap_tokens", "segment_tokens", "segments", "closed")
+    cut = _cut_segments(document_BL, weight_BL, tokens, Layout(size, overlap_tokens), left_open)
+    return Grid(
+        overlap_tokens=overlap_tokens,
+        segment_tokens=size,
+        open_tokens=open_tokens,
+        tokens=tokens,
+        segments=cut.keep_BS.shape[1],
+        closed=cut.write_BCN.shape[1],
+        shard=shard,
+        mask_BSQJ=cut.mask_BSQJ,
+        reads_BSQ=cut.reads_BSQ,
+        write_BCN=cut.write_BCN,
+        keep_BC=cut.keep_BS[:, : cut.write_BCN.shape[1]],
+        keep_open_B=cut.keep_BS[:, -1] if left_open else torch.ones_like(cut.keep_BS[:, -1]),
+        keep_BP=keep_BP,
+        count_BC=(cut.write_BCN > 0).sum(-1),
+        carried_document_BR=carried_document_BR,
+        carried_weight_BR=carried_weight_BR,
+        age_BT=age_BT,
+        last_age_B=last_age_B,
     )
-    open_tokens, tokens = known["open_tokens"], known["tokens"]
+
+
+class _Cut(NamedTuple):
+    """What follows from the marks, segment by segment; the names are those of `Grid`, keep_BS is of all segments."""
+
+    mask_BSQJ: Tensor | None
+    reads_BSQ: Tensor
+    write_BCN: Tensor
+    keep_BS: Tensor
+
+
+def _cut_segments(document_BL: Tensor, weight_BL: Tensor, tokens: int, layout: Layout, left_open: int) -> _Cut:
+    """Who sees whom and what is written, from the marks of W, open and new tokens."""
+    size, overlap_tokens = layout
+    assert size is not None
+    open_tokens = document_BL.shape[1] - overlap_tokens - tokens
+    segments, closed = -(-(open_tokens + tokens) // size), (open_tokens + tokens - left_open) // size
     if segments > 1:  # padding goes on with the last document but comes after every query and is never written
         padding = segments * size - open_tokens - tokens
         document_BL = torch.cat((document_BL, document_BL[:, -1:].expand(-1, padding)), 1)
@@ -171,17 +211,13 @@ def _cut_segments(document_BL: Tensor, weight_BL: Tensor, known: dict[str, Any])
     before_BS = torch.cat((torch.zeros_like(inside_BSN[:, :1, 0]), inside_BSN[:, :-1, -1]), 1)
     first_query = open_tokens if segments == 1 else 0
     query_BSQ = inside_BSN[:, :, first_query:]
-    keep_BS = inside_BSN[:, :, -1] == before_BS
     write_BCN = weight_BL[:, overlap_tokens:].unflatten(1, (segments, rows))[:, :closed]
     write_BCN = torch.where(inside_BSN[:, :closed] == inside_BSN[:, :closed, -1:], write_BCN, 0.0)
-    return Grid(
-        **known,
-        mask_BSQJ=_local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
-        reads_BSQ=query_BSQ == before_BS[..., None],
-        write_BCN=write_BCN,
-        keep_BC=keep_BS[:, :closed],
-        keep_open_B=keep_BS[:, -1] if closed < segments else torch.ones_like(keep_BS[:, -1]),
-        count_BC=(write_BCN > 0).sum(-1),
+    return _Cut(
+        _local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
+        query_BSQ == before_BS[..., None],
+        write_BCN,
+        inside_BSN[:, :, -1] == before_BS,
     )
 
 
@@ -193,7 +229,7 @@ def _count_ages(starts_BT: Tensor) -> Tensor:
 def _take_shard(
     document_BL: Tensor, weight_BL: Tensor, overlap_tokens: int, shard: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A shard's marks behind those of the W tokens before it, and keep_BP.
+    """A shard's marks after those of the W tokens before it, and keep_BP.
 
     Document 0 is then the one that was being read when the shard began.
     """
@@ -221,7 +257,7 @@ def _local_mask(
 
 
 def _has_inner_start(query_BSQ: Tensor) -> bool:
-    # Reads the data: free on the host, where batches are made. On the meta device take the general road.
+    # Reads the data: free on the host, where batches are made. On the meta device take the general path.
     return query_BSQ.is_meta or bool((query_BSQ[:, :, 1:] != query_BSQ[:, :, :-1]).any())
 
 

@@ -15,13 +15,14 @@ window.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid
+from infini_train.ops.state import Stored
 
 
 class Form(NamedTuple):
@@ -48,9 +49,9 @@ class Memory(NamedTuple):
     (0: empty).
     """
 
-    memory_BKDE: Tensor
-    normaliser_BKD: Tensor
-    written_B: Tensor
+    memory_BKDE: Annotated[Tensor, Stored("memory_BKDE", "lanes kv_heads key_dim value_dim")]
+    normaliser_BKD: Annotated[Tensor, Stored("normaliser_BKD", "lanes kv_heads key_dim")]
+    written_B: Annotated[Tensor, Stored("written_B", "lanes")]
 
 
 class Ranks(Protocol):

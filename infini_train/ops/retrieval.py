@@ -9,7 +9,7 @@ segment, Q queries a segment, X the query rows of all heads that share a key-val
 of the store and of the closed segments, J places retrieved, D key size, E value size.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from infini_train.ops.attention import closed_segments, fold_queries
 from infini_train.ops.grid import Grid, Recent, carry_recent
 from infini_train.ops.memory import visible_items
+from infini_train.ops.state import Stored
 
 # Scores, or gathered keys and values, that exist at once: 64 MiB in fp32.
 PART_NUMBERS = 2**24
@@ -28,16 +29,16 @@ class Store(NamedTuple):
     k_BKMD and v_BKME carry no rotary embedding and no gradient. weight_BM (fp32) is 0 where nothing is to be seen.
     """
 
-    k_BKMD: Tensor
-    v_BKME: Tensor
-    weight_BM: Tensor
+    k_BKMD: Annotated[Tensor, Stored("k_BKMD", "lanes kv_heads places key_dim")]
+    v_BKME: Annotated[Tensor, Stored("v_BKME", "lanes kv_heads places value_dim")]
+    weight_BM: Annotated[Tensor, Stored("weight_BM", "lanes places")]
 
 
 class MemorizingState(NamedTuple):
     """All that a retrieving layer remembers."""
 
-    store: Store
-    recent: Recent
+    store: Annotated[Store, Stored("store")]
+    recent: Annotated[Recent, Stored("recent")]
 
 
 def empty_store(lanes: int, heads: int, sizes: tuple[int, int], stored_tokens: int, like: Tensor) -> Store:

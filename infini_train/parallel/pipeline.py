@@ -23,6 +23,7 @@ from infini_train.data.lanes import Batch
 from infini_train.model.layers import parallel_config
 from infini_train.model.stages import find_stages
 from infini_train.model.transformer import ModelState, Transformer
+from infini_train.ops.grid import Grids
 from infini_train.parallel import device
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import Place
@@ -177,10 +178,8 @@ def run_window(
     tokens = micro_batches[0].tokens_BT.shape[1] // ranks
     mine = slice(rank * tokens, (rank + 1) * tokens)
     after: list[list[ModelState | None]] = [[None] * len(micro_batches) for _ in carried]
-    # One grid serves all stages of this rank, whose layers all read the same marks.
     grids = [
-        stages.transformers()[0].make_grid(batch.starts_BT, batch.weights_BT, state, stages.place.context)
-        for batch, state in zip(micro_batches, carried[0], strict=True)
+        _make_grids(stages, batch, [states[index] for states in carried]) for index, batch in enumerate(micro_batches)
     ]
 
     def step(numbers: Iterator[int], slot: _Slot) -> tuple[Tensor, Callable[..., Any]]:
@@ -191,9 +190,9 @@ def run_window(
         batch = micro_batches[index]
         inputs = batch.tokens_BT[:, mine].to(device.current()) if stage.stage.embeds else slot.hidden_TBD
         labels = batch.labels_BT[:, mine].to(device.current()) if stage.stage.predicts else None
-        grid = grids[index].to(device.current())
-        output, state = forward(slot.number, inputs, grid, carried[slot.number][index], labels)
-        after[slot.number][index] = stage.between_windows(state)
+        here = grids[index].to(device.current())
+        output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels)
+        after[slot.number][index] = stage.carry_over(state)
         begin("backward", which)
         weights_Bt = batch.loss_weights_BT[:, mine]
         return output, lambda loss_Bt: _scaled(loss_Bt, weights_Bt.to(loss_Bt.device), loss_scale)
@@ -210,6 +209,15 @@ def run_window(
             forward_only=loss_scale is None,
         )
     return sum(value.item() for value in sums), tuple(map(tuple, after))
+
+
+def _make_grids(stages: Stages, batch: MicroBatch, states: Sequence[ModelState | None]) -> Grids:
+    """All stages of this rank read the same marks, so a grid serves all layers of the same layout."""
+    grids: Grids | None = None
+    for stage, state in zip(stages.transformers(), states, strict=True):
+        grids = stage.make_grids(batch.starts_BT, batch.weights_BT, state, stages.place.context, grids)
+    assert grids is not None
+    return grids
 
 
 def _scaled(loss_Bt: Tensor, weights_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from infini_train.parallel import device, mesh
 from infini_train.parallel.watch import OPENING, Watch
 from infini_train.train.guards import DivergedError, find_bad_tensors, list_names
 from infini_train.train.interrupt import Stopped, StopRequest
-from infini_train.train.memory import gate_matrix, memory_norms
+from infini_train.train.memory import gate_matrix, memory_figures
 from infini_train.train.metrics import Metrics, format_duration, step_line, tell
 from infini_train.train.optim import gate_warning, learning_rates
 from infini_train.train.session import Session, hold_folder, open_session, roll_back, save_session
@@ -198,11 +198,7 @@ def announce(session: Session, notify: Callable[[str], None]) -> None:
         f" {config.train.total_steps} steps, {config.train.precision}{describe_layout(config.parallel)}"
         f" -> {config.directory}"
     )
-    warning = (
-        gate_warning(config.optim, config.train.total_steps)
-        if config.model.attention.kind in ("infini", "memorizing")
-        else None
-    )
+    warning = gate_warning(config.optim, config.train.total_steps) if config.model.gate_layers else None
     if warning:
         notify(f"warning: {warning}")
     if session.step >= config.train.total_steps:
@@ -256,7 +252,7 @@ def report_memory(session: Session, metrics: Metrics, result: StepResult) -> Non
     gates_LH = gate_matrix(session.stages, session.engine)
     if gates_LH is not None:
         metrics.write_gates(session.step, gates_LH)
-        metrics.write(session.step, memory_norms(session.stages, result.states))
+        metrics.write(session.step, memory_figures(session.stages, result.states))
 
 
 def is_validation_due(session: Session) -> bool:

@@ -6,9 +6,9 @@ Legend: L layers with gates, H query heads.
 import numpy as np
 import torch
 
-from infini_train.model.infini import ConvolvedState
+from infini_train.model.parameters import traits_of
 from infini_train.model.slices import find_slice
-from infini_train.ops.attention import InfiniState
+from infini_train.model.variants import mixer_class
 from infini_train.parallel import mesh
 from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine
@@ -23,34 +23,39 @@ def gate_matrix(stages: Stages, engine: Engine) -> np.ndarray | None:
     if not layers:
         return None
     gates_LH = np.zeros((len(layers), stages.model.num_heads))
-    gates = {name: gate for name, gate in stages.named_globally() if name.endswith(".gate")}
-    with engine.gathered(gates.values()):
-        for name, gate in gates.items():
+    gates = [
+        (layers.index(int(number)), parameter)
+        for stage in stages.transformers()
+        for number, layer in stage.layers.items()
+        for parameter in layer.parameters()
+        if traits_of(parameter).is_gate
+    ]
+    with engine.gathered(gate for _, gate in gates):
+        for row, gate in gates:
             first = find_slice(gate).start[0]
             shares = torch.sigmoid(gate.detach().float()).cpu().numpy()
-            gates_LH[layers.index(int(name.split(".")[1])), first : first + len(shares)] = shares
+            gates_LH[row, first : first + len(shares)] = shares
     replicas = stages.place.data[1] * stages.place.context[1]
     return np.array(mesh.sum_over_world(gates_LH.ravel().tolist())).reshape(gates_LH.shape) / replicas
 
 
-def memory_norms(stages: Stages, states: Carried) -> dict[str, float]:
-    """Mean norms of M and z over lanes and heads, a layer each, and the tokens written since the documents' starts.
+def memory_figures(stages: Stages, states: Carried) -> dict[str, float]:
+    """What each layer's attention measures in its state (`SequenceMixer.figures`), by layer: norms of M and z, say.
 
-    Of each rank's last micro-batch; all ranks call it together.
+    Of each rank's last micro-batch; all ranks call it together. Tokens written are those of the last layer that has
+    them.
     """
-    layers = stages.model.num_layers
-    norms = np.zeros((3, layers))
+    layers = enumerate(stages.model.layers)
+    values = {(layer, figure): 0.0 for layer, variant in layers for figure in mixer_class(variant).figures}
     for stage, micro_batches in zip(stages.transformers(), states, strict=True):
-        for number, state in zip(stage.layers, micro_batches[-1] or (), strict=False):
-            if isinstance(state, InfiniState | ConvolvedState):
-                memory = state.memory
-                norms[:, int(number)] = (
-                    memory.memory_BKDE.float().norm(dim=(-2, -1)).mean().item(),
-                    memory.normaliser_BKD.float().norm(dim=-1).mean().item(),
-                    memory.written_B.float().mean().item(),
-                )
+        for (number, layer), state in zip(stage.layers.items(), micro_batches[-1] or (), strict=False):
+            mixer = layer.attention
+            if state is not None:
+                values |= {(int(number), f): v for f, v in zip(mixer.figures, mixer.measure(state), strict=True)}
     holders = stages.place.world[1] // stages.place.pipeline[1]  # ranks that hold a part of each layer
-    totals = np.array(mesh.sum_over_world(norms.ravel().tolist())).reshape(norms.shape) / holders
-    values = {f"memory/norm/layer {number}": totals[0, number] for number in range(layers)}
-    values |= {f"memory/normaliser/layer {number}": totals[1, number] for number in range(layers)}
-    return {**values, "memory/written_tokens": totals[2, -1]}
+    totals = mesh.sum_over_world(list(values.values())) if values else []
+    found = {}
+    for (layer, figure), total in zip(values, totals, strict=True):
+        per_layer = f"memory/{figure}/layer {layer}"
+        found["memory/written_tokens" if figure == "written_tokens" else per_layer] = total / holders
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from infini_train.config.training import OptimConfig
+from infini_train.model.parameters import traits_of
 
 # How far a gate has to travel to become local (sigmoid(-4) = 0.02) or global (0.98).
 GATE_TRAVEL = 4.0
@@ -15,8 +16,8 @@ GATE_TRAVEL = 4.0
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
     """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay."""
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    for name, parameter in named:
-        kind = "gates" if name.endswith(".gate") else "matrices" if parameter.dim() > 1 else "vectors"
+    for _, parameter in named:
+        kind = "gates" if traits_of(parameter).is_gate else "matrices" if parameter.dim() > 1 else "vectors"
         members[kind].append(parameter)
     decay = {"matrices": optim.weight_decay, "vectors": 0.0, "gates": 0.0}
     rates = peak_rates(optim)

@@ -5,7 +5,7 @@ import fcntl
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,10 +15,8 @@ from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
 from infini_train.checkpoint.weights import load_weights
-from infini_train.config.attention import InfiniConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import dump, to_tree
-from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.lanes import Batch, prefetch
 from infini_train.data.shards import Dataset
@@ -196,7 +194,7 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
         if origin is None:
             initialise(stage, config.model, config.seed)
         else:
-            initialise(stage, _keep_queries(config.model), config.seed, only=load_weights(stage, origin))
+            initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
     parameters = count_parameters(stages)
     engine = Engine(
         stages.to(device.current()),
@@ -218,14 +216,6 @@ def count_parameters(stages: Stages) -> int:
         else sum(parameter.numel() for _, parameter in stages.named_globally() if find_slice(parameter).owned)
     )
     return round(mesh.sum_over_world([float(owned)])[0])
-
-
-def _keep_queries(model: ModelConfig) -> ModelConfig:
-    """With a new convolution of zeros, which changes no query or key, unless its spread was chosen."""
-    attention = model.attention
-    if not isinstance(attention, InfiniConfig) or attention.conv_std is not None:
-        return model
-    return replace(model, attention=replace(attention, conv_std=0.0))
 
 
 def _open_origin(config: RunConfig, source: Source) -> Checkpoint | None:

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from infini_train.checkpoint.compat import RESUMABLE, SAME_WEIGHTS, check_resumable, check_same_data, check_same_model
-from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig
+from infini_train.checkpoint.compat import (
+    check_resumable,
+    check_same_data,
+    check_same_model,
+    resumable_fields,
+    same_weight_fields,
+)
+from infini_train.config.attention import KINDS, AttentionVariant, FullConfig, InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import override, to_tree, validate
 from infini_train.config.run import RunConfig
@@ -19,6 +25,7 @@ SHORT = {
     "train": {"window_tokens": 512, "batch_lanes": 4, "max_steps": 1000},
 }
 BASE = to_tree(validate(SHORT))
+RESUMABLE, SAME_WEIGHTS = resumable_fields(), same_weight_fields()
 
 
 def leaf_paths(section: Any, prefix: str = "") -> list[str]:
@@ -26,6 +33,7 @@ def leaf_paths(section: Any, prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, hint in typing.get_type_hints(section).items():
         variants = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        variants = tuple(KINDS.values()) if hint is AttentionVariant else variants
         sections = [variant for variant in variants if dataclasses.is_dataclass(variant)]
         for variant in sections:
             paths += leaf_paths(variant, f"{prefix}{name}.")

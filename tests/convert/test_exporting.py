@@ -82,7 +82,7 @@ def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert next(theirs.parameters()).dtype == torch.float32
     tokens_BT = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
-    grid = model.make_grid(torch.zeros(tokens_BT.shape, dtype=torch.bool), torch.ones(tokens_BT.shape), None)
+    grid = model.make_grids(torch.zeros(tokens_BT.shape, dtype=torch.bool), torch.ones(tokens_BT.shape), None)
     with torch.no_grad():
         expected = model.logits(model.decode(tokens_BT, grid, None)[0]).transpose(0, 1)
         torch.testing.assert_close(theirs(tokens_BT).logits, expected, rtol=1e-4, atol=1e-4)

@@ -43,7 +43,7 @@ MODELS = {
 
 def logits_of(model, tokens_BT=TOKENS_BT):
     """(B, T, V) of one call."""
-    grid = model.make_grid(torch.zeros(tokens_BT.shape, dtype=torch.bool), torch.ones(tokens_BT.shape), None)
+    grid = model.make_grids(torch.zeros(tokens_BT.shape, dtype=torch.bool), torch.ones(tokens_BT.shape), None)
     with torch.no_grad():
         return model.logits(model.decode(tokens_BT, grid, None)[0]).transpose(0, 1)
 
@@ -53,7 +53,7 @@ def with_attention(run_dir, attention):
     checkpoint = open_checkpoint(resolve(run_dir))
     config = dataclasses.replace(open_trained(run_dir).config.model, attention=attention)
     model = Transformer(config)
-    initialise(model, config, 0, only=load_weights(model, checkpoint))
+    initialise(model, config, 0, added=load_weights(model, checkpoint))
     return model.eval()
 
 

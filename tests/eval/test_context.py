@@ -19,7 +19,7 @@ def losses_of(model, ids: np.ndarray, start: int = 0) -> np.ndarray:
     starts_BT = torch.zeros(1, len(tokens), dtype=torch.bool)
     starts_BT[0, [0, start]] = True
     labels = torch.from_numpy(np.concatenate((ids.astype(np.int64), [EOS])))[None]
-    grid = model.make_grid(starts_BT, torch.ones(starts_BT.shape), None)
+    grid = model.make_grids(starts_BT, torch.ones(starts_BT.shape), None)
     return model(torch.from_numpy(tokens)[None], grid, None, labels)[0][0].double().numpy()
 
 

@@ -19,7 +19,7 @@ def logits_by_reading_all(model, tokens):
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     starts_BT[0, 0] = True
     with torch.no_grad():
-        hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, torch.ones(tokens_BT.shape), None), None)
+        hidden_TBD, _ = model.decode(tokens_BT, model.make_grids(starts_BT, torch.ones(tokens_BT.shape), None), None)
         return model.logits(hidden_TBD)[-1, 0]
 
 

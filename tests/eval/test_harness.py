@@ -40,7 +40,7 @@ def score_alone(model, context: str, continuation: str) -> tuple[float, bool]:
     tokens_BT = torch.tensor([ids])
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     starts_BT[0, 0] = True
-    hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, torch.ones(tokens_BT.shape), None), None)
+    hidden_TBD, _ = model.decode(tokens_BT, model.make_grids(starts_BT, torch.ones(tokens_BT.shape), None), None)
     logits_NV = model.logits(hidden_TBD)[-1 - count : -1, 0].double()
     labels_N = torch.tensor(ids[len(ids) - count :])
     logprobs_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None])

@@ -36,7 +36,7 @@ class Reader:
         texts = [prompts.write(p) for length in prompts.grid.lengths_tokens for p in prompts.grid.prompts(length)]
         self.answers = {bytes(text.read(0, text.prompt_tokens).tolist()): text.needles.answer for text in texts}
 
-    def make_grid(self, starts_BT, weights_BT, state):
+    def make_grids(self, starts_BT, weights_BT, state):
         return self
 
     def to(self, device):
@@ -46,7 +46,7 @@ class Reader:
         seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
         return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
 
-    def remember(self, tokens_BT, grid, state):
+    def prefill(self, tokens_BT, grid, state):
         return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
 
     def _next(self, seen: list[int]) -> torch.Tensor:

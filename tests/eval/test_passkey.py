@@ -124,18 +124,18 @@ class Reader:
     def __init__(self, rule: Callable[[str, str], str], segment_tokens: int = 16) -> None:
         self.config, self.rule = SimpleNamespace(segment_tokens=segment_tokens), rule
 
-    def make_grid(self, starts_BT, weights_BT, state):
+    def make_grids(self, starts_BT, weights_BT, state):
         assert starts_BT[:, 0].all() == (state is None) and not starts_BT[:, 1:].any() and (weights_BT == 1).all()
         return self
 
     def to(self, device):
         return self
 
-    def remember(self, tokens_BT, grid, state):
+    def prefill(self, tokens_BT, grid, state):
         return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
 
     def decode(self, tokens_BT, grid, state):
-        (seen_BT,) = self.remember(tokens_BT, grid, state)
+        (seen_BT,) = self.prefill(tokens_BT, grid, state)
         return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
 
     def _next(self, seen: list[int]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def loss_in_one_pass(model, dataset) -> float:
         starts += [True] + [False] * length
     tokens_BT = torch.tensor([tokens])
     with torch.no_grad():
-        grid = model.make_grid(torch.tensor([starts]), torch.ones(tokens_BT.shape), None)
+        grid = model.make_grids(torch.tensor([starts]), torch.ones(tokens_BT.shape), None)
         loss_BT, _ = model(tokens_BT, grid, None, torch.tensor([labels]))
     return loss_BT.double().mean().item()
 

@@ -22,7 +22,7 @@ def logprobs_alone(model, text):
     tokens_BT = torch.from_numpy(text)[None]
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     starts_BT[0, 0] = True
-    grid = model.make_grid(starts_BT, torch.ones(tokens_BT.shape), None)
+    grid = model.make_grids(starts_BT, torch.ones(tokens_BT.shape), None)
     hidden_TBD, _ = model.decode(tokens_BT, grid, None)
     return model.logits(hidden_TBD)[:, 0].log_softmax(-1)
 

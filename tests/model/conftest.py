@@ -28,7 +28,7 @@ def run(
 ) -> tuple[Tensor, ModelState]:
     """logits_BTV and the whole state after a call (not what travels between training windows)."""
     starts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool) if starts_BT is None else starts_BT
-    grid = model.make_grid(starts_BT, torch.ones(tokens_BT.shape), state)
+    grid = model.make_grids(starts_BT, torch.ones(tokens_BT.shape), state)
     hidden_TBD, state = model.decode(tokens_BT, grid, state)
     return model.logits(hidden_TBD).transpose(0, 1), state
 

@@ -77,7 +77,7 @@ def test_it_is_the_definition_with_its_gradients(changes, part_numbers, tools, m
     """Whatever the parts that the search goes in."""
     monkeypatch.setattr(retrieval, "PART_NUMBERS", part_numbers)
     model, attention, hidden_TBD, starts_BT, weights_BT = example(tools, **changes)
-    grid = model.make_grid(starts_BT, weights_BT, None)
+    grid = model.make_grids(starts_BT, weights_BT, None).of(attention.layout)
     weights = torch.randn(TOKENS, 2, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     inputs = [hidden_TBD, *attention.parameters()]
     found = attention(hidden_TBD, None, grid)[0]
@@ -93,9 +93,9 @@ def test_the_state_is_the_last_places_of_closed_segments(tools):
     model, attention, hidden_TBD, starts_BT, weights_BT = example(tools)
     state, p = None, attention.projections
     for piece in (slice(0, 13), slice(13, TOKENS)):
-        # the grid of the whole model is made of its first layer's state; all have the same marks
+        # the grid is made of the first state of this layout; all have the same marks
         states = None if state is None else (state.recent, state)
-        grid = model.make_grid(starts_BT[:, piece], weights_BT[:, piece], states)
+        grid = model.make_grids(starts_BT[:, piece], weights_BT[:, piece], states).of(attention.layout)
         _, state = attention(hidden_TBD[piece], state, grid)
     k_BKTD = p.linear_k(hidden_TBD)[0].unflatten(-1, (-1, SIZE)).permute(1, 2, 0, 3)
     v_BKTE = p.linear_v(hidden_TBD)[0].unflatten(-1, (-1, SIZE)).permute(1, 2, 0, 3)
@@ -111,13 +111,14 @@ def test_the_state_is_the_last_places_of_closed_segments(tools):
 def test_a_document_that_begins_empties_the_store_at_once(tools):
     model, attention, hidden_TBD, starts_BT, weights_BT = example(tools)
     starts_BT[0, 26] = True  # in the segment that stays open
-    _, state = attention(hidden_TBD, None, model.make_grid(starts_BT, weights_BT, None))
+    grid = model.make_grids(starts_BT, weights_BT, None).of(attention.layout)
+    _, state = attention(hidden_TBD, None, grid)
     assert state.store.weight_BM[0].sum() == 0 and state.store.weight_BM[1].sum() > 0
 
 
 def test_only_the_chosen_layer_stores(tools):
     config = tools.tiny("memorizing", num_layers=4)
-    assert config.retrieval_layer == 3
+    assert config.attention.retrieval_layer(config.num_layers) == 3
     names = [name for name, _ in tools.build(config).named_parameters() if name.endswith("gate")]
     assert names == ["layers.3.attention.gate"]
 
@@ -128,7 +129,7 @@ def test_everything_that_is_stored_is_attention_to_everything(tools):
     with torch.no_grad():
         attention.gate.fill_(60.0)
     starts_BT[:, 1:] = False
-    grid = model.make_grid(starts_BT, torch.ones_like(weights_BT), None)
+    grid = model.make_grids(starts_BT, torch.ones_like(weights_BT), None).of(attention.layout)
     out_TBD, _ = attention(hidden_TBD, None, grid)
     p = attention.projections
     q, k, v = p.split(hidden_TBD)

@@ -83,7 +83,7 @@ def example(tools, tokens: int):
 def test_it_is_the_definition_with_its_gradients(tokens, tools):
     """Document starts at a segment's edge and inside, twice in one segment, tokens that are not written."""
     model, tokens_BT, starts_BT, weights_BT = example(tools, tokens)
-    grid = model.make_grid(starts_BT, weights_BT, None)
+    grid = model.make_grids(starts_BT, weights_BT, None)
     found_TBD, state = model.decode(tokens_BT, grid, None)
     lanes = [by_hand(model, tokens_BT[b], starts_BT[b], weights_BT[b]) for b in range(2)]
     expected_TBD = torch.stack([lane[0] for lane in lanes], 1)
@@ -107,14 +107,14 @@ def test_gradients_flow_through_all_segments(tools):
     starts_BT[:, 1:] = False
     tokens_BT[:, :8] = 39
     tokens_BT[:, 8:] %= 39
-    hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, weights_BT, None), None)
+    hidden_TBD, _ = model.decode(tokens_BT, model.make_grids(starts_BT, weights_BT, None), None)
     (gradient,) = torch.autograd.grad(hidden_TBD[32:].square().sum(), model.embedding.weight)
     assert gradient[39].abs().max() > 1e-9
 
 
 def test_what_was_written_counts_the_documents_tokens(tools):
     model, tokens_BT, starts_BT, weights_BT = example(tools, 37)
-    state = model.decode(tokens_BT, model.make_grid(starts_BT, weights_BT, None), None)[1]
+    state = model.decode(tokens_BT, model.make_grids(starts_BT, weights_BT, None), None)[1]
     assert state[0].written_B.tolist() == [16, 18]  # from 16 on; from 13 on, one of them of weight 0
     assert state[0].recent.document_BR.shape == (2, 5) and state[0].recent.k_BKRD.shape[2] == MEMORY + 5
 

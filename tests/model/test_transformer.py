@@ -28,7 +28,7 @@ def loss_and_gradients(model, tools, tokens=32):
     model.zero_grad()
     for begin in (0, tokens // 2):
         piece = slice(begin, begin + tokens // 2)
-        grid = model.make_grid(starts_BT, torch.ones(starts_BT.shape), state)
+        grid = model.make_grids(starts_BT, torch.ones(starts_BT.shape), state)
         loss_BT, state = model(tokens_BT[:, piece], grid, state, tokens_BT[:, 1:][:, piece])
         total = total + loss_BT.mean()
     total.backward()
@@ -95,7 +95,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(tools):
     model, tokens_BT = tools.build(tools.tiny()), tools.draw(33)
     labels_BT = tokens_BT[:, 1:].clone()
     labels_BT[0, :5] = IGNORED
-    grid = model.make_grid(torch.zeros(2, 32, dtype=torch.bool), torch.ones(2, 32), None)
+    grid = model.make_grids(torch.zeros(2, 32, dtype=torch.bool), torch.ones(2, 32), None)
     loss_BT, _ = model(tokens_BT[:, :-1], grid, None, labels_BT)
     logits_BTV, _ = tools.run(model, tokens_BT[:, :-1])
     expected = torch.nn.functional.cross_entropy(

@@ -40,7 +40,7 @@ def test_it_is_the_recurrence_of_the_paper_with_its_gradients(cache, tools):
     attention = model.layers["0"].attention
     hidden_TBD = torch.randn(29, 2, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
     weights = torch.randn(29, 2, 32, generator=torch.Generator().manual_seed(2))
-    grid = model.make_grid(torch.zeros(2, 29, dtype=torch.bool), torch.ones(2, 29), None)
+    grid = model.make_grids(torch.zeros(2, 29, dtype=torch.bool), torch.ones(2, 29), None).of(attention.layout)
     inputs = [hidden_TBD, *attention.parameters()]
     found, expected = attention(hidden_TBD, None, grid)[0], by_hand(attention, hidden_TBD, cache)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -52,7 +52,8 @@ def test_it_is_the_recurrence_of_the_paper_with_its_gradients(cache, tools):
 def test_no_gradient_reaches_the_cache(tools):
     model = tools.build(tools.tiny("transformer-xl"))
     hidden_TBD = torch.randn(16, 1, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    grid = model.make_grid(torch.zeros(1, 16, dtype=torch.bool), torch.ones(1, 16), None)
-    out_TBD, _ = model.layers["0"].attention(hidden_TBD, None, grid)
+    attention = model.layers["0"].attention
+    grid = model.make_grids(torch.zeros(1, 16, dtype=torch.bool), torch.ones(1, 16), None).of(attention.layout)
+    out_TBD, _ = attention(hidden_TBD, None, grid)
     (gradient,) = torch.autograd.grad(out_TBD[8:].square().sum(), hidden_TBD)
     assert gradient[:8].abs().max() == 0 and gradient[8:].abs().min(0).values.max() > 0

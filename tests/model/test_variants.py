@@ -34,9 +34,9 @@ def test_remembering_leaves_the_state_that_decoding_leaves(variant, tools):
     decoded, remembered = None, None
     for begin, end in ((0, 8), (8, 13), (13, 14), (14, 45)):  # whole segments and parts of them
         part_BT, marks_BT = tokens_BT[:, begin:end], starts_BT[:, begin:end]
-        grid = model.make_grid(marks_BT, torch.ones(part_BT.shape), decoded)
+        grid = model.make_grids(marks_BT, torch.ones(part_BT.shape), decoded)
         _, decoded = model.decode(part_BT, grid, decoded)
-        remembered = model.remember(part_BT, grid, remembered)
+        remembered = model.prefill(part_BT, grid, remembered)
     expected, found = pytree.tree_leaves(decoded), pytree.tree_leaves(remembered)
     assert len(expected) == len(found) > 0
     for one, other in zip(expected, found, strict=True):
@@ -151,7 +151,7 @@ def test_full_attention_is_the_textbook(changes, tools):
     mixed_BTX = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     expected_TBD = F.linear(mixed_BTX, p.linear_o.weight).transpose(0, 1)
     model = tools.build(config)
-    grid = model.make_grid(torch.zeros(2, 20, dtype=torch.bool), torch.ones(2, 20), None)
+    grid = model.make_grids(torch.zeros(2, 20, dtype=torch.bool), torch.ones(2, 20), None).of(attention.layout)
     found_TBD, _ = attention(hidden_TBD, None, grid)
     torch.testing.assert_close(found_TBD, expected_TBD, rtol=1e-4, atol=1e-5)
 
@@ -161,7 +161,7 @@ def test_between_windows_states_keep_their_size(variant, tools):
     model = tools.build(tools.tiny(variant))
     initial = model.initial_state(2)
     _, state = tools.run(model, tools.draw(40), state=initial)
-    kept = model.between_windows(state)
+    kept = model.carry_over(state)
     if variant == "full":
         assert initial is None and kept is None
         return

@@ -58,7 +58,7 @@ def build_engine(model: nn.Module, precision: str = "fp32", zero_stage: int = 1)
 
 def draw_inputs(model: Transformer, seed: int) -> tuple:
     tokens_BT = torch.randint(0, 40, (2, 33), generator=torch.Generator().manual_seed(seed))
-    grid = model.make_grid(torch.zeros(2, 32, dtype=torch.bool), torch.ones(2, 32), None)
+    grid = model.make_grids(torch.zeros(2, 32, dtype=torch.bool), torch.ones(2, 32), None)
     return tokens_BT[:, :-1], grid, None, tokens_BT[:, 1:]
 
 

@@ -75,7 +75,7 @@ def run_layer(config: RunConfig) -> tuple[Counter, Counter, int]:
     starts_BT = torch.zeros(2, 256, dtype=torch.bool)
     starts_BT[:, 33] = True
     state = model.initial_state(2)
-    grid = model.make_grid(starts_BT, torch.ones(2, 256), state)
+    grid = model.make_grids(starts_BT, torch.ones(2, 256), state)
     known = [*model.parameters(), *(each for each in grid if isinstance(each, torch.Tensor))]
     others = {each.untyped_storage().data_ptr() for each in known}
     saved: dict[int, Any] = {}

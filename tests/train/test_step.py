@@ -59,7 +59,7 @@ def loss_by_hand(session, batch) -> float:
     model, everything = session.stages.transformers()[0], iter(cut_micro_batches(batch, 1))
     tokens, labels, starts, weights, _ = next(everything)
     with torch.no_grad():
-        hidden_TBD, _ = model.decode(tokens, model.make_grid(starts, weights, None), None)
+        hidden_TBD, _ = model.decode(tokens, model.make_grids(starts, weights, None), None)
         log_p_BTV = model.logits(hidden_TBD).log_softmax(-1).transpose(0, 1)
     valid = labels != IGNORED
     picked = log_p_BTV.gather(2, labels.clamp_min(0)[..., None])[..., 0]
@@ -132,7 +132,7 @@ def test_weights_of_labels_weigh_their_losses(configure):
     model, batch = session.stages.transformers()[0], dataclasses.replace(plain, loss_weights_BT=weights_BT)
     tokens, labels, starts, weights, _ = cut_micro_batches(plain, 1)[0]
     with torch.no_grad():
-        loss_BT, _ = model(tokens, model.make_grid(starts, weights, None), None, labels)
+        loss_BT, _ = model(tokens, model.make_grids(starts, weights, None), None, labels)
     valid_BT = labels.numpy() != IGNORED
     expected = (loss_BT.numpy() * weights_BT).sum() / weights_BT[valid_BT].sum()
     result = step(session, batch)
@@ -223,7 +223,7 @@ def embedding_gradient(session, batch, state):
     last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())
     last.labels_BT[:, : WINDOW - 8] = IGNORED
     tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(last, 1)))
-    loss_BT, after = model(tokens, model.make_grid(starts, weights, state), state, labels)
+    loss_BT, after = model(tokens, model.make_grids(starts, weights, state), state, labels)
     hook.remove()
     (gradient_TBD,) = torch.autograd.grad(loss_BT.sum(), kept[0])
     return gradient_TBD[:, 0].norm(dim=-1), after
@@ -249,8 +249,8 @@ def test_gradients_end_at_the_window(attention, configure, tools):
     )
     model, first = session.stages.transformers()[0], draw_batch(0)
     tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(first, 1)))
-    _, state = model(tokens, model.make_grid(starts, weights, None), None, labels)
-    carried = model.between_windows(state)
+    _, state = model(tokens, model.make_grids(starts, weights, None), None, labels)
+    carried = model.carry_over(state)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(carried) if torch.is_tensor(leaf)]
     assert leaves and not any(leaf.requires_grad for leaf in leaves)
     assert any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(state)), "inside the window they flow"
