@@ -204,7 +204,7 @@ def describe(run_dir: Path) -> dict[str, Any]:
 
     from infini_train.eval.loading import open_trained
     from infini_train.model.flops import count_parameters, memory_numbers
-    from infini_train.train.carry import name_leaves
+    from infini_train.ops.state import name_leaves
 
     trained = open_trained(run_dir)
     model, window = trained.model, trained.config.train.window_tokens
@@ -215,7 +215,7 @@ def describe(run_dir: Path) -> dict[str, Any]:
     return {
         "parameters": count_parameters(model.config),
         "memory_numbers": memory_numbers(model.config),
-        "carried_bytes": sum(leaf.nbytes for _, leaf in name_leaves(kept, "")) if kept is not None else 0,
+        "carried_bytes": sum(leaf.tensor.nbytes for state in kept or () for leaf in name_leaves(state, "")),
     }
 
 

@@ -39,7 +39,8 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
 
 
 def _is_added(parameter: Tensor, checkpoint: Checkpoint, same_kind: bool) -> bool:
-    field = traits_of(parameter).field
-    if field is None:
+    traits = traits_of(parameter)
+    if traits is None or traits.field is None:
         return False
+    field = traits.field
     return not same_kind or (field != "kind" and not checkpoint.attention_field(field))

@@ -26,7 +26,9 @@ def initialise(model: Transformer, config: ModelConfig, seed: int, added: Collec
     for name, parameter in model.named_parameters():
         if added is not None and name not in added:
             continue
-        initial = traits_of(parameter).initial
+        traits = traits_of(parameter)
+        assert traits is not None, f"{name}: declare its initial values (model.parameters.declare)"
+        initial = traits.initial
         if added is not None and initial.std_if_added is not None:
             initial = initial._replace(std=initial.std_if_added)
         place = find_slice(parameter)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from infini_train.checkpoint.fragments import Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
@@ -31,8 +32,12 @@ class Lanes:
         return cls(config.lanes_per_rank * data_rank, config.train.batch_lanes)
 
 
-def join_lanes(stages: Stages, carried: Carried) -> list[Leaf]:
+def join_lanes(stages: Stages, carried: Carried) -> dict[str, Tensor]:
     """All carried memory of this rank by name, micro-batches joined along the lanes; empty if nothing is carried."""
+    return {leaf.name: leaf.tensor for leaf in _joined_leaves(stages, carried)}
+
+
+def _joined_leaves(stages: Stages, carried: Carried) -> list[Leaf]:
     joined: list[Leaf] = []
     for stage, states in zip(stages.transformers(), carried, strict=True):
         if any(state is None for state in states):
@@ -45,7 +50,7 @@ def join_lanes(stages: Stages, carried: Carried) -> list[Leaf]:
 
 def carry_fragments(stages: Stages, carried: Carried, lanes: Lanes) -> Iterator[Fragment]:
     """What this rank writes of the carried memory."""
-    for leaf in join_lanes(stages, carried):
+    for leaf in _joined_leaves(stages, carried):
         place = _place(stages, leaf, lanes)
         if place.owned and stages.place.context[0] == 0:
             yield Fragment(leaf.name, KIND, place.global_shape, place.start, place.shape, 0, leaf.tensor.flatten())
@@ -53,7 +58,7 @@ def carry_fragments(stages: Stages, carried: Carried, lanes: Lanes) -> Iterator[
 
 def read_carried(stages: Stages, template: Carried, lanes: Lanes, checkpoint: Checkpoint) -> Carried:
     """The carried memory of a checkpoint in the form of `template`, which stays where nothing was stored."""
-    leaves = join_lanes(stages, template)
+    leaves = _joined_leaves(stages, template)
     if not leaves or not checkpoint.names(KIND):
         return template
     wanted = [Wanted(leaf.name, KIND, *_place(stages, leaf, lanes)[:3], 0, leaf.tensor.numel()) for leaf in leaves]

@@ -6,7 +6,7 @@ Legend: L layers with gates, H query heads.
 import numpy as np
 import torch
 
-from infini_train.model.parameters import traits_of
+from infini_train.model.parameters import is_gate
 from infini_train.model.slices import find_slice
 from infini_train.model.variants import mixer_class
 from infini_train.parallel import mesh
@@ -28,7 +28,7 @@ def gate_matrix(stages: Stages, engine: Engine) -> np.ndarray | None:
         for stage in stages.transformers()
         for number, layer in stage.layers.items()
         for parameter in layer.parameters()
-        if traits_of(parameter).is_gate
+        if is_gate(parameter)
     ]
     with engine.gathered(gate for _, gate in gates):
         for row, gate in gates:

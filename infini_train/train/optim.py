@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from infini_train.config.training import OptimConfig
-from infini_train.model.parameters import traits_of
+from infini_train.model.parameters import is_gate
 
 # How far a gate has to travel to become local (sigmoid(-4) = 0.02) or global (0.98).
 GATE_TRAVEL = 4.0
@@ -17,7 +17,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConf
     """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay."""
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
     for _, parameter in named:
-        kind = "gates" if traits_of(parameter).is_gate else "matrices" if parameter.dim() > 1 else "vectors"
+        kind = "gates" if is_gate(parameter) else "matrices" if parameter.dim() > 1 else "vectors"
         members[kind].append(parameter)
     decay = {"matrices": optim.weight_decay, "vectors": 0.0, "gates": 0.0}
     rates = peak_rates(optim)

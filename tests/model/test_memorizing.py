@@ -16,7 +16,7 @@ SEGMENT, TOKENS, HEADS, SIZE = 8, 29, 4, 8
 
 def by_hand(attention: MemorizingAttention, hidden_TBD: Tensor, starts_BT: Tensor, weights_BT: Tensor) -> Tensor:
     """arXiv 2203.08913, section 3.1: softmax over the best stored keys of the document, and a gate a head."""
-    p, cache, stored = attention.projections, attention.overlap_tokens, attention.stored_tokens
+    p, cache, stored = attention.projections, attention.layout.overlap_tokens, attention.stored_tokens
     document_BT = starts_BT.long().cumsum(1)
 
     def heads(linear, x_TBD: Tensor) -> Tensor:  # (B, H, T, D): two query heads share a key-value head

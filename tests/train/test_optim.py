@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from infini_train.config.training import OptimConfig
+from infini_train.model.parameters import constant, declare
 from infini_train.train.optim import GATE_TRAVEL, gate_warning, learning_rates, parameter_groups, schedule_factor
 
 
@@ -52,6 +53,7 @@ class Part(nn.Module):
         self.linear = nn.Linear(3, 4)
         self.norm = nn.Parameter(torch.ones(3))
         self.gate = nn.Parameter(torch.zeros(2))
+        declare(self.gate, constant(0.0), is_gate=True)
         self.linear_gate = nn.Linear(3, 4, bias=False)  # of the feed-forward: no gate of the memory
 
 
