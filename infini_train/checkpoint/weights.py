@@ -26,7 +26,13 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """
     parameters = dict(model.named_parameters())
     same_kind = checkpoint.attention_kind in (None, model.config.attention.kind)
-    added = [name for name, parameter in parameters.items() if _is_added(parameter, checkpoint, same_kind)]
+    stored = frozenset(checkpoint.names("master"))
+    added = [
+        name
+        for name, parameter in parameters.items()
+        if (field := _field_of(parameter)) is not None
+        and (not same_kind or (field != "kind" and name not in stored and not checkpoint.attention_field(field)))
+    ]
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()
@@ -38,9 +44,6 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     return added
 
 
-def _is_added(parameter: Tensor, checkpoint: Checkpoint, same_kind: bool) -> bool:
+def _field_of(parameter: Tensor) -> str | None:
     traits = traits_of(parameter)
-    if traits is None or traits.field is None:
-        return False
-    field = traits.field
-    return not same_kind or (field != "kind" and not checkpoint.attention_field(field))
+    return None if traits is None else traits.field

@@ -205,7 +205,8 @@ def _explain(error: pydantic.ValidationError) -> str:
 
 
 @functools.cache
-def _validator() -> pydantic.TypeAdapter[RunConfig]:
+def _validator(kinds: tuple[type, ...]) -> pydantic.TypeAdapter[RunConfig]:
+    """Of a schema with these variants of attention, which are read from the table when it is built."""
     return pydantic.TypeAdapter(RunConfig)
 
 
@@ -216,7 +217,7 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
         ConfigError: an unknown key, a wrong type or an impossible combination, in one line.
     """
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
-        return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
+        return _validator(tuple(KINDS.values())).validate_json(json.dumps(tree), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error)) from error
     except (TypeError, ValueError) as error:  # a YAML value that JSON doesn't know: a set, a list that holds itself

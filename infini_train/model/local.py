@@ -20,6 +20,10 @@ class LocalAttention(SequenceMixer):
         overlap_tokens = self.layout.overlap_tokens
         return no_recent(self.projections.kv_shape(lanes), self.projections.value_dim, overlap_tokens, like)
 
+    def recent(self, state: Recent) -> Recent:
+        """The whole state."""
+        return state
+
     def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
         """See `SequenceMixer.forward`."""
         q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)

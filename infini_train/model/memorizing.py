@@ -6,7 +6,7 @@ from infini_train.config.attention import MemorizingConfig
 from infini_train.model.local import TransformerXLAttention
 from infini_train.model.mixer import LayerSpec, head_gates
 from infini_train.ops.attention import fold_queries, mix_by_gate, unfold_queries
-from infini_train.ops.grid import Grid, no_recent
+from infini_train.ops.grid import Grid, Recent, no_recent
 from infini_train.ops.retrieval import MemorizingState, empty_store, retrieve
 
 
@@ -24,6 +24,10 @@ class MemorizingAttention(TransformerXLAttention):
         assert isinstance(attention, MemorizingConfig)
         self.stored_tokens, self.top_k = attention.stored_tokens, attention.top_k
         self.gate = head_gates(spec.model, spec.parallel, attention.gate_init)
+
+    def recent(self, state: MemorizingState) -> Recent:
+        """The open segment and the cache."""
+        return state.recent
 
     def initial_state(self, lanes: int, like: Tensor) -> MemorizingState:
         """An empty store, and nothing seen yet."""

@@ -21,7 +21,7 @@ from infini_train.config.attention import AttentionVariant
 from infini_train.config.model import ModelConfig
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.model.parameters import constant, declare
-from infini_train.ops.grid import Grid, Layout
+from infini_train.ops.grid import Grid, Layout, Recent
 from infini_train.ops.memory import Ranks
 from infini_train.ops.rope import Rope
 
@@ -105,6 +105,10 @@ class SequenceMixer(nn.Module, ABC):
     def carry_over(self, state: State) -> State | None:
         """What is carried from one training window to the next, detached and of bounded size."""
         return detach(state)
+
+    def recent(self, state: State) -> Recent | None:
+        """The tokens of the open segment and the overlap in a state; None for a variant that keeps none."""
+        return getattr(state, "recent", None)
 
     def measure(self, state: State) -> tuple[float, ...]:
         """The values of `figures` for a state."""

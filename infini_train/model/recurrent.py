@@ -73,6 +73,10 @@ class RmtAttention(LocalAttention):
         """The memory tokens."""
         return MemoryTokens(config, parallel)
 
+    def recent(self, state: Any) -> Recent:
+        """The whole state, but of the first layer."""
+        return state.recent if self.is_first else state
+
     def initial_state(self, lanes: int, like: Tensor) -> Any:
         """Nothing seen yet."""
         recent = super().initial_state(lanes, like)

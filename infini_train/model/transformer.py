@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         self.recompute_layers = recompute_layers
         if stage.embeds:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, parallel)
-        self.memory_tokens = mixer_class(config.attention).around_stack(config, parallel)
+        self.memory_tokens = mixer_class(config.layers[0]).around_stack(config, parallel)
         numbers = range(stage.first_layer, stage.last_layer)
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks, number) for number in numbers})
         if stage.predicts:
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         found: dict[Layout, Grid] = {} if known is None else dict(zip(*known, strict=True))
         for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
             if mixer.layout not in found:
-                recent = None if layer_state is None else getattr(layer_state, "recent", layer_state)
+                recent = None if layer_state is None else mixer.recent(layer_state)
                 found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, *mixer.layout, shard)
         return Grids(tuple(found), tuple(found.values()))
 
