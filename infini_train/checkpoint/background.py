@@ -58,7 +58,7 @@ class BackgroundSaver:
             rank's files.
 
     Attributes:
-        on_wait: told every second or so that this rank waits for its thread; for whoever watches the run.
+        on_wait: called every second or so while this rank waits for its thread, for whoever watches the run.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class BackgroundSaver:
         """Returns when no save is under way.
 
         Raises:
-            CheckpointError: the last save failed, and nobody was told yet.
+            CheckpointError: the last save failed, and this was not reported yet.
         """
         if self._thread is not None:
             begin = time.monotonic()
@@ -136,7 +136,7 @@ class BackgroundSaver:
         elif isinstance(error, Exception):
             try:
                 self.wait()
-            except CheckpointError as failure:  # the first error is the one to tell
+            except CheckpointError as failure:  # the first error is the one to report
                 error.add_note(str(failure))
 
     def _run(

@@ -45,7 +45,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank wrote. The id differs with every attempt, so that a rank can tell its own from an older one."""
+    """What one rank wrote. The id differs with every attempt, so that a rank knows its own from an older one."""
 
     attempt_id: str
     files: tuple[StoredFile, ...]

@@ -40,7 +40,7 @@ class Checkpoint:
 
     @property
     def attention_kind(self) -> str | None:
-        """The `model.attention.kind` of its config; None where that can't be told."""
+        """The `model.attention.kind` of its config; None where it is not known."""
         return self.config.get("model", {}).get("attention", {}).get("kind")
 
     def attention_field(self, name: str) -> Any:

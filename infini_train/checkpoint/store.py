@@ -228,7 +228,7 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 
 def find_step(run_dir: Path, step: int) -> Path:
-    """The folder of a run's checkpoint of this step, for the ranks that are told what rank 0 has found.
+    """The folder of a run's checkpoint of this step, for the ranks that learn from rank 0 what was found.
 
     Raises:
         CheckpointError: there is none; not all ranks see the same files.

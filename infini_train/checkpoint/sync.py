@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and what to tell the user when they can't be written."""
+"""Files that survive a power cut, and what a user is shown when they can't be written."""
 
 import contextlib
 import errno

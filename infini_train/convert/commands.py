@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infini_train.command_line import describe
+from infini_train.config.errors import ConfigError
 
 IMPORT_EXAMPLES = """\
 examples:
@@ -21,7 +22,8 @@ examples:
   infini-train export hf runs/demo demo_hf
   infini-train export hf runs/llama3-infini/checkpoints/step-00030000 llama3_hf --dtype bf16
 
-A model with full attention is the same there. Of all others only the weights are: what is lost is told.
+A model with full attention is the same there. With any other attention only the weights are, and the command says
+what is lost.
 """
 
 
@@ -63,10 +65,13 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from infini_train.convert.folder import name_dtype
-    from infini_train.convert.importing import import_folder
+    from infini_train.convert.importing import TokenizerError, import_folder
 
-    with _progress("import") as show:
-        found = import_folder(options.folder, options.run_dir, tokenizer=options.tokenizer, on_tensor=show)
+    try:
+        with _progress("import") as show:
+            found = import_folder(options.folder, options.run_dir, tokenizer=options.tokenizer, on_tensor=show)
+    except TokenizerError as error:
+        raise ConfigError(f"{error} with --tokenizer") from error
     print(
         f"{options.run_dir}: {found.parameters:,} parameters, as stored ({name_dtype(found.dtype)});"
         f" tokenizer {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids\n"
@@ -93,7 +98,7 @@ def _export(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told the elements done and those of all."""
+    """A progress bar, set to the elements done and to their total."""
     from tqdm import tqdm
 
     with tqdm(unit="el", unit_scale=True, desc=what, leave=False, disable=None) as bar:

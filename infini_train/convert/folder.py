@@ -89,11 +89,11 @@ class WeightsFolder:
             raise ConfigError(f"{path}: is torn, or no safetensors file ({error}); copy it again") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there."""
+        """The shape of a tensor that is there."""
         return tuple(self._open(self.files[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor that is there.
+        """The dtype of a tensor that is there.
 
         Raises:
             ConfigError: not fp32, bf16 or fp16.
@@ -157,7 +157,7 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Of a tensor on disk."""
+    """Bytes of a tensor on disk."""
     return math.prod(shape) * dtype.itemsize
 
 

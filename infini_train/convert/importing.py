@@ -38,6 +38,10 @@ CONTINUE_HEAD = """\
 """
 
 
+class TokenizerError(ConfigError):
+    """The model's tokenizer is missing, or another one; the caller knows how its user names one."""
+
+
 class Imported(NamedTuple):
     """What an import found."""
 
@@ -76,9 +80,9 @@ def import_folder(
     dtype = _check_weights(weights, model)
     file, used = _find_tokenizer(folder, tokenizer)
     if used.vocab_size > model.vocab_size:
-        raise ConfigError(
+        raise TokenizerError(
             f"{file}: has {used.vocab_size} ids, more than vocab_size {model.vocab_size} of {folder / CONFIG};"
-            " name the model's own tokenizer with --tokenizer"
+            " name the model's own tokenizer"
         )
     positions = described.get("max_position_embeddings")
     known = positions if isinstance(positions, int) and positions > 0 else FULL_TOKENS
@@ -132,7 +136,7 @@ def _find_tokenizer(folder: Path, given: str | None) -> tuple[str, Tokenizer]:
     found = next((str(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     name = given or found
     if name is None:
-        raise ConfigError(f"{folder}: holds no {' or '.join(TOKENIZER_FILES)}; name one with --tokenizer")
+        raise TokenizerError(f"{folder}: holds no {' or '.join(TOKENIZER_FILES)}; name one")
     return name, load_tokenizer(name)
 
 
@@ -146,7 +150,7 @@ def _fragments(weights: WeightsFolder, model: ModelConfig, on_tensor: Callable[[
 
 
 def _own_config(model: ModelConfig, run_dir: Path, window_tokens: int) -> RunConfig:
-    """Of the imported checkpoint: enough to evaluate it, and to compare the models of runs that go on from it."""
+    """Config of the imported checkpoint: enough to evaluate it, and to compare the models of runs that go on from it."""
     return validate(
         {
             "name": run_dir.name,

@@ -16,7 +16,7 @@ class Slice(NamedTuple):
 
 
 def find_slice(parameter: Tensor) -> Slice:
-    """Of a parameter: divided along one dimension, or whole on every rank (then rank 0 writes it)."""
+    """The slice of a parameter: divided along one dimension, or whole on every rank (then rank 0 writes it)."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in the parameter
     dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
     return divide(shape, dim)

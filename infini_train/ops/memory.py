@@ -171,7 +171,7 @@ def visible_items(keep_BC: Tensor) -> Tensor:
 
 
 class Scanned(NamedTuple):
-    """Memories entering the segments read (S of them), and the one left behind by the call."""
+    """Memories entering the segments read (S of them), and the one after the call."""
 
     memory_BSKDE: Tensor
     normaliser_BSKD: Tensor
@@ -180,7 +180,7 @@ class Scanned(NamedTuple):
 
 
 class _Writes(NamedTuple):
-    """What the closed segments write: keys behind sigma, the same times the weights, values, weights."""
+    """What the closed segments write: sigma(keys), the same times the weights, values, weights."""
 
     feature_BCKND: Tensor
     weighted_BCKND: Tensor
@@ -267,7 +267,7 @@ def _begin_delta(
 
 
 def _leave(states: Memory, final: Memory | None, grid: Grid) -> Scanned:
-    """Splits the states (B, C + 1, ...) into those that are read and the one left behind.
+    """Splits the states (B, C + 1, ...) into those that are read and the one after the call.
 
     On one rank that is the last of them, less what the open segment dropped; `final` is what leaves the last rank.
     """
@@ -342,9 +342,9 @@ def _begin_affine(
 def _delta_transition(writes: _Writes, z_BCKD: Tensor, visible_BC: Tensor, keep_BC: Tensor) -> Tensor:
     """I - sigma(K)^T diag(w / (sigma(K) z)) sigma(K): 0 where a document starts, I while the memory is empty.
 
-    z is the normaliser entering the segment. A weight w > 1 means that the segment is read so many times in a row, each
+    z is the normaliser entering the segment. A weight w > 1 means that the segment is read w times in a row, each
     time with the z that the times before have left; z_BCKD then holds what all but the last have added. For keys in one
-    direction that is exactly the product of so many transitions; and it never takes back more of M than there is, as w
+    direction that is exactly the product of w transitions; and it never takes back more of M than there is, as w
     times the quotient of one reading would.
     """
     feature = writes.feature_BCKND.to(z_BCKD.dtype)  # the chain multiplies errors: fp32 throughout
