@@ -150,7 +150,7 @@ def _fragments(weights: WeightsFolder, model: ModelConfig, on_tensor: Callable[[
 
 
 def _own_config(model: ModelConfig, run_dir: Path, window_tokens: int) -> RunConfig:
-    """Config of the imported checkpoint: enough to evaluate it, and to compare the models of runs that go on from it."""
+    """Config of the imported checkpoint: enough to evaluate it, and to compare models of runs that go on from it."""
     return validate(
         {
             "name": run_dir.name,

@@ -37,3 +37,11 @@ def test_import_goes_on_and_comes_back(save, call, tmp_path, capsys, monkeypatch
     assert "start a new run with train.init_from" in capsys.readouterr().err
     assert call("import", "hf", tmp_path / "hf", run) == 2
     assert capsys.readouterr().err == f"error: {run}: exists already; name a new folder\n"
+
+
+def test_a_missing_tokenizer_is_named_by_its_flag(save, call, tmp_path, capsys):
+    save(tmp_path / "hf", vocab_size=250)
+    assert call("import", "hf", tmp_path / "hf", tmp_path / "run") == 2
+    assert capsys.readouterr().err.endswith("tokenizer.json or tokenizer.model; name one with --tokenizer\n")
+    assert call("import", "hf", tmp_path / "hf", tmp_path / "run", "--tokenizer", "byte") == 2
+    assert capsys.readouterr().err.endswith("config.json; name the model's own tokenizer with --tokenizer\n")

@@ -220,7 +220,7 @@ def test_frequencies_and_a_copy_of_the_embedding_are_passed_over(save, tmp_path,
 
 def test_tokenizers_that_do_not_fit_are_refused(save, tmp_path):
     save(tmp_path / "hf", vocab_size=250)
-    with pytest.raises(ConfigError, match=r"holds no tokenizer.json or tokenizer.model; name one with --tokenizer"):
+    with pytest.raises(ConfigError, match=r"holds no tokenizer.json or tokenizer.model; name one$"):
         import_folder(tmp_path / "hf", tmp_path / "run")
     with pytest.raises(ConfigError, match=r"^byte: has 259 ids, more than vocab_size 250 of .*/config.json"):
         import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
