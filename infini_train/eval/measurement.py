@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infini_train.atomic_files import write_atomic
 from infini_train.eval.loading import Trained
-from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
+from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture
 from infini_train.eval.scores import Grid, score_cells
 
 RESULTS = "results.json"
@@ -111,7 +112,7 @@ def run_measurement(
         "folder": str(folder),
         **measurement.summarise(file.records),
     }
-    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_atomic(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
     with SummaryWriter(str((out or home) / "tensorboard" / "eval")) as board:
         measurement.write(file.records, results, folder, board)

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from infini_train.atomic_files import write_atomic
+
 PERIOD_S = 10.0
 STEPS = 16  # that a rank's pace is the median of
 
@@ -65,6 +67,4 @@ class Diary:
 
     def _write(self, values: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps(values), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_atomic(self.path, json.dumps(values), durable=False)

@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.files import dump
 from infini_train.train.session import Session
 
@@ -153,9 +154,7 @@ def trim_metrics(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    aside = path.with_suffix(".jsonl.tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(path, "".join(line + "\n" for line in kept), durable=False)
 
 
 def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infini_train.atomic_files import write_atomic
 from infini_train.checkpoint import compat, rng, store
 from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
@@ -356,11 +357,11 @@ def hold_folder(session: Session) -> Iterator[None]:
 def write_identity(config: RunConfig, source: Source) -> None:
     """The resolved config and the tokenizer, so that the run's folder is enough to evaluate and generate."""
     try:
-        (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+        write_atomic(config.directory / "config.yaml", dump(config))
         tokenizer = source.tokenizer
         if tokenizer.file_name is not None:  # the byte tokenizer needs none
             copy = config.directory / tokenizer.file_name
             if not copy.is_file() or copy.read_bytes() != tokenizer.model_bytes:  # never its own source
-                copy.write_bytes(tokenizer.model_bytes)
+                write_atomic(copy, tokenizer.model_bytes)
     except OSError as error:
         raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.train.guards import DivergedError
 from infini_train.train.session import Session
@@ -99,7 +100,4 @@ def _write(session: Session, values: dict[str, Any]) -> None:
         "restarts": int(os.environ.get("INFINI_TRAIN_RESTARTS", "0")),
         "heartbeat": time.time(),
     }
-    path = session.config.directory / "status.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(status), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(session.config.directory / "status.json", json.dumps(status), durable=False)
