@@ -14,33 +14,36 @@ PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
 # but ops, which knows tensors only, may import what lies at the bottom.
-BOTTOM = {"config", "command_line", "atomic_files"}
+BOTTOM = {"config", "command_line", "atomic_files", "environment", "logs"}
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": set(),
     "command_line": set(),
     "atomic_files": set(),
+    "environment": set(),
+    "logs": set(),
     "ops": set(),
     "data": set(),
     "model": {"ops"},
     "parallel": {"data", *MODEL},  # micro-batches are cut from a batch of data
     "checkpoint": {"parallel", *MODEL},
+    "resilience": {"parallel"},
     "convert": {"checkpoint", "data"},
     "eval": STACK,
-    "train": {"eval", *STACK},  # validation inside the loop
+    "train": {"eval", "resilience", *STACK},  # validation inside the loop
     "selftest": {"launcher", "train", "eval", *STACK},
     "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", *STACK},
+    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "resilience", *STACK},
 }
 OUTSIDE = {
     "data_tools": {"data", "config", "atomic_files"},
     "launch": {"config", "atomic_files"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
-TORCH_FREE = {"infini_train/config/", "infini_train/atomic_files.py", "infini_train/command_line.py", "launch/"}
+TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}
 DEVICE_SHIM = "infini_train/parallel/device.py"
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8

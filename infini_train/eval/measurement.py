@@ -1,6 +1,7 @@
 """The life of every long measurement: resume from records, go on batch by batch, then results, pictures, scalars."""
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from infini_train.eval.loading import Trained
 from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture
 from infini_train.eval.scores import Grid, score_cells
 
+LOG = logging.getLogger(__name__)
 RESULTS = "results.json"
 RecordT = TypeVar("RecordT")  # a dataclass whose fields are plain values
 
@@ -78,7 +80,7 @@ def run_measurement(
     *,
     out: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = LOG.info,
 ) -> dict[str, Any]:
     """Measures what is still missing, writes everything, and returns the results as plain values.
 
@@ -86,7 +88,7 @@ def run_measurement(
         measurement: of a trained model.
         out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
         overwrite: drop the records that are there.
-        say: told a line for every part that is done.
+        say: called with a line for every part that is done.
 
     Raises:
         ConfigError: `out` holds another measurement, or as the measurement's constructor.
