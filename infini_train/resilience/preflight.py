@@ -150,7 +150,7 @@ def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple
     )
     token = run_dir / f".preflight-{os.environ.get('INFINI_TRAIN_START', os.environ['MASTER_PORT'])}"
     if rank == 0:
-        with contextlib.suppress(OSError):  # check_node has said it
+        with contextlib.suppress(OSError):  # check_node has reported it
             token.write_text("here", encoding="utf-8")
         store.set("go", "")
     store.get("go")

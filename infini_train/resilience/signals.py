@@ -17,15 +17,15 @@ class StopRequest:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
 
     Args:
-        speaks: whether this process confirms a signal on the console.
+        confirms: whether this process confirms a signal on the console.
 
     Attributes:
         received: name of the signal that reached this rank.
         agreed: name of the signal on which all ranks agree to stop.
     """
 
-    def __init__(self, *, speaks: bool = True) -> None:
-        self._speaks = speaks
+    def __init__(self, *, confirms: bool = True) -> None:
+        self._confirms = confirms
         self.received: str | None = None
         self.agreed: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -51,7 +51,7 @@ class StopRequest:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        if not self._speaks:
+        if not self._confirms:
             return
         with contextlib.suppress(OSError):  # print and logging are not safe in a handler, and the terminal may be gone
             os.write(2, f"\n{self.received}: saving after this step\n".encode())

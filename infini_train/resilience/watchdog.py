@@ -51,11 +51,11 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """Inside the context, a rank that dies, hangs or fails ends all ranks, with a line that says which and where.
+    """Inside the context, a rank that dies, hangs or fails ends all ranks, with a line that names rank and operation.
 
     A failure noticed while this rank is blocked ends the process at once with exit code 1. An exception that leaves the
     context is reported to the other ranks; a RuntimeError that another rank caused becomes a `LostRankError`. Rank 0
-    waits at the end until all others have left, since the store may live in its process. A single rank needs none of this.
+    waits at the end until all others have left, since the store may live in its process. With one rank it does nothing.
 
     Args:
         rank: this process.

@@ -39,7 +39,7 @@ def train(config: RunConfig) -> Session:
         session = open_session(config)
         watchdog.write_to(config.directory)
         announce(session)
-        with hold_folder(session), mark_failure(session), StopRequest(speaks=rank == 0) as stop:
+        with hold_folder(session), mark_failure(session), StopRequest(confirms=rank == 0) as stop:
             while run_steps(session, stop, watchdog):
                 watchdog.set_operation(OPENING)  # reads a checkpoint, however long that takes
                 roll_back(session)

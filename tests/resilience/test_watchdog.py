@@ -1,4 +1,4 @@
-"""Real gloo processes: one dies, stops, fails or hangs in mid-operation, and the others end and say which and where."""
+"""Real gloo processes: one dies, stops, fails or hangs in mid-operation; the others end and name rank and operation."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def run_rank(case, rank, listener):
 
 
 def get_into_trouble(kind, watchdog):
-    time.sleep(1)  # a heartbeat says what comes now
+    time.sleep(1)  # a heartbeat carries the operation
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stopped":
@@ -161,7 +161,7 @@ def test_a_killed_rank_is_named_with_its_operation(ends):
         assert re.match(
             r"error: .*rank 2 \(.+, process \d+\) stopped answering; last heard of in 'step 5, all-reduce'", line
         ), line
-        assert line.count("'step 5, all-reduce'") == 2, "the own operation is told too"
+        assert line.count("'step 5, all-reduce'") == 2, "its own operation is named too"
 
 
 def test_a_stopped_rank_is_named_with_its_operation(ends):

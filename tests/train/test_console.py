@@ -13,7 +13,8 @@ def show(configure, tmp_path, capsys):
     """Trains two steps and returns the lines on standard output and standard error."""
 
     def run(*arguments: str) -> tuple[list[str], list[str]]:
-        config = configure("train.max_steps=2", "optim.warmup_steps=1", "optim.gate_lr=1e-6", run="-".join(["run", *arguments]))
+        settings = ("train.max_steps=2", "optim.warmup_steps=1", "optim.gate_lr=1e-6")
+        config = configure(*settings, run="-".join(["run", *arguments]))
         (tmp_path / "run.yaml").write_text(dump(config))
         main(["train", str(tmp_path / "run.yaml"), *arguments])
         shown = capsys.readouterr()

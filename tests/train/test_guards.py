@@ -168,7 +168,7 @@ def test_all_ranks_hear_of_gradients_that_are_no_numbers(odd, tmp_path):
     done = run_ranks(config, tmp_path, "parallel.pipeline_size=2")
     assert done.returncode == 4, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: "), done.stderr  # its own, or that of a rank that was told
+    assert last.startswith("error: "), done.stderr  # its own, or that of a rank that received the report
     assert "the gradients are not finite; 2 steps in a row were left out" in last, done.stderr
     assert "; all weights are finite: " in last
 
@@ -203,7 +203,7 @@ def test_a_spike_can_be_left_out(odd):
 
 
 def test_a_spike_can_send_the_run_back(odd, tools, lines):
-    """Weights and step of the checkpoint, the text behind the spike, empty memories: done by hand it is the same."""
+    """Weights and step of the checkpoint, the text after the spike, empty memories: done by hand it is the same."""
     config = odd(*SPIKES, "guard.spikes=rollback")
     train(config)
     (finding,) = read_rows(config, "findings.jsonl")
@@ -232,7 +232,7 @@ def test_a_spike_lies_far_above_the_last_losses():
     guard = Guard(GuardConfig(spikes="skip", spike_window_steps=4, spike_deviations=3))
     for loss in (2.0, 2.2, 1.8):
         guard.record(loss, "")
-    assert guard.find_problem(100.0) == "", "too few to tell"
+    assert guard.find_problem(100.0) == "", "too few losses to judge by"
     guard.record(2.0, "")
     assert guard.find_problem(2.4) == "" and guard.find_problem(0.1) == ""
     assert guard.find_problem(2.5).startswith("the loss jumped to 2.5000; the last 4 had a mean of 2.0000")

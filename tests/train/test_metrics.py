@@ -140,7 +140,7 @@ def test_the_saved_config_runs_again(run_dir, configure, validation):
 
 
 def test_steps_do_not_overlap_after_a_resume(configure, tools):
-    """The run was killed three steps behind its checkpoint: those lines are dropped and written again."""
+    """The run was killed three steps after its checkpoint: those lines are dropped and written again."""
     config = configure("checkpoint.every_steps=100")
     session = open_session(config)
     tools.drive(session, 3)

@@ -86,7 +86,7 @@ def test_too_many_damaged_documents_end_the_run(mixture, tmp_path, capsys):
 
 
 def test_text_that_ends_too_early_is_saved_and_told(mixture, tmp_path):
-    """A rollback reads on behind the text it leaves out, so epochs can end before the run."""
+    """A rollback continues after the text it leaves out, so epochs can end before the run."""
     parts = ", ".join(f"{{folder: {tmp_path / name}, epochs: 1}}" for name in SETS)
     config = mixture(f"data.mixture=[{parts}]", "train.max_steps=5", "train.window_tokens=16", "data.curriculum=[]")
     session = open_session(config)

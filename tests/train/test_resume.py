@@ -230,7 +230,7 @@ def test_init_from_without_a_convolution_begins_one_that_changes_nothing(configu
 
 
 def test_gates_of_another_kind_are_not_taken(configure):
-    """They mix in another memory: what was retrieved, say."""
+    """They mix in another memory, such as retrieved keys."""
     kind = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 2.0}"
     origin = open_session(configure(f"model.attention={kind}", run="origin"))
     assert any(name.endswith(".gate") for name, _ in origin.stages.named_globally())

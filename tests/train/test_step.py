@@ -103,7 +103,7 @@ def test_a_batch_without_text_is_left_out(configure, tools):
 
 @pytest.mark.parametrize("attention", ["linear", "delta", "local"])
 def test_text_without_labels_is_read_only(attention, configure, tools):
-    """A window in the midst of a book: weights and optimizer stay, and the memory is that of a step with labels."""
+    """A window in the middle of a book: weights and optimizer stay, and the memory is that of a step with labels."""
     config = configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=2")
     session = open_session(config)
     before = tools.capture(session)
@@ -141,7 +141,7 @@ def test_weights_of_labels_weigh_their_losses(configure):
 
 
 def test_padding_has_no_influence(configure, tools):
-    """Tokens of weight 0 without labels, behind a start mark as the reader leaves them, change nothing."""
+    """Tokens of weight 0 without labels, after a start mark as the reader leaves them, change nothing."""
     found = []
     for padding in (258, 7):
         session = open_session(configure(run=f"padding{padding}"))
