@@ -67,7 +67,7 @@ def make_batch(config: RunConfig, rank: int) -> Any:
 def run_rank(config: RunConfig, measured: str) -> float:
     """Trains some steps; the shortest time of all but the first, or the peak of memory."""
     from infini_train.parallel import mesh
-    from infini_train.train.session import build, empty_carried
+    from infini_train.train.building import build, empty_carried
     from infini_train.train.step import train_step
 
     place = mesh.start(config.parallel)
@@ -138,7 +138,7 @@ def measure(missing: list[tuple[str, str]], seconds: float, rates: bool = False)
     device.prepare()
     import torch
 
-    import infini_train.train.session
+    import infini_train.train.building
     import infini_train.train.step  # noqa: F401
 
     if any(kind == "time" for _, kind in missing) and (rates or not read("measured.json").get("hardware")):

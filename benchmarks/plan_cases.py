@@ -1,10 +1,10 @@
 """The runs that benchmarks/plan.py measures: those to calibrate with, and those held out."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig, divide_processes
 
@@ -87,6 +87,4 @@ def read(file: str) -> dict[str, Any]:
 
 def write(file: str, values: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    aside = RESULTS / f"{file}.tmp"
-    aside.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(aside, RESULTS / file)
+    write_atomic(RESULTS / file, json.dumps(values, indent=1) + "\n")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers import documents
+from infini_train.atomic_files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "benchmarks" / "results" / "table2"
@@ -185,8 +186,7 @@ def make(options: argparse.Namespace, run: Run) -> None:
         values = json.loads(result.stdout)
         found[split] = {name: values[name] for name in ("loss", "perplexity", "bits_per_byte", "tokens", "documents")}
     FILES.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".part").rename(path)
+    write_atomic(path, json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: validation {found['validation']['loss']:.4f}, test {found['test']['loss']:.4f}", flush=True)
 
 

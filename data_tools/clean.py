@@ -22,8 +22,9 @@ from data_tools.storage import find_files
 from data_tools.tasks import finished_tasks, run_tasks, task_folder
 from data_tools.workplace import Workplace
 from infini_train import __version__
+from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
-from infini_train.data.writer import explain_disk_errors, sync
+from infini_train.data.writer import explain_disk_errors
 
 REPORT_FILE = "report.json"
 _RECORD_FILE, _PART_FILE = "record.json", "part.jsonl.zst"
@@ -271,5 +272,5 @@ def _join(folder: Path, tasks: int, result: Path, left_out: LeftOut, about: dict
     tree = {**vars(report), "left_out": report.left_out.to_json(), **about}
     (result / REPORT_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in (result / REPORT_FILE, result):
-        sync(path)
+        sync_path(path)
     return report

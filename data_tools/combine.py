@@ -14,11 +14,12 @@ from data_tools.encode import is_held_out
 from data_tools.join import StoredDocument, add_documents, add_sources
 from data_tools.tasks import finished_tasks
 from data_tools.workplace import Workplace, check_pair_target
+from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, ShardEntry, SourceEntry, hash_file, read_index, read_manifest
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import tokenizer_of
-from infini_train.data.writer import explain_disk_errors, finish_dataset, sync, write_aside
+from infini_train.data.writer import explain_disk_errors, finish_dataset, write_aside
 
 
 def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = False, link: bool = False) -> Manifest:
@@ -72,7 +73,7 @@ def _copy(path: Path, target: Path, entry: ShardEntry, link: bool) -> None:
         os.link(path, target)
     else:
         shutil.copyfile(path, target)
-        sync(target)
+        sync_path(target)
     if hash_file(target) != entry.sha256:
         raise ConfigError(f"{path}: is damaged (its hash differs); see infini-data verify {path.parent}")
 

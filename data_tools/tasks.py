@@ -20,8 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.plan import Plan
+from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
-from infini_train.data.writer import explain_disk_errors, sync
+from infini_train.data.writer import explain_disk_errors
 
 # Called with the number of a task, the empty folder to write into, the threads to use, and a function that is told of
 # source bytes that were read.
@@ -91,13 +92,13 @@ def do_task(folder: Path, work: Work, task: int, threads: int, advance: Callable
             aside.mkdir()
             work(task, aside, threads, advance)
             for path in (*aside.iterdir(), aside):
-                sync(path)
+                sync_path(path)
             try:
                 aside.rename(target)
             except OSError:
                 if not target.exists():  # a worker whose parent was killed may have finished it just now
                     raise
-            sync(folder)
+            sync_path(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

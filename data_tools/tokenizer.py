@@ -15,8 +15,9 @@ from typing import Literal
 
 import sentencepiece
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
-from infini_train.data.writer import explain_disk_errors, sync
+from infini_train.data.writer import explain_disk_errors
 
 PIECE_BYTES = 4000  # SentencePiece leaves out longer "sentences"
 META_PIECES = 260  # unk, bos, eos, pad and one a byte
@@ -94,16 +95,9 @@ def train_tokenizer(
         raise ConfigError(f"{out}: is there already; choose another name, or pass --overwrite")
     sample = sample_pieces(texts, options.sample_bytes, options.seed)
     model = _train(sample, options)
-    aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
     with explain_disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_bytes(model)
-            sync(aside)
-            aside.rename(out)
-            sync(out.parent)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomic(out, model)
     return sum(len(piece.encode("utf-8")) for piece in sample)
 
 

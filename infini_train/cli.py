@@ -9,12 +9,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_train import __version__
+from infini_train import __version__, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
-from infini_train.command_line import describe, positive
+from infini_train.command_line import add_verbosity, describe, positive, repeat_verbosity
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import config_roots, load_run
 from infini_train.convert.commands import add_export, add_import
+from infini_train.environment import world
 from infini_train.eval.commands import CommandParser
 from infini_train.eval.commands import add_commands as add_eval_commands
 from infini_train.plan.command import add_command as add_plan_command
@@ -78,7 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     hook, threading.excepthook = threading.excepthook, _show_thread_error
     try:
-        options.command(options)
+        with logs.console(
+            world()[0],
+            quiet=options.quiet,
+            verbose=options.verbose,
+            notes_to_stderr=getattr(options, "json", False),  # standard output is the result's
+        ):
+            options.command(options)
     except ConfigError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
@@ -89,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in MACHINE_TROUBLE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(f"{where}{error.strerror}; mend that and give the same command again", 2))
+        sys.exit(_fail(f"{where}{error.strerror}; fix it and rerun", 2))
     finally:
         threading.excepthook = hook
 
 
 def _show_thread_error(arguments: threading.ExceptHookArgs) -> None:
-    """Python's own report, but of a full disk: the main thread meets it too, and tells it in one line."""
+    """Python's own report, except for a full disk: the main thread meets it too, and reports it in one line."""
     if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno != errno.ENOSPC:
         threading.__excepthook__(arguments)
 
@@ -123,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands.add_parser("export", help="a checkpoint's weights in Hugging Face's layout"))
     add_selftest_command(commands.add_parser("selftest", help="every parallel layout against one process, here"))
     _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
+    add_verbosity(parser)
     return parser
 
 
@@ -163,16 +171,17 @@ def _train(options: argparse.Namespace) -> None:
 
         if "RANK" in os.environ:
             raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
-        sys.exit(launch(options.nproc, ["train", options.config, *(f"--set={setting}" for setting in options.set)]))
+        settings = (f"--set={setting}" for setting in options.set)
+        sys.exit(launch(options.nproc, ["train", options.config, *settings, *repeat_verbosity(options)]))
     _prepare()
-    from infini_train.parallel.watch import LostRankError
+    from infini_train.resilience.signals import Stopped
+    from infini_train.resilience.watchdog import LostRankError
     from infini_train.train.guards import DivergedError
-    from infini_train.train.interrupt import Stopped
     from infini_train.train.loop import train
 
     try:
         train(config)
-    except KeyboardInterrupt:  # insists: the checkpoint that a thread may be writing is given up
+    except KeyboardInterrupt:  # the second: a checkpoint that a thread may still be writing is abandoned
         _fail("interrupted", 130)
         os._exit(130)
     except Stopped as stopped:
@@ -298,7 +307,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from infini_train.demo import run_demo
 
-    sys.exit(run_demo(options.text, options.out, options.set))
+    sys.exit(run_demo(options.text, options.out, options.set, repeat_verbosity(options)))
 
 
 def _prepare() -> None:

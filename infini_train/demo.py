@@ -1,6 +1,7 @@
-"""The whole road once, as the commands that a person would type: text, shards, training, evaluation, a sample."""
+"""End-to-end demo, as the commands that a person would type: text, shards, training, evaluation, a sample."""
 
 import json
+import logging
 import shlex
 import signal
 import subprocess
@@ -14,26 +15,28 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.writer import explain_disk_errors
 
+LOG = logging.getLogger(__name__)
 DATA = [sys.executable, "-m", "data_tools"]
 TRAIN = [sys.executable, "-m", "infini_train.cli"]
 PROMPT = "def "
 
 
 class CommandError(RuntimeError):
-    """A command of the demo failed; it has printed why."""
+    """A command of the demo failed, and has printed why."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
         self.code = code
 
 
-def run_demo(text: str | None, out: Path | None, overrides: Sequence[str]) -> int:
+def run_demo(text: str | None, out: Path | None, overrides: Sequence[str], verbosity: Sequence[str] = ()) -> int:
     """Runs the demo; returns the exit code of the first command that failed, or 0.
 
     Args:
-        text: corpus for `infini-data`; None takes the Python standard library's sources, which every machine has.
+        text: corpus for `infini-data`; None: the Python standard library's sources, which every machine has.
         out: folder for everything; None: runs/demo, or runs/demo-NAME for a text of this name.
         overrides: --set assignments for the training config.
+        verbosity: --quiet or --verbose, for the commands of `infini-train`.
 
     Raises:
         ConfigError: a given path does not exist or can't be written, or an override is wrong.
@@ -54,34 +57,33 @@ def run_demo(text: str | None, out: Path | None, overrides: Sequence[str]) -> in
     config = load_run("demo", settings)
     sets = [word for setting in settings for word in ("--set", setting)]
     with explain_disk_errors(out):
-        _remember_source(source, out)
+        _record_source(source, out)
         corpus = [str(source), "--on-bad-record", "skip"] if text else _standard_library(source, out)
     try:
         if not (data / "train" / "manifest.json").exists():
             vocab = str(config.model.vocab_size)
-            _say("1/5  a tokenizer of this text")
+            _announce("1/5  a tokenizer of this text")
             _run([*DATA, "tokenizer", *corpus, "--vocab-size", vocab, "--out", str(model), "--overwrite"])
-            _say("2/5  shards of token ids, 5 % of the documents held out")
+            _announce("2/5  shards of token ids, 5 % of the documents held out")
             shards = ["--tokenizer", str(model), "--out", str(data), "--holdout", "0.05", "--overwrite"]
             _run([*DATA, "encode", *corpus, *shards])
         else:
-            _say(f"1/5  2/5  {data} is there already")
-        _say("3/5  training (Ctrl-C saves; the same command goes on)")
-        _run([*TRAIN, "train", "demo", *sets])
-        _say("4/5  perplexity of held-out documents, streamed with the memory carried along")
-        result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json"]))
-        _say("5/5  a sample")
-        print(
-            _run([*TRAIN, "generate", str(out), "--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end"]), end=""
-        )
+            _announce(f"1/5  2/5  {data} is there already")
+        _announce("3/5  training (Ctrl-C saves; the same command goes on)")
+        _run([*TRAIN, "train", "demo", *sets, *verbosity])
+        _announce("4/5  perplexity of held-out documents, streamed with the memory carried along")
+        result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json", *verbosity]))
+        _announce("5/5  a sample")
+        sample = ["--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end", *verbosity]
+        print(_run([*TRAIN, "generate", str(out), *sample]), end="")
     except CommandError as error:
         return error.code
     _summarise(out, config.train.total_steps, result, time.monotonic() - begin)
     return 0
 
 
-def _remember_source(source: Path, out: Path) -> None:
-    """Refuses a folder that holds the demo of another text."""
+def _record_source(source: Path, out: Path) -> None:
+    """Notes the text in the folder; refuses one that holds the demo of another text."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / "source.txt"
     if note.exists() and note.read_text(encoding="utf-8") != str(source.resolve()):
@@ -90,8 +92,8 @@ def _remember_source(source: Path, out: Path) -> None:
 
 
 def _standard_library(source: Path, out: Path) -> list[str]:
-    """The library's sources as one file of documents, without installed packages, tests and tables."""
-    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # encodings: tables of characters
+    """Writes the library's sources to one file of documents, without installed packages, tests and tables."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # encodings: character tables
     folder = out / "text"
     folder.mkdir(exist_ok=True)
     path = folder / "standard_library.jsonl"
@@ -103,22 +105,22 @@ def _standard_library(source: Path, out: Path) -> list[str]:
             try:
                 document = {"id": name.as_posix(), "text": file.read_text(encoding="utf-8")}
             except (OSError, UnicodeDecodeError):
-                continue  # a dangling link; or one of the few sources that are there to test other encodings
+                continue  # a dangling link, or one of the few sources in another encoding, for tests
             stream.write(json.dumps(document) + "\n")
     return [str(path)]
 
 
-def _say(line: str) -> None:
-    print(f"\n== {line}", flush=True)
+def _announce(step: str) -> None:
+    LOG.info("\n== %s", step)
 
 
 def _run(command: list[str]) -> str:
-    """Runs a command on the person's screen; what `eval` and `generate` print is returned.
+    """Runs a command on this console; the standard output of `eval` and `generate` is returned.
 
-    A signal reaches the command, which saves and ends by itself; this process only waits for it.
+    A signal reaches the command, which saves and exits by itself; this process only waits for it.
     """
     shown = {tuple(DATA): "infini-data", tuple(TRAIN): "infini-train"}[tuple(command[:3])]
-    print(f"$ {shown} {shlex.join(command[3:])}", flush=True)
+    LOG.info("$ %s %s", shown, shlex.join(command[3:]))
     output = subprocess.PIPE if command[3] in ("eval", "generate") else None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with subprocess.Popen(command, stdout=output, text=True) as child:
@@ -148,7 +150,7 @@ def _summarise(out: Path, steps: int, result: dict[str, float], seconds: float) 
         "metrics": str(out / "metrics.jsonl"),
         "TensorBoard": f"tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}",
     }
-    _say("done")
+    _announce("done")
     for name, value in rows.items():
         print(f"{name:<18}{value}")
     here = shlex.quote(str(out))

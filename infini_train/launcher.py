@@ -1,11 +1,11 @@
-"""`--nproc N`: N ranks on this machine, their console, their signals and their end.
+"""`--nproc N`: starts N ranks on this machine; handles their output, their signals and how they exit.
 
-Plain processes around torch's TCPStore, with the environment that torchrun gives, instead of torch's elastic agent. The
-agent kills ranks 30 s after it asked them to stop (saving a large checkpoint takes longer), leaves them in the
-terminal's process group (Ctrl-C reaches them twice), shows their output late, and adds reports of its own.
+Plain processes around torch's TCPStore, with torchrun's environment, instead of torch's elastic agent. The agent kills
+ranks 30 s after it asked them to stop (saving a large checkpoint takes longer), leaves them in the terminal's process
+group (Ctrl-C reaches them twice), shows their output late, and adds reports of its own.
 
-The store lives in this process and listens on loopback only, on a port that the kernel chose: launches side by side
-don't collide, and the store outlives a dead rank, so that the others can still read in it who died.
+The store lives in this process and listens on loopback only, on a port that the kernel chose: concurrent launches don't
+collide, and the store outlives a dead rank, so the others can still read there which rank died.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the others hang in collectives that nobody will finish
-STACKS_S = 0.5  # for a rank that has to be killed to write where it was
-HOLD_S = 5.0  # an error's lines are kept back this long, to be shown last if its rank ends by it
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPED = tuple(128 + number for number in PASSED_ON)  # exit codes of a run that has saved
+GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the other ranks hang in collectives that never finish
+STACKS_S = 0.5  # for a rank to dump its stacks before it is killed
+HOLD_S = 5.0  # the lines of an error are held back this long, to be shown last if the rank exits with it
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = tuple(128 + number for number in FORWARDED)  # exit codes of a run that has saved
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
-LAST_WORDS = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
+FINAL_ERROR = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
 TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")  # torch marks the lines of an uncaught exception
 LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)")
 
@@ -47,7 +47,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
 
 
 def host_store(listener: socket.socket) -> Any:
-    """The ranks' store, on a socket that listens already: whoever connects early waits in its backlog."""
+    """The ranks' store, on a socket that is already listening: early connections wait in its backlog."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import TCPStore
 
@@ -56,12 +56,12 @@ def host_store(listener: socket.socket) -> Any:
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """What torch.distributed reads, and settings that the user's environment may overrule."""
+    """The variables that torch.distributed reads, and settings that the user's environment may override."""
     return {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "PYTHONFAULTHANDLER": "1",  # a segfault tells where
+        "PYTHONFAULTHANDLER": "1",  # a stack trace for a segfault
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
@@ -77,7 +77,12 @@ def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 @dataclass(eq=False)
 class Rank:
-    """One process. `block`: the lines of an error that may be its last; `ended`: this launcher made it end."""
+    """One process.
+
+    Attributes:
+        block: lines of an error that may be its final one.
+        ended: whether this launcher terminated it.
+    """
 
     number: int
     process: subprocess.Popen[bytes]
@@ -87,33 +92,33 @@ class Rank:
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells it; a rank that had to be ended after an error of its own has failed by that error."""
+        """As a shell reports it; a rank that was terminated after an error of its own counts as failed."""
         code = self.process.returncode
         return code if code >= 0 else 1 if self.ended else 128 - code
 
     def describe_end(self) -> str:
-        """How it failed."""
+        """How it failed, as an error message."""
         number = -self.process.returncode
         if number <= 0 or self.ended:
             return f"rank {self.number} failed (exit code {self.exit_code})"
         name = {int(known): known.name for known in signal.Signals}.get(number, f"signal {number}")
         return f"rank {self.number} was killed by {name}"
 
-    def tell(self, lines: Sequence[bytes], *, error: bool) -> None:
-        """Shows lines of it on this process's console."""
+    def show(self, lines: Sequence[bytes], *, error: bool) -> None:
+        """Writes lines of its output to this process's console, after its rank."""
         stream = sys.stderr if error else sys.stdout
         prefix = b"[rank %d] " % self.number if self.number else b""
         try:
             stream.buffer.write(b"".join(prefix + line for line in lines))
             stream.flush()
-        except OSError:  # its reader has gone, or the terminal was closed: the ranks go on
+        except OSError:  # the pipe or terminal was closed: the ranks go on
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Ranks:
-    """The processes of one launch; none is left when the context ends. Use it in the main thread (signals).
+    """The processes of one launch; none is left when the context ends. Must be used in the main thread (signals).
 
-    Each rank has a process group of its own: what a terminal sends reaches this process only, which passes it on once.
+    Each rank has its own process group: signals of the terminal reach this process only, which forwards them once.
     The kernel kills the ranks if this process dies.
     """
 
@@ -121,11 +126,11 @@ class Ranks:
         self.nproc, self.command, self.port = nproc, list(command), port
         self.ranks: list[Rank] = []
         self.running: list[Rank] = []
-        self.troubled: list[Rank] = []  # in the order in which it was seen: the first that fails is the cause
-        self.passed = 0  # the signal that was passed on
-        self.insisted = False  # by a second Ctrl-C
+        self.troubled: list[Rank] = []  # in the order of detection: the first that fails is the cause
+        self.forwarded = 0  # the signal that was forwarded
+        self.insisted = False  # there was a second Ctrl-C
         self.kill_at = math.inf
-        self._unfinished: dict[Any, bytes] = {}  # the beginning of a line, by stream; the key goes at a stream's end
+        self._unfinished: dict[Any, bytes] = {}  # start of an incomplete line, by open stream
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -135,9 +140,9 @@ class Ranks:
         self._waker.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
         self._previous_fd = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in (*PASSED_ON, signal.SIGTSTP, signal.SIGCHLD):
+        for number in (*FORWARDED, signal.SIGTSTP, signal.SIGCHLD):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
-                self._handlers[number] = signal.signal(number, lambda *_: None)  # its number wakes the selector
+                self._handlers[number] = signal.signal(number, lambda *_: None)  # the wakeup fd delivers it
         try:
             for number in range(self.nproc):
                 self._start(number)
@@ -162,27 +167,27 @@ class Ranks:
             resource.close()
 
     def wait(self) -> int:
-        """Shows what the ranks say until all have ended, and the first failure last.
+        """Shows the ranks' output until all have ended, and the first failure last.
 
         Returns:
-            0; the code of the rank that failed first (128 + number if a signal killed it); 128 + a signal passed on.
+            0; the code of the rank that failed first (128 + number if a signal killed it); 128 + a forwarded signal.
         """
         while self.running:
             ready = [key.data for key, _ in self._selector.select(0.5)]
             ended = [rank for rank in self.running if rank.process.poll() is not None]
-            for rank in ended:  # before the lines: the neighbours of a killed rank complain of it at once
+            for rank in ended:  # before any output: neighbours of a killed rank report errors at once
                 if rank.process.returncode < 0 and not rank.ended:
                     self._note_trouble(rank)
             for read in ready:
                 read()
             for rank in ended:
-                self._bury(rank)
+                self._handle_exit(rank)
             now = time.monotonic()
             for rank in self.running:
                 if rank.block and now > rank.block_since + HOLD_S and self.kill_at == math.inf:
-                    self._release(rank)  # it lives on: that was not its end
+                    self._release(rank)  # still running: the error was not final
             if now > self.kill_at:
-                self._ask_for_stacks()
+                self._request_stacks()
                 self._kill()
         return self._report()
 
@@ -216,19 +221,19 @@ class Ranks:
 
     def _read_signals(self) -> None:
         for number in self._wakeup.recv(4096):
-            if number in PASSED_ON:
-                self._pass_on(number)
+            if number in FORWARDED:
+                self._forward(number)
             elif number == signal.SIGTSTP:  # Ctrl-Z
                 self._send(signal.SIGSTOP)
                 os.kill(os.getpid(), signal.SIGSTOP)
                 self._send(signal.SIGCONT)
 
-    def _pass_on(self, number: int) -> None:
-        if number == signal.SIGINT and (self.passed or self.kill_at < math.inf):
+    def _forward(self, number: int) -> None:
+        if number == signal.SIGINT and (self.forwarded or self.kill_at < math.inf):
             self.insisted = True
             self._kill()
-        elif not self.passed:
-            self.passed = number
+        elif not self.forwarded:
+            self.forwarded = number
             self._send(number)
 
     def _send(self, number: int) -> None:
@@ -241,14 +246,14 @@ class Ranks:
                 rank.ended = True
                 os.killpg(rank.process.pid, signal.SIGKILL)
 
-    def _ask_for_stacks(self) -> None:
-        """Of ranks that don't end, into the run's logs (`parallel/stacks.py`); a stopped one has to go on to answer."""
+    def _request_stacks(self) -> None:
+        """Has hanging ranks dump their stacks (`resilience/stack_dumps.py`), suspended ones after resuming them."""
         for number in (signal.SIGURG, signal.SIGCONT):
             self._send(number)
         time.sleep(STACKS_S)
 
     def _end_others(self) -> None:
-        """Asks the ranks to end, but for those that are about to, with an error of their own."""
+        """Terminates the ranks, except those about to exit with an error of their own."""
         if self.kill_at == math.inf:
             self.kill_at = time.monotonic() + GRACE_S
             for rank in self.running:
@@ -256,10 +261,10 @@ class Ranks:
                     rank.ended = True
                     rank.process.terminate()
 
-    # ------------------------------------------------------------------------------------------------- what they say
+    # ----------------------------------------------------------------------------------------------------- their output
 
     def _read(self, rank: Rank, stream: Any) -> bool:
-        """Takes what is there; a line counts when it is whole, so that lines of ranks don't mix. False: no more now."""
+        """Reads what is there and shows complete lines, so that lines of ranks don't mix; False: no more for now."""
         try:
             data = os.read(stream.fileno(), 1 << 20)
         except BlockingIOError:
@@ -274,17 +279,17 @@ class Ranks:
         for line in LINES.findall(text):
             words = TORCH_PREFIX.sub(b"", line)
             error = stream is rank.process.stderr
-            if error and (rank.block or LAST_WORDS.match(words)):
+            if error and (rank.block or FINAL_ERROR.match(words)):
                 if not rank.block:
                     rank.block_since = time.monotonic()
                     self._note_trouble(rank)
                 rank.block.append(words)
             else:
-                rank.tell([line], error=error)
+                rank.show([line], error=error)
         return bool(data)
 
     def _release(self, rank: Rank) -> None:
-        rank.tell(rank.block, error=True)
+        rank.show(rank.block, error=True)
         rank.block.clear()
         self.troubled.remove(rank)
 
@@ -292,10 +297,10 @@ class Ranks:
         if rank not in self.troubled:
             self.troubled.append(rank)
 
-    # --------------------------------------------------------------------------------------------------------- the end
+    # ------------------------------------------------------------------------------------------------------ their exits
 
-    def _bury(self, rank: Rank) -> None:
-        """Judges how a rank has ended; a failure ends the others."""
+    def _handle_exit(self, rank: Rank) -> None:
+        """Determines how a rank has ended; a failure terminates the others."""
         self.running.remove(rank)
         for stream in (rank.process.stdout, rank.process.stderr):
             while stream in self._unfinished and self._read(rank, stream):
@@ -307,29 +312,29 @@ class Ranks:
             self._note_trouble(rank)
             self._end_others()
         elif rank.process.returncode < 0:
-            self._end_others()  # it could not save; what the others do without it comes to nothing
+            self._end_others()  # it could not save, so the others can't complete a checkpoint
 
     def _has_stopped(self, rank: Rank) -> bool:
-        """Whether a signal asked it to stop: one that was passed on, or one that was sent to a rank itself."""
+        """Whether a signal asked it to stop: a forwarded one, or one sent to the rank itself."""
         code = rank.process.returncode
-        return code in STOPPED or (self.passed > 0 and code == -self.passed)
+        return code in STOPPED or (self.forwarded > 0 and code == -self.forwarded)
 
     def _report(self) -> int:
-        """The errors kept back, each once, the first failure's last; the exit code."""
+        """Shows the errors held back, each once, the first failure's last; returns the exit code."""
         stops = [rank for rank in self.troubled if self.insisted or self._has_stopped(rank)]
         failed = [rank for rank in self.troubled if rank not in stops and (rank.block or not rank.ended)]
         last = failed[0] if failed else None
-        said = [last.block] if last else []
+        shown = [last.block] if last else []
         for rank in (*stops, *failed):
-            if rank.block and rank.block not in said:
-                rank.tell(rank.block, error=True)
-                said.append(rank.block)
+            if rank.block and rank.block not in shown:
+                rank.show(rank.block, error=True)
+                shown.append(rank.block)
         if last is None:
             stopped = [rank.process.returncode for rank in self.ranks if self._has_stopped(rank)]
-            asked = self.passed or (signal.SIGINT if self.insisted else 0)
+            asked = self.forwarded or (signal.SIGINT if self.insisted else 0)
             return 128 + asked if asked and (self.insisted or stopped) else max(stopped, default=0)
-        speaks = last.block and last.block[0].startswith(b"error: ")
-        heading = [] if speaks else [f"error: {last.describe_end()}\n".encode()]
+        has_message = last.block and last.block[0].startswith(b"error: ")
+        heading = [] if has_message else [f"error: {last.describe_end()}\n".encode()]
         sys.stderr.buffer.write(b"".join([*heading, *last.block]))
         sys.stderr.flush()
         return last.exit_code

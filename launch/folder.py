@@ -21,29 +21,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infini_train.atomic_files import write_atomic
+
 LAST_LINES = 3
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """A file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
 
 
 def prepare(run_dir: Path, files: Mapping[str, str], code: Path) -> Path:
     """Lays out the launch folder for a new submission: the files, the code's revision, the environment."""
     folder = run_dir / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        write_aside(folder / name, text)
-    write_aside(folder / "revision.txt", describe_revision(code))
+        write_atomic(folder / name, text)
+    write_atomic(folder / "revision.txt", describe_revision(code))
     shown = (f"{name}={value}\n" for name, value in sorted(os.environ.items()) if not SECRET.search(name))
-    write_aside(folder / "environment.txt", "".join(shown))
+    write_atomic(folder / "environment.txt", "".join(shown))
     for name in ("bad_nodes", "retries", "last_failure"):  # of an earlier job
         (folder / name).unlink(missing_ok=True)
     return folder
@@ -74,10 +66,11 @@ def read_job(run_dir: Path) -> int | None:
 
 def note_submitted(run_dir: Path, number: int, first: bool) -> None:
     """A job was submitted; `first` of a submission."""
-    known = [] if first else read_submitted(run_dir)
-    write_aside(run_dir / "launch" / "submitted", "".join(f"{each}\n" for each in [*known, number]))
+    known, folder = [] if first else read_submitted(run_dir), run_dir / "launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "submitted", "".join(f"{each}\n" for each in [*known, number]))
     if first:
-        write_aside(run_dir / "launch" / "job", f"{number}\n")
+        write_atomic(folder / "job", f"{number}\n")
 
 
 def read_submitted(run_dir: Path) -> list[int]:

@@ -93,7 +93,7 @@ def process_groups() -> None:
 
 # Tests that start several processes, often once for a whole module: one worker runs them, one after the other, so that
 # nothing is started twice and ranks don't wait for ranks of another test.
-SEVERAL_PROCESSES = {"test_layouts", "test_relayout", "test_processes", "test_context", "test_watch", "test_run"}
+SEVERAL_PROCESSES = {"test_layouts", "test_relayout", "test_processes", "test_context", "test_watchdog", "test_run"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

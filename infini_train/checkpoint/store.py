@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from infini_train.atomic_files import sync_path
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
 from infini_train.checkpoint.index import dump_index, merge_parts, parse_index, parse_part
 from infini_train.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
-from infini_train.checkpoint.sync import describe_failure, sync_path, write_synced
+from infini_train.checkpoint.sync import describe_failure, write_synced
 from infini_train.checkpoint.writer import part_file, write_part
 
 __all__ = ["Checkpoint", "CheckpointError", "find_latest", "open_checkpoint", "prune", "resolve", "save"]

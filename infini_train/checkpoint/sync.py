@@ -10,16 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from infini_train.atomic_files import sync_path
 from infini_train.checkpoint.fragments import CheckpointError
-
-
-def sync_path(path: Path) -> None:
-    """Waits until the file, or the folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from infini_train.atomic_files import sync_path
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
 from infini_train.checkpoint.index import DTYPE_NAMES, Part, Stored, StoredFile, dump_part
 from infini_train.checkpoint.reader import hash_file
-from infini_train.checkpoint.sync import sync_path, write_synced
+from infini_train.checkpoint.sync import write_synced
 
 MAX_FILE_BYTES = 4 * 2**30
 

@@ -78,7 +78,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Steps that nothing is learned from: the loss or a gradient is no number, or the loss jumps."""
+    """Anomaly detection: steps with a non-finite loss or gradient, or a loss spike."""
 
     max_skips: int = 10  # so many steps in a row may be left out; one more ends the run
     spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # tell, leave the step out, or load a checkpoint too

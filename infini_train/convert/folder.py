@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infini_train.checkpoint.sync import appearing, sync_path, write_synced
+from infini_train.atomic_files import sync_path
+from infini_train.checkpoint.sync import appearing, write_synced
 from infini_train.config.errors import ConfigError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

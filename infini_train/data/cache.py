@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
 
@@ -76,9 +77,8 @@ class RemoteFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / MANIFEST_FILE).exists():
                 with self._locked(MANIFEST_FILE):
-                    partial = self.folder / f".{MANIFEST_FILE}.partial"
-                    partial.write_bytes(manifest)  # what was hashed: a second fetch might find another one
-                    partial.rename(self.folder / MANIFEST_FILE)
+                    # What was hashed: a second fetch might find another one.
+                    write_atomic(self.folder / MANIFEST_FILE, manifest)
         except OSError as error:
             raise ConfigError(f"data.cache_dir: {cache_dir} can't be written: {error.strerror}") from error
 

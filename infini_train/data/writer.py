@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from infini_train import __version__
+from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import (
     FORMAT_VERSION,
@@ -96,15 +97,6 @@ def _can_lock(path: Path) -> bool:
     return True
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def open_index(folder: Path) -> BinaryIO:
     """The index of a new dataset, where its first record goes; the header is written by `finish_dataset`."""
     index = (folder / INDEX_FILE).open("wb")
@@ -184,7 +176,7 @@ def finish_dataset(
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
     for path in (*(path for path in folder.iterdir() if path.suffix != ".tar"), folder):  # shards are on the disk
-        sync(path)
+        sync_path(path)
     return manifest
 
 
@@ -209,7 +201,7 @@ def replace_folder(finished: Path, target: Path) -> None:
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-    sync(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.eval.loading import Trained
-from infini_train.eval.records import find_home, hash_checkpoint, write_file
+from infini_train.eval.records import find_home, hash_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,8 @@ def evaluate_harness(trained: Trained, task: HarnessTask, *, lanes: int, out: Pa
     for name, rows in samples.items():
         lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows)
         plain = re.sub(r"[^\w.-]", "_", name)
-        write_file(target / f"samples_{plain}.jsonl", "".join(lines))
-    write_file(target / "results.json", dumped + "\n")
+        write_atomic(target / f"samples_{plain}.jsonl", "".join(lines))
+    write_atomic(target / "results.json", dumped + "\n")
     _write_board(board, trained.step, results)
     return {**json.loads(dumped), "folder": str(target)}
 

@@ -1,6 +1,6 @@
 """A trained model, its config and its tokenizer, from a run's folder or a checkpoint."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
+
+LOG = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -38,7 +40,7 @@ class Trained(NamedTuple):
 def _open(path: Path) -> Checkpoint:
     """A given checkpoint; of a run's folder the newest that is whole."""
     if (path / FOLDER).is_dir():
-        checkpoint = find_latest(path, lambda problem: print(f"warning: {problem}", file=sys.stderr))
+        checkpoint = find_latest(path, lambda problem: LOG.warning("warning: %s", problem))
         if checkpoint is not None:
             return checkpoint
     return open_checkpoint(resolve(path))

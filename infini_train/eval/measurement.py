@@ -1,6 +1,7 @@
 """The life of every long measurement: resume from records, go on batch by batch, then results, pictures, scalars."""
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infini_train.atomic_files import write_atomic
 from infini_train.eval.loading import Trained
-from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture, write_file
+from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture
 from infini_train.eval.scores import Grid, score_cells
 
+LOG = logging.getLogger(__name__)
 RESULTS = "results.json"
 RecordT = TypeVar("RecordT")  # a dataclass whose fields are plain values
 
@@ -77,7 +80,7 @@ def run_measurement(
     *,
     out: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = LOG.info,
 ) -> dict[str, Any]:
     """Measures what is still missing, writes everything, and returns the results as plain values.
 
@@ -85,7 +88,7 @@ def run_measurement(
         measurement: of a trained model.
         out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
         overwrite: drop the records that are there.
-        say: told a line for every part that is done.
+        say: called with a line for every part that is done.
 
     Raises:
         ConfigError: `out` holds another measurement, or as the measurement's constructor.
@@ -111,7 +114,7 @@ def run_measurement(
         "folder": str(folder),
         **measurement.summarise(file.records),
     }
-    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_atomic(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
     with SummaryWriter(str((out or home) / "tensorboard" / "eval")) as board:
         measurement.write(file.records, results, folder, board)

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from matplotlib.figure import Figure
 
+from infini_train.atomic_files import replacing, write_atomic
 from infini_train.checkpoint.store import FOLDER
-from infini_train.checkpoint.sync import sync_path, write_synced
 from infini_train.config.errors import ConfigError
 
 RecordT = TypeVar("RecordT")  # a dataclass whose fields are plain values
@@ -62,7 +62,7 @@ class RecordFile(Generic[RecordT]):
         if not self._begun:  # a new file, or one that was torn: whole or not at all
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = [{"settings": self._settings}, *map(asdict, self.records)]
-            write_file(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in lines))
             self._begun = True
             return
         with self._path.open("a", encoding="utf-8") as stream:
@@ -78,25 +78,10 @@ def _parse(kind: Callable[..., RecordT], line: str) -> RecordT | None:
         return None  # the last line of a process that was killed
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write_synced(aside, text)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_path(path.parent)
-
-
 def save_picture(figure: Figure, path: Path) -> None:
     """Writes a PNG that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", dpi=150)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path, durable=False) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def find_home(checkpoint: Path) -> Path:

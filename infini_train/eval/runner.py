@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +70,5 @@ def run(
         choose(open_trained(options.model, options.precision)),
         out=options.out,
         overwrite=options.overwrite,
-        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
     )
     print(json.dumps(results) if options.json else f"\n{show(results)}")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from infini_train.atomic_files import write_atomic
 from infini_train.eval.loading import Trained
 from infini_train.eval.measurement import Measurement
-from infini_train.eval.records import write_file
 from infini_train.eval.rouge import MEASURES, lead, make_scorer, summarise_scores
 from infini_train.eval.summaries import Book, SummaryTask, Written, write_summaries
 
@@ -75,7 +75,7 @@ class SummaryTest(Measurement[Written]):
         """See `Measurement.write`."""
         found, step = self.own(records), self.trained.step
         texts = [_show(self.books[record.number], record) for record in found]
-        write_file(folder / TEXTS, "\n\n".join(texts) + "\n")
+        write_atomic(folder / TEXTS, "\n\n".join(texts) + "\n")
         for key in (*MEASURES, "overall"):
             board.add_scalar(f"eval/{folder.name}/{key}", results["model"][key], step)
         for record, text in zip(found[:SHOWN], texts, strict=False):

@@ -1,9 +1,9 @@
-"""Context parallelism: each rank holds a run of whole segments of a window, and only memories cross between ranks.
+"""Context parallelism: each rank holds consecutive whole segments of a window, and only memories cross between ranks.
 
-What crosses: docs/context-parallel.md. Each transfer is started by one autograd node and awaited by another, so that
-the computation between the two hides it, in forward and in backward.
+What is transferred: docs/context-parallel.md. Each transfer is started by one autograd node and awaited by another, so
+that the computation between the two overlaps with it, in forward and in backward.
 
-Legend: P ranks of the group, ... the shape of what a rank gives.
+Legend: P ranks of the group, ... the shape of what a rank contributes.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Their names since torch 2.13; the older ones warn there.
+# Names since torch 2.13, where the older ones are deprecated.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -23,11 +23,11 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class ContextRanks:
     """`Ranks` (ops/memory.py) over a process group, gloo or NCCL, in the order of the ranks' shards.
 
-    Full attention has no place here: its keys and values would have to cross. `make_grid` asserts it, the config
-    refuses it.
+    Full attention is not supported: its keys and values would have to cross. The config refuses it, and `make_grid`
+    asserts it.
 
     Attributes:
-        sent_bytes: what this rank has sent so far, by the formulas of ring collectives over the actual buffers.
+        sent_bytes: bytes this rank has sent so far, by the formulas of ring collectives over the actual buffers.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -37,7 +37,7 @@ class ContextRanks:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """For `make_grid`."""
+        """(rank, size), as `make_grid` takes it."""
         return self.rank, self.size
 
     def gather(self, mine: Tensor) -> Callable[[], Tensor]:
@@ -63,7 +63,7 @@ class ContextRanks:
 
 
 class _Transfer(ABC):
-    """One exchange and its way back. Holds the buffers while a collective fills them."""
+    """One transfer and its gradient's transfer back. Holds the buffers while a collective fills them."""
 
     def __init__(self, ranks: ContextRanks) -> None:
         self.ranks = ranks
@@ -76,10 +76,10 @@ class _Transfer(ABC):
 
     @abstractmethod
     def send_back(self, gradient: Tensor) -> None:
-        """Starts filling the last of `buffers` with the gradient of what this rank gave."""
+        """Starts filling the last of `buffers` with the gradient of what this rank sent."""
 
     def wait(self) -> Tensor:
-        """What arrived."""
+        """Waits for the transfer; returns what arrived."""
         self.work.wait()
         *_, arrived = self.buffers
         self.work, self.buffers = None, ()
@@ -109,7 +109,7 @@ class _FromLeft(_Transfer):
         self._pass_on(gradient, -1)
 
     def _pass_on(self, mine: Tensor, step: int) -> None:
-        """To the neighbour `step` further on, from the one on the other side; zeros where there is none."""
+        """Sends to rank + step and receives from rank - step; zeros where there is no such rank."""
         rank, size = self.ranks.rank, self.ranks.size
         sent, received = [0] * size, [0] * size
         if 0 <= rank + step < size:
@@ -129,7 +129,7 @@ def _begin(mine: Tensor, transfer: _Transfer) -> Callable[[], Tensor]:
 
 
 class _Start(torch.autograd.Function):
-    """Starts the transfer; its output is not to be read before `_Finish`. Backward waits for the gradient."""
+    """Starts the transfer; its output must not be read before `_Finish`. Backward waits for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, transfer: _Transfer) -> Tensor:
@@ -144,7 +144,7 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Waits for the transfer; backward starts the way back."""
+    """Waits for the transfer; backward starts the transfer of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, pending: Tensor, transfer: _Transfer) -> Tensor:
@@ -156,4 +156,4 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.transfer.send_back(gradient.contiguous())
-        return gradient, None  # for its shape alone: _Start takes what arrives
+        return gradient, None  # used for its shape only: _Start returns what arrives

@@ -19,12 +19,12 @@ MATMUL_PROBE_SIZE = 2048
 
 
 def configure() -> None:
-    """Settings needed before deepspeed and megatron-core are imported; keeps their notices off the user's screen."""
+    """Applies settings needed before deepspeed and megatron-core are imported, and silences their notices."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler's own remarks
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler's own notices
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     warnings.filterwarnings("ignore", message=".*pynvml package is deprecated.*")
     warnings.filterwarnings("ignore", module="megatron|deepspeed")
@@ -35,7 +35,7 @@ def configure() -> None:
 
 
 def prepare() -> None:
-    """Imports megatron-core, configured; for all that builds a model."""
+    """Imports megatron-core after `configure`; call it before importing anything that builds a model."""
     configure()
     with without_compiler():
         import megatron.core  # noqa: F401
@@ -43,10 +43,10 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Around imports whose functions are decorated with torch.compile, but never called here.
+    """A context for imports whose functions are decorated with torch.compile, but never called here.
 
-    The decorator alone loads the compiler: two seconds of each process's start. What keeps the decorator itself
-    (megatron-core's jit_fuser) never compiles in this process.
+    The decorator alone loads the compiler, which adds two seconds to each process's start. Code that keeps a reference
+    to the decorator (megatron-core's jit_fuser) never compiles in this process.
     """
     compiler = torch.compile
     torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
@@ -70,7 +70,7 @@ def backend() -> str:
 
 
 def describe() -> str:
-    """The device of this rank in words, with the versions that matter."""
+    """Name of this rank's device, with CUDA and NCCL versions."""
     if not torch.cuda.is_available():
         return "CPU"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -78,7 +78,7 @@ def describe() -> str:
 
 
 def count() -> int:
-    """Accelerators that this process sees."""
+    """Number of accelerators visible to this process."""
     return torch.cuda.device_count()
 
 
@@ -94,7 +94,7 @@ def set_current() -> None:
 
 
 def check_count(ranks: int, gpus: int) -> None:
-    """Refuses several ranks on one GPU, which NCCL can't serve.
+    """Refuses several ranks on one GPU, which NCCL does not support.
 
     (Under srun, which may show each task its own GPU only, LOCAL_WORLD_SIZE is not set.)
     """
@@ -103,7 +103,7 @@ def check_count(ranks: int, gpus: int) -> None:
 
 
 def stand_in_for_cuda() -> None:
-    """Without CUDA: lets the CPU answer the few calls that megatron-core makes to CUDA on any machine."""
+    """Without CUDA: redirects to the CPU the few CUDA calls that megatron-core makes on every machine."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_infini_train_stand_in", False):
         return
     from megatron.core.tensor_parallel import random
@@ -118,7 +118,7 @@ def stand_in_for_cuda() -> None:
 
 
 class _CudaLiteralsToCpu(TorchFunctionMode):
-    """Creates on the CPU what is asked for on "cuda"."""
+    """Creates tensors on the CPU where "cuda" is requested."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,25 +130,25 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
 
 
 def schedule_scope() -> contextlib.AbstractContextManager[object]:
-    """Around megatron-core's schedules, which name the device "cuda" literally."""
+    """A context for megatron-core's schedules, which name the device "cuda" literally."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaLiteralsToCpu()
 
 
 def synchronise() -> None:
-    """Waits until the device has done what it was told."""
+    """Waits until the device has finished all submitted work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def memory_bytes() -> int:
-    """Memory of this rank's device: of the GPU with CUDA, of the machine without."""
+    """Total memory of this rank's GPU; without CUDA, of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(current()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has used: of the device with CUDA, resident set without."""
+    """Peak memory of this process: allocated on the GPU; without CUDA, the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     # Not getrusage: its maximum survives exec, so that a child of a large process would report its parent's.
@@ -159,9 +159,9 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_peak_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square product, measured now: the ceiling of utilisation."""
+    """FLOP/s of a large square matrix product, measured now: 100 % of the model FLOP utilisation (MFU)."""
     size = MATMUL_PROBE_SIZE * (4 if torch.cuda.is_available() else 1)
-    a = torch.full((size, size), 1e-3, dtype=dtype, device=current())  # not random: the generators belong to the run
+    a = torch.full((size, size), 1e-3, dtype=dtype, device=current())  # random values would advance the generators
     best_s = float("inf")
     for _ in range(4):
         synchronise()
@@ -173,5 +173,5 @@ def matmul_peak_flops(dtype: torch.dtype) -> float:
 
 
 def profiled_activities() -> list[ProfilerActivity]:
-    """What torch.profiler can record here."""
+    """The activities that torch.profiler can record on this machine."""
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

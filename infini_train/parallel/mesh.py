@@ -1,7 +1,7 @@
 """Process groups of torch.distributed and megatron-core, and this rank's place in them.
 
 One process is world size 1 of the same groups. Ranks are ordered tensor, context, data, pipeline (megatron-core's
-order): ranks that talk most lie next to each other, so tensor-parallel ranks share a node.
+order): ranks that communicate most are adjacent, so tensor-parallel ranks share a node.
 """
 
 import os
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
+from infini_train.environment import world
 from infini_train.parallel import device
 
 BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint
@@ -21,7 +22,7 @@ _background: dist.ProcessGroup | None = None
 
 
 class Place(NamedTuple):
-    """Where this process stands: (rank, size) in the world and along each way of dividing the work."""
+    """This process's (rank, size) in the world and along each parallel dimension."""
 
     world: tuple[int, int] = (0, 1)
     tensor: tuple[int, int] = (0, 1)
@@ -31,16 +32,16 @@ class Place(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes for the run."""
+        """Whether this process logs and writes for the run."""
         return self.world[0] == 0
 
     @property
     def is_replica(self) -> bool:
-        """Whether another rank holds the same weights (ZeRO aside) for other tokens, and stands before this one."""
+        """Whether a lower rank holds the same weights (ZeRO aside) for other tokens."""
         return self.context[0] > 0 or self.data[0] > 0
 
     def describe(self) -> str:
-        """As in: rank 3 (tensor 1 of 2, pipeline 1 of 2)."""
+        """For example: rank 3 (tensor 1 of 2, pipeline 1 of 2)."""
         ways = ("tensor", "pipeline", "context", "data")
         parts = [
             f"{way} {getattr(self, way)[0]} of {getattr(self, way)[1]}" for way in ways if getattr(self, way)[1] > 1
@@ -48,18 +49,11 @@ class Place(NamedTuple):
         return f"rank {self.world[0]}" + (f" ({', '.join(parts)})" if parts else "")
 
 
-def world() -> tuple[int, int]:
-    """(rank, number) of the processes that were started together: by torchrun, --nproc, or as tasks of srun."""
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a batch script itself is no task
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def complete_environment() -> None:
-    """Gives srun's tasks the variables of torchrun, which torch and DeepSpeed read.
+    """Sets torchrun's variables, which torch and DeepSpeed read, for tasks of srun.
 
     Raises:
-        ConfigError: there are several tasks, but no address where they meet.
+        ConfigError: there are several tasks, but no rendezvous address.
     """
     rank, size = world()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -69,7 +63,7 @@ def complete_environment() -> None:
             )
     if size > 1 and "RANK" not in os.environ:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ["SLURM_LOCALID"])
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
 
 
 def start(parallel: ParallelConfig | None = None) -> Place:
@@ -79,7 +73,7 @@ def start(parallel: ParallelConfig | None = None) -> Place:
         parallel: sizes that multiply to the world size (`config.divide_processes`); None: one process.
 
     Raises:
-        ConfigError: several processes were started for what needs one.
+        ConfigError: several processes were started for a layout of one.
     """
     parallel = parallel or ParallelConfig()
     rank, size = world()
@@ -92,17 +86,17 @@ def start(parallel: ParallelConfig | None = None) -> Place:
 
 
 def connect(timeout_s: float) -> None:
-    """Connects the processes, as yet without a layout. Before anything that takes long: rank 0 may host their store.
+    """Connects the processes, still without a layout. Call it before anything slow: rank 0 may host their store.
 
     Raises:
-        ConfigError: several processes have no address where they meet, or more were started here than there are GPUs.
+        ConfigError: several processes have no rendezvous address, or more were started here than there are GPUs.
     """
     complete_environment()
     device.set_current()
     device.stand_in_for_cuda()
     if dist.is_initialized():
         return
-    timeout = timedelta(seconds=2 * timeout_s)  # the watch speaks first, and says more
+    timeout = timedelta(seconds=2 * timeout_s)  # the watchdog fires first, and reports more
     if world()[1] == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -114,7 +108,7 @@ def connect(timeout_s: float) -> None:
 def pretend(parallel: ParallelConfig, rank: int, world_size: int) -> Place:
     """The place of a rank among processes that don't exist, to build its part of a model on the meta device.
 
-    Leaves the groups that this process was in. Those it joins are torch's fake ones: collectives return at once.
+    Leaves this process's current groups and joins fake ones of torch, whose collectives return at once.
     """
     device.stand_in_for_cuda()
     stop()
@@ -130,12 +124,12 @@ def _join_layout(parallel: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         context_parallel_size=parallel.context_size,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=parallel.timeout_s / 30,  # it makes a timedelta of it: fractions are fine
+        distributed_timeout_minutes=parallel.timeout_s / 30,  # becomes a timedelta, so fractions are fine
     )
 
 
 def place() -> Place:
-    """Of this process in the groups that were joined."""
+    """This process's place in the current groups."""
     state = parallel_state
     return Place(
         world=(dist.get_rank(), dist.get_world_size()),
@@ -150,8 +144,8 @@ def stop_layout() -> None:
     """Leaves megatron-core's groups; the processes stay connected."""
     if not parallel_state.model_parallel_is_initialized():
         return
-    groups = parallel_state._global_process_group_list[1:]  # the first stands for the world
-    parallel_state.destroy_model_parallel()  # forgets them only: their threads and sockets would add up
+    groups = parallel_state._global_process_group_list[1:]  # the first is the world
+    parallel_state.destroy_model_parallel()  # only forgets them: their threads and sockets would accumulate
     for group in groups:
         dist.destroy_process_group(group)
 
@@ -166,13 +160,13 @@ def stop() -> None:
 
 
 def background_barrier() -> None:
-    """Returns when all processes have called it. For a background thread: nothing else uses its process group then."""
+    """Returns when all processes have called it. For a background thread, which must be the only user of this group."""
     if _background is not None:
         dist.barrier(_background)
 
 
 def broadcast_text(text: str) -> str:
-    """Rank 0's text (at most 4096 bytes of UTF-8) on all ranks, which wait for it as long as a checkpoint takes."""
+    """Rank 0's text (at most 4096 bytes of UTF-8) on all ranks; they wait as long as writing a checkpoint may take."""
     if dist.get_world_size() == 1:
         return text
     sent = torch.zeros(4096, dtype=torch.uint8)
@@ -184,7 +178,7 @@ def broadcast_text(text: str) -> str:
 
 
 def sum_over_world(values: list[float]) -> list[float]:
-    """Element by element over all processes, in fp64 where the device has it."""
+    """Sums over all processes, elementwise in fp64."""
     if dist.get_world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device.current())
@@ -193,7 +187,7 @@ def sum_over_world(values: list[float]) -> list[float]:
 
 
 def max_over_world(value: float) -> float:
-    """The largest over all processes."""
+    """The maximum over all processes."""
     if dist.get_world_size() == 1:
         return value
     largest = torch.tensor(value, dtype=torch.float64, device=device.current())
@@ -202,7 +196,7 @@ def max_over_world(value: float) -> float:
 
 
 class ModelParallelUnit:
-    """megatron-core's groups in the form that DeepSpeed's `mpu` argument asks for; its data group is data x context."""
+    """megatron-core's groups in the form of DeepSpeed's `mpu` argument; its data group is data x context."""
 
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)

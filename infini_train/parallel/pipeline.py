@@ -1,7 +1,7 @@
 """Pipeline stages, and micro-batches run through them by megatron-core's schedules.
 
-Only hidden states travel between stages. Each stage, and each of the virtual stages on a rank, keeps the carried memory
-of its own layers for every micro-batch. One process is the schedule of one stage.
+Only hidden states travel between stages. Each stage, and each virtual stage on a rank, keeps the carried memory of its
+own layers for every micro-batch. One process runs the schedule of a single stage.
 
 Legend: B lanes of a micro-batch, T tokens of the whole window (t: of this context-parallel rank).
 """
@@ -28,13 +28,13 @@ from infini_train.parallel import device
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import Place
 
-StageState = tuple[ModelState | None, ...]  # what one stage carries, a state a micro-batch
-Carried = tuple[StageState, ...]  # of all stages on this rank
+StageState = tuple[ModelState | None, ...]  # carried by one stage: a state per micro-batch
+Carried = tuple[StageState, ...]  # carried by all stages on this rank
 Forward = Callable[..., tuple[Tensor, ModelState]]  # (stage number on this rank, *inputs of Transformer.forward)
 
 
 class MicroBatch(NamedTuple):
-    """Lanes of one forward, over the whole window; marks stay on the host, to make grids from."""
+    """Lanes of one forward pass, over the whole window; starts and weights stay on the host, where grids are made."""
 
     tokens_BT: Tensor
     labels_BT: Tensor
@@ -44,7 +44,7 @@ class MicroBatch(NamedTuple):
 
 
 def cut_micro_batches(batch: Batch, count: int) -> list[MicroBatch]:
-    """Consecutive lanes, the same ones in every window."""
+    """Cuts a batch into micro-batches of consecutive lanes, the same lanes in every window."""
     loss_weights_BT = batch.loss_weights_BT
     if loss_weights_BT is None:
         loss_weights_BT = np.ones(batch.labels_BT.shape, np.float32)
@@ -60,7 +60,7 @@ class Stages(nn.Module):
         model: shapes and attention variant.
         parallel: sizes.
         place: of this rank.
-        dtype: of parameters and of what travels between stages.
+        dtype: of parameters and of the hidden states sent between stages.
         recompute_layers: see `Transformer`.
     """
 
@@ -87,16 +87,16 @@ class Stages(nn.Module):
         self.slots = [_Slot(number, config) for number in range(len(self.stages))]
 
     def transformers(self) -> list[Transformer]:
-        """The stages in the order in which a micro-batch meets them."""
+        """The stages, in the order in which a micro-batch passes them."""
         return list(self.stages)  # type: ignore[arg-type]
 
     def named_globally(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters by the names they have in the whole model."""
+        """This rank's parameters, under the names they have in the whole model."""
         for stage in self.stages:
             yield from stage.named_parameters()
 
     def forward(self, stage: int, *inputs: Any) -> tuple[Tensor, ModelState]:
-        """`Transformer.forward` of one of the stages."""
+        """`Transformer.forward` of the stage with this number."""
         output, state = self.stages[stage](*inputs)
         if self.before_backward is not None and output.requires_grad:
             output.register_hook(lambda _: self._announce_backward())
@@ -107,7 +107,7 @@ class Stages(nn.Module):
         self.before_backward()
 
     def initial_carried(self, lanes: int, micro_batches: int, carry_memory: bool = True) -> Carried:
-        """What is carried before the first window."""
+        """The carried memory before the first window."""
         return tuple(
             tuple(stage.initial_state(lanes) if carry_memory else None for _ in range(micro_batches))
             for stage in self.transformers()
@@ -115,7 +115,7 @@ class Stages(nn.Module):
 
 
 class _Slot(nn.Module):
-    """What megatron-core's schedules ask of a model: where to put the hidden states that arrive."""
+    """A stage as megatron-core's schedules see it: a place for the hidden states that arrive."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -131,7 +131,7 @@ class _Slot(nn.Module):
 def _schedule_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     interleaved = parallel.virtual_stages > 1
     return TransformerConfig(
-        num_layers=parallel.pipeline_size * parallel.virtual_stages,  # not asked; it must divide evenly
+        num_layers=parallel.pipeline_size * parallel.virtual_stages,  # unused, but must divide evenly
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         tensor_model_parallel_size=parallel.tensor_size,
@@ -142,7 +142,7 @@ def _schedule_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,  # the loss comes divided by the global count of labels
+        calculate_per_token_loss=True,  # the loss is already divided by the global count of labels
         # Interleaving with the defaults gave silently wrong losses on gloo, or NaN.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -158,20 +158,20 @@ def run_window(
     carried: Carried,
     *,
     loss_scale: float | None = None,
-    begin: Callable[[str, str], None] = lambda phase, detail: None,
+    on_phase: Callable[[str, str], None] = lambda phase, detail: None,
 ) -> tuple[float, Carried]:
-    """Forward, and backward if `loss_scale` is given, of one window of every lane.
+    """Forward, and backward if `loss_scale` is given, over one window of every lane.
 
     Args:
-        stages: of this rank.
-        forward: runs one of them: the engine in training, `stages` itself in evaluation.
-        micro_batches: of this rank's lanes.
-        carried: memory before the window.
-        loss_scale: gradients are those of the sum of losses times this; None: no gradients.
-        begin: told of each phase ("forward" or "backward", which includes waiting for other stages) and its details.
+        stages: this rank's.
+        forward: runs one stage: the engine in training, `stages` itself in evaluation.
+        micro_batches: this rank's lanes.
+        carried: memory before this window.
+        loss_scale: factor on the sum of losses whose gradients are taken; None: no gradients.
+        on_phase: called at the start of "forward" and of "backward" (which includes waiting for other stages).
 
     Returns:
-        Weighted sum of the losses (nats) that this rank computed itself (0 on stages that don't predict), and the
+        Weighted sum of the losses (nats) that this rank computed itself (0 on stages without the output layer), and the
         memory after the window, detached.
     """
     rank, ranks = stages.place.context
@@ -185,7 +185,7 @@ def run_window(
     def step(numbers: Iterator[int], slot: _Slot) -> tuple[Tensor, Callable[..., Any]]:
         index = next(numbers)
         which = f"of micro-batch {index + 1} of {len(micro_batches)}"
-        begin("forward", which)
+        on_phase("forward", which)
         stage = stages.transformers()[slot.number]
         batch = micro_batches[index]
         inputs = batch.tokens_BT[:, mine].to(device.current()) if stage.stage.embeds else slot.hidden_TBD
@@ -193,7 +193,7 @@ def run_window(
         here = grids[index].to(device.current())
         output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels)
         after[slot.number][index] = stage.carry_over(state)
-        begin("backward", which)
+        on_phase("backward", which)
         weights_Bt = batch.loss_weights_BT[:, mine]
         return output, lambda loss_Bt: _scaled(loss_Bt, weights_Bt.to(loss_Bt.device), loss_scale)
 
@@ -222,5 +222,5 @@ def _make_grids(stages: Stages, batch: MicroBatch, states: Sequence[ModelState |
 
 def _scaled(loss_Bt: Tensor, weights_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     total = (loss_Bt * weights_Bt).sum()
-    count = torch.zeros((), dtype=torch.int, device=total.device)  # unused: the scale has it
+    count = torch.zeros((), dtype=torch.int, device=total.device)  # unused: the scale contains it
     return total * (loss_scale or 1.0), count, total.detach()

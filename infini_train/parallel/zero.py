@@ -21,14 +21,14 @@ from infini_train.parallel.mesh import ModelParallelUnit
 with device.without_compiler():  # DeepSpeed imports it to see that an optimizer is none of these
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
-# Asked for, this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory
-# collective would be compiled at the first start; gloo does without.
+# Building this table would try the machine's compiler on each of DeepSpeed's ops, and on CPU a shared-memory collective
+# would be compiled at the first start; gloo does not need it.
 deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-# Steps that are left out are told with their documents by the trainer; DeepSpeed's own line says no more.
+# The trainer reports skipped steps together with their documents; DeepSpeed's own line adds nothing.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
-BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
-STATES = ("master", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, in fp32
+BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's default of 500 million would take 2 GB per rank in fp32
+STATES = ("master", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in fp32
 
 
 class Shard(NamedTuple):
@@ -49,11 +49,11 @@ class Engine:
     """A model under DeepSpeed ZeRO with AdamW: fp32, or bf16 weights with fp32 masters, moments and gradient sums.
 
     Gradients are averaged over the data- and context-parallel ranks: scale the loss by their number for a sum. A step
-    whose gradients are not finite changes nothing; its norm tells.
+    with non-finite gradients changes nothing and returns a non-finite norm.
 
     Args:
-        model: this rank's part of it, in fp32 on the device; cast to bf16 here if `precision` says so. Its attribute
-            `before_backward`, if it has one, is set to what must be called when a micro-batch's backward begins.
+        model: this rank's part of the model, in fp32 on the device; cast to bf16 here if `precision` says so. Its
+            attribute `before_backward`, if any, is set to the function to call when a micro-batch's backward begins.
         named: its parameters by their global names.
         groups: AdamW parameter groups.
         optim: AdamW's settings, and the global gradient norm above which gradients are scaled down.
@@ -90,12 +90,12 @@ class Engine:
             "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        # DeepSpeed clones its masters after the cast; they begin as the weights that were given, all bits of them.
+        # DeepSpeed copies its masters after the cast to bf16; they have to start from the fp32 weights, bit for bit.
         given = {p: p.detach().to("cpu", copy=True) for p in self.names} if precision == "bf16" else {}
         adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
         if hasattr(model, "before_backward"):
-            # DeepSpeed resets this mark in each forward only, but a pipeline runs forwards ahead of their backwards.
+            # DeepSpeed resets this flag in each forward only, but a pipeline runs several forwards before a backward.
             model.before_backward = self._zero.clear_backward_seen_flag
         masters = [shard for shard in self.shards() if shard.kind == "master"] if given else []
         for shard in masters:
@@ -119,7 +119,7 @@ class Engine:
     def skip(self) -> None:
         """Drops the gradients instead of a `step`; all ranks call it together.
 
-        DeepSpeed leaves out a step whose norm is no number, so it is told such a norm instead of finding one.
+        DeepSpeed skips a step whose gradient norm is not finite, so an infinite norm is injected to force a skip.
         """
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         norm: Any = [torch.tensor(torch.inf)] if self.stage == 3 else torch.tensor(torch.inf)
@@ -128,11 +128,11 @@ class Engine:
         delattr(self._zero, name)
 
     def close(self) -> None:
-        """Lets go of hooks and buffers, so that another engine can follow in this process."""
+        """Releases hooks and buffers, so that another engine can be built in this process."""
         self._engine.destroy()
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
-        """Inside, these parameters have their values; all ranks call it together."""
+        """A context in which these parameters hold their full values; all ranks enter it together."""
         return deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else contextlib.nullcontext()
 
     def shards(self) -> Iterator[Shard]:
@@ -149,7 +149,7 @@ class Engine:
         return max(int(self._adam_state(flat)["step"]) for flat in self._flat_groups())
 
     def restore(self, fill: Iterable[tuple[Shard, Tensor]], optimizer_steps: int) -> None:
-        """Copies loaded values into their shards, sets the step counter, and refreshes the weights from the masters."""
+        """Copies loaded values into their shards, sets AdamW's step counter, and refreshes weights from the masters."""
         for shard, values in fill:
             shard.values.copy_(values)
         for flat in self._flat_groups():
@@ -160,7 +160,7 @@ class Engine:
         with torch.no_grad():
             for number in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(number)
-        if self._zero.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
+        if self._zero.persistent_parameters:  # small ones, which DeepSpeed keeps unpartitioned on every rank
             self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
@@ -169,13 +169,13 @@ class Engine:
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
     def _pieces(self) -> Iterator[tuple[Tensor, nn.Parameter, int, int, int]]:
-        """(flat group, parameter, place in the group, place in the parameter, elements) of all that lies here."""
+        """(flat group, parameter, offset in the group, offset in the parameter, elements) of all this rank holds."""
         zero = self._zero
         if self.stage == 3:
             for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
                 offset = 0
                 for parameter in group:
-                    size = parameter.partition_numel()  # the last ranks' parts are filled up
+                    size = parameter.partition_numel()  # the last ranks' parts are padded
                     start = size * ModelParallelUnit.get_data_parallel_rank()
                     numel = min(size, parameter.ds_numel - start)
                     if numel > 0:
@@ -185,12 +185,12 @@ class Engine:
         for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
             for parameter in group:
                 mapping = parameter._hp_mapping
-                if mapping is not None:  # else it lies wholly on another rank
+                if mapping is not None:  # otherwise it lies entirely on another rank
                     where = mapping.get_hp_fragment_address()
                     yield flat, parameter, where.start, mapping.lp_fragment_address.start, where.numel
 
     def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a flat group; torch fills it lazily at the first step, with these same values."""
+        """AdamW's state of a flat group; torch initialises it lazily at the first step, with these same values."""
         state = self._zero.optimizer.state[flat]
         if not state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))

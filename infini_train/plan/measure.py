@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.parallel import device
 from infini_train.parallel.context import all_gather, reduce_scatter
@@ -188,9 +189,7 @@ def write_hardware(path: Path, hardware: Hardware, rates: dict[str, dict[int, fl
         shown = ", ".join(f"{size}: {rate / 1e9:.3g}" for size, rate in by_size.items())
         lines.append(f"# {precision} products, GFLOP/s by size: {shown}")
     text = "\n".join(lines) + "\n" + yaml.safe_dump(dataclasses.asdict(hardware), sort_keys=False)
-    aside = path.with_suffix(path.suffix + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        write_atomic(path, text)
     except OSError as error:
         raise ConfigError(f"--measure: {path} can't be written: {error.strerror}") from error

@@ -1,1 +1,1 @@
-"""Every parallel layout against one process, on the machines of whoever asks."""
+"""Every parallel layout against one process, on the machines at hand."""

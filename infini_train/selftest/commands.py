@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from infini_train.command_line import positive
+from infini_train.command_line import positive, repeat_verbosity
 from infini_train.config.errors import ConfigError
 from infini_train.selftest.cases import CASES, choose_cases
 
@@ -86,4 +86,5 @@ def _repeat(options: argparse.Namespace) -> list[str]:
     arguments = ["selftest", *(f"--only={pattern}" for pattern in options.only)]
     arguments += [f"--precision={options.precision}"] * (options.precision is not None)
     arguments += ["--json"] * options.json
-    return arguments + [f"--folder={options.folder}"] * (options.folder is not None)
+    arguments += [f"--folder={options.folder}"] * (options.folder is not None)
+    return arguments + repeat_verbosity(options)

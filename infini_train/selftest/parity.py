@@ -21,7 +21,7 @@ class Worst(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Of a whole run, each relative."""
+    """Largest relative errors over a whole run."""
 
     gradient: Worst  # of the first step, by parameter, in norm
     loss: Worst  # by step

@@ -8,9 +8,10 @@ from infini_train.config.run import RunConfig
 from infini_train.parallel import mesh
 from infini_train.selftest.batches import make_batch, take_lanes
 from infini_train.selftest.cases import STEPS
+from infini_train.train.building import build
 from infini_train.train.carry import Lanes
+from infini_train.train.checkpointing import own_fragments
 from infini_train.train.optim import learning_rates
-from infini_train.train.session import build, own_fragments
 from infini_train.train.step import train_step
 
 SAVED = (1, STEPS)  # after which a checkpoint is written: first moments are gradients, and the end

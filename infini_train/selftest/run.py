@@ -85,7 +85,7 @@ class Reference:
                 return run.directory
             if ended:
                 lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                raise RuntimeError(f"the single process failed: {lines[-1] if lines else 'it said nothing'}")
+                raise RuntimeError(f"the single process failed: {lines[-1] if lines else 'it printed nothing'}")
             time.sleep(0.05)
         raise RuntimeError(f"the single process was not done within {REFERENCE_S:g} s")
 
@@ -129,7 +129,7 @@ def _shared_folder(parent: Path | None) -> Iterator[Path]:
     first = mesh.world()[0] == 0
     made = ""
     if first:
-        with contextlib.suppress(OSError):  # told below, by all ranks
+        with contextlib.suppress(OSError):  # reported below, by all ranks
             made = tempfile.mkdtemp(prefix="infini-train-selftest-", dir=parent)
     folder = Path(mesh.broadcast_text(made))
     try:

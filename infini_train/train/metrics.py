@@ -1,4 +1,4 @@
-"""What a run tells: a console line, metrics.jsonl and TensorBoard, continued across restarts without overlap.
+"""Metrics of a run: the console line, metrics.jsonl and TensorBoard, continued across restarts without overlap.
 
 Legend: L layers with gates, H query heads.
 """
@@ -16,7 +16,9 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infini_train.atomic_files import write_atomic
 from infini_train.config.files import dump
+from infini_train.logs import is_quiet
 from infini_train.train.session import Session
 
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
@@ -45,7 +47,7 @@ LAYOUT = {
 
 
 class Metrics:
-    """Writes one run's metrics, on rank 0 only; a context manager. What an earlier process wrote later is dropped.
+    """Writes one run's metrics, on rank 0 only; a context manager. Drops what an earlier process wrote for later steps.
 
     Args:
         session: the run and its place in it.
@@ -71,7 +73,7 @@ class Metrics:
             initial=step,
             desc=config.name,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=is_quiet() or not sys.stderr.isatty(),
             leave=False,
             dynamic_ncols=True,
         )
@@ -86,18 +88,12 @@ class Metrics:
             self._jsonl.close()
 
     def tick(self) -> None:
-        """One step is done."""
+        """Advances the progress bar by a step."""
         if self._writes:
             self._bar.update(1)
 
-    def say(self, line: str) -> None:
-        """A line for the person at the console."""
-        if self._writes:
-            with self._bar.external_write_mode(file=sys.stdout):
-                tell(line)
-
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name into metrics.jsonl and TensorBoard."""
+        """Writes numbers by name to metrics.jsonl and TensorBoard."""
         if not self._writes:
             return
         self._jsonl.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
@@ -106,10 +102,10 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def write_gates(self, step: int, gates_LH: np.ndarray) -> None:
-        """sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
+        """Writes sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
         if not self._writes:
             return
-        from infini_train.train.plots import plot_gates  # loads matplotlib, which a start does not wait for
+        from infini_train.train.plots import plot_gates  # loads matplotlib, for which the start should not wait
 
         self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step, self._gate_layers), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
@@ -117,7 +113,7 @@ class Metrics:
 
 
 def summarise_gates(gates_LH: np.ndarray) -> dict[str, float]:
-    """Mean and extremes of the gates, and the shares of heads that specialised in the segment or in the memory."""
+    """Mean and extremes of the gates, and the shares of heads specialised in the segment or in the memory."""
     local, memory = float((gates_LH < LOCAL_BELOW).mean()), float((gates_LH > MEMORY_ABOVE).mean())
     return {
         "gates/mean": float(gates_LH.mean()),
@@ -129,23 +125,15 @@ def summarise_gates(gates_LH: np.ndarray) -> dict[str, float]:
     }
 
 
-def tell(line: str) -> None:
-    """Prints a line; training goes on when nobody reads it any more."""
-    try:
-        print(line, flush=True)
-    except OSError:  # its reader has gone, or the terminal was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None  # JSON knows no NaN
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops lines beyond a step (and a torn last line), which a killed process wrote after its last checkpoint."""
+    """Drops lines after a step (and a torn last line), which a killed process wrote after its last checkpoint."""
     if not path.exists():
         return
-    if step == 0:  # another run's, whose checkpoints were moved away
+    if step == 0:  # of another run, whose checkpoints were moved away
         os.replace(path, path.with_suffix(".jsonl.old"))
         return
     kept = []
@@ -153,9 +141,7 @@ def trim_metrics(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    aside = path.with_suffix(".jsonl.tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(path, "".join(line + "\n" for line in kept), durable=False)
 
 
 def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:

@@ -19,45 +19,49 @@ from infini_train.train.guards import describe_non_finite
 
 
 class StepResult(NamedTuple):
-    """What a step did, over all ranks. `states`, this rank's, are the carried memory once the step is accepted.
+    """The outcome of a step, over all ranks. `states`, this rank's own, become the carried memory if it is accepted.
 
-    With a `problem` nothing was learned: weights and optimizer are as they were, and the states are of no use. Without
-    labels, in the midst of a book whose summary comes later, the window was read only: weights stay, memories go on.
+    With a `problem` the step was skipped: weights and optimizer are unchanged, and the states must not be used. Without
+    labels (inside a book whose summary comes later) the window was only read: weights stay, the memory is carried on.
     """
 
-    loss: float  # nats a label, weighted; NaN without labels
+    loss: float  # nats per label, weighted; NaN without labels
     labels: int
     n_bytes: float  # of text
     grad_norm: float  # before clipping
     states: Carried
     seconds: dict[str, float]  # wait, forward, backward, optimizer
-    problem: str = ""  # why the step was left out
+    problem: str = ""  # why the step was skipped
 
 
 class Stopwatch:
     """Adds up the time of phases, each of which ends when the next one begins.
 
-    Waits for the device between phases, but not with several pipeline stages, whose transfers that would hold up: there
-    a phase includes waiting for other stages.
+    Synchronises with the device between phases, except with several pipeline stages, whose transfers that would delay:
+    there a phase includes waiting for other stages.
+
+    Args:
+        on_phase: called with each phase that begins.
+        synchronise: wait for the device between phases.
     """
 
-    def __init__(self, tell: Callable[[str], None], wait: bool) -> None:
+    def __init__(self, on_phase: Callable[[str], None], synchronise: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._tell, self._wait = tell, wait
+        self._on_phase, self._synchronise = on_phase, synchronise
         self._phase: str | None = None
         self._begin = 0.0
 
     def begin(self, phase: str, detail: str = "") -> None:
-        """A phase begins, and the one before it ends."""
+        """Begins a phase, and ends the one before it."""
         self.end()
-        self._tell(f"{phase} {detail}".strip())
+        self._on_phase(f"{phase} {detail}".strip())
         self._phase, self._begin = phase, time.perf_counter()
 
     def end(self) -> None:
-        """The last phase ends."""
+        """Ends the last phase."""
         if self._phase is None:
             return
-        if self._wait:
+        if self._synchronise:
             device.synchronise()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._begin
         self._phase = None
@@ -69,24 +73,24 @@ def train_step(
     batch: Batch,
     carried: Carried,
     lr_of_group: dict[str, float],
-    tell: Callable[[str], None] = lambda operation: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
     find_problem: Callable[[float], str] = describe_non_finite,
 ) -> StepResult:
-    """Trains on one window of every lane; all ranks call it together.
+    """Trains on one window of every lane: one global batch. All ranks call it together.
 
     Args:
         stages: the modules inside the engine.
-        engine: ZeRO.
+        engine: the optimizer under ZeRO.
         batch: whole windows of this data-parallel rank's lanes.
-        carried: memory of each stage and micro-batch before the window.
+        carried: memory of each stage and micro-batch before this window.
         lr_of_group: learning rates by group name.
-        tell: told what is going on.
-        find_problem: why a step with this loss is left out, the same on all ranks; empty if it is not. A step is also
-            left out if there is no text or the gradients are not finite.
+        on_phase: called with each phase of the step that begins.
+        find_problem: why a step with this loss is skipped, the same on all ranks; empty if it is not. A step is also
+            skipped if there is no text, or if the gradients are not finite.
     """
     place, parallel = stages.place, stages.parallel
-    watch = Stopwatch(tell, wait=parallel.pipeline_size == 1)
-    watch.begin("wait", "for all ranks to count their labels")
+    stopwatch = Stopwatch(on_phase, synchronise=parallel.pipeline_size == 1)
+    stopwatch.begin("wait", "for all ranks to count their labels")
     valid_BT = batch.labels_BT != IGNORED
     weight = valid_BT.sum() if batch.loss_weights_BT is None else batch.loss_weights_BT[valid_BT].sum(dtype=np.float64)
     text = float((batch.weights_BT > 0).sum())
@@ -97,26 +101,26 @@ def train_step(
     micro_batches = cut_micro_batches(batch, len(carried[0]))
     if weight == 0:
         with torch.no_grad():
-            _, states = run_window(stages, stages, micro_batches, carried, begin=watch.begin)
-        watch.end()
-        return StepResult(math.nan, 0, 0.0, math.nan, states, watch.seconds)
-    replicas = place.data[1] * place.context[1]  # whose gradients the engine averages
+            _, states = run_window(stages, stages, micro_batches, carried, on_phase=stopwatch.begin)
+        stopwatch.end()
+        return StepResult(math.nan, 0, 0.0, math.nan, states, stopwatch.seconds)
+    replicas = place.data[1] * place.context[1]  # the engine averages gradients over them
     loss_sum, states = run_window(
         stages,
         engine,
         micro_batches,
         carried,
         loss_scale=replicas / weight,
-        begin=watch.begin,
+        on_phase=stopwatch.begin,
     )
-    watch.begin("backward", "(adding up the loss)")
+    stopwatch.begin("backward", "(adding up the loss)")
     loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight
-    watch.begin("optimizer")
+    stopwatch.begin("optimizer")
     problem, grad_norm = find_problem(loss), math.nan
     if problem:
         engine.skip()
     else:
-        grad_norm = engine.step(lr_of_group)  # which changes nothing if the norm is not finite
+        grad_norm = engine.step(lr_of_group)  # changes nothing if the norm is not finite
         problem = "" if math.isfinite(grad_norm) else "the gradients are not finite"
-    watch.end()
-    return StepResult(loss, round(labels), n_bytes, grad_norm, states, watch.seconds, problem)
+    stopwatch.end()
+    return StepResult(loss, round(labels), n_bytes, grad_norm, states, stopwatch.seconds, problem)

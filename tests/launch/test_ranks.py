@@ -5,17 +5,17 @@ import os
 import time
 from pathlib import Path
 
-from infini_train.parallel.diary import Diary
+from infini_train.resilience.rank_status import RankStatus
 from launch import folder, status
 from launch.ranks import describe_trouble, read_ranks
 
 
 def write_rank(run_dir: Path, rank: int, operation: str, world_size: int = 4, age_s: float = 1.0) -> None:
     """By the class that training uses."""
-    diary = Diary(run_dir / "launch" / "ranks", rank, world_size, f"n{rank}, process {100 + rank}")
-    diary.start(lambda: (1, operation))
-    diary.close(10.0)
-    os.utime(diary.path, (time.time() - age_s,) * 2)
+    rank_status = RankStatus(run_dir / "launch" / "ranks", rank, world_size, f"n{rank}, process {100 + rank}")
+    rank_status.start(lambda: (1, operation))
+    rank_status.close(10.0)
+    os.utime(rank_status.path, (time.time() - age_s,) * 2)
 
 
 def stand_still(run_dir: Path, for_s: float) -> None:

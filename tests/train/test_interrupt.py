@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from infini_train.config.files import dump, load_run
-from infini_train.train.interrupt import StopRequest
-from infini_train.train.session import open_session
+from infini_train.train.opening import open_session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,33 +26,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_only_asks(number):
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert stop.received is None
-        signal.raise_signal(number)
-        assert stop.received == number.name
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_ctrl_c_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
-        assert stop.received == "SIGTERM"
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_handlers_are_put_back_after_an_error():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ValueError), StopRequest():
-        raise ValueError
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_sigterm_saves_without_a_traceback_and_the_next_start_goes_on(configure, tmp_path, tools):
+def test_sigterm_saves_without_a_traceback_and_the_next_start_goes_on(configure, tmp_path, tools, lines):
     config = configure("train.max_steps=1000000", "checkpoint.every_steps=1000000", "optim.schedule=wsd")
     (tmp_path / "endless.yaml").write_text(dump(config))
     process = start(tmp_path, "-m", "infini_train.cli", "train", "endless.yaml")
@@ -76,8 +49,7 @@ def test_sigterm_saves_without_a_traceback_and_the_next_start_goes_on(configure,
     step = int(folder.name.removeprefix("step-"))
     assert f"stopped by SIGTERM at step {step} of 1000000; the same command goes on from there" in said
 
-    lines: list[str] = []
-    session = open_session(load_run(str(config.directory / "config.yaml")), lines.append)
+    session = open_session(load_run(str(config.directory / "config.yaml")))
     assert lines == [f"resumed from {folder} (step {step})"]
     tools.drive(session, 1)
     assert session.step == step + 1

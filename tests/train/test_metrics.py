@@ -11,11 +11,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from infini_train.checkpoint import store
 from infini_train.config.files import load_run
+from infini_train.logs import console
+from infini_train.train.checkpointing import save_session
 from infini_train.train.loop import train
 from infini_train.train.memory import gate_matrix
 from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, summarise_gates, trim_metrics
+from infini_train.train.opening import open_session
 from infini_train.train.plots import plot_gates
-from infini_train.train.session import Session, open_session, save_session
+from infini_train.train.session import Session
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -28,13 +31,9 @@ def read_board(folder: Path) -> EventAccumulator:
     return board
 
 
-def ignore(line: str) -> None:
-    """Nobody reads what the run says."""
-
-
 def save(session: Session) -> Path:
     """A checkpoint, complete."""
-    save_session(session, ignore)
+    save_session(session)
     session.saver.wait()
     return store.resolve(session.config.directory)
 
@@ -56,7 +55,8 @@ def run_dir(trained, configure, validation, capsys):
         "optim.min_lr_ratio=0.5",
     )
     if not (trained / "metrics.jsonl").exists():
-        train(config, ignore)
+        with console():
+            train(config)
         (trained / "console.txt").write_text(capsys.readouterr().out)
     return trained
 
@@ -140,16 +140,16 @@ def test_the_saved_config_runs_again(run_dir, configure, validation):
 
 
 def test_steps_do_not_overlap_after_a_resume(configure, tools):
-    """The run was killed three steps behind its checkpoint: those lines are dropped and written again."""
+    """The run was killed three steps after its checkpoint: those lines are dropped and written again."""
     config = configure("checkpoint.every_steps=100")
-    session = open_session(config, ignore)
+    session = open_session(config)
     tools.drive(session, 3)
     save(session)
     with Metrics(session, 6) as metrics:
         for step in range(1, 7):
             metrics.write(step, {"loss/train": 100.0 + step})
             metrics.write_gates(step, np.full((2, 4), 0.5))
-    train(config, ignore)
+    train(config)
     losses = [(line["step"], line["loss/train"]) for line in read_lines(config.directory) if "loss/train" in line]
     assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
     assert [loss for _, loss in losses[:3]] == [101.0, 102.0, 103.0] and all(loss < 50 for _, loss in losses[3:])
@@ -177,7 +177,7 @@ def test_trim_drops_later_and_torn_lines(tmp_path):
 
 def test_json_knows_no_infinity(configure):
     config = configure()
-    session = open_session(config, ignore)
+    session = open_session(config)
     with Metrics(session, 6) as metrics:
         metrics.write(1, {"a": math.nan, "b": math.inf, "c": 2, "d": np.float32(0.5)})
     assert read_lines(config.directory) == [{"step": 1, "a": None, "b": None, "c": 2.0, "d": 0.5}]
@@ -204,7 +204,7 @@ def test_gates_of_the_one_layer_that_retrieves(configure):
     """The row of a memorizing model is its gated layer, at whichever number it stands."""
     attention = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 1.0}"
     config = configure(f"model.attention={attention}", "model.attention.layer=1")
-    session = open_session(config, ignore)
+    session = open_session(config)
     gates_LH = gate_matrix(session.stages, session.engine)
     assert config.model.gate_layers == (1,)
     np.testing.assert_allclose(gates_LH, np.full((1, config.model.num_heads), 1 / (1 + math.exp(-1))), rtol=1e-6)

@@ -15,20 +15,18 @@ import torch
 from infini_train.checkpoint import store
 from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.config.errors import ConfigError
-from infini_train.train.interrupt import Stopped
+from infini_train.resilience.signals import Stopped
+from infini_train.train.checkpointing import save_session
 from infini_train.train.loop import train
-from infini_train.train.session import Session, open_session, save_session
+from infini_train.train.opening import open_session
+from infini_train.train.session import Session
 
 STEPS, STOP = 6, 3
 
 
-def ignore(line: str) -> None:
-    """Nobody reads what the run says."""
-
-
 def save(session: Session) -> Path:
     """A checkpoint, complete."""
-    save_session(session, ignore)
+    save_session(session)
     session.saver.wait()
     return store.resolve(session.config.directory)
 
@@ -47,16 +45,16 @@ def same_batch(a, b) -> bool:
 )
 def test_resuming_is_exact(attention, precision, configure, tools):
     settings = (f"model.attention={tools.attention[attention]}", f"train.precision={precision}")
-    whole = open_session(configure(*settings, run="whole"), ignore)
+    whole = open_session(configure(*settings, run="whole"))
     expected = tools.drive(whole, STEPS)
     assert any(step.batch.starts_BT[:, 1:].any() for step in expected[STOP:]), "documents must begin inside windows"
 
     config = configure(*settings, run="parts")
-    first = open_session(config, ignore)
+    first = open_session(config)
     found = tools.drive(first, STOP)
     save(first)
     del first
-    second = open_session(config, ignore)
+    second = open_session(config)
     assert second.step == STOP
     found += tools.drive(second, STEPS - STOP)
 
@@ -68,11 +66,11 @@ def test_resuming_is_exact(attention, precision, configure, tools):
     assert second.tokens == STEPS * 32 * 4
 
 
-def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools):
+def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools, lines):
     attention = f"model.attention={tools.attention['delta']}"
-    whole = train(configure(attention, run="whole"), ignore)
+    whole = train(configure(attention, run="whole"))
     config = configure(attention, run="parts")
-    metrics, lines = config.directory / "metrics.jsonl", []
+    metrics = config.directory / "metrics.jsonl"
 
     def stop_after_a_step() -> None:
         for _ in range(3000):
@@ -83,12 +81,12 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools):
     thread = threading.Thread(target=stop_after_a_step)
     thread.start()
     with pytest.raises(Stopped, match="SIGTERM"):  # or it came too late to test anything
-        train(config, lines.append)
+        train(config)
     thread.join()
     (stopped_at,) = [int(line.split()[5]) for line in lines if line.startswith("stopped by SIGTERM at step")]
     assert stopped_at < STEPS
 
-    second = train(config, lines.append)
+    second = train(config)
     assert any("resumed from" in line and f"(step {stopped_at})" in line for line in lines)
     tools.assert_same(tools.capture(second), tools.capture(whole))
 
@@ -102,25 +100,25 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(configure, tools):
 
 def test_generators_go_on(configure):
     config = configure()
-    session = open_session(config, ignore)
+    session = open_session(config)
     save(session)
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(99)
     np.random.seed(99)
-    open_session(config, ignore)
+    open_session(config)
     assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
-def test_resume_with_other_micro_batches(lanes, configure, tools):
+def test_resume_with_other_micro_batches(lanes, configure, tools, lines):
     config = configure(f"model.attention={tools.attention['delta']}")
-    session = open_session(config, ignore)
+    session = open_session(config)
     tools.drive(session, STOP)
     save(session)
     expected = tools.drive(session, STEPS - STOP)
-    lines: list[str] = []
+    lines.clear()
     changed = configure(f"model.attention={tools.attention['delta']}", f"train.micro_batch_lanes={lanes}")
-    other = open_session(changed, lines.append)
+    other = open_session(changed)
     assert any("train.micro_batch_lanes: 2 -> " + str(lanes) in line for line in lines)
     found = tools.drive(other, STEPS - STOP)
     assert [step.loss for step in found] == pytest.approx([step.loss for step in expected], rel=1e-5)
@@ -131,9 +129,9 @@ def test_resume_with_other_micro_batches(lanes, configure, tools):
             torch.testing.assert_close(after[name], value, atol=2e-4, rtol=0)
 
 
-def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, tools):
+def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, tools, lines):
     config = configure()
-    session = open_session(config, ignore)
+    session = open_session(config)
     tools.drive(session, 2)
     save(session)
     expected = tools.drive(session, 2)
@@ -143,30 +141,30 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, t
     content[-100] ^= 1
     file.write_bytes(content)
 
-    lines: list[str] = []
-    again = open_session(config, lines.append)
+    lines.clear()
+    again = open_session(config)
     assert again.step == 2
     problem = next(line for line in lines if "corrupt" in line)
     assert "step-00000004" in problem and file.name in problem and "step-00000002 is used instead" in problem
     assert [step.loss for step in tools.drive(again, 2)] == [step.loss for step in expected]
     save(again)
-    assert open_session(config, lines.append).step == 4, "the torn checkpoint of the same step is replaced"
+    assert open_session(config).step == 4, "the torn checkpoint of the same step is replaced"
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_new_run(configure):
     config = configure()
-    folder = save(open_session(config, ignore))
+    folder = save(open_session(config))
     (folder / "index.json").write_text("{")
     with pytest.raises(ConfigError, match="no valid checkpoint.*index.json"):
-        open_session(config, ignore)
+        open_session(config)
 
 
-def test_init_from_takes_weights_only(configure, tools):
-    origin = open_session(configure(run="origin"), ignore)
+def test_init_from_takes_weights_only(configure, tools, lines):
+    origin = open_session(configure(run="origin"))
     tools.drive(origin, 3)
     folder = save(origin)
-    lines: list[str] = []
-    new = open_session(configure(f"train.init_from={folder.parent.parent}", "optim.lr=1e-4", run="new"), lines.append)
+    lines.clear()
+    new = open_session(configure(f"train.init_from={folder.parent.parent}", "optim.lr=1e-4", run="new"))
     assert any(str(folder) in line and "weights" in line for line in lines)
     old, values = tools.capture(origin), tools.capture(new)
     for name, value in values.items():
@@ -175,25 +173,26 @@ def test_init_from_takes_weights_only(configure, tools):
         if name.endswith("document_BR"):
             continue  # no document was read yet: checked by the position below
         assert torch.equal(value, expected), name
-    fresh = open_session(configure(run="fresh"), ignore)
+    fresh = open_session(configure(run="fresh"))
     assert (new.step, new.tokens, new.lanes) == (0, 0, fresh.lanes)
     assert new.engine.optimizer_steps() == 0
     save(new)
-    resumed = open_session(configure("train.init_from=nowhere", "optim.lr=1e-4", run="new"), ignore)
+    resumed = open_session(configure("train.init_from=nowhere", "optim.lr=1e-4", run="new"))
     tools.assert_same(tools.capture(resumed), values)
 
 
 @pytest.mark.parametrize(("old", "new"), [("full", "linear"), ("linear", "local"), ("local", "delta")])
-def test_init_from_another_kind_of_attention(old, new, configure, tools):
+def test_init_from_another_kind_of_attention(old, new, configure, tools, lines):
     """Shared weights are taken, new gates begin at gate_init, and the run goes on and resumes."""
-    origin = open_session(configure(f"model.attention={tools.attention[old]}", run="origin"), ignore)
+    origin = open_session(configure(f"model.attention={tools.attention[old]}", run="origin"))
     tools.drive(origin, 2)
     folder = save(origin)
     settings = (f"train.init_from={folder}", f"model.attention={tools.attention[new]}")
     if new != "local":
         settings += ("model.attention.gate_init=-3.0",)
-    config, lines = configure(*settings, run="new"), []
-    session = open_session(config, lines.append)
+    config = configure(*settings, run="new")
+    lines.clear()
+    session = open_session(config)
     assert any("model.attention.kind: " in line for line in lines)
     there, here = dict(origin.stages.named_globally()), dict(session.stages.named_globally())
     for name, parameter in here.items():
@@ -205,7 +204,7 @@ def test_init_from_another_kind_of_attention(old, new, configure, tools):
     assert any(name.endswith(".gate") for name in here) == (new != "local")
     tools.drive(session, 1)
     save(session)
-    resumed = open_session(config, ignore)
+    resumed = open_session(config)
     tools.assert_same(tools.capture(resumed), tools.capture(session))
 
 
@@ -213,49 +212,49 @@ def test_init_from_without_a_convolution_begins_one_that_changes_nothing(configu
     """From another seed's weights; a convolution that the other model has can't be left out."""
     plain = tools.attention["linear"]
     near = plain.replace("}", ", conv_tokens: 2}")
-    origin = open_session(configure(f"model.attention={plain}", run="origin"), ignore)
+    origin = open_session(configure(f"model.attention={plain}", run="origin"))
     tools.drive(origin, 1)
     settings = f"train.init_from={save(origin)}", f"model.attention={near}"
-    session = open_session(configure(*settings, run="new"), ignore)
+    session = open_session(configure(*settings, run="new"))
     there, here = dict(origin.stages.named_globally()), dict(session.stages.named_globally())
     assert all(torch.equal(here[name], parameter) for name, parameter in there.items())
     new = {name: parameter for name, parameter in here.items() if name not in there}
     assert new and all(name.endswith(".conv") and not parameter.any() for name, parameter in new.items())
     tools.drive(session, 1)
     back = f"train.init_from={save(session)}"
-    spread = open_session(configure(*settings, "model.attention.conv_std=0.5", run="spread"), ignore)
+    spread = open_session(configure(*settings, "model.attention.conv_std=0.5", run="spread"))
     assert all(dict(spread.stages.named_globally())[name].std() > 0.1 for name in new)
     for other in (plain, near.replace("conv_tokens: 2", "conv_tokens: 3"), tools.attention["local"]):
         with pytest.raises(ConfigError, match="is of another model: model.attention.conv_tokens is 2 there and"):
-            open_session(configure(back, f"model.attention={other}", run="back"), ignore)
+            open_session(configure(back, f"model.attention={other}", run="back"))
 
 
 def test_gates_of_another_kind_are_not_taken(configure):
-    """They mix in another memory: what was retrieved, say."""
+    """They mix in another memory, such as retrieved keys."""
     kind = "{kind: memorizing, segment_tokens: 8, cache_tokens: 8, stored_tokens: 32, top_k: 2, gate_init: 2.0}"
-    origin = open_session(configure(f"model.attention={kind}", run="origin"), ignore)
+    origin = open_session(configure(f"model.attention={kind}", run="origin"))
     assert any(name.endswith(".gate") for name, _ in origin.stages.named_globally())
     settings = f"train.init_from={save(origin)}", "model.attention.gate_init=-3.0"
-    session = open_session(configure(*settings, run="new"), ignore)
+    session = open_session(configure(*settings, run="new"))
     gates = [parameter for name, parameter in session.stages.named_globally() if name.endswith(".gate")]
     assert len(gates) == session.config.model.num_layers
     assert all(torch.equal(gate, torch.full_like(gate, -3.0)) for gate in gates)
 
 
 def test_a_checkpoint_that_lacks_a_gate_of_its_own_kind_is_refused(configure):
-    folder = save(open_session(configure(run="origin"), ignore))
+    folder = save(open_session(configure(run="origin")))
     index = parse_index((folder / "index.json").read_text())
     kept = tuple(entry for entry in index.fragments if entry.name != "layers.0.attention.gate")
     (folder / "index.json").write_text(dump_index(dataclasses.replace(index, fragments=kept)))
     with pytest.raises(ConfigError, match=r"layers\.0\.attention\.gate \(master\): is not in the checkpoint"):
-        open_session(configure(f"train.init_from={folder}", run="new"), ignore)
+        open_session(configure(f"train.init_from={folder}", run="new"))
 
 
 def test_init_from_another_model_is_refused(configure):
-    folder = save(open_session(configure(run="origin"), ignore))
+    folder = save(open_session(configure(run="origin")))
     config = configure(f"train.init_from={folder}", "model.ffn_size=64", run="new")
     with pytest.raises(ConfigError, match=r"train\.init_from: .*model\.ffn_size is 48 there and 64 here"):
-        open_session(config, ignore)
+        open_session(config)
     assert not config.directory.exists()
 
 
@@ -272,27 +271,27 @@ def test_init_from_another_model_is_refused(configure):
     ],
 )
 def test_a_field_that_may_not_change_is_refused_by_name(assignment, field, configure):
-    save(open_session(configure(), ignore))
+    save(open_session(configure()))
     config = configure(assignment)
     before = listing(config.directory)
     with pytest.raises(ConfigError, match=rf"^{field}: .*resumed run can't change it"):
-        open_session(config, ignore)
+        open_session(config)
     assert listing(config.directory) == before
 
 
 def test_other_training_data_are_refused(configure, tools, tmp_path):
-    save(open_session(configure(), ignore))
+    save(open_session(configure()))
     other = tools.write_shards(tmp_path / "other", (50, 60), seed=5)
     with pytest.raises(ConfigError, match=r"^data\.train: .*is not the data"):
-        open_session(configure(f"data.train={other}"), ignore)
+        open_session(configure(f"data.train={other}"))
 
 
-def test_a_longer_run_goes_on(configure, tools):
-    session = open_session(configure("train.max_steps=3"), ignore)
+def test_a_longer_run_goes_on(configure, tools, lines):
+    session = open_session(configure("train.max_steps=3"))
     tools.drive(session, 3)
     save(session)
-    lines: list[str] = []
-    longer = train(configure("train.max_steps=5"), lines.append)
+    lines.clear()
+    longer = train(configure("train.max_steps=5"))
     assert longer.step == 5 and any("train.max_steps: 3 -> 5" in line for line in lines)
-    again = train(configure("train.max_steps=5"), lines.append)
+    again = train(configure("train.max_steps=5"))
     assert again.step == 5 and any("has done all of its 5 steps" in line for line in lines)

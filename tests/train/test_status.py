@@ -1,4 +1,4 @@
-"""status.json of a run, and the fence that ends an older start of its job."""
+"""status.json of a run."""
 
 import json
 import resource
@@ -19,18 +19,6 @@ def test_a_finished_run_says_so(configure, monkeypatch):
     assert (status["state"], status["step"], status["total_steps"], status["restarts"]) == ("finished", 3, 3, 3)
     assert status["loss"] == [row["loss/train"] for row in losses if "loss/train" in row][-1]
     assert status["tokens_per_s"] > 0 and status["eta_s"] == 0 and 0 <= time.time() - status["heartbeat"] < 60
-
-
-def test_an_older_start_ends_before_it_writes(configure, monkeypatch):
-    config = configure("log.every_steps=100", "checkpoint.every_steps=2")
-    (config.directory / "launch").mkdir(parents=True)
-    (config.directory / "launch" / "fence").write_text("7.1\n")
-    monkeypatch.setenv("INFINI_TRAIN_START", "7.0")
-    with pytest.raises(ConfigError, match=r"^run_dir: start 7\.1 of the job has taken .* over; this is 7\.0$"):
-        train(config)
-    assert not list((config.directory / "checkpoints").glob("step-*"))
-    monkeypatch.setenv("INFINI_TRAIN_START", "7.1")
-    assert train(config).step == config.train.total_steps
 
 
 def test_a_run_that_fails_says_so(configure):

@@ -12,20 +12,18 @@ from infini_train.checkpoint import store
 from infini_train.data.lanes import IGNORED, Batch
 from infini_train.parallel.pipeline import cut_micro_batches
 from infini_train.train.carry import join_lanes
+from infini_train.train.checkpointing import save_session
+from infini_train.train.opening import open_session
 from infini_train.train.optim import learning_rates
-from infini_train.train.session import Session, open_session, save_session
+from infini_train.train.session import Session
 from infini_train.train.step import train_step
 
 LANES, WINDOW = 4, 32
 
 
-def ignore(line: str) -> None:
-    """Nobody reads what the run says."""
-
-
 def save(session: Session) -> Path:
     """A checkpoint, complete."""
-    save_session(session, ignore)
+    save_session(session)
     session.saver.wait()
     return store.resolve(session.config.directory)
 
@@ -78,7 +76,7 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
         config = configure(
             f"model.attention={tools.attention[attention]}", f"train.micro_batch_lanes={lanes}", run=f"lanes{lanes}"
         )
-        session = open_session(config, ignore)
+        session = open_session(config)
         expected = loss_by_hand(session, batch)
         result = step(session, batch)
         assert result.loss == pytest.approx(expected, rel=1e-6)
@@ -96,7 +94,7 @@ def test_micro_batches_are_one_batch(attention, valid_labels, configure, tools):
 
 
 def test_a_batch_without_text_is_left_out(configure, tools):
-    session = open_session(configure(), ignore)
+    session = open_session(configure())
     before = {name: p.detach().clone() for name, p in session.stages.transformers()[0].named_parameters()}
     batch = dataclasses.replace(draw_batch(0, (0, 0, 0, 0)), weights_BT=np.zeros((LANES, WINDOW), np.float32))
     assert step(session, batch).problem == "none of its text can be read"
@@ -105,13 +103,13 @@ def test_a_batch_without_text_is_left_out(configure, tools):
 
 @pytest.mark.parametrize("attention", ["linear", "delta", "local"])
 def test_text_without_labels_is_read_only(attention, configure, tools):
-    """A window in the midst of a book: weights and optimizer stay, and the memory is that of a step with labels."""
+    """A window in the middle of a book: weights and optimizer stay, and the memory is that of a step with labels."""
     config = configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=2")
-    session = open_session(config, ignore)
+    session = open_session(config)
     before = tools.capture(session)
     silent, loud = (step(session, draw_batch(7, labels)) for labels in ((0, 0, 0, 0), (32, 32, 32, 32)))
     assert silent.problem == "" and silent.labels == 0 and math.isnan(silent.loss)
-    fresh = open_session(config, ignore)
+    fresh = open_session(config)
     after = step(fresh, draw_batch(7, (0, 0, 0, 0)))
     fresh.advance(after, fresh.lanes)
     kept = {name: value for name, value in before.items() if not name.startswith("carry ")}
@@ -126,7 +124,7 @@ def test_text_without_labels_is_read_only(attention, configure, tools):
 
 def test_weights_of_labels_weigh_their_losses(configure):
     """Weight 2 for some labels and 0 for others is what loss and gradients count them with."""
-    session = open_session(configure("train.max_steps=3"), ignore)
+    session = open_session(configure("train.max_steps=3"))
     plain = draw_batch(0, (32, 20, 32, 32))
     weights_BT = np.random.default_rng(1).choice([0.0, 1.0, 2.0], (LANES, WINDOW)).astype(np.float32)
     model, batch = session.stages.transformers()[0], dataclasses.replace(plain, loss_weights_BT=weights_BT)
@@ -138,15 +136,15 @@ def test_weights_of_labels_weigh_their_losses(configure):
     result = step(session, batch)
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.labels == valid_BT.sum()
-    again = open_session(configure("train.max_steps=3", run="plain"), ignore)
+    again = open_session(configure("train.max_steps=3", run="plain"))
     assert step(again, plain).grad_norm != pytest.approx(result.grad_norm, rel=1e-3)
 
 
 def test_padding_has_no_influence(configure, tools):
-    """Tokens of weight 0 without labels, behind a start mark as the reader leaves them, change nothing."""
+    """Tokens of weight 0 without labels, after a start mark as the reader leaves them, change nothing."""
     found = []
     for padding in (258, 7):
-        session = open_session(configure(run=f"padding{padding}"), ignore)
+        session = open_session(configure(run=f"padding{padding}"))
         batch = draw_batch(1, (20, 20, 20, 20))
         batch.starts_BT[:, 20] = True
         batch.tokens_BT[:, 20:] = padding
@@ -158,7 +156,7 @@ def test_padding_has_no_influence(configure, tools):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
-    session = open_session(configure(f"train.precision={precision}"), ignore)
+    session = open_session(configure(f"train.precision={precision}"))
     tools.drive(session, 2)
     with torch.no_grad():
         session.stages.transformers()[0].embedding.weight[200] = math.nan  # the documents don't hold this byte
@@ -175,9 +173,7 @@ def test_a_loss_that_is_no_number_changes_nothing(precision, configure, tools):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tools):
     """All embeddings at 0 under a tiny norm_eps: the loss is ln V, and the gradients overflow."""
-    session = open_session(
-        configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"), ignore
-    )
+    session = open_session(configure(f"train.precision={precision}", "model.norm_eps=1e-38", "model.num_layers=6"))
     with torch.no_grad():
         session.stages.transformers()[0].embedding.weight.zero_()
     before = tools.capture(session)
@@ -192,7 +188,7 @@ def test_gradients_that_are_no_numbers_change_nothing(precision, configure, tool
 def test_carried_memory_changes_the_next_loss(configure):
     losses = {}
     for carry in (True, False):
-        session = open_session(configure(f"train.carry_memory={str(carry).lower()}", run=f"carry{carry}"), ignore)
+        session = open_session(configure(f"train.carry_memory={str(carry).lower()}", run=f"carry{carry}"))
         first = step(session, draw_batch(0))
         session.advance(first, session.lanes)
         losses[carry] = first.loss, step(session, draw_batch(1)).loss
@@ -204,7 +200,7 @@ def test_carried_memory_changes_the_next_loss(configure):
 
 
 def test_without_carry_every_window_begins_empty(configure):
-    session = open_session(configure("train.carry_memory=false"), ignore)
+    session = open_session(configure("train.carry_memory=false"))
     for seed in range(2):
         batch = draw_batch(seed)
         expected = loss_by_hand(session, batch)  # from an empty state
@@ -213,7 +209,7 @@ def test_without_carry_every_window_begins_empty(configure):
         session.advance(result, session.lanes)
         assert session.carried == ((None, None),)
     save(session)
-    assert open_session(session.config, ignore).carried == ((None, None),)
+    assert open_session(session.config).carried == ((None, None),)
 
 
 def embedding_gradient(session, batch, state):
@@ -234,7 +230,7 @@ def embedding_gradient(session, batch, state):
 )
 def test_gradients_flow_through_all_segments_of_the_window(attention, reaches, configure, tools):
     chosen = tools.attention[attention].replace(", overlap_tokens: 3", "")
-    session = open_session(configure(f"model.attention={chosen}", "train.micro_batch_lanes=4"), ignore)
+    session = open_session(configure(f"model.attention={chosen}", "train.micro_batch_lanes=4"))
     gradient_T, _ = embedding_gradient(session, draw_batch(0), None)
     assert (gradient_T[WINDOW - 8 :] > 0).all()
     assert (gradient_T[:8] > 0).all() == reaches
@@ -244,9 +240,7 @@ def test_gradients_flow_through_all_segments_of_the_window(attention, reaches, c
 
 @pytest.mark.parametrize("attention", ["linear", "delta"])
 def test_gradients_end_at_the_window(attention, configure, tools):
-    session = open_session(
-        configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"), ignore
-    )
+    session = open_session(configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"))
     model, first = session.stages.transformers()[0], draw_batch(0)
     tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(first, 1)))
     _, state = model(tokens, model.make_grids(starts, weights, None), None, labels)
@@ -259,7 +253,7 @@ def test_gradients_end_at_the_window(attention, configure, tools):
 
 
 def test_clipping_and_parts_of_the_time(configure):
-    session = open_session(configure("optim.clip_norm=1e-3", "optim.eps=1.0", "optim.weight_decay=0"), ignore)
+    session = open_session(configure("optim.clip_norm=1e-3", "optim.eps=1.0", "optim.weight_decay=0"))
     before = session.stages.transformers()[0].embedding.weight.detach().clone()
     result = step(session, draw_batch(0))
     assert result.grad_norm > 0.1, "the norm before clipping"

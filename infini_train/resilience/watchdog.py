@@ -1,15 +1,16 @@
-"""Who died, who hangs, and in which operation: ranks that watch each other through torch's store.
+"""Crash and hang detection: ranks watch each other through torch's store, and name who failed in which operation.
 
-Each rank publishes a heartbeat and watches that of its right neighbour: the store's work a rank and second is constant.
-The first who notices something writes an obituary; all others read it and end with it, also in the middle of a
+Each rank publishes a heartbeat and watches its right neighbour's, so the store's load per rank and second is constant.
+The first rank to notice a failure writes a report; all others read it and exit with it, even in the middle of a
 collective, which nothing but the end of the process can interrupt.
 
-Time is counted in ticks of the watcher: a process that was stopped for a while, with all others or alone, doesn't take
-its own absence for that of its neighbour.
+Time is counted in ticks of the watching rank: a process that was suspended, alone or with all others, does not mistake
+its own absence for its neighbour's.
 """
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -23,23 +24,25 @@ from typing import Any, NamedTuple, Self
 
 from torch.distributed import PrefixStore, TCPStore
 
-from infini_train.parallel.diary import Diary
-from infini_train.parallel.stacks import Stacks, logs_folder
+from infini_train.resilience.rank_status import RankStatus
+from infini_train.resilience.stack_dumps import StackDumps, logs_folder
+
+LOG = logging.getLogger(__name__)
 
 MAX_INTERVAL_S = 0.5
 MAX_TEXT = 200
-SETTLE_S = 2.0  # after a lost connection: this long without a heartbeat is taken for death
-LEAVE_S = 3.0  # a rank that has an error of its own gets this long to end by it
+SETTLE_S = 2.0  # after a lost connection, a rank without a heartbeat for this long counts as dead
+LEAVE_S = 3.0  # how long a rank with an error of its own may take to exit with it
 STACK_LINES = 6
-OPENING = "opening the run"  # checkpoints are hashed and read, however long that takes: only a death ends it
+OPENING = "opening the run"  # has no timeout, since checkpoints are hashed and read; only a dead rank ends it
 
 
 class LostRankError(RuntimeError):
-    """An operation failed because of another rank; one line that names both."""
+    """An operation failed because of another rank; the message is one line that names both."""
 
 
 class Beat(NamedTuple):
-    """What a rank says of itself."""
+    """A rank's heartbeat."""
 
     count: int
     operation: str
@@ -47,18 +50,18 @@ class Beat(NamedTuple):
     place: str  # "host, process 123"
 
 
-class Watch:
-    """Inside the context a rank that dies, hangs or fails ends all ranks, with a line that says which and where.
+class Watchdog:
+    """Inside the context, a rank that dies, hangs or fails ends all ranks, with a line that names rank and operation.
 
-    What it notices while this rank is blocked ends the process with code 1 at once. If an exception leaves the context,
-    the others are told; a RuntimeError that another rank caused becomes a `LostRankError`. Rank 0 waits at the end
-    until all others have left, since the store may live in its process. Nothing is done for one rank.
+    A failure noticed while this rank is blocked ends the process at once with exit code 1. An exception that leaves the
+    context is reported to the other ranks; a RuntimeError that another rank caused becomes a `LostRankError`. Rank 0
+    waits at the end until all others have left, since the store may live in its process. With one rank it does nothing.
 
     Args:
         rank: this process.
         world_size: number of processes; MASTER_ADDR and MASTER_PORT say where their store is (torchrun's, or rank 0's).
-        timeout_s: longest silence of a rank, and longest time in which no rank begins another operation.
-        name: of this watch in the store, where another one has been before it.
+        timeout_s: longest time without a heartbeat of a rank, and longest time in which no rank begins an operation.
+        name: of this watchdog in the store, for one that follows another.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float, name: str = "train") -> None:
@@ -69,16 +72,16 @@ class Watch:
         self._prefix = f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
         self._place = f"{socket.gethostname()}, process {os.getpid()}"
         self._store: PrefixStore | None = None
-        self._obituary = ""  # as it was read, in case that the store goes too
+        self._failure = ""  # the report as it was read, in case the store is lost too
         self._ticks = 0
         self._wake = threading.Event()
-        self._finished = threading.Event()  # the context was left without an error
-        self._failing = threading.Event()  # the main thread has an error, and ends by it
-        self._left = threading.Event()  # the main thread has come out of the context
-        self._one_end = threading.Lock()  # of the two threads that may end the process
+        self._finished = threading.Event()  # left the context without an error
+        self._failing = threading.Event()  # the main thread has an error and exits with it
+        self._left = threading.Event()  # the main thread is out of the context
+        self._one_end = threading.Lock()  # only one of the two threads ends the process
         self._pulse_thread: threading.Thread | None = None
-        self._diary: Diary | None = None
-        self._stacks: Stacks | None = None
+        self._rank_status: RankStatus | None = None
+        self._stacks: StackDumps | None = None
 
     def __enter__(self) -> Self:
         if self.world_size > 1:
@@ -94,10 +97,10 @@ class Watch:
     ) -> None:
         if self._pulse_thread is None:
             return
-        if self._diary:
-            self._diary.close(LEAVE_S)
+        if self._rank_status:
+            self._rank_status.close(LEAVE_S)
         if error is None:
-            self.doing("wait for the other ranks at the end")
+            self.set_operation("wait for the other ranks at the end")
             self._finished.set()
             self._wake.set()
             self._pulse_thread.join()
@@ -117,43 +120,44 @@ class Watch:
         if lost is not None:
             raise LostRankError(lost) from error
 
-    def doing(self, operation: str) -> None:
-        """Names what this rank does from now on; costs nothing, so call it for each part of a step."""
+    def set_operation(self, operation: str) -> None:
+        """Names what this rank does from now on; cheap enough to call for each part of a step."""
+        LOG.debug(operation)
         self.operation = operation
         self._operations += 1
 
-    def took(self, own_s: float, step_s: float) -> None:
-        """How long a step was, and of it what this rank did alone, which no other rank can hold up."""
-        if self._diary:
-            self._diary.pace.append((own_s, step_s))
+    def record_step(self, own_s: float, step_s: float) -> None:
+        """Seconds of a step, and of this rank's own work in it, which no other rank can delay."""
+        if self._rank_status:
+            self._rank_status.step_seconds.append((own_s, step_s))
 
-    def keep_diary(self, run_dir: Path) -> None:
-        """From now on each rank writes there what it does, now and then, and in a hang its stacks."""
+    def write_to(self, run_dir: Path) -> None:
+        """From now on this rank reports there what it does, every few seconds, and its stacks in a hang."""
         if self.world_size > 1:
             folder = run_dir / "launch" / "ranks"
-            self._diary = Diary(folder, self.rank, self.world_size, self._place, self.timeout_s / 4)
-            self._diary.start(lambda: (self._operations, self.operation))
+            self._rank_status = RankStatus(folder, self.rank, self.world_size, self._place, self.timeout_s / 4)
+            self._rank_status.start(lambda: (self._operations, self.operation))
             with contextlib.suppress(OSError):
-                self._stacks = Stacks(logs_folder(run_dir), self.rank)
+                self._stacks = StackDumps(logs_folder(run_dir), self.rank)
 
-    # -------------------------------------------------------------------------------------------------- the own error
+    # -------------------------------------------------------------------------------------------------- own errors
 
     def _find_cause(self, error: BaseException) -> str | None:
-        """Another rank's fault, as one line; None: this rank's own error, which the others are now told."""
+        """Another rank's failure, as one line; None: the error is this rank's own, and is reported to the others."""
         deadline = time.monotonic() + LEAVE_S
         while self._store is None and time.monotonic() < deadline:  # the pulse is still connecting
             time.sleep(self.interval_s / 4)
         text = " ".join(str(error).split())[:MAX_TEXT]
-        told = f"rank {self.rank} ({self._place}) failed in '{self.operation}': {type(error).__name__}: {text}"
+        own = f"rank {self.rank} ({self._place}) failed in '{self.operation}': {type(error).__name__}: {text}"
         try:
-            obituary = self._await_obituary() if isinstance(error, RuntimeError) and self._store else None
-            if obituary is None:
+            cause = self._await_report() if isinstance(error, RuntimeError) and self._store else None
+            if cause is None:
                 if self._store is not None:
-                    self._write_obituary(told)
+                    self._report(own)
                 return None
         except RuntimeError:
-            obituary = self._obituary or f"{describe_store()} is gone"
-        return f"rank {self.rank}: '{self.operation}' failed because {obituary} ({text})"
+            cause = self._failure or f"{describe_store()} is gone"
+        return f"rank {self.rank}: '{self.operation}' failed because {cause} ({text})"
 
     def _wait_until_heard(self) -> None:
         deadline = time.monotonic() + LEAVE_S
@@ -161,26 +165,24 @@ class Watch:
             while self._store and time.monotonic() < deadline and self._store.add("heard", 0) < self.world_size:
                 time.sleep(self.interval_s / 4)
 
-    def _await_obituary(self) -> str | None:
-        """What the others have found, or find within `SETTLE_S`; else a rank whose heart does not beat any more."""
+    def _await_report(self) -> str | None:
+        """What the others find within `SETTLE_S`; otherwise a rank whose heartbeat has stopped."""
         first = self._read_beats()
         deadline = time.monotonic() + max(SETTLE_S, 4 * self.interval_s)
         while time.monotonic() < deadline:
-            if obituary := self._read("obituary").decode():
-                return obituary
+            if report := self._read("failure").decode():
+                return report
             time.sleep(self.interval_s / 2)
         for rank, (before, now) in enumerate(zip(first, self._read_beats(), strict=True)):
             if rank != self.rank and before is not None and before == now and not now.finished:
-                return self._write_obituary(
-                    f"rank {rank} ({now.place}) stopped answering; last heard of in '{now.operation}'"
-                )
+                return self._report(f"rank {rank} ({now.place}) stopped answering; last heard of in '{now.operation}'")
         return None
 
     # --------------------------------------------------------------------------------------------------------- threads
 
     def _pulse(self, host: str, port: int) -> None:
-        """Beats, and looks after the others, until this rank leaves."""
-        progress = Silence(self.timeout_s + 4 * self.interval_s, self.interval_s)  # deaths are told first
+        """Publishes heartbeats and checks the others until this rank leaves."""
+        progress = Silence(self.timeout_s + 4 * self.interval_s, self.interval_s)  # dead ranks are reported first
         neighbour, published = Neighbour(self), -1
         try:
             # A connection of its own: the main thread's may be blocked in a wait.
@@ -192,15 +194,15 @@ class Watch:
                 operations = self._operations + (self._ticks if self.operation == OPENING else 0)
                 beat = Beat(self._ticks, self.operation, finished, self._place)
                 self._store.set(f"beat/{self.rank}", json.dumps(beat))
-                if obituary := self._read("obituary").decode():
-                    self._obituary = obituary
+                if report := self._read("failure").decode():
+                    self._failure = report
                     self._store.add("heard", 1)
-                    return self._end(f"{obituary}; this rank was in '{self.operation}'")
+                    return self._end(f"{report}; this rank was in '{self.operation}'")
                 if finished and (self.rank != 0 or self._have_all_finished()):
                     return None
-                neighbour.look()
+                neighbour.check()
                 if progress.lasts(self._store.add("operations", int(operations != published))):
-                    self._write_obituary(f"no rank went on for {self.timeout_s:g} s; {self._describe_all()}")
+                    self._report(f"no rank went on for {self.timeout_s:g} s; {self._describe_all()}")
                 published = operations
                 self._ticks += 1
                 self._wake.wait(self.interval_s)
@@ -210,7 +212,7 @@ class Watch:
             return self._end(f"{describe_store()} is gone; this rank was in '{self.operation}' ({text})")
 
     def _guard(self) -> None:
-        """Ends this rank if the pulse hangs: a request to a stopped store has no timeout of its own."""
+        """Ends this rank if the pulse thread hangs: a request to a suspended store has no timeout of its own."""
         silence = Silence(self.timeout_s + 2 * self.interval_s, self.interval_s)
         while not self._left.wait(self.interval_s):
             if silence.lasts(self._ticks):
@@ -219,14 +221,17 @@ class Watch:
                 return
 
     def _end(self, message: str) -> None:
-        """Ends the process wherever its main thread is, unless that comes with an error of its own and leaves."""
+        """Ends the process wherever its main thread is, unless that is about to exit with an error of its own.
+
+        Writes past `logging`, whose locks the main thread may hold.
+        """
         self._one_end.acquire()
         if self._failing.wait(1.0) and self._left.wait(LEAVE_S):
             return
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame, STACK_LINES)) if frame else ""
         if self._stacks:
-            with contextlib.suppress(OSError, ValueError):  # a full disk; closed by the main thread
+            with contextlib.suppress(OSError, ValueError):  # the disk is full, or the main thread has closed it
                 self._stacks.dump()
         sys.stderr.write(f"rank {self.rank} was here:\n{stack}error: {message}\n")
         sys.stderr.flush()
@@ -245,7 +250,7 @@ class Watch:
         return self._store.compare_set(key, "", "")
 
     def _read_beat(self, rank: int) -> Beat | None:
-        """None: that rank has said nothing yet."""
+        """None: that rank has not published one yet."""
         text = self._read(f"beat/{rank}")
         return Beat(*json.loads(text)) if text else None
 
@@ -255,21 +260,21 @@ class Watch:
     def _have_all_finished(self) -> bool:
         return all(beat is not None and beat.finished for beat in self._read_beats())
 
-    def _write_obituary(self, text: str) -> str:
-        """The first one stays; returns that."""
+    def _report(self, text: str) -> str:
+        """Reports a failure to all ranks unless one was reported before; returns the first."""
         assert self._store is not None
-        return self._store.compare_set("obituary", "", text).decode()
+        return self._store.compare_set("failure", "", text).decode()
 
     def _describe_all(self) -> str:
-        """What each rank is doing, those with the same operation together; first the few that the others wait for."""
+        """Each rank's operation, grouped; first the few ranks that the others wait for."""
         ranks: dict[str, list[int]] = {}
         for rank, beat in enumerate(self._read_beats()):
             ranks.setdefault(beat.operation if beat else "not started", []).append(rank)
         groups = sorted(ranks.items(), key=lambda item: len(item[1]))
-        told = [f"rank {', '.join(map(str, found))} in '{name}'" for name, found in groups]
+        lines = [f"rank {', '.join(map(str, found))} in '{name}'" for name, found in groups]
         if len(groups) > 1 and len(groups[0][1]) < len(groups[1][1]):
-            told[0] = f"the others seem to wait for {told[0]}"
-        return "; ".join(told)
+            lines[0] = f"the others seem to wait for {lines[0]}"
+        return "; ".join(lines)
 
 
 def is_agents_store() -> bool:
@@ -283,39 +288,39 @@ def describe_store() -> str:
 
 
 class Silence:
-    """For how long a value has stayed the same, in the watcher's own time."""
+    """For how long a value has stayed the same, in the watching rank's own time."""
 
     def __init__(self, limit_s: float, interval_s: float) -> None:
-        self.limit_s, self.most_s = limit_s, 2 * interval_s  # a longer gap is an absence of the watcher
+        self.limit_s, self.most_s = limit_s, 2 * interval_s  # after a longer gap this process itself was suspended
         self.value: Any = None
-        self.lasted_s, self.looked = 0.0, time.monotonic()
+        self.lasted_s, self.checked = 0.0, time.monotonic()
 
     def lasts(self, value: Any) -> bool:
-        """Whether the limit is reached with this value, which was found just now."""
+        """Whether the value has been this one for the limit, as of now."""
         now = time.monotonic()
-        self.lasted_s = self.lasted_s + min(now - self.looked, self.most_s) if value == self.value else 0.0
-        self.value, self.looked = value, now
+        self.lasted_s = self.lasted_s + min(now - self.checked, self.most_s) if value == self.value else 0.0
+        self.value, self.checked = value, now
         return self.lasted_s >= self.limit_s
 
 
 class Neighbour:
     """The next rank to the right that has not finished."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch, self.rank = watch, (watch.rank + 1) % watch.world_size
-        self.silence = Silence(watch.timeout_s, watch.interval_s)
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog, self.rank = watchdog, (watchdog.rank + 1) % watchdog.world_size
+        self.silence = Silence(watchdog.timeout_s, watchdog.interval_s)
 
-    def look(self) -> None:
-        """Reads its heartbeat; writes its obituary when the heart has stopped."""
-        watch = self.watch
-        if self.rank == watch.rank:
+    def check(self) -> None:
+        """Reads its heartbeat; reports the rank when that has stopped."""
+        watchdog = self.watchdog
+        if self.rank == watchdog.rank:
             return  # all others have finished
-        beat = watch._read_beat(self.rank)
+        beat = watchdog._read_beat(self.rank)
         if beat is not None and beat.finished:
-            self.rank = (self.rank + 1) % watch.world_size
-            self.silence = Silence(watch.timeout_s, watch.interval_s)
+            self.rank = (self.rank + 1) % watchdog.world_size
+            self.silence = Silence(watchdog.timeout_s, watchdog.interval_s)
         elif self.silence.lasts(None if beat is None else beat.count):
-            found = f"rank {self.rank} did not start within {watch.timeout_s:g} s"
+            found = f"rank {self.rank} did not start within {watchdog.timeout_s:g} s"
             if beat is not None:
                 found = f"rank {self.rank} ({beat.place}) stopped answering; last heard of in '{beat.operation}'"
-            watch._write_obituary(found)
+            watchdog._report(found)

@@ -1,4 +1,4 @@
-"""Real gloo processes: one dies, stops, fails or hangs in mid-operation, and the others end and say which and where."""
+"""Real gloo processes: one dies, stops, fails or hangs in mid-operation; the others end and name rank and operation."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from infini_train.parallel.watch import Silence, Watch
+from infini_train.resilience.watchdog import Silence, Watchdog
 from launch.ranks import read_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ import json, os, signal, socket, sys, threading, time, traceback
 from pathlib import Path
 import torch  # once, for all the processes that are forked below
 import torch.distributed as dist
-from infini_train.parallel.watch import LostRankError, Watch
+from infini_train.resilience.watchdog import LostRankError, Watchdog
 
 folder, timeout_s, *cases = sys.argv[1:]
 
@@ -38,25 +38,25 @@ def run_rank(case, rank, listener):
     dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, wait_for_workers=False, **mine), rank=rank,
                             world_size=3)
     x = torch.ones(1000)
-    with Watch(rank, 3, float(timeout_s)) as watch:
-        watch.keep_diary(Path(folder) / f"{case}.run")
+    with Watchdog(rank, 3, float(timeout_s)) as watchdog:
+        watchdog.write_to(Path(folder) / f"{case}.run")
         for step in range(10):
-            watch.doing(f"step {step}, all-reduce")
+            watchdog.set_operation(f"step {step}, all-reduce")
             if step == 5 and rank == (0 if hosted else 2):
                 with open(f"{folder}/{case}.trouble", "w") as stream:
                     stream.write(str(time.monotonic()))
-                get_into_trouble(case.split()[-1], watch)
+                get_into_trouble(case.split()[-1], watchdog)
             dist.all_reduce(x)
         if rank == 1:
             for part in range(4):  # longer than the timeout: the others have finished, which is no death
-                watch.doing(f"late {part}")
+                watchdog.set_operation(f"late {part}")
                 time.sleep(float(timeout_s) / 2)
     assert threading.active_count() == 1
     dist.destroy_process_group()
 
 
-def get_into_trouble(kind, watch):
-    time.sleep(1)  # a heartbeat says what comes now
+def get_into_trouble(kind, watchdog):
+    time.sleep(1)  # a heartbeat carries the operation
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stopped":
@@ -65,7 +65,7 @@ def get_into_trouble(kind, watch):
     if kind == "failed":
         raise ValueError("no such lane")
     if kind == "deadlock":
-        watch.doing("read a slow disk")
+        watchdog.set_operation("read a slow disk")
         time.sleep(100)
 
 
@@ -161,7 +161,7 @@ def test_a_killed_rank_is_named_with_its_operation(ends):
         assert re.match(
             r"error: .*rank 2 \(.+, process \d+\) stopped answering; last heard of in 'step 5, all-reduce'", line
         ), line
-        assert line.count("'step 5, all-reduce'") == 2, "the own operation is told too"
+        assert line.count("'step 5, all-reduce'") == 2, "its own operation is named too"
 
 
 def test_a_stopped_rank_is_named_with_its_operation(ends):
@@ -219,16 +219,16 @@ def test_a_failing_host_of_the_store_is_heard_before_it_leaves(ends):
 
 def test_one_rank_needs_no_thread_and_no_store():
     before = threading.active_count()
-    with Watch(0, 1, TIMEOUT_S) as watch:
-        watch.doing("step 1")
+    with Watchdog(0, 1, TIMEOUT_S) as watchdog:
+        watchdog.set_operation("step 1")
         assert threading.active_count() == before
-    with pytest.raises(ValueError, match="stays"), Watch(0, 1, TIMEOUT_S):
+    with pytest.raises(ValueError, match="stays"), Watchdog(0, 1, TIMEOUT_S):
         raise ValueError("stays")
 
 
 def test_an_absence_of_the_watcher_is_no_silence(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("infini_train.parallel.watch.time.monotonic", lambda: now)
+    monkeypatch.setattr("infini_train.resilience.watchdog.time.monotonic", lambda: now)
     silence = Silence(limit_s=3.0, interval_s=0.5)
     assert not silence.lasts(1)
     now += 1000  # the machine slept

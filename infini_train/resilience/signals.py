@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the running step."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 import contextlib
 import os
@@ -10,20 +10,24 @@ from infini_train.parallel import mesh
 
 
 class Stopped(Exception):
-    """A signal asked to stop; its name is the message."""
+    """A signal requested a stop; the message is its name."""
 
 
 class StopRequest:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
 
     Args:
-        speaks: whether this process confirms a signal on the console.
+        confirms: whether this process confirms a signal on the console.
+
+    Attributes:
+        received: name of the signal that reached this rank.
+        agreed: name of the signal on which all ranks agree to stop.
     """
 
-    def __init__(self, *, speaks: bool = True) -> None:
-        self._speaks = speaks
-        self.received: str | None = None  # the signal's name, as it came to this rank
-        self.agreed: str | None = None  # as all ranks know it
+    def __init__(self, *, confirms: bool = True) -> None:
+        self._confirms = confirms
+        self.received: str | None = None
+        self.agreed: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,7 +42,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agree(self) -> None:
-        """Afterwards `agreed` is the same on all ranks: a signal that came to any of them. All call it together."""
+        """Sets `agreed` to a signal that reached any rank, the same on all ranks; all call it together."""
         mine = 0 if self.received is None else signal.Signals[self.received].value
         number = round(mesh.max_over_world(float(mine)))
         self.agreed = signal.Signals(number).name if number else None
@@ -47,7 +51,7 @@ class StopRequest:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        if not self._speaks:
+        if not self._confirms:
             return
-        with contextlib.suppress(OSError):  # print is not safe here, and the terminal may be gone
+        with contextlib.suppress(OSError):  # print and logging are not safe in a handler, and the terminal may be gone
             os.write(2, f"\n{self.received}: saving after this step\n".encode())

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from infini_train.parallel import mesh
-from infini_train.parallel.preflight import BAD_NODE, Facts, judge, look_at_node
+from infini_train.resilience.preflight import BAD_NODE, Facts, check_node, judge
 
 
 def test_a_good_node_has_no_problems(tmp_path):
-    assert look_at_node(tmp_path / "run", gpus=0, min_free_gib=0) == []
+    assert check_node(tmp_path / "run", gpus=0, min_free_gib=0) == []
 
 
 def test_a_bad_node_tells_all_its_problems(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
-    problems = look_at_node(tmp_path / "run", gpus=800, min_free_gib=1e9)
+    problems = check_node(tmp_path / "run", gpus=800, min_free_gib=1e9)
     assert problems[0].endswith("GPUs are seen, not 800")
     assert "GiB are free on" in problems[1] and problems[1].endswith("less than 1e+09")
     assert problems[2].startswith("TMPDIR: ") and "can't be written" in problems[2]
@@ -52,7 +52,7 @@ def test_the_world_is_that_of_the_starter(variables, expected, monkeypatch):
     assert mesh.world() == expected
 
 
-def start_ranks(run_dir: Path, *scratch: Path) -> list[tuple[int, str]]:
+def start_ranks(run_dir: Path, *scratch: Path, room: str = "resilience") -> list[tuple[int, str]]:
     """Two ranks with srun's variables; exit code and console of each."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -69,7 +69,7 @@ def start_ranks(run_dir: Path, *scratch: Path) -> list[tuple[int, str]]:
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(folder),
         }
-        command = [sys.executable, "-m", "infini_train.parallel.preflight", str(run_dir), "--min-free-gib=0"]
+        command = [sys.executable, "-m", f"infini_train.{room}.preflight", str(run_dir), "--min-free-gib=0"]
         pipe = subprocess.PIPE
         processes.append(
             subprocess.Popen(command, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True)
@@ -88,6 +88,8 @@ def test_two_ranks_agree_and_measure(tmp_path):
 @pytest.mark.slow
 def test_the_rank_of_a_bad_node_has_its_own_exit_code(tmp_path):
     (tmp_path / "file").touch()
-    (first, said), (second, own) = start_ranks(tmp_path / "run", tmp_path, tmp_path / "file" / "below")
+    scratch = (tmp_path, tmp_path / "file" / "below")
+    (first, said), (second, own) = start_ranks(tmp_path / "run", *scratch, room="parallel")  # the former name
     assert (first, second) == (0, BAD_NODE)
+    assert "note: infini_train.parallel.preflight has moved to" in said and "note: " not in own
     assert "error: preflight: rank 1 (n2): TMPDIR: " in said and "error: preflight: rank 1 (n2): TMPDIR: " in own

@@ -1,15 +1,18 @@
-"""What a run leaves beside its checkpoints."""
+"""What a run leaves beside its checkpoints, and the fence that ends an older start of its job."""
 
 import dataclasses
 from pathlib import Path
 
+import pytest
 import sentencepiece
 
 from infini_train.config.data import DataConfig, NeedlesConfig
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.source import open_source
 from infini_train.data.tokenizer import find_tokenizer
-from infini_train.train.session import write_identity
+from infini_train.train.loop import train
+from infini_train.train.run_folder import write_identity
 
 
 def test_a_runs_copy_of_the_tokenizer_is_found_whatever_its_file_was_called(tmp_path):
@@ -31,3 +34,15 @@ def test_a_runs_copy_of_the_tokenizer_is_found_whatever_its_file_was_called(tmp_
         tokenizer, file = found
         assert file == run / "tokenizer.model" and Path(file).read_bytes() == path.read_bytes()
         assert tokenizer.sha256 == source.tokenizer_sha256
+
+
+def test_an_older_start_ends_before_it_writes(configure, monkeypatch):
+    config = configure("log.every_steps=100", "checkpoint.every_steps=2")
+    (config.directory / "launch").mkdir(parents=True)
+    (config.directory / "launch" / "fence").write_text("7.1\n")
+    monkeypatch.setenv("INFINI_TRAIN_START", "7.0")
+    with pytest.raises(ConfigError, match=r"^run_dir: start 7\.1 of the job has taken .* over; this is 7\.0$"):
+        train(config)
+    assert not list((config.directory / "checkpoints").glob("step-*"))
+    monkeypatch.setenv("INFINI_TRAIN_START", "7.1")
+    assert train(config).step == config.train.total_steps

@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all, whenever the process is killed. Imports no torch."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Writes a file that is replaced whole: a reader sees the old content or the new one, nothing in between.
+
+    Args:
+        path: of the file; its folder exists.
+        content: text, written as UTF-8, or bytes.
+        durable: wait until the disk has it, so that it also survives a power cut.
+
+    Raises:
+        OSError: it can't be written; what was there stays.
+    """
+    with replacing(path, durable=durable) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives the path of a hidden file in the same folder, to be written inside; on success it takes the name `path`.
+
+    If anything fails, the hidden file is removed and what was at `path` stays. See `write_atomic` for the arguments.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        if durable:
+            sync_path(partial)
+        partial.replace(path)
+        if durable:
+            sync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

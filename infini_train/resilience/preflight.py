@@ -1,0 +1,236 @@
+"""`python -m infini_train.resilience.preflight RUN_DIR`: node health check, run by all ranks before a large job.
+
+Each rank checks its own node and reports to rank 0 through torch's store; rank 0 compares. Then one process group
+checks an all-reduce and measures its bandwidth. Exit codes: 0, all nodes are healthy; 3, this rank's node is at fault
+(the batch script excludes it from the next start); 1, a fault that could not be attributed to a node.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from infini_train.parallel import device
+
+device.prepare()  # before anything else imports megatron-core: its notices are not for this console
+from infini_train.parallel import mesh  # noqa: E402
+
+BAD_NODE = 3
+LIBRARIES = ("infini-train", "torch", "megatron-core", "deepspeed", "numpy")
+MAX_CLOCK_SKEW_S = 5.0
+SHARED_FILE_S = 20.0  # for a new file to appear on all nodes of a shared file system
+MIN_FREE_SCRATCH_GIB = 1.0
+REPEATS = 4
+
+
+class Facts(NamedTuple):
+    """What a rank reports about its node."""
+
+    node: str
+    problems: list[str]
+    versions: dict[str, str]
+    clock_s: float  # when rank 0 gave the start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """All ranks call it; rank 0 prints the result."""
+    options = _parse(arguments)
+    rank, size = mesh.world()
+    mesh.complete_environment()
+    problems = check_node(options.run_dir, options.gpus, options.min_free_gib)
+    try:
+        verdict, bandwidth = compare_ranks(options.run_dir, problems, options.timeout_s)
+    except RuntimeError as error:
+        sys.exit(_fail(f"preflight: rank {rank} ({node_name()}): {' '.join(str(error).split())[:300]}", 1))
+    if rank == 0:
+        for line in verdict.values():
+            print(f"error: preflight: {line}", file=sys.stderr)
+        if not verdict:
+            print(f"preflight: {size} ranks are well; all-reduce {bandwidth / 1e9:.3g} GB/s a rank (bus bandwidth)")
+    if str(rank) in verdict:
+        sys.exit(BAD_NODE if rank == 0 else _fail(f"preflight: {verdict[str(rank)]}", BAD_NODE))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="preflight", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run, on the shared file system")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that each node should have")
+    parser.add_argument("--min-free-gib", type=float, default=1.0, metavar="N", help="space for the run")
+    parser.add_argument("--timeout-s", type=float, default=180.0, metavar="N", help="how long to wait for a rank")
+    return parser.parse_args(arguments)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def node_name() -> str:
+    """The node's name in Slurm, or its host name."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
+# ------------------------------------------------------------------------------------------------------------ one node
+
+
+def check_node(run_dir: Path, gpus: int, min_free_gib: float) -> list[str]:
+    """What is wrong with this node, as far as it can find out alone."""
+    found = device.count()
+    problems = [] if found == gpus else [f"{found} GPUs are seen, not {gpus}"]
+    for name, folder, gib in (("run_dir", run_dir, min_free_gib), ("TMPDIR", None, MIN_FREE_SCRATCH_GIB)):
+        try:
+            folder = Path(os.environ.get("TMPDIR", tempfile.gettempdir())) if folder is None else folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+            free_gib = shutil.disk_usage(folder).free / 2**30
+        except OSError as error:
+            problems.append(f"{name}: {folder} can't be written: {error.strerror}")
+            continue
+        if free_gib < gib:
+            problems.append(f"{name}: {free_gib:.1f} GiB are free on {folder}, less than {gib:g}")
+    return [*problems, *check_device()]
+
+
+def check_device() -> list[str]:
+    """Whether this rank's device computes a matrix product correctly."""
+    try:
+        device.set_current()
+        ones = torch.ones(256, 256, device=device.current())
+        wrong = int((ones @ ones != 256).sum())
+    except RuntimeError as error:
+        return [f"its device can't be used: {' '.join(str(error).split())[:200]}"]
+    return [f"its device multiplies wrongly ({wrong} of 65536 numbers)"] if wrong else []
+
+
+def versions() -> dict[str, str]:
+    """Versions that have to be the same on all ranks, by name."""
+    found = {"python": sys.version.split()[0], "device": device.describe()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- all nodes
+
+
+def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple[dict[str, str], float]:
+    """Compares all ranks.
+
+    Returns:
+        What is wrong, by rank; and the bus bandwidth of an all-reduce in bytes/s (0 if something is wrong).
+
+    Raises:
+        RuntimeError: a rank did not answer, or the collective failed.
+    """
+    rank, size = mesh.world()
+    if size == 1:
+        return ({"0": f"rank 0 ({node_name()}): {'; '.join(problems)}"} if problems else {}), 0.0
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, timeout, wait_for_workers=False
+    )
+    token = run_dir / f".preflight-{os.environ.get('INFINI_TRAIN_START', os.environ['MASTER_PORT'])}"
+    if rank == 0:
+        with contextlib.suppress(OSError):  # check_node has reported it
+            token.write_text("here", encoding="utf-8")
+        store.set("go", "")
+    store.get("go")
+    clock_s = time.time()
+    if not problems and not _appears(token):
+        problems = [f"run_dir: {run_dir} is not the same folder as on rank 0's node; it must be a shared file system"]
+    store.set(f"facts/{rank}", json.dumps(Facts(node_name(), problems, versions(), clock_s)))
+    if rank == 0:
+        store.set("verdict", json.dumps(judge(_collect(store, size, timeout_s))))
+        token.unlink(missing_ok=True)
+    verdict = json.loads(store.get("verdict"))
+    bandwidth = 0.0 if verdict else measure_all_reduce(store, timeout)
+    store.add("done", 1)
+    while rank == 0 and store.add("done", 0) < size:  # the store ends with this process
+        time.sleep(0.05)
+    return verdict, bandwidth
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + SHARED_FILE_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _collect(store: dist.TCPStore, size: int, timeout_s: float) -> list[Facts]:
+    deadline = time.monotonic() + timeout_s
+    while missing := [rank for rank in range(size) if not store.check([f"facts/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {', '.join(map(str, missing))} did not answer within {timeout_s:g} s")
+        time.sleep(0.2)
+    return [Facts(*json.loads(store.get(f"facts/{rank}"))) for rank in range(size)]
+
+
+def judge(facts: Sequence[Facts]) -> dict[str, str]:
+    """Problems by rank: its own findings, a version that differs from most others', a clock that is off."""
+    middle_s = statistics.median(each.clock_s for each in facts)
+    usual = {
+        name: Counter(each.versions.get(name) for each in facts).most_common(1)[0][0]
+        for name in {name for each in facts for name in each.versions}
+    }
+    verdict = {}
+    for rank, each in enumerate(facts):
+        problems = list(each.problems)
+        if abs(each.clock_s - middle_s) > MAX_CLOCK_SKEW_S:
+            problems.append(f"its clock is off by {each.clock_s - middle_s:+.0f} s")
+        for name, value in sorted(usual.items()):
+            if each.versions.get(name) != value:
+                problems.append(f"{name} {each.versions.get(name)}, the others have {value}")
+        if problems:
+            verdict[str(rank)] = f"rank {rank} ({each.node}): {'; '.join(problems)}"
+    return verdict
+
+
+def measure_all_reduce(store: dist.TCPStore, timeout: timedelta) -> float:
+    """Checks a sum over all ranks and returns its bus bandwidth in bytes/s: 2 (n - 1) / n of the bytes over the time.
+
+    Raises:
+        RuntimeError: the sum is wrong, or a rank does not take part.
+    """
+    rank, size = mesh.world()
+    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+    elements = 2**26 if device.count() else 2**18
+    values = torch.empty(elements, device=device.current())
+    best_s = float("inf")
+    for _ in range(REPEATS):
+        values.fill_(rank + 1)
+        device.synchronise()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        device.synchronise()
+        best_s = min(best_s, time.perf_counter() - start)
+    wrong = int((values != size * (size + 1) / 2).sum())
+    dist.destroy_process_group()
+    if wrong:
+        raise RuntimeError(f"an all-reduce over {size} ranks gave {wrong} wrong numbers")
+    return 2 * (size - 1) / size * values.nbytes / best_s
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A session opened: built new, with the weights of another run, or resumed from the run's newest checkpoint."""
+
+import logging
+
+from infini_train.checkpoint import compat, store
+from infini_train.checkpoint.background import BackgroundSaver
+from infini_train.checkpoint.reader import Checkpoint
+from infini_train.config.files import to_tree
+from infini_train.config.run import RunConfig, divide_processes
+from infini_train.data.shards import Dataset
+from infini_train.data.source import Source, open_reader
+from infini_train.parallel import mesh
+from infini_train.train.building import build, empty_carried, open_origin, open_sources
+from infini_train.train.carry import KIND as CARRY
+from infini_train.train.carry import Lanes, join_lanes
+from infini_train.train.checkpointing import restore_session, share_checkpoint
+from infini_train.train.run_folder import check_space
+from infini_train.train.session import Session
+
+LOG = logging.getLogger(__name__)
+DATA_LOG = logging.getLogger("infini_train.data")  # damaged documents, which concern one rank
+
+
+def open_session(config: RunConfig) -> Session:
+    """Builds this rank's part of model, engine and data; resumes from the run's newest checkpoint if there is one.
+
+    All ranks call it together; rank 0 alone looks for the checkpoint, verifies it, and writes into the run's folder.
+
+    Raises:
+        ConfigError: data, checkpoint, processes and config don't fit each other; nothing was written.
+    """
+    config = divide_processes(config, mesh.world()[1])
+    mesh.connect(config.parallel.timeout_s)
+    source, validation = open_sources(config)
+    first = mesh.world()[0] == 0
+    checkpoint = store.find_latest(config.directory, LOG.warning) if first else None
+    if checkpoint is not None:
+        _check_resumable(checkpoint, config, source)
+    origin = open_origin(config, source) if first and checkpoint is None else None
+    if first:
+        check_space(config.directory)
+    checkpoint, origin = share_checkpoint(checkpoint), share_checkpoint(origin)
+    session = _build_session(config, source, validation, origin)
+    if checkpoint is not None:
+        restore_session(session, checkpoint)
+        LOG.info("resumed from %s (step %d)", checkpoint.path, session.step)
+        if join_lanes(session.stages, session.carried) and not checkpoint.names(CARRY):
+            LOG.warning("warning: %s holds no carried memory; the lanes go on with an empty one", checkpoint.path)
+    elif origin is not None:
+        kinds = (origin.attention_kind, config.model.attention.kind)
+        change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
+        LOG.info("new run with the weights of %s%s", origin.path, change)
+    return session
+
+
+def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:
+    for note in compat.check_resumable(checkpoint.config, to_tree(config)):
+        LOG.info("changed since the checkpoint: %s", note)
+    compat.check_same_data(checkpoint.state["data"], source.identity, source.name)
+
+
+def _build_session(config: RunConfig, source: Source, validation: Dataset | None, origin: Checkpoint | None) -> Session:
+    place = mesh.start(config.parallel)
+    LOG.debug("joined the process groups as %s", place.describe())
+    stages, engine, parameters = build(config, place, origin)
+    rows = Lanes.of(config, place.data[0])
+    own_rows = slice(rows.first, rows.first + config.lanes_per_rank)
+    reader = open_reader(source, config, own_rows, lambda problem: DATA_LOG.warning("warning: %s", problem))
+    saver = BackgroundSaver(
+        config.directory,
+        to_tree(config),
+        config.checkpoint,
+        rank=place.world[0],
+        world_size=place.world[1],
+        barrier=mesh.background_barrier,
+    )
+    return Session(
+        config,
+        place,
+        stages,
+        engine,
+        source,
+        reader,
+        validation,
+        saver,
+        parameters,
+        lanes=reader.start(),
+        carried=empty_carried(config, stages),
+    )
