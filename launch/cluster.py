@@ -197,7 +197,7 @@ def load_cluster(name: str, assignments: Iterable[str] = ()) -> ClusterConfig:
     """
     path = resolve(name, "cluster")
     try:
-        return validate_cluster(override(read_tree(path), assignments))
+        return validate_cluster(override(read_tree(path), assignments, "--set-cluster"))
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error

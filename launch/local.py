@@ -1,5 +1,6 @@
 """`infini-launch local`: a job's life on this machine, without Slurm. Same environment, same retries."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import RestartConfig
+from launch.console import Waiting
 from launch.job import Job
 
+logger = logging.getLogger(__name__)
 STOPPED = (129, 130, 143)
-DIVERGED = 4  # the last checkpoint leads to the same steps
+DIVERGED = 4  # a retry from the last checkpoint would diverge again
 MAX_WAIT_S = 600
 
 
@@ -34,11 +37,12 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
         retries = retries + 1 if newest == before else 1
         if retries > restart.max_retries:
-            print(f"error: given up after {restart.max_retries} retries without a new checkpoint", file=sys.stderr)
+            logger.error("given up after %d retries without a new checkpoint", restart.max_retries)
             return code
         wait_s = min(restart.backoff_s * 2 ** (retries - 1), MAX_WAIT_S)
-        print(f"exit code {code}; retry {retries} of {restart.max_retries} in {wait_s} s", file=sys.stderr, flush=True)
-        time.sleep(wait_s)
+        logger.info("exit code %d; retry %d of %d in %d s", code, retries, restart.max_retries, wait_s)
+        with Waiting(f"retry {retries} of {restart.max_retries} in {wait_s} s"):
+            time.sleep(wait_s)
     raise AssertionError("endless")
 
 

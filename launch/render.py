@@ -41,15 +41,12 @@ def template_root() -> Path:
 def render_training(job: Job, cluster: ClusterConfig) -> str:
     """The batch script of a training run."""
     train = ["infini-train", "train", job.config, *(f"--set={setting}" for setting in job.settings)]
-    preflight = ["python", "-m", "infini_train.parallel.preflight", job.run_dir]
-    preflight += [f"--gpus={cluster.gpus_per_node}", f"--min-free-gib={cluster.min_free_gib}"]
     return _render(
         "train.sbatch.j2",
         cluster,
         directives=directives(job.name, job.nodes, cluster),
         job=job,
         train=train,
-        preflight=preflight if cluster.preflight else None,
     )
 
 

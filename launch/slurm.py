@@ -1,16 +1,22 @@
 """The commands of Slurm, as functions. Values go as arguments of a process, never through a shell."""
 
+import logging
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from infini_train.config.errors import ConfigError
+from launch.console import Waiting
+
+logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
 
 
 class QueuedJob(NamedTuple):
-    """A job as squeue tells it."""
+    """A job as squeue shows it."""
 
     id: int
     state: str
@@ -25,7 +31,7 @@ class QueuedJob(NamedTuple):
 
 
 class EndedJob(NamedTuple):
-    """The last start of a job as Slurm's accounting tells it."""
+    """The last start of a job as Slurm's accounting has it."""
 
     id: int
     state: str  # COMPLETED, FAILED, NODE_FAIL, OUT_OF_MEMORY, TIMEOUT, CANCELLED by 1000, ...
@@ -39,7 +45,7 @@ class EndedJob(NamedTuple):
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> int:
-    """Submits a script with further options; returns the job's number.
+    """Submits a script with further options; returns the job's ID.
 
     Raises:
         ConfigError: Slurm refuses it.
@@ -56,7 +62,7 @@ def check(script: Path, options: Sequence[str] = ()) -> str:
     done = _call("sbatch", "--test-only", *options, str(script))
     text = done.stderr.strip() or done.stdout.strip()
     if done.returncode:
-        raise _error(f"sbatch refuses {script}: {_last_line(text)}")
+        raise ConfigError(f"sbatch refuses {script}: {_last_line(text)}")
     return _last_line(text)
 
 
@@ -76,7 +82,7 @@ def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
         return {}
     fields = "--format=JobIDRaw,State,ExitCode,Elapsed,NodeList"
     done = _call("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={wanted}", fields)
-    if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is away: a table without it is still one
+    if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is down: the table goes without it
         return {}
     rows = [line.split("|", 4) for line in done.stdout.splitlines()]
     return {int(row[0]): EndedJob(int(row[0]), *row[1:]) for row in rows if row[0].isdecimal()}
@@ -95,26 +101,21 @@ def end(job: int) -> None:
 def _run(*command: str) -> str:
     done = _call(*command)
     if done.returncode:
-        raise _error(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
+        raise ConfigError(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    logger.debug("%s", shlex.join(command))
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        with Waiting(f"waiting for {command[0]}"):
+            return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except FileNotFoundError as error:
-        raise _error(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
+        raise ConfigError(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
     except subprocess.TimeoutExpired as error:
-        raise _error(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
+        raise ConfigError(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
 
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""
-
-
-def _error(message: str) -> Exception:
-    """A ConfigError, whose module `status` need not wait for when all is well."""
-    from infini_train.config.errors import ConfigError
-
-    return ConfigError(message)

@@ -35,7 +35,7 @@ ROOMS = {
 }
 OUTSIDE = {
     "data_tools": {"data", "config"},
-    "launch": {"config"},
+    "launch": {"config", "command_line"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", "launch"}
