@@ -1,4 +1,4 @@
-"""What is launched: one training run on some nodes, and the environment that its ranks need."""
+"""The unit that is launched: a training run on some nodes, and the environment that its ranks need."""
 
 import contextlib
 import math
@@ -22,8 +22,8 @@ class Job:
         config: the CONFIG argument of infini-train train.
         settings: its --set arguments.
         run_dir: the run's folder.
-        nodes: number of them.
-        exports: variables that follow from the run's config.
+        nodes: number of nodes.
+        exports: environment variables that follow from the run's config.
         scale_dirs: number of processes -> the run's folder at that scale of its config. With it the script follows
             the nodes that it gets; run_dir is the folder for any other number.
     """
@@ -54,7 +54,7 @@ class NodesError(ConfigError):
 
 
 def require_line(path: str, text: str) -> None:
-    """A shell's line can hold this text.
+    """Checks that a line of a shell script can hold this text.
 
     Raises:
         ConfigError: it can't.
@@ -70,10 +70,10 @@ def plan_job(
 
     Args:
         run: the run's config, resolved.
-        cluster: where it goes.
+        cluster: where it runs.
         config: the CONFIG argument of infini-train train.
         settings: its --set arguments.
-        nodes: None: as many as parallel.data_size needs, or one.
+        nodes: number of nodes; None: as many as parallel.data_size needs, or one.
 
     Raises:
         ConfigError: the processes of these nodes can't be divided as the run asks.
@@ -101,7 +101,7 @@ def plan_scales(config: str, cluster: ClusterConfig, settings: Sequence[str] = (
 
     Args:
         config: name or path of the run's config.
-        cluster: where it goes.
+        cluster: where it runs.
         settings: overrides, which hold at every scale.
         nodes: what the script asks for unless sbatch is given --nodes; None: as in `plan_job`.
 
@@ -132,16 +132,16 @@ def rank_environment(run: RunConfig, cluster: ClusterConfig) -> dict[str, str]:
     }
     parallel = run.parallel
     if cluster.gpus_per_node:
-        values |= {  # the flight recorder: which collective each rank was in, dumped when one times out
+        values |= {  # the flight recorder: dumps which collective each rank was in when one times out
             "TORCH_FR_BUFFER_SIZE": "2000",
-            "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # its name in older versions of torch
+            "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the same in older versions of torch
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         }
-        if parallel.tensor_size > 1:  # megatron-core orders communication before computation by it
+        if parallel.tensor_size > 1:  # megatron-core needs it to launch communication before computation
             values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if cluster.network_interface is not None:
         values["NCCL_SOCKET_IFNAME"] = cluster.network_interface
-        if cluster.network_interface[0] not in "^=":  # only NCCL reads such patterns
+        if cluster.network_interface[0] not in "^=":  # only NCCL understands these patterns
             values["GLOO_SOCKET_IFNAME"] = cluster.network_interface
     return {**values, **cluster.environment}

@@ -1,4 +1,4 @@
-"""`infini-launch local`: a job's life on this machine, without Slurm. Same environment, same retries."""
+"""`infini-launch local`: runs a job on this machine, without Slurm. Same environment, same retries."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ MAX_WAIT_S = 600
 
 
 def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
-    """Trains in `nproc` processes and starts them again after failures, as the batch script does; the exit code."""
+    """Trains in `nproc` processes, retrying after failures as the batch script does; returns the exit code."""
     command = [
         sys.executable,
         "-m",
@@ -47,7 +47,7 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
 
 
 def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Waits also through Ctrl-C, which reaches the launcher of the ranks from the terminal itself."""
+    """Keeps waiting through Ctrl-C, which the terminal sends to the ranks' launcher too."""
     with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
@@ -58,5 +58,5 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest one; empty without any."""
+    """Name of the newest checkpoint; empty without any."""
     return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="")

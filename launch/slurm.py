@@ -26,7 +26,7 @@ class QueuedJob(NamedTuple):
 
     @property
     def is_running(self) -> bool:
-        """SIGNALING is a running job whose signal is still on its way to a node."""
+        """Includes SIGNALING: running, with a signal still on its way to a node."""
         return self.state in ("RUNNING", "SIGNALING")
 
 
@@ -40,7 +40,7 @@ class EndedJob(NamedTuple):
     nodes: str
 
     def describe(self) -> str:
-        """In a few words."""
+        """The end of the job in one line."""
         return f"Slurm: {self.state}, exit code {self.exit_code}, after {self.elapsed} on {self.nodes}"
 
 
@@ -67,7 +67,7 @@ def check(script: Path, options: Sequence[str] = ()) -> str:
 
 
 def queue() -> dict[int, QueuedJob]:
-    """The user's jobs that wait, run or end; empty where there is no Slurm."""
+    """The user's pending, running and completing jobs; empty where there is no Slurm."""
     if shutil.which("squeue") is None:
         return {}
     lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R").splitlines()
@@ -76,7 +76,7 @@ def queue() -> dict[int, QueuedJob]:
 
 
 def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
-    """What Slurm's accounting knows of these jobs; empty where the cluster keeps none, or has no Slurm."""
+    """What Slurm's accounting has on these jobs; empty where there is no accounting, or no Slurm."""
     wanted = ",".join(map(str, jobs))
     if not wanted or shutil.which("sacct") is None:
         return {}
@@ -89,12 +89,12 @@ def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
 
 
 def end_gently(job: int) -> None:
-    """Asks the batch script to let the ranks save and then to end."""
+    """Asks the batch script to have the ranks save, and then to end."""
     _run("scancel", "--batch", "--signal=USR2", str(job))
 
 
 def end(job: int) -> None:
-    """Ends a job, saved or not."""
+    """Ends a job without saving."""
     _run("scancel", str(job))
 
 

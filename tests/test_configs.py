@@ -156,7 +156,7 @@ def test_the_words_for_an_old_name_give_the_same(old: str) -> None:
 
 
 def test_the_older_passkey_recipe_is_what_its_name_says() -> None:
-    """Fields that told passkey_linear and passkey_delta from passkey while they were files of their own."""
+    """Fields in which passkey_linear and passkey_delta differed from passkey while they were files of their own."""
     new, linear, delta = (load_run(name) for name in ("passkey", "passkey_no_conv", "passkey_no_conv_delta"))
     differs = {
         "name": "passkey_no_conv",

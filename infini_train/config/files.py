@@ -1,4 +1,4 @@
-"""Config files: found by name, merged, overridden, and validated at one edge. Imports no torch.
+"""Config files: find by name, merge, override, validate. Imports no torch.
 
 A run is one tree of plain YAML. `load_run` reads it (with an explicit ``include`` list, later wins, and what its
 ``scales`` say of a number of processes), applies ``--set`` overrides, and validates the whole into the frozen
@@ -26,7 +26,7 @@ from infini_train.config.run import RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 3e-4 as a number and 2026-01-31 as text, as people mean it."""
+    """Safe YAML that refuses duplicate keys, and reads 3e-4 as a number and 2026-01-31 as text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -39,11 +39,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the text that `_Loader` would read as a number."""
+    """Quotes text that `_Loader` would read as a number."""
 
 
 def _read_powers_of_ten(resolver: type[_Loader] | type[_Dumper]) -> None:
-    """YAML 1.1 asks for a point and a signed exponent; without them PyYAML makes a string of 3e-4."""
+    """YAML 1.1 requires a decimal point and a signed exponent; PyYAML reads 3e-4 as a string."""
     number = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$")
     resolver.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
 
@@ -57,7 +57,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _parse(text: str, source: str) -> Any:
-    """The value of a YAML text; `source` (a file, an option) opens the message of an error."""
+    """The value of a YAML text; an error message begins with `source` (a file, an option)."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except ConfigError as error:
@@ -66,7 +66,7 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
-    except (ValueError, RecursionError) as error:  # a number beyond all measure, brackets without end
+    except (ValueError, RecursionError) as error:  # too large a number, brackets nested too deep
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
@@ -80,7 +80,7 @@ def resolve(name: str, kind: str = "run") -> Path:
     """The file of a config given as a path or as a name below configs/<kind>/.
 
     Raises:
-        ConfigError: no such file; the message lists the names there are.
+        ConfigError: no such file; the message lists the known names.
     """
     return find_renamed(_locate(name, kind))[0]
 
@@ -101,14 +101,14 @@ def _locate(name: str, kind: str = "run") -> Path:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known name that this one looks like, or all of them."""
+    """A hint: the nearest known name, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
 def _nearest_file(name: str, files: Iterable[str]) -> str:
-    """A hint: among the files whose own names look like this one's, the nearest as a whole; empty without any."""
+    """A hint: the file whose path is nearest among those with the nearest file name; empty without any."""
     stems = {file: Path(file).name.removesuffix(".yaml") for file in files}
     near = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), set(stems.values()))
     best = difflib.get_close_matches(name, [file for file, stem in stems.items() if stem in near[:1]], n=1, cutoff=0)
@@ -186,7 +186,7 @@ def _own_scales(tree: Mapping[str, Any], path: Path) -> dict[int | None, dict[st
 
 
 def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Section by section. A mapping that names another ``kind`` keeps only the fields that both kinds have."""
+    """Merges section by section. A mapping of another ``kind`` keeps only the fields that both kinds have."""
     result = dict(base)
     for key, value in later.items():
         old = result.get(key)
