@@ -152,8 +152,12 @@ def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = T
 
 
 def _add_cluster_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    default = "" if required else " (default: this machine)"
     parser.add_argument(
-        "--cluster", required=required, metavar="NAME", help="name below configs/cluster/, or path of a .yaml file"
+        "--cluster",
+        required=required,
+        metavar="NAME",
+        help="the cluster's config: name below configs/cluster/, or a .yaml file" + default,
     )
     parser.add_argument(
         "--set-cluster",
