@@ -1,8 +1,8 @@
 """Keeps what passkey tests of trained runs found, and writes the tables of docs/results.md from it.
 
-    infini-train train passkey_linear
-    infini-train eval passkey runs/passkey_linear --lengths 8K 32K 128K --samples 40 --seed 1
-    python benchmarks/passkey.py runs/passkey_linear
+    infini-train train passkey
+    infini-train eval passkey runs/passkey --lengths 8K 32K 128K --samples 40 --seed 1
+    python benchmarks/passkey.py runs/passkey
 
 Every test in eval/ of the runs becomes a file in benchmarks/results/passkey/, under the run's name, its seed and the
 test's. Without runs only the tables are written, from the files that are there.

@@ -22,8 +22,8 @@ HEAD = """\
 # Configuration
 
 Every field of a config: its path (for a YAML file or `--set`), type, default and meaning. The option `--print-config`
-of `infini-train train` prints all of them as a run would have them. How files, `include` and `--set` go together, and
-what to choose: [training](training.md).
+of `infini-train train` prints all of them as a run would have them. How files, `include`, `scales` and `--set` combine,
+and what to choose: [training](training.md).
 """
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
 
@@ -46,7 +46,7 @@ class Section(NamedTuple):
 
 
 def read_comments(source: str) -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field, or that on the lines above it."""
+    """(class, field) -> the comment after the field, or on the lines above it."""
     lines = {
         token.start[0]: (token.string.lstrip("# "), not token.line.lstrip().startswith("#"))
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -60,8 +60,8 @@ def read_comments(source: str) -> dict[tuple[str, str], str]:
                 while first - 1 in lines and not lines[first - 1][1]:
                     first -= 1
                 above = [lines[line][0] for line in range(first, node.lineno)]
-                behind = [lines[node.end_lineno][0]] if node.end_lineno in lines else []
-                found[section.name, node.target.id] = " ".join(above + behind)
+                after = [lines[node.end_lineno][0]] if node.end_lineno in lines else []
+                found[section.name, node.target.id] = " ".join(above + after)
     return found
 
 

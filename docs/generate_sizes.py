@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from infini_train.config.files import load_run
+from infini_train.config.files import load_run, scale_sizes
 from infini_train.plan.hardware import load_hardware
 from infini_train.plan.parts import find_parts
 from infini_train.plan.peak import find_peak
@@ -11,20 +11,20 @@ from infini_train.plan.work import find_shapes
 
 PAGE = Path(__file__).resolve().parent / "slurm.md"
 BEGIN, END = "<!-- written by docs/generate_sizes.py -->", "<!-- end -->"
-RUNS = tuple(f"{model}{nodes}" for model in ("1b", "3b", "8b") for nodes in ("", "_4nodes", "_16nodes", "_64nodes"))
+RUNS = ("1b", "3b", "8b")
 
 
 def render() -> str:
-    """A row for each run, on H100."""
+    """A row for each scale of each run, on H100."""
     lines = [
         "| Run | Nodes | Layout | Tokens a step | States | Activations | Peak | Tokens/s | MFU | Hours |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    return "\n".join(lines + [_row(name) for name in RUNS])
+    return "\n".join(lines + [_row(name, size) for name in RUNS for size in (None, *scale_sizes(name))])
 
 
-def _row(name: str) -> str:
-    config, hardware = load_run(name), load_hardware("h100")
+def _row(name: str, world_size: int | None) -> str:
+    config, hardware = load_run(name, (), world_size), load_hardware("h100")
     parallel, train = config.parallel, config.train
     part, shapes, found = find_parts(config)[0], find_shapes(config, True), predict(config, hardware)
     peak = find_peak(config, shapes, part, part.device, part.carried_bytes)

@@ -13,7 +13,9 @@ from infini_train import __version__, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.command_line import add_verbosity, describe, positive, repeat_verbosity
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import config_roots, load_run
+from infini_train.config.files import config_roots, load_run, scale_sizes
+from infini_train.config.renamed import current_words
+from infini_train.config.run import RunConfig, divide_processes
 from infini_train.convert.commands import add_export, add_import
 from infini_train.environment import world
 from infini_train.eval.commands import CommandParser
@@ -58,6 +60,7 @@ examples:
   infini-train train configs/run/125m.yaml --set data.train=data/books/train --set train.precision=bf16
   infini-train train demo --set model.attention='{kind: local, segment_tokens: 128}'
   infini-train train demo --nproc 2                      two processes on this machine
+  infini-train train 8b --world-size 128                 as a rank of 128: the scale of the config for as many
   infini-train train demo --print-config > mine.yaml     a config of your own, to edit
 """
 GENERATE_EXAMPLES = """\
@@ -155,12 +158,20 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start N processes on this machine (default: this one; torchrun and srun start their own)",
     )
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="N",
+        help="processes of the whole run; picks the config's scale for N, if there is one (default: no scale)",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = load_run(options.config, options.set)
+    config = load_run(options.config, options.set, options.world_size)
+    if options.world_size is not None:
+        _check_world_size(config, options)
     if options.print_config:
         from infini_train.config.files import dump
 
@@ -171,8 +182,9 @@ def _train(options: argparse.Namespace) -> None:
 
         if "RANK" in os.environ:
             raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
-        settings = (f"--set={setting}" for setting in options.set)
-        sys.exit(launch(options.nproc, ["train", options.config, *settings, *repeat_verbosity(options)]))
+        size = [] if options.world_size is None else [f"--world-size={options.world_size}"]
+        words = [*current_words(options.config), *size, *(f"--set={setting}" for setting in options.set)]
+        sys.exit(launch(options.nproc, ["train", *words, *repeat_verbosity(options)]))
     _prepare()
     from infini_train.resilience.signals import Stopped
     from infini_train.resilience.watchdog import LostRankError
@@ -190,6 +202,16 @@ def _train(options: argparse.Namespace) -> None:
         sys.exit(_fail(str(error), 1))
     except DivergedError as error:
         sys.exit(_fail(str(error), DIVERGED))
+
+
+def _check_world_size(config: RunConfig, options: argparse.Namespace) -> None:
+    try:
+        divide_processes(config, options.world_size)
+    except ConfigError as error:
+        sizes = ", ".join(map(str, scale_sizes(options.config)))
+        raise ConfigError(
+            f"--world-size: {error}" + (f"; scales of {options.config}: {sizes}" if sizes else "")
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ generate

@@ -1,4 +1,4 @@
-"""What a cluster is like: the schema of configs/cluster/*.yaml, read and validated at one edge."""
+"""A cluster: the schema of configs/cluster/*.yaml, and its validation."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ import pydantic
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import override, read_tree, resolve
 
-# sbatch reads its #SBATCH lines with rules of its own, so what goes there is restricted instead of quoted.
+# sbatch parses #SBATCH lines by its own rules, so what goes there is restricted instead of quoted.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@%+\[\]&|*/-]*")
 EXTRA = re.compile(r"--[a-z][a-z-]*(?:=[A-Za-z0-9_.,:@%+\[\]&|*/-]+)?")
 TIME_LIMIT = re.compile(r"(?:\d+-\d{1,2}(?::\d{1,2}){0,2}|\d+(?::\d{1,2}){0,2})")
@@ -30,7 +30,7 @@ def _require(condition: bool, path: str, message: str) -> None:
 
 
 def _require_text(value: str, path: str) -> None:
-    """No value may hold what neither a shell line nor an environment can."""
+    """Refuses a value that no shell line or environment variable can hold."""
     _require(value.isprintable() and value.strip() != "", path, "must be one line of printable text, not empty")
 
 
@@ -38,9 +38,9 @@ def _require_text(value: str, path: str) -> None:
 class ContainerConfig:
     """A container for every rank, started by Slurm's Pyxis plugin on top of Enroot."""
 
-    image: str  # a registry's name or a .sqsh file
+    image: str  # name in a registry, or a .sqsh file
     mounts: tuple[str, ...] = ()  # HOST:CONTAINER or HOST:CONTAINER:ro; data, code and runs must be among them
-    workdir: str | None = None  # folder inside the container; null: the folder that the job was submitted from
+    workdir: str | None = None  # folder inside the container; null: the folder the job was submitted from
 
     def __post_init__(self) -> None:
         for name, value in (("image", self.image), ("workdir", self.workdir or ".")):
@@ -54,10 +54,10 @@ class ContainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RestartConfig:
-    """What the batch script does when training failed."""
+    """What the batch script does after training fails."""
 
-    max_retries: int = 3  # after failures without a new checkpoint between them; 0: a failure ends the job
-    backoff_s: int = 30  # wait before the first retry; doubles with each further one, up to 10 minutes
+    max_retries: int = 3  # consecutive failures without a new checkpoint; 0: any failure ends the job
+    backoff_s: int = 30  # wait before the first retry; doubles with each retry, up to 10 minutes
 
     def __post_init__(self) -> None:
         for name in ("max_retries", "backoff_s"):
@@ -66,32 +66,32 @@ class RestartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where jobs run, and in which software. One task is started for each GPU."""
+    """Where jobs run, and with which software. One task is started per GPU."""
 
     gpus_per_node: int  # 0: a cluster without GPUs
-    cores_per_node: int  # divided over the tasks of a node
-    tasks_per_node: int | None = None  # null: one a GPU
+    cores_per_node: int  # divided among the tasks of a node
+    tasks_per_node: int | None = None  # null: one per GPU
     gpu_type: str | None = None  # as in --gres=gpu:h100:8; null: any
     partition: str | None = None  # null: the cluster's default
     account: str | None = None
     qos: str | None = None
-    memory: str = "0"  # of a node, as in 900G; 0: all
+    memory: str = "0"  # per node, as in 900G; 0: all
     exclusive: bool = True  # whole nodes
     time_limit: str = "24:00:00"  # minutes, hours:minutes:seconds or days-hours
     signal_before_limit_s: int = (
-        300  # the time to save; at least a step, a checkpoint, and the minute Slurm may be late
+        300  # time to save: at least a step, a checkpoint, and the minute that Slurm may be late
     )
-    requeue: bool = True  # whether a job may put itself back into the queue; else it ends, and chain goes on
+    requeue: bool = True  # a job may requeue itself; otherwise it ends, and the next job of a chain continues
     network_interface: str | None = None  # for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, as in ib0 or ^lo,docker0
     container: ContainerConfig | None = None
-    venv: str | None = None  # folder of a Python environment that has infini-train
+    venv: str | None = None  # folder of a Python environment with infini-train
     modules: tuple[str, ...] = ()  # for `module load`
-    environment: dict[str, str] = field(default_factory=dict)  # exported before everything else
-    sbatch: tuple[str, ...] = ()  # further options, as in --constraint=h100
-    srun: tuple[str, ...] = ()  # further options of the ranks' srun, as in --cpu-bind=cores
+    environment: dict[str, str] = field(default_factory=dict)  # exported before anything else runs
+    sbatch: tuple[str, ...] = ()  # more options, as in --constraint=h100
+    srun: tuple[str, ...] = ()  # more options of the ranks' srun, as in --cpu-bind=cores
     preflight: bool = True  # check every node before training
-    min_free_gib: int = 50  # what preflight asks of the run's file system
-    exclude_bad_nodes: bool = True  # a node that preflight found bad is left out when the job goes back into the queue
+    min_free_gib: int = 50  # free space that preflight requires on the run's file system
+    exclude_bad_nodes: bool = True  # a requeued job avoids the nodes that failed preflight
     restart: RestartConfig = field(default_factory=RestartConfig)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,9 @@ class ClusterConfig:
         for name in ("partition", "account", "qos", "gpu_type"):
             value = getattr(self, name)
             _require(
-                value is None or bool(WORD.fullmatch(value)), name, f"{json.dumps(value)} is no name that sbatch takes"
+                value is None or bool(WORD.fullmatch(value)),
+                name,
+                f"{json.dumps(value)} is not a name that sbatch takes",
             )
         _require_match(TIME_LIMIT, self.time_limit, "time_limit", "30, 12:00:00 or 2-00:00:00")
         _require_match(MEMORY, self.memory, "memory", "900G, or 0 for all")
@@ -137,7 +139,7 @@ class ClusterConfig:
 
     @property
     def tasks(self) -> int:
-        """Ranks of a node."""
+        """Ranks per node."""
         return self.gpus_per_node if self.tasks_per_node is None else self.tasks_per_node
 
     @property
@@ -158,7 +160,7 @@ def validate_cluster(tree: dict[str, Any]) -> ClusterConfig:
     """The tree as frozen dataclasses.
 
     Raises:
-        ConfigError: an unknown key or a value that doesn't fit, in one line that names the field.
+        ConfigError: an unknown key or an invalid value, in one line that names the field.
     """
     try:
         return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
@@ -197,7 +199,7 @@ def load_cluster(name: str, assignments: Iterable[str] = ()) -> ClusterConfig:
     """
     path = resolve(name, "cluster")
     try:
-        return validate_cluster(override(read_tree(path), assignments))
+        return validate_cluster(override(read_tree(path), assignments, "--set-cluster"))
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error

@@ -1,14 +1,14 @@
-"""The folder launch/ of a run: what was submitted, and what became of it. Imports little: `status` must be quick.
+"""The folder launch/ of a run: what was submitted, and what became of it. Imports little, as `status` must be fast.
 
 train.sbatch, run.yaml   what was submitted
-revision.txt             git revision of the code, and what was changed since
-environment.txt          variables at submission, without those that look like secrets
-job                      number of the newest job
-submitted                numbers of all jobs of the newest submission: several of a chain
-starts                   a line for each start: time, job.start, nodes
-job.log, last_failure    what the batch script says
-ranks/RANK.json         what a rank does, every 10 s (training writes them)
-logs/JOB.START/          each rank's output (train-0.log) and end (train-0.exit: time rank node code)
+revision.txt             git revision of the code, and uncommitted changes
+environment.txt          environment at submission, without what looks like a secret
+job                      ID of the newest job
+submitted                IDs of all jobs of the newest submission: several for a chain
+starts                   a line per start: time, job.start, nodes
+job.log, last_failure    what the batch script logs
+ranks/RANK.json          what a rank is doing, every 10 s (written by training)
+logs/JOB.START/          each rank's output (train-0.log) and exit (train-0.exit: time rank node code)
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def prepare(run_dir: Path, files: Mapping[str, str], code: Path) -> Path:
-    """Lays out the launch folder for a new submission: the files, the code's revision, the environment."""
+    """Writes the launch folder of a new submission: the files, the code's revision, the environment."""
     folder = run_dir / "launch"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -42,7 +42,7 @@ def prepare(run_dir: Path, files: Mapping[str, str], code: Path) -> Path:
 
 
 def describe_revision(code: Path) -> str:
-    """The commit and the uncommitted changes of a checkout; a line that says so if it is none."""
+    """The commit and the uncommitted changes of a checkout; "not a git checkout" for any other folder."""
     try:
         commit = _git(code, "rev-parse", "HEAD")
         return f"{commit}\n{_git(code, 'status', '--short')}\n{_git(code, 'diff', 'HEAD')}\n"
@@ -58,14 +58,14 @@ def _git(code: Path, *arguments: str) -> str:
 
 
 def read_job(run_dir: Path) -> int | None:
-    """Number of the run's newest job."""
+    """ID of the run's newest job."""
     with contextlib.suppress(OSError, ValueError):
         return int((run_dir / "launch" / "job").read_text())
     return None
 
 
 def note_submitted(run_dir: Path, number: int, first: bool) -> None:
-    """A job was submitted; `first` of a submission."""
+    """Records a submitted job; `first`: of its submission."""
     known, folder = [] if first else read_submitted(run_dir), run_dir / "launch"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "submitted", "".join(f"{each}\n" for each in [*known, number]))
@@ -74,7 +74,7 @@ def note_submitted(run_dir: Path, number: int, first: bool) -> None:
 
 
 def read_submitted(run_dir: Path) -> list[int]:
-    """Numbers of the jobs of the newest submission, and of one that was submitted by hand since."""
+    """IDs of the jobs of the newest submission, and of one submitted by hand since."""
     newest = read_job(run_dir)
     found = set() if newest is None else {newest}
     with contextlib.suppress(OSError, ValueError):
@@ -83,7 +83,7 @@ def read_submitted(run_dir: Path) -> list[int]:
 
 
 def last_words(run_dir: Path) -> str:
-    """The last lines that the batch script said; empty without any."""
+    """The last lines of the batch script's log; empty without any."""
     with contextlib.suppress(OSError):
         lines = (run_dir / "launch" / "job.log").read_text(encoding="utf-8", errors="replace").splitlines(True)
         return "".join(lines[-LAST_LINES:])
@@ -91,7 +91,7 @@ def last_words(run_dir: Path) -> str:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What training said last; empty before its first report."""
+    """The last status that training wrote; empty before the first."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -99,7 +99,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def read_failure(run_dir: Path) -> str:
-    """The last failure that the batch script named; empty without one."""
+    """The last failure that the batch script recorded; empty without one."""
     with contextlib.suppress(OSError):
         return (run_dir / "launch" / "last_failure").read_text(encoding="utf-8", errors="replace").strip()
     return ""
@@ -125,6 +125,6 @@ def read_fence(run_dir: Path) -> str:
 
 
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:
-    """Seconds since training said something."""
+    """Seconds since training last reported."""
     beat = status.get("heartbeat")
     return max(0.0, time.time() - beat) if isinstance(beat, int | float) else None  # clocks differ

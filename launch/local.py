@@ -1,5 +1,6 @@
-"""`infini-launch local`: a job's life on this machine, without Slurm. Same environment, same retries."""
+"""`infini-launch local`: runs a job on this machine, without Slurm. Same environment, same retries."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import RestartConfig
+from launch.console import Waiting
 from launch.job import Job
 
+logger = logging.getLogger(__name__)
 STOPPED = (129, 130, 143)
-DIVERGED = 4  # the last checkpoint leads to the same steps
+DIVERGED = 4  # a retry from the last checkpoint would diverge again
 MAX_WAIT_S = 600
 
 
 def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
-    """Trains in `nproc` processes and starts them again after failures, as the batch script does; the exit code."""
+    """Trains in `nproc` processes, retrying after failures as the batch script does; returns the exit code."""
     command = [
         sys.executable,
         "-m",
@@ -34,16 +37,17 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
         retries = retries + 1 if newest == before else 1
         if retries > restart.max_retries:
-            print(f"error: given up after {restart.max_retries} retries without a new checkpoint", file=sys.stderr)
+            logger.error("given up after %d retries without a new checkpoint", restart.max_retries)
             return code
         wait_s = min(restart.backoff_s * 2 ** (retries - 1), MAX_WAIT_S)
-        print(f"exit code {code}; retry {retries} of {restart.max_retries} in {wait_s} s", file=sys.stderr, flush=True)
-        time.sleep(wait_s)
+        logger.info("exit code %d; retry %d of %d in %d s", code, retries, restart.max_retries, wait_s)
+        with Waiting(f"retry {retries} of {restart.max_retries} in {wait_s} s"):
+            time.sleep(wait_s)
     raise AssertionError("endless")
 
 
 def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Waits also through Ctrl-C, which reaches the launcher of the ranks from the terminal itself."""
+    """Keeps waiting through Ctrl-C, which the terminal sends to the ranks' launcher too."""
     with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
@@ -54,5 +58,5 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest one; empty without any."""
+    """Name of the newest checkpoint; empty without any."""
     return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="")

@@ -1,4 +1,4 @@
-"""Which ranks are silent or slow, or where all stand still: from the files that each rank writes every 10 s."""
+"""Finds silent, slow and stuck ranks from the files that each rank writes every 10 s."""
 
 import contextlib
 import json
@@ -10,22 +10,22 @@ from typing import NamedTuple
 
 from launch import folder
 
-SILENT_S = 60.0  # shared file systems may show a file's new time half a minute late
-SLOW = 1.5  # times the others' own work a step
-MIN_DELAY = 0.1  # of a step: less is not worth a word
-SHOWN = 4  # ranks named, of many
+SILENT_S = 60.0  # a shared file system may show a new modification time half a minute late
+SLOW = 1.5  # times the others' own work per step
+MIN_DELAY = 0.1  # as a fraction of a step; less is not worth reporting
+SHOWN = 4  # how many ranks are named
 
 
 class Entry(NamedTuple):
-    """A rank's last word."""
+    """A rank's last report."""
 
     rank: int
     place: str  # "host, process 123"
     operation: str
-    for_s: float  # it had been in this operation when it wrote
-    age_s: float  # of what it wrote
-    own_s: float | None  # median of the last steps: data and forward, before it waits for others' gradients
-    step_s: float | None  # the same of whole steps
+    for_s: float  # how long it had been in this operation when it wrote
+    age_s: float  # age of the report
+    own_s: float | None  # median over recent steps: data and forward, before waiting for gradients
+    step_s: float | None  # the same for whole steps
 
     @property
     def node(self) -> str:
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def read_ranks(run_dir: Path) -> list[Entry]:
-    """The ranks of the newest start; empty for a run of one process, or before training has opened the run."""
+    """The ranks of the newest start; empty for a run of one process, or before training has begun."""
     found: dict[Entry, tuple[float, str, int]] = {}
     for path in (run_dir / "launch" / "ranks").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -50,12 +50,12 @@ def read_ranks(run_dir: Path) -> list[Entry]:
             found[entry] = written, str(values["start"]), int(values["world_size"])
     _, newest, world_size = max(found.values(), default=(0.0, "", 0))
     if newest and newest != folder.read_fence(run_dir):
-        return []  # a start of the job that nobody has written for yet
+        return []  # a start from which no rank has reported yet
     return sorted(entry for entry, (_, start, _) in found.items() if start == newest and entry.rank < world_size)
 
 
 def describe_trouble(ranks: list[Entry]) -> str:
-    """One line that names the ranks; empty if all is well."""
+    """One line that names the ranks in trouble; empty if there are none."""
     silent = [entry for entry in ranks if entry.age_s > SILENT_S]
     if silent:
         longest = max(silent, key=lambda entry: entry.age_s)
@@ -69,9 +69,9 @@ def _describe_stillness(ranks: list[Entry], still_s: float) -> str:
     groups: dict[str, list[Entry]] = {}
     for entry in ranks:
         groups.setdefault(entry.operation, []).append(entry)
-    rarest = sorted(groups.items(), key=lambda item: len(item[1]))  # the odd one is often the one that all wait for
-    told = "; ".join(f"rank {_numbers(entries)} in '{operation}'" for operation, entries in rarest[:SHOWN])
-    return f"no rank went on for {still_s:.0f} s: {told}"
+    rarest = sorted(groups.items(), key=lambda item: len(item[1]))  # the odd one out is often what all others wait for
+    stuck = "; ".join(f"rank {_numbers(entries)} in '{operation}'" for operation, entries in rarest[:SHOWN])
+    return f"no rank made progress for {still_s:.0f} s: {stuck}"
 
 
 def _describe_slowness(ranks: list[Entry]) -> str:
@@ -88,7 +88,7 @@ def _describe_slowness(ranks: list[Entry]) -> str:
         return ""
     slowest, nodes = max(own_s[entry] for entry in slow), sorted({entry.node for entry in slow})
     where = ", ".join(nodes[:SHOWN]) + (f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else "")
-    return f"rank {_numbers(slow)} on {where} slow: {slowest:.3g} s of own work a step, the others {usual_s:.3g} s"
+    return f"rank {_numbers(slow)} on {where} slow: {slowest:.3g} s of own work per step, the others {usual_s:.3g} s"
 
 
 def _numbers(ranks: Iterable[Entry]) -> str:

@@ -1,7 +1,7 @@
-"""From a job and a cluster to the text of a batch script. Pure, but for reading the templates.
+"""Renders batch scripts from a job and a cluster. Pure, except that it reads the templates.
 
-Every value that a template names is quoted for the shell, whoever wrote the template: Jinja's `finalize` does it. Only
-a `Directive`, which `launch/cluster.py` has restricted to harmless characters, stands as it is.
+Jinja's `finalize` quotes every value in a template for the shell. Only a `Directive`, which `launch/cluster.py` has
+restricted to harmless characters, is inserted as it is.
 """
 
 import functools
@@ -20,13 +20,13 @@ from launch.job import Job, require_line
 MAX_NAME = 60
 ENCODE_REFUSES = {
     "--part": "the array gives each of its tasks a part; leave it out",
-    "--restart": "the tasks of an array can't begin again; remove the hidden folder of unfinished work by hand",
-    "--overwrite": "a task that starts again would replace what the others made; remove the old dataset by hand",
+    "--restart": "the tasks of an array can't start over; remove the hidden folder of unfinished work by hand",
+    "--overwrite": "a restarted task would replace what the others made; remove the old dataset by hand",
 }
 
 
 class Directive(str):
-    """Part of an #SBATCH line, where the shell's quotes mean nothing."""
+    """Part of an #SBATCH line, where shell quoting has no meaning."""
 
     __slots__ = ()
 
@@ -41,15 +41,12 @@ def template_root() -> Path:
 def render_training(job: Job, cluster: ClusterConfig) -> str:
     """The batch script of a training run."""
     train = ["infini-train", "train", job.config, *(f"--set={setting}" for setting in job.settings)]
-    preflight = ["python", "-m", "infini_train.resilience.preflight", job.run_dir]
-    preflight += [f"--gpus={cluster.gpus_per_node}", f"--min-free-gib={cluster.min_free_gib}"]
     return _render(
         "train.sbatch.j2",
         cluster,
         directives=directives(job.name, job.nodes, cluster),
         job=job,
         train=train,
-        preflight=preflight if cluster.preflight else None,
     )
 
 
@@ -69,15 +66,15 @@ def render_evaluation(name: str, arguments: Iterable[str], cluster: ClusterConfi
 
 
 def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig) -> str:
-    """The batch script of `infini-data encode ARGUMENTS` as a job array, a part a task; no GPU is asked for.
+    """The batch script of `infini-data encode ARGUMENTS` as a job array, one part per task, without GPUs.
 
     Raises:
-        ConfigError: an argument is no line of text, or an option that the array sets itself or can't have.
+        ConfigError: an argument is not a line of text, or is an option that the array sets itself or can't have.
     """
     words = list(arguments)
     for word in words:
         require_line("encode", word)
-        name = word.partition("=")[0]  # argparse takes the beginning of an option's name for it
+        name = word.partition("=")[0]  # argparse accepts abbreviated options
         for option, hint in ENCODE_REFUSES.items():
             if len(name) > 2 and option.startswith(name):
                 raise ConfigError(f"encode: {option}: {hint}")
@@ -117,7 +114,7 @@ def directives(name: str, nodes: int, cluster: ClusterConfig) -> list[Directive]
         f"--time={cluster.time_limit}",
         f"--signal=B:USR1@{cluster.signal_before_limit_s}",
         "--requeue" if cluster.requeue else "--no-requeue",
-        "--dependency=singleton",  # of the jobs of one name, one runs at a time
+        "--dependency=singleton",  # jobs of one name run one at a time
         "--open-mode=append",
         "--output=%x-%j.out",
         *_place(cluster),
@@ -131,12 +128,12 @@ def _place(cluster: ClusterConfig) -> list[str]:
 
 
 def gpu_request(count: int, cluster: ClusterConfig) -> str:
-    """GPUs of a node. No --gpus-per-task: it would hide a node's GPUs from each other."""
+    """The GPUs of a node. Not --gpus-per-task, which would hide a node's GPUs from each other's ranks."""
     return f"--gres=gpu:{cluster.gpu_type}:{count}" if cluster.gpu_type else f"--gres=gpu:{count}"
 
 
 def job_name(name: str) -> str:
-    """The run's name in characters that sbatch takes."""
+    """The run's name in characters that sbatch accepts."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")[:MAX_NAME] or "run"
 
 

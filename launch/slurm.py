@@ -1,16 +1,22 @@
 """The commands of Slurm, as functions. Values go as arguments of a process, never through a shell."""
 
+import logging
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from infini_train.config.errors import ConfigError
+from launch.console import Waiting
+
+logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
 
 
 class QueuedJob(NamedTuple):
-    """A job as squeue tells it."""
+    """A job as squeue shows it."""
 
     id: int
     state: str
@@ -20,12 +26,12 @@ class QueuedJob(NamedTuple):
 
     @property
     def is_running(self) -> bool:
-        """SIGNALING is a running job whose signal is still on its way to a node."""
+        """Includes SIGNALING: running, with a signal still on its way to a node."""
         return self.state in ("RUNNING", "SIGNALING")
 
 
 class EndedJob(NamedTuple):
-    """The last start of a job as Slurm's accounting tells it."""
+    """The last start of a job as Slurm's accounting has it."""
 
     id: int
     state: str  # COMPLETED, FAILED, NODE_FAIL, OUT_OF_MEMORY, TIMEOUT, CANCELLED by 1000, ...
@@ -34,12 +40,12 @@ class EndedJob(NamedTuple):
     nodes: str
 
     def describe(self) -> str:
-        """In a few words."""
+        """The end of the job in one line."""
         return f"Slurm: {self.state}, exit code {self.exit_code}, after {self.elapsed} on {self.nodes}"
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> int:
-    """Submits a script with further options; returns the job's number.
+    """Submits a script with further options; returns the job's ID.
 
     Raises:
         ConfigError: Slurm refuses it.
@@ -56,12 +62,12 @@ def check(script: Path, options: Sequence[str] = ()) -> str:
     done = _call("sbatch", "--test-only", *options, str(script))
     text = done.stderr.strip() or done.stdout.strip()
     if done.returncode:
-        raise _error(f"sbatch refuses {script}: {_last_line(text)}")
+        raise ConfigError(f"sbatch refuses {script}: {_last_line(text)}")
     return _last_line(text)
 
 
 def queue() -> dict[int, QueuedJob]:
-    """The user's jobs that wait, run or end; empty where there is no Slurm."""
+    """The user's pending, running and completing jobs; empty where there is no Slurm."""
     if shutil.which("squeue") is None:
         return {}
     lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R").splitlines()
@@ -70,51 +76,46 @@ def queue() -> dict[int, QueuedJob]:
 
 
 def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
-    """What Slurm's accounting knows of these jobs; empty where the cluster keeps none, or has no Slurm."""
+    """What Slurm's accounting has on these jobs; empty where there is no accounting, or no Slurm."""
     wanted = ",".join(map(str, jobs))
     if not wanted or shutil.which("sacct") is None:
         return {}
     fields = "--format=JobIDRaw,State,ExitCode,Elapsed,NodeList"
     done = _call("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={wanted}", fields)
-    if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is away: a table without it is still one
+    if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is down: the table goes without it
         return {}
     rows = [line.split("|", 4) for line in done.stdout.splitlines()]
     return {int(row[0]): EndedJob(int(row[0]), *row[1:]) for row in rows if row[0].isdecimal()}
 
 
 def end_gently(job: int) -> None:
-    """Asks the batch script to let the ranks save and then to end."""
+    """Asks the batch script to have the ranks save, and then to end."""
     _run("scancel", "--batch", "--signal=USR2", str(job))
 
 
 def end(job: int) -> None:
-    """Ends a job, saved or not."""
+    """Ends a job without saving."""
     _run("scancel", str(job))
 
 
 def _run(*command: str) -> str:
     done = _call(*command)
     if done.returncode:
-        raise _error(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
+        raise ConfigError(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    logger.debug("%s", shlex.join(command))
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        with Waiting(f"waiting for {command[0]}"):
+            return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except FileNotFoundError as error:
-        raise _error(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
+        raise ConfigError(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
     except subprocess.TimeoutExpired as error:
-        raise _error(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
+        raise ConfigError(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
 
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""
-
-
-def _error(message: str) -> Exception:
-    """A ConfigError, whose module `status` need not wait for when all is well."""
-    from infini_train.config.errors import ConfigError
-
-    return ConfigError(message)

@@ -13,12 +13,12 @@ COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "
 def describe_runs(
     runs: list[Path], queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob] | None = None
 ) -> list[dict[str, Any]]:
-    """One row a run, from its folder, the queue (None: not known), and the accounting of jobs that are not in it."""
+    """A row per run, from its folder, the queue (None: unknown), and the accounting of jobs no longer in it."""
     return [describe_run(run, queue, ended or {}) for run in runs]
 
 
 def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Mapping[int, EndedJob]) -> dict[str, Any]:
-    """Plain values; `state` joins what training and what Slurm say."""
+    """A row of plain values; `state` combines what training and Slurm report."""
     status, number = folder.read_status(run_dir), None if queue is None else folder.read_job(run_dir)
     job = queue.get(number) if queue is not None and number is not None else None
     past = ended.get(number) if number is not None and job is None else None

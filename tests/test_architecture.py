@@ -40,7 +40,7 @@ ROOMS = {
 }
 OUTSIDE = {
     "data_tools": {"data", "config", "atomic_files"},
-    "launch": {"config", "atomic_files"},
+    "launch": {"config", "command_line", "atomic_files"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}

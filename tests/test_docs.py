@@ -217,7 +217,7 @@ def check_command(command: list[str], may_fail: bool) -> None:
         assert error.code == 0, f"{shlex.join(command)}: is refused"  # 0: --help, --version
         return
     if rest[0] == "train" and not may_fail and not options.config.endswith(".yaml"):
-        load_run(options.config, options.set)
+        load_run(options.config, options.set, options.world_size)
 
 
 @pytest.mark.parametrize("name", PAGE_NAMES)

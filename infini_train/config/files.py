@@ -1,7 +1,8 @@
-"""Config files: found by name, merged, overridden, and validated at one edge. Imports no torch.
+"""Config files: find by name, merge, override, validate. Imports no torch.
 
-A run is one tree of plain YAML. `load_run` reads it (with an explicit ``include`` list, later wins), applies ``--set``
-overrides, and validates the whole into the frozen dataclasses of the schema (run.py).
+A run is one tree of plain YAML. `load_run` reads it (with an explicit ``include`` list, later wins, and what its
+``scales`` say of a number of processes), applies ``--set`` overrides, and validates the whole into the frozen
+dataclasses of the schema (run.py).
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ import yaml
 from infini_train.config.attention import KINDS, InfiniConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
+from infini_train.config.renamed import find_renamed, note_renamed
 from infini_train.config.run import RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 3e-4 as a number and 2026-01-31 as text, as people mean it."""
+    """Safe YAML that refuses duplicate keys, and reads 3e-4 as a number and 2026-01-31 as text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -37,11 +39,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the text that `_Loader` would read as a number."""
+    """Quotes text that `_Loader` would read as a number."""
 
 
 def _read_powers_of_ten(resolver: type[_Loader] | type[_Dumper]) -> None:
-    """YAML 1.1 asks for a point and a signed exponent; without them PyYAML makes a string of 3e-4."""
+    """YAML 1.1 requires a decimal point and a signed exponent; PyYAML reads 3e-4 as a string."""
     number = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$")
     resolver.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
 
@@ -55,7 +57,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _parse(text: str, source: str) -> Any:
-    """The value of a YAML text; `source` (a file, an option) opens the message of an error."""
+    """The value of a YAML text; an error message begins with `source` (a file, an option)."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except ConfigError as error:
@@ -64,7 +66,7 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
-    except (ValueError, RecursionError) as error:  # a number beyond all measure, brackets without end
+    except (ValueError, RecursionError) as error:  # too large a number, brackets nested too deep
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
@@ -78,12 +80,17 @@ def resolve(name: str, kind: str = "run") -> Path:
     """The file of a config given as a path or as a name below configs/<kind>/.
 
     Raises:
-        ConfigError: no such file; the message lists the names there are.
+        ConfigError: no such file; the message lists the known names.
     """
+    return find_renamed(_locate(name, kind))[0]
+
+
+def _locate(name: str, kind: str = "run") -> Path:
+    """As `resolve`, but an old name stays as it is: `_read_tree` knows what it stands for."""
     path = Path(name)
     is_file = path.suffix in (".yaml", ".yml")
     candidates = [path] if is_file else [root / kind / f"{name}.yaml" for root in config_roots()]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = next((candidate for candidate in candidates if find_renamed(candidate)[0].is_file()), None)
     if found is not None:
         return found
     known = [file.stem for root in config_roots() for file in sorted((root / kind).glob("*.yaml"))]
@@ -94,26 +101,41 @@ def resolve(name: str, kind: str = "run") -> Path:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known name that this one looks like, or all of them."""
+    """A hint: the nearest known name, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'}"
 
 
 def _nearest_file(name: str, files: Iterable[str]) -> str:
-    """A hint: among the files whose own names look like this one's, the nearest as a whole; empty without any."""
+    """A hint: the file whose path is nearest among those with the nearest file name; empty without any."""
     stems = {file: Path(file).name.removesuffix(".yaml") for file in files}
     near = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), set(stems.values()))
     best = difflib.get_close_matches(name, [file for file, stem in stems.items() if stem in near[:1]], n=1, cutoff=0)
     return f"; did you mean {best[0]}?" if best else ""
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The merged tree of a YAML file and of its ``include`` list (names relative to the file or to configs/)."""
-    return _read_tree(path, ())
+def read_tree(path: Path, world_size: int | None = None) -> dict[str, Any]:
+    """The merged tree of a YAML file and of its ``include`` list (names relative to the file or to configs/).
+
+    With `world_size` each of these files counts with what its ``scales`` say of that many processes, if anything.
+    """
+    tree = _read_tree(path, (), world_size)
+    tree.pop("scales", None)
+    return tree
 
 
-def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+def scale_sizes(name: str) -> list[int]:
+    """The numbers of processes that the ``scales`` of a run's config (name or path) have something to say of."""
+    return sorted(_read_tree(_locate(name), ()).get("scales", {}))
+
+
+def _read_tree(path: Path, including: tuple[Path, ...], world_size: int | None = None) -> dict[str, Any]:
+    named = path
+    path, old = find_renamed(named)
+    if old is not None:
+        note_renamed(named, old)
+        world_size = old.world_size or world_size
     if path.resolve() in including:
         raise ConfigError(f"{path}: includes itself; remove it from the include list of {including[-1].name}")
     try:
@@ -122,24 +144,49 @@ def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: can't be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections (model, data, train, ...)")
+    merged: dict[str, Any] = {}
+    for name in _included(tree, path):
+        merged = _merge(merged, _read_tree(_find_included(name, path), (*including, path.resolve()), world_size))
+    scales = _own_scales(tree, path)
+    merged = _merge(_merge(merged, tree), scales.get(world_size, {}))
+    if old is not None:  # one scale of the file, under its old name
+        merged["name"] = named.stem
+        merged.pop("scales", None)
+    return merged
+
+
+def _included(tree: dict[str, Any], path: Path) -> list[str]:
     included = tree.pop("include", [])
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise ConfigError(f"{path}: include must be a list of files, as in include: [model/demo.yaml]")
-    merged: dict[str, Any] = {}
-    for name in included:
-        bases = [path.parent, *config_roots()]
-        found = next((base / name for base in bases if (base / name).is_file()), None)
-        if found is None:
-            beside = [file.name for file in path.parent.glob("*.yaml") if file != path]
-            shipped = [str(file.relative_to(root)) for root in config_roots() for file in root.rglob("*.yaml")]
-            near = _nearest_file(name, beside + shipped)
-            raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/{near}")
-        merged = _merge(merged, _read_tree(found, (*including, path.resolve())))
-    return _merge(merged, tree)
+    return included
+
+
+def _find_included(name: str, path: Path) -> Path:
+    bases = [path.parent, *config_roots()]
+    found = next((base / name for base in bases if find_renamed(base / name)[0].is_file()), None)
+    if found is None:
+        beside = [file.name for file in path.parent.glob("*.yaml") if file != path]
+        shipped = [str(file.relative_to(root)) for root in config_roots() for file in root.rglob("*.yaml")]
+        near = _nearest_file(name, beside + shipped)
+        raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/{near}")
+    return found
+
+
+def _own_scales(tree: Mapping[str, Any], path: Path) -> dict[int | None, dict[str, Any]]:
+    """The ``scales`` of one file: number of processes -> what differs there."""
+    scales = tree.get("scales", {})
+    if not isinstance(scales, dict) or not all(type(size) is int and size > 0 for size in scales):
+        example = "scales: {32: {parallel: {data_size: 4}}}"
+        raise ConfigError(f"{path}: scales must name what differs for a number of processes, as in {example}")
+    for size, differing in scales.items():
+        if not isinstance(differing, dict) or {"include", "scales"} & set(differing):
+            raise ConfigError(f"{path}: scales.{size}: must be a mapping of sections, without include or scales")
+    return scales
 
 
 def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Section by section. A mapping that names another ``kind`` keeps only the fields that both kinds have."""
+    """Merges section by section. A mapping of another ``kind`` keeps only the fields that both kinds have."""
     result = dict(base)
     for key, value in later.items():
         old = result.get(key)
@@ -153,14 +200,14 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """The tree with ``a.b.c=value`` assignments applied; values are YAML."""
+def override(tree: dict[str, Any], assignments: Iterable[str], option: str = "--set") -> dict[str, Any]:
+    """The tree with ``a.b.c=value`` assignments applied; values are YAML. `option`: where they were given."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"--set {assignment}: write it as section.field=value")
-        value = _parse(text, f"--set {assignment}")
+            raise ConfigError(f"{option} {assignment}: write it as section.field=value")
+        value = _parse(text, f"{option} {assignment}")
         for key in reversed(keys):
             value = {key: value}
         tree = _merge(tree, value)
@@ -224,9 +271,9 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"config: {error}; write the value as text or number") from error
 
 
-def load_run(name: str, assignments: Iterable[str] = ()) -> RunConfig:
-    """The run config of this name or path, with overrides, validated."""
-    return validate(override(read_tree(resolve(name)), assignments))
+def load_run(name: str, assignments: Iterable[str] = (), world_size: int | None = None) -> RunConfig:
+    """The run config of this name or path, at the scale of `world_size` processes if it has one, with overrides."""
+    return validate(override(read_tree(_locate(name), world_size), assignments))
 
 
 def load_model(name: str) -> ModelConfig:

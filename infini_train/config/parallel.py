@@ -10,17 +10,17 @@ from infini_train.config.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is divided over processes: tensor x pipeline x context x data of them."""
+    """How a run is divided over processes: tensor x pipeline x context x data."""
 
-    tensor_size: int = 1  # ranks that share every layer: heads, gates, memories, feed-forward, vocabulary
-    sequence_parallel: bool = False  # norms and residuals divided along the sequence over the tensor-parallel ranks
+    tensor_size: int = 1  # ranks that share each layer: heads, gates, memories, feed-forward, vocabulary
+    sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
     pipeline_size: int = 1  # stages of consecutive layers
-    virtual_stages: int = 1  # stages on each pipeline rank (interleaved schedule)
-    context_size: int = 1  # ranks that share every window, each a run of whole segments
-    data_size: int | None = None  # ranks that share the lanes; null: all processes that are left
-    zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 divides optimizer states, 2 also gradients, 3 also weights
-    offload_optimizer: bool = False  # optimizer states and AdamW in host memory
-    timeout_s: FiniteFloat = 600.0  # a rank that doesn't answer for this long ends the run
+    virtual_stages: int = 1  # stages per pipeline rank (interleaved schedule)
+    context_size: int = 1  # ranks that share each window, each taking a run of whole segments
+    data_size: int | None = None  # ranks that share the lanes; null: all remaining processes
+    zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights
+    offload_optimizer: bool = False  # keep optimizer states and run AdamW in host memory
+    timeout_s: FiniteFloat = 600.0  # a rank that does not respond for this long ends the run
 
     def __post_init__(self) -> None:
         for name in ("tensor_size", "pipeline_size", "virtual_stages", "context_size", "data_size"):

@@ -10,17 +10,17 @@ from infini_train.config.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Size and length of training. A lane is one row of the global batch; a step reads one window of every lane."""
+    """Size and length of training. A lane is a row of the global batch; each step reads one window of every lane."""
 
-    window_tokens: int  # tokens of a lane in one step; gradients flow through all its segments
-    batch_lanes: int  # lanes of the global batch
-    micro_batch_lanes: int | None = None  # lanes in one forward; null: all that a data-parallel rank has
+    window_tokens: int  # sequence length: tokens of a lane in one step; gradients flow through all its segments
+    batch_lanes: int  # lanes (sequences) in the global batch
+    micro_batch_lanes: int | None = None  # lanes in a micro-batch; null: all lanes of a data-parallel rank
     max_steps: int | None = None  # length of the run; give exactly one of max_steps and max_tokens
     max_tokens: int | None = None  # length of the run, padding included; rounded up to whole steps
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps masters, moments and the memory in fp32
-    carry_memory: bool = True  # the memory goes on from window to window (without gradient)
-    activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep a layer's input, compute the rest again
-    init_from: str | None = None  # a checkpoint folder: start anew from its weights only
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps master weights, moments and the memory in fp32
+    carry_memory: bool = True  # carry the memory from window to window (without gradient)
+    activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
+    init_from: str | None = None  # a checkpoint folder: start a new run from its weights
 
     def __post_init__(self) -> None:
         for name in ("window_tokens", "batch_lanes"):
@@ -48,19 +48,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. The gates have a learning rate of their own: at a common rate they hardly move (docs/architecture.md)."""
+    """AdamW. The gates have their own learning rate: at the common one they hardly move (docs/architecture.md)."""
 
-    lr: FiniteFloat = 3e-4  # peak learning rate of all but the gates
+    lr: FiniteFloat = 3e-4  # peak learning rate of everything but the gates
     gate_lr: FiniteFloat = 1e-2  # peak learning rate of the gates
-    schedule: Literal["cosine", "wsd"] = "cosine"  # how the rates fall; wsd: warm-up, stable, linear decay
-    warmup_steps: int = 100  # the rates rise linearly to their peak
-    decay_steps: int | None = None  # of the decay, wsd only; null: the last fifth
-    min_lr_ratio: FiniteFloat = 0.1  # the schedule ends at this share of the learning rates
-    weight_decay: FiniteFloat = 0.1  # matrices only; never norms, biases or gates
-    beta1: FiniteFloat = 0.9  # of the first moment
-    beta2: FiniteFloat = 0.95  # of the second moment
-    eps: FiniteFloat = 1e-8  # added to the root of the second moment
-    clip_norm: FiniteFloat = 1.0  # the global gradient norm is cut to it
+    schedule: Literal["cosine", "wsd"] = "cosine"  # learning-rate schedule; wsd: warm-up, stable, linear decay
+    warmup_steps: int = 100  # linear warm-up to the peak
+    decay_steps: int | None = None  # length of the decay, wsd only; null: the last fifth of the run
+    min_lr_ratio: FiniteFloat = 0.1  # final learning rate as a fraction of the peak
+    weight_decay: FiniteFloat = 0.1  # of matrices only; never of norms, biases or gates
+    beta1: FiniteFloat = 0.9  # decay rate of the first moment
+    beta2: FiniteFloat = 0.95  # decay rate of the second moment
+    eps: FiniteFloat = 1e-8  # added to the square root of the second moment
+    clip_norm: FiniteFloat = 1.0  # gradients are clipped to this global norm
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "eps", "clip_norm"):
@@ -80,10 +80,12 @@ class OptimConfig:
 class GuardConfig:
     """Anomaly detection: steps with a non-finite loss or gradient, or a loss spike."""
 
-    max_skips: int = 10  # so many steps in a row may be left out; one more ends the run
-    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # tell, leave the step out, or load a checkpoint too
-    spike_window_steps: int = 100  # a loss is compared with those of this many steps before it
-    spike_deviations: FiniteFloat = 6.0  # it is a spike at so many standard deviations above their mean
+    max_skips: int = 10  # consecutive steps that may be left out; one more ends the run
+    spikes: Literal["ignore", "warn", "skip", "rollback"] = (
+        "warn"  # warn, leave the step out, or also go back to a checkpoint
+    )
+    spike_window_steps: int = 100  # a loss is compared with those of this many preceding steps
+    spike_deviations: FiniteFloat = 6.0  # standard deviations above their mean that make a spike
 
     def __post_init__(self) -> None:
         require(self.max_skips >= 0, "guard.max_skips", "must not be negative")
@@ -95,10 +97,10 @@ class GuardConfig:
 class EvalConfig:
     """Validation inside the training loop."""
 
-    every_steps: int | None = None  # steps from one validation to the next; null: never
-    max_tokens: int = 65_536  # of validation text each time
-    batch_lanes: int | None = None  # documents side by side; null: those of one micro-batch
-    window_tokens: int | None = None  # tokens of a lane in one forward; null: as in training
+    every_steps: int | None = None  # steps between validations; null: never
+    max_tokens: int = 65_536  # validation tokens each time
+    batch_lanes: int | None = None  # documents side by side; null: as many as lanes in a micro-batch
+    window_tokens: int | None = None  # sequence length in validation; null: as in training
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "batch_lanes", "window_tokens"):
@@ -111,9 +113,9 @@ class EvalConfig:
 class LogConfig:
     """Console, metrics.jsonl and TensorBoard."""
 
-    every_steps: int = 10  # steps from one console line and row of metrics to the next
-    memory_every_steps: int = 100  # the same for gates and memory norms: scalars, heat map, histogram
-    profile_steps: tuple[int, ...] = ()  # steps recorded by torch.profiler
+    every_steps: int = 10  # steps between console lines and rows of metrics
+    memory_every_steps: int = 100  # steps between records of gates and memory norms
+    profile_steps: tuple[int, ...] = ()  # steps to record with torch.profiler
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "memory_every_steps"):
@@ -122,10 +124,10 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When to save, and which checkpoints to keep."""
 
-    every_steps: int = 500  # steps from one checkpoint to the next; the last step is always saved
-    keep_last: int = 2  # this many of the newest stay, older ones are deleted
+    every_steps: int = 500  # steps between checkpoints; the last step is always saved
+    keep_last: int = 2  # the newest this many are kept, older ones deleted
     milestone_every_steps: int | None = None  # checkpoints at these steps are never deleted
 
     def __post_init__(self) -> None:

@@ -65,8 +65,9 @@ def _plan(options: argparse.Namespace) -> None:
     for name in ("nodes", "top"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name}: must be positive, not {getattr(options, name)}")
-    config, hardware = load_run(options.config, options.set), load_hardware(options.hardware)
+    hardware = load_hardware(options.hardware)
     size = options.nodes * hardware.devices_per_node if options.nodes else options.world_size
+    config = load_run(options.config, options.set, size)
     if options.search:
         _search(options, config, size)
         return

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from infini_train.config.attention import FullConfig, InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import dump, load_model, load_run, override, read_tree, resolve, to_tree, validate
+from infini_train.config.files import (
+    dump,
+    load_model,
+    load_run,
+    override,
+    read_tree,
+    resolve,
+    scale_sizes,
+    to_tree,
+    validate,
+)
 from infini_train.config.run import RunConfig
 
 RUNS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
@@ -160,6 +170,11 @@ BROKEN = {
     "include that isn't a list": ("include: model/demo.yaml\n", "include must be a list of files"),
     "include of nothing": ("include: [model/none.yaml]\n", "include model/none.yaml: no such file"),
     "include of itself": ("include: [broken.yaml]\n", "includes itself"),
+    "scales that are a list": ("scales: [32]\n", "scales must name what differs for a number of processes"),
+    "a scale that is no number": ("scales: {many: {seed: 1}}\n", "scales must name what differs for a number"),
+    "a scale of nothing": ("scales: {0: {seed: 1}}\n", "scales must name what differs for a number of processes"),
+    "a scale without sections": ("scales: {32: 4}\n", "scales.32: must be a mapping of sections"),
+    "a scale that includes": ("scales: {32: {include: [a.yaml]}}\n", "scales.32: must be a mapping of sections"),
 }
 
 
@@ -202,6 +217,27 @@ def test_an_include_is_overridden_by_later_ones_and_by_the_file(tmp_path: Path) 
     write(tmp_path / "second.yaml", "name: second\noptim: {lr: 2e-3}\n")
     tree = read_tree(Path(write(tmp_path / "own.yaml", "include: [first.yaml, second.yaml]\noptim: {beta1: 0.8}\n")))
     assert tree == {"seed": 1, "name": "second", "optim": {"lr": 2e-3, "eps": 1e-6, "beta1": 0.8}}
+
+
+def test_a_scale_counts_where_its_file_is_included(tmp_path: Path) -> None:
+    write(tmp_path / "first.yaml", "seed: 1\nname: first\nscales: {8: {seed: 8, name: eight}, 16: {seed: 16}}\n")
+    own = Path(write(tmp_path / "own.yaml", "include: [first.yaml]\nname: own\nscales: {8: {optim: {lr: 1e-3}}}\n"))
+    assert read_tree(own) == read_tree(own, 4) == {"seed": 1, "name": "own"}
+    assert read_tree(own, 8) == {"seed": 8, "name": "own", "optim": {"lr": 1e-3}}
+    assert read_tree(own, 16) == {"seed": 16, "name": "own"}
+    assert scale_sizes(str(own)) == [8, 16]
+
+
+def test_a_setting_wins_over_a_scale(base: Path) -> None:
+    base.write_text(BASE + "scales: {4: {parallel: {data_size: 4}, seed: 4}}\n")
+    config = load_run(str(base), ["seed=5"], 4)
+    assert (config.parallel.data_size, config.seed) == (4, 5)
+    assert load_run(str(base)).parallel.data_size is None
+
+
+def test_scales_are_no_field_of_a_run(base: Path) -> None:
+    with pytest.raises(ConfigError, match="^scales: unknown key"):
+        load_run(str(base), ["scales={}"])
 
 
 def test_an_include_is_found_beside_the_file_before_the_shipped_one(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_a_rank_reads_its_rows_of_the_same_batch():
 
 def test_a_run_of_before_varied_wording_goes_on():
     """What its checkpoints say of the data."""
-    identity = open_source(load_run("passkey_delta")).identity
+    identity = open_source(load_run("passkey_no_conv_delta")).identity
     assert identity == (
         "passkey PasskeyConfig(wording='paper', varied_filler=True, digits=5, few_digits_below_loss=0.25,"
         " min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0, key_weight=0.5, pressure=8192.0,"

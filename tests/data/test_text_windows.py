@@ -186,7 +186,7 @@ def test_needles_in_the_tokens_of_a_file(tmp_path):
     lines = [f" The pass key of the {thing} is 12. Remember it." for thing in THINGS]
     write_tokenizer(path, lines)
     tokenizer = load_tokenizer(path)
-    config = load_run("passkey_linear")
+    config = load_run("passkey_no_conv")
     needles = NeedlesConfig(tokenizer=str(path), digits=2)
     config = dataclasses.replace(config, data=DataConfig(needles=needles))
     source = open_source(config)
@@ -212,7 +212,7 @@ def test_needles_in_the_tokens_of_a_file(tmp_path):
 
 
 def test_the_tokenizer_may_move_but_not_change(tmp_path):
-    config = load_run("passkey_linear")
+    config = load_run("passkey_no_conv")
     identities = []
     for name, thing in (("a/t.model", "lamp"), ("b/t.model", "lamp"), ("c/t.model", "bell")):
         (tmp_path / name).parent.mkdir()
@@ -223,7 +223,7 @@ def test_the_tokenizer_may_move_but_not_change(tmp_path):
 
 
 def test_a_missing_tokenizer_is_named():
-    config = load_run("passkey_linear")
+    config = load_run("passkey_no_conv")
     config = dataclasses.replace(config, data=DataConfig(needles=NeedlesConfig(tokenizer="none.model")))
     with pytest.raises(ConfigError, match="data.needles.tokenizer: none.model: the tokenizer can't be read"):
         open_source(config)
@@ -288,4 +288,4 @@ def test_texts_lie_on_the_models_segments_or_on_parts_of_the_window():
 
 def test_pairs_need_their_own_vocabulary():
     assert open_source(load_run("recall")).vocab_size == VOCABULARY == 1283
-    assert open_source(load_run("passkey_linear")).vocab_size == ByteTokenizer.vocab_size
+    assert open_source(load_run("passkey_no_conv")).vocab_size == ByteTokenizer.vocab_size

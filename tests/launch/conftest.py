@@ -169,7 +169,7 @@ class Run:
 
     @contextlib.contextmanager
     def hold(self, step: int) -> Iterator[dict[int, int]]:
-        """Stops all ranks behind a step, so that what is done inside does not come too late; they go on afterwards."""
+        """Stops all ranks after a step, so that what is done inside is not too late; they continue afterwards."""
         self.wait_for_step(step)
         ranks = self.find_ranks()
         for process in ranks.values():

@@ -189,7 +189,7 @@ class SlurmCluster:
 
     @contextlib.contextmanager
     def freeze_node(self, name: str) -> Iterator[None]:
-        """Its slurmd does not answer; tasks that run there go on."""
+        """Its slurmd does not answer; tasks that run there continue."""
         slurmd = self._find_slurmd(name)
         os.kill(slurmd, signal.SIGSTOP)
         try:

@@ -33,8 +33,8 @@ def test_ended_jobs_are_told_by_the_accounts(accounting_slurm, tmp_path):
     slurm.wait_until(lambda: read_rows(slurm, tmp_path)["killed"]["slurm"] is not None, 60, slurm.controller_log)
     rows = read_rows(slurm, tmp_path)
     assert (rows["failed"]["state"], rows["killed"]["state"]) == ("failed", "cancelled")
-    told = rows["failed"]["slurm"]
-    assert (told["id"], told["exit_code"], told["nodes"]) == (failed, "3:0", "n1")
+    ended = rows["failed"]["slurm"]
+    assert (ended["id"], ended["exit_code"], ended["nodes"]) == (failed, "3:0", "n1")
     assert rows["failed"]["note"].startswith("Slurm: FAILED, exit code 3:0, after 00:00:0")
     assert "Slurm: CANCELLED by " in rows["killed"]["note"]
 

@@ -17,7 +17,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 WAIT_S, STEPS = 120, 100
 
-# Counts steps, saves when a signal comes, goes on from its newest checkpoint; rank 0 writes what was counted.
+# Counts steps, saves on a signal, resumes from its newest checkpoint; rank 0 writes the steps.
 TRAINING = """\
 #!{python} -SE
 import os, pathlib, signal, sys, time
@@ -31,7 +31,7 @@ if mistake.exists():
     if rank:
         print("error: rank 0 has failed", file=sys.stderr)
         sys.exit(1)
-    time.sleep(1)  # it ends behind the others
+    time.sleep(1)  # it exits after the others
     print("error: data.train: is wrong", file=sys.stderr)
     sys.exit(int(mistake.read_text()))
 while step < {steps} and not stop:
@@ -97,7 +97,7 @@ def test_a_preemption_requeues(start, slurm):
 
 
 def test_ranks_told_to_stop_by_others_requeue(start, slurm):
-    """A preemption that only the ranks are told of."""
+    """A preemption whose signal reaches only the ranks."""
     run = start()
     with run.hold(5):
         slurm.run("scancel", "--signal=TERM", str(run.job))
@@ -114,7 +114,7 @@ def test_a_signal_that_is_still_on_its_way_does_not_end_the_job(start, slurm):
             slurm.wait_until(lambda: slurm.job_state(run.job) == "SIGNALING", WAIT_S, run.story)
             for process in ranks.values():
                 os.kill(process, signal.SIGTERM)
-        slurm.wait_until(lambda: "the ranks were told to stop" in run.job_log(), WAIT_S, run.story)
+        slurm.wait_until(lambda: "the ranks were asked to stop" in run.job_log(), WAIT_S, run.story)
     assert_each_step_once(run, starts=2)
 
 
@@ -158,7 +158,7 @@ def test_failures_end_the_job_at_the_cap_and_mistakes_at_once(start, tmp_path, c
     assert run.starts() == starts, run.story()
     reason = "rank 0 has failed" if code == 1 else "data.train: is wrong"
     assert f"failed first, exit code {code}: error: {reason}" in run.job_log(), run.story()
-    said = {1: "given up after 2 retries", 2: "mend that and submit again", 4: "training would diverge again"}
+    said = {1: "given up after 2 retries", 2: "fix it and submit again", 4: "training would diverge again"}
     assert [text in run.job_log() for text in said.values()] == [each == code for each in said]
 
 
@@ -176,7 +176,7 @@ def test_a_drained_node_is_left_at_the_next_save(start, slurm):
 
 
 def test_retries_that_cannot_be_counted_are_not_made(start, slurm, tmp_path):
-    """A full disk: without the count a job would go on for ever."""
+    """A full disk: without the count a job would retry forever."""
     (tmp_path / "a run's folder").mkdir()
     (tmp_path / "a run's folder" / "mistake").write_text("1")
     run = start(preflight=True)  # which takes a second, in which the file becomes a folder

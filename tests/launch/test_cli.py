@@ -49,6 +49,9 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for arguments, message in (
         (["render", "1b", "--cluster", "plane"], "error: plane: no cluster config of this name; did you mean "),
         (["render", "1b", "--cluster", "plain", "--nodes", "3"], "error: --nodes: 3 nodes x 8 tasks don't fit the run"),
+        (["render", "1b", "--cluster", "plain", "--nodes", "3"], "; 1b has scales for 4, 16, 64 nodes"),
+        (["render", "1b", "--cluster", "plain", "--set", "a\nb=1"], "error: --set: must be one line of printable text"),
+        (["render", "1b", "--cluster", "plain", "--set-cluster", "memory"], "--set-cluster memory: write it as "),
         (["render", "1b", "--cluster", "plain", "--set-cluster", "memory=1"], "memory: must be text"),
         (["submit", "1b", "--cluster", "plain", "--set", f"run_dir={tmp_path}/run"], "error: sbatch: not found"),
         (["encode", "2", "--cluster", "plain", "--", "a", "--restart"], "error: encode: --restart: "),
@@ -59,6 +62,84 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         done = launch(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_old_names_of_runs_still_work_and_say_what_to_write() -> None:
+    done = launch("render", "8b_16nodes", "--cluster", "plain")
+    (note,) = done.stderr.splitlines()
+    assert note == ("warning: 8b_16nodes is an old name; write 8b --world-size 128 (infini-launch: --nodes 16)")
+    assert "#SBATCH --nodes=16\n" in done.stdout and "\nrun_dir=runs/8b_16nodes\n" in done.stdout
+
+
+def test_a_dry_run_is_at_the_scale_of_its_nodes() -> None:
+    done = launch("submit", "8b", "--cluster", "plain", "--nodes", "16", "--dry-run")
+    assert done.stderr == "no sbatch here: nothing was checked\n"
+    assert "#SBATCH --job-name=8b_16nodes\n#SBATCH --nodes=16\n" in done.stdout
+    assert launch("submit", "8b", "--cluster", "plain", "--dry-run", "--quiet").stderr == ""
+
+
+SLOW_SLURM = """#!/bin/bash
+sleep 1
+echo "12|PENDING|0:00|2|(Resources)"
+"""
+
+
+def test_waiting_is_shown_on_a_terminal_once_it_takes_long(tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text(SLOW_SLURM)
+    (tmp_path / "squeue").chmod(0o755)
+    (tmp_path / "run" / "launch").mkdir(parents=True)
+    (tmp_path / "run" / "launch" / "job").write_text("12\n")
+    script = "from launch import console; console.Waiting.__init__.__defaults__ = (0.2,); "
+    script += f"from launch.cli import main; main(['status', {str(tmp_path)!r}, '-v'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    terminal, stderr = os.openpty()
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert b" pending " in done.stdout and b"(Resources)" in done.stdout
+    assert "squeue --me" in shown, "-v shows the commands of Slurm"
+    assert "waiting for squeue (" in shown and shown.endswith("\r\x1b[2K")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert b"waiting" not in done.stderr, "no terminal"
+
+
+def test_following_a_log_says_what_keeps_the_run(tmp_path: Path) -> None:
+    """On a terminal: the queue, then preflight, then the log itself."""
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+    (tmp_path / "queue").write_text("12|PENDING|0:00|2|(Resources)\n")
+    run = tmp_path / "run"
+    (run / "launch").mkdir(parents=True)
+    (run / "launch" / "job").write_text("12\n")
+    script = "from launch import console, watch; console.Waiting.__init__.__defaults__ = (0.1,); "
+    script += "watch.POLL_S = watch.ASK_SLURM_EVERY_S = 0.1; "
+    script += f"from launch.cli import main; main(['logs', {str(run)!r}, '-f'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    terminal, stderr = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    shown = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal shown
+        until = time.monotonic() + 60
+        while text not in shown:
+            assert time.monotonic() < until, shown
+            shown += os.read(terminal, 1 << 16).decode()
+
+    wait_for("job 12 is pending (Resources)")
+    logs = run / "launch" / "logs" / "12.0"
+    logs.mkdir(parents=True)
+    (tmp_path / "queue").write_text("12|RUNNING|0:01|2|n[1-2]\n")
+    wait_for("job 12: starting")
+    (logs / "preflight-0.log").write_text("")
+    wait_for("job 12: preflight checks its nodes")
+    (logs / "train-0.log").write_text("step 1\n")
+    (run / "status.json").write_text('{"state": "finished"}')
+    out, _ = process.communicate(timeout=60)
+    os.close(terminal)
+    assert (process.returncode, out) == (0, b"step 1\n")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

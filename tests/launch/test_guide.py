@@ -26,6 +26,7 @@ MODEL = {
     "ffn_size": 48,
     "attention": {"kind": "infini", "segment_tokens": 8},
 }
+SCALES = {4: {"name": "1b_2nodes", "parallel": {"data_size": 4}}}  # two nodes of the two tasks below
 SMALL = {
     "train": {"window_tokens": 64, "batch_lanes": 4, "max_tokens": 4 * 64 * 6, "precision": "fp32"},
     "parallel": {"context_size": 1, "data_size": 2, "timeout_s": 60},
@@ -62,6 +63,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = yaml.safe_load(path.read_text())
     for section, fields in SMALL.items():
         tree[section] = {**tree.get(section, {}), **fields}
+    tree["scales"] = SCALES
     path.write_text(yaml.safe_dump(tree))
     (folder / "text").mkdir()
     lines = [f"Document {i} says that {i} times {i} is {i * i}, which nobody doubts." for i in range(3000)]
@@ -83,8 +85,8 @@ def run(slurm, clone: Path, *lines: str) -> str:
     return done.stdout
 
 
-def read_status(clone: Path) -> dict:
-    return json.loads((clone / "runs" / "1b" / "status.json").read_text())
+def read_status(clone: Path, name: str = "1b") -> dict:
+    return json.loads((clone / "runs" / name / "status.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,20 @@ def test_the_ready_scripts_work_once_they_are_filled_in(slurm, clone, said):
     assert read_status(clone)["state"] == "finished"
     last = submit_ready(slurm, clone, "eval_1b").strip().splitlines()[-1]
     assert json.loads(last)["loss"] > 0
+
+
+def test_one_script_trains_at_the_scale_of_the_nodes_that_it_gets(slurm, clone, said):
+    """As rendered for this cluster, and as submitted; both name the run after the scale."""
+    submit = "sbatch --parsable --nodes=2 --job-name=1b_2nodes train.sbatch"
+    lines = run(slurm, clone, "infini-launch render 1b --cluster mine.yaml > train.sbatch", submit)
+    job = int(lines.split()[-1])
+    state = slurm.wait_for_end(job, WAIT_S, slurm.controller_log)
+    (output,) = clone.glob(f"*-{job}.out")
+    assert state == "COMPLETED" and "4 ranks" in output.read_text(), output.read_text()
+    assert read_status(clone, "1b_2nodes")["state"] == "finished"
+    config = yaml.safe_load((clone / "runs" / "1b_2nodes" / "config.yaml").read_text())
+    assert (config["name"], config["parallel"]["data_size"]) == ("1b_2nodes", 4)
+    shutil.rmtree(clone / "runs" / "1b_2nodes")
+    job = int(run(slurm, clone, "infini-launch submit 1b --cluster mine.yaml --nodes 2").split()[1].rstrip(";"))
+    assert slurm.wait_for_end(job, WAIT_S, slurm.controller_log) == "COMPLETED"
+    assert read_status(clone, "1b_2nodes")["state"] == "finished"

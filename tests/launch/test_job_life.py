@@ -70,7 +70,7 @@ def test_a_stopped_rank_is_named_and_the_job_retried(submit, quiet_curve):
     assert "error: rank 1 (n2, process" in run.job_log() and "stopped answering" in run.job_log()
     (logs,) = (run.directory / "launch" / "logs").glob("*.0")
     stacks = [(logs / f"stacks-{rank}.txt").read_text() for rank in range(2)]
-    assert all("in run_steps" in text for text in stacks), "the stopped one went on to write its own"
+    assert all("in run_steps" in text for text in stacks), "the stopped one was continued to write its own"
 
 
 def test_a_crashed_node_is_survived_on_others(submit, slurm, quiet_curve):
@@ -92,7 +92,7 @@ def test_a_mistake_that_only_training_finds_is_not_retried(submit):
     run = submit(settings=("train.init_from=/nowhere",))
     assert run.wait_for_end() == "FAILED"
     assert run.starts() == 1
-    assert "error: " in run.job_log() and "mend that" in run.job_log()
+    assert "error: " in run.job_log() and "fix it" in run.job_log()
 
 
 def test_cancel_saves_and_ends_and_the_run_can_be_submitted_again(submit, quiet_curve):

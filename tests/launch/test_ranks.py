@@ -44,7 +44,10 @@ def test_ranks_that_stand_still_are_told_the_odd_one_first(tmp_path: Path) -> No
     assert describe_trouble(read_ranks(tmp_path)) == ""
     stand_still(tmp_path, for_s=89.0)
     said = describe_trouble(read_ranks(tmp_path))
-    assert said == "no rank went on for 90 s: rank 3 in 'step 7, waiting for data'; rank 0, 1, 2 in 'step 7, gradients'"
+    assert (
+        said
+        == "no rank made progress for 90 s: rank 3 in 'step 7, waiting for data'; rank 0, 1, 2 in 'step 7, gradients'"
+    )
 
 
 def test_ranks_of_an_earlier_larger_start_are_left_out(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def set_pace(run_dir: Path, own_s: list[float], step_s: float) -> None:
 def test_a_slow_rank_is_named_with_its_node(tmp_path: Path) -> None:
     set_pace(tmp_path, [0.1, 0.3, 0.11, 0.1], step_s=0.5)
     said = describe_trouble(read_ranks(tmp_path))
-    assert said == "rank 1 on n1 slow: 0.3 s of own work a step, the others 0.1 s"
+    assert said == "rank 1 on n1 slow: 0.3 s of own work per step, the others 0.1 s"
     set_pace(tmp_path, [0.1, 0.3], step_s=0.5)
     assert describe_trouble(read_ranks(tmp_path)).startswith("rank 1 on n1 slow")
     set_pace(tmp_path, [0.1, 0.14, 0.1, 0.1], step_s=0.5)

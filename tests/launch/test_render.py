@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import runpy
 import shutil
 import stat
@@ -15,12 +16,12 @@ from hypothesis import strategies as st
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from launch.cluster import ContainerConfig, RestartConfig, load_cluster, validate_cluster
-from launch.job import Job, plan_job
+from launch.job import Job, plan_job, plan_scales
 from launch.render import job_name, render_encoding, render_evaluation, render_training
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = sorted((ROOT / "slurm").glob("*.sbatch"))
-CHECKED = ("encode", "eval_1b", "train_1b", "train_8b_64nodes")  # the others differ in their values only
+CHECKED = ("encode", "eval_1b", "train_1b", "train_8b")  # the others differ in their values only
 CLUSTERS = sorted(path.stem for path in (ROOT / "configs" / "cluster").glob("*.yaml"))
 
 # Stand-ins for Slurm's commands and for the programs: they keep the words and variables that reach them.
@@ -35,7 +36,80 @@ def test_the_ready_scripts_are_those_of_the_templates() -> None:
     """Mend it with: python slurm/generate.py."""
     rendered = runpy.run_path(str(ROOT / "slurm" / "generate.py"))["render_all"]()
     assert {path.name: path.read_text(encoding="utf-8") for path in READY} == rendered
-    assert len([name for name in rendered if name.startswith("train_")]) == 12
+    assert [name for name in rendered if name.startswith("train_")] == [f"train_{size}.sbatch" for size in SIZES]
+
+
+SIZES, NODES = ("1b", "3b", "8b"), (1, 4, 16, 64)
+FAMILY = [(size, nodes) for size in SIZES for nodes in NODES]
+
+
+def member_name(size: str, nodes: int) -> str:
+    return size if nodes == 1 else f"{size}_{nodes}nodes"
+
+
+@pytest.mark.parametrize(("size", "nodes"), FAMILY)
+def test_a_script_for_other_nodes_differs_in_two_lines(size: str, nodes: int) -> None:
+    """Rendering for N nodes, and sbatch --nodes=N with the ready script, run the same job."""
+    cluster = load_cluster("plain")
+    ready = (ROOT / "slurm" / f"train_{size}.sbatch").read_text(encoding="utf-8")
+    name = member_name(size, nodes)
+    expected = ready.replace(f"--job-name={size}\n", f"--job-name={name}\n").replace(
+        "--nodes=1\n", f"--nodes={nodes}\n"
+    )
+    assert render_training(plan_scales(size, cluster, (), nodes), cluster) == expected
+
+
+@pytest.mark.parametrize(("size", "nodes"), FAMILY)
+def test_a_script_of_one_scale_is_the_ready_one_but_for_the_choice(size: str, nodes: int) -> None:
+    """The lines that differ are those that the case statement chooses, and the command."""
+    cluster, name = load_cluster("plain"), member_name(size, nodes)
+    ready = render_training(plan_scales(size, cluster, (), nodes), cluster).splitlines()
+    first, last = next(i for i, line in enumerate(ready) if line.startswith("case $SLURM_NTASKS")), ready.index("esac")
+    chosen = f'train=(infini-train train {size} --world-size="$SLURM_NTASKS")'
+    assert ready[last + 1] == chosen
+    config = "run.yaml"  # as infini-launch submit freezes it
+    run = load_run(size, (), nodes * 8)
+    alone = render_training(plan_job(run, cluster, config), cluster).splitlines()
+    choice = [f"run_dir=runs/{name}", f"train=(infini-train train {config})"]
+    assert alone == [*ready[:first], *choice, *ready[last + 2 :]]
+
+
+@pytest.mark.parametrize(("size", "nodes"), FAMILY)
+def test_the_ready_script_follows_the_nodes_that_it_gets(size: str, nodes: int, tmp_path: Path) -> None:
+    write_programs(tmp_path)
+    script = (ROOT / "slurm" / f"train_{size}.sbatch").read_text(encoding="utf-8")
+    script = re.sub(r"^(venv|PATH)=.*\n|^preflight=.*\n", "", script, flags=re.MULTILINE)
+    (tmp_path / "script").write_text(script.replace("max_retries=3", "preflight=()\nmax_retries=3"))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(8 * nodes), "SLURM_JOB_NODELIST": "n1", "CAUGHT": str(tmp_path)}
+    environment = {**slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    subprocess.run(["bash", "script"], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    words = (tmp_path / "words").read_bytes().decode().split("\0")
+    assert words[-5:-1] == ["infini-train", "train", size, f"--world-size={8 * nodes}"]
+    run = load_run(size, (), 8 * nodes)
+    assert (tmp_path / run.directory / "launch" / "starts").is_file()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name] == [member_name(size, nodes)]
+
+
+def test_settings_hold_at_every_scale_or_rule_it_out() -> None:
+    cluster = load_cluster("plain")
+    job = plan_scales("8b", cluster, ["train.batch_lanes=32", "run_dir=runs/a b"])
+    assert dict(job.scale_dirs) == {32: "runs/a b", 128: "runs/a b"}, "64 data-parallel ranks have no use for 32 lanes"
+    assert job.settings == ("train.batch_lanes=32", "run_dir=runs/a b")
+    assert "32) run_dir='runs/a b' ;; # --nodes=4" in render_training(job, cluster)
+    narrow = dataclasses.replace(cluster, gpus_per_node=3)
+    assert (
+        plan_scales(
+            "1b", narrow, ["parallel.context_size=1", "parallel.data_size=6", "train.batch_lanes=36"]
+        ).scale_dirs
+        == {}
+    )
+
+
+def test_a_scale_of_another_cluster_is_for_other_nodes() -> None:
+    cluster = dataclasses.replace(load_cluster("plain"), gpus_per_node=4)
+    job = plan_scales("8b", cluster, (), 32)
+    assert (job.name, job.nodes) == ("8b_16nodes", 32)
+    assert plan_job(load_run("8b_16nodes"), cluster, "8b_16nodes").nodes == 32
 
 
 def render_golden() -> dict[str, str]:
@@ -109,13 +183,13 @@ def test_pyxis_puts_ranks_into_the_container() -> None:
     assert "--container-image=infini-train.sqsh" in text and "--container-mounts=/scratch:/scratch" in text
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("1b", 1), ("3b_4nodes", 4), ("8b_16nodes", 16), ("8b_64nodes", 64)])
+@pytest.mark.parametrize(("name", "nodes"), [("1b", 1), ("3b", 4), ("8b", 16), ("8b", 64)])
 def test_nodes_follow_from_the_layout(name: str, nodes: int) -> None:
-    assert plan_job(load_run(name), load_cluster("plain"), name).nodes == nodes
+    assert plan_job(load_run(name, (), 8 * nodes), load_cluster("plain"), name).nodes == nodes
 
 
 def test_nodes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--nodes: 3 nodes x 8 tasks don't fit the run: parallel: "):
+    with pytest.raises(ConfigError, match="^3 nodes x 8 tasks don't fit the run: parallel: "):
         plan_job(load_run("8b"), load_cluster("plain"), "8b", nodes=3)
 
 

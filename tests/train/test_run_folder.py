@@ -22,7 +22,7 @@ def test_a_runs_copy_of_the_tokenizer_is_found_whatever_its_file_was_called(tmp_
             sentence_iterator=iter([" The pass key of the lamp is 12."] * 50), model_writer=file, vocab_size=300,
             byte_fallback=True, hard_vocab_limit=False, minloglevel=2, model_type="bpe"
         )  # fmt: skip
-    config = load_run("passkey_linear")
+    config = load_run("passkey_no_conv")
     for used in (path, run / "tokenizer.model"):  # then its own copy
         data = DataConfig(needles=NeedlesConfig(tokenizer=str(used)))
         given = dataclasses.replace(config, data=data, run_dir=str(run))
