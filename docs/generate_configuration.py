@@ -13,7 +13,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from infini_train.config import run
-from infini_train.config.attention import KINDS, AttentionVariant
+from infini_train.config.attention import KINDS
+from infini_train.config.variant import AttentionVariant
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\

@@ -22,9 +22,10 @@ import pytest
 from data_tools.options import build_parser as build_data_parser
 from infini_train import cli
 from infini_train.checkpoint.compat import resumable_fields, same_weight_fields
-from infini_train.config.attention import KINDS, AttentionVariant
+from infini_train.config.attention import KINDS
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
+from infini_train.config.variant import AttentionVariant
 from infini_train.train.optim import gate_warning
 from launch.cli import build_parser as build_launch_parser
 

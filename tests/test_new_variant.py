@@ -16,18 +16,11 @@ import yaml
 from torch import Tensor
 
 from infini_train.checkpoint.store import open_checkpoint, resolve
-from infini_train.config.attention import (
-    KINDS,
-    AttentionVariant,
-    FullConfig,
-    InfiniConfig,
-    LayerShape,
-    LocalConfig,
-    TokenFlops,
-)
+from infini_train.config.attention import KINDS, FullConfig, InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run, validate
 from infini_train.config.model import ModelConfig
+from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.loading import open_trained

@@ -7,122 +7,17 @@ or continued run may change, and the arithmetic of parameters, memory and FLOPs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import pydantic
 from pydantic import FiniteFloat
 
 from infini_train.config.errors import ConfigError, require
 from infini_train.config.parallel import ParallelConfig
+from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops, attention_flops
 
 INITIAL = "an initial value; the checkpoint's weights are used"
 ANY_VIEW = "the same weights whatever they see"
-
-
-class LayerShape(NamedTuple):
-    """The sizes that all variants of one model share."""
-
-    hidden_size: int
-    num_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def token_numbers(self) -> int:
-        """Numbers in a token's keys and values."""
-        return (self.key_dim + self.value_dim) * self.kv_heads
-
-
-class TokenFlops(NamedTuple):
-    """Floating-point operations of a token's forward pass, by purpose."""
-
-    matrices: float = 0.0  # projections, feed-forward, head
-    attention: float = 0.0  # local: causal, so half of the square is useful
-    memory_read: float = 0.0  # Eq. 7
-    memory_write: float = 0.0  # Eq. 8
-    delta: float = 0.0  # what Eq. 9 adds; its chain of D x D products is spread over the segment
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-    def plus(self, other: "TokenFlops") -> "TokenFlops":
-        """The sums, purpose by purpose."""
-        return TokenFlops(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionVariant:
-    """What the rest of the program asks of a variant of attention. The defaults suit one that adds nothing.
-
-    A model's layers need not be alike: `at` gives the variant of each, and every other question is one about a layer,
-    unless it says otherwise.
-    """
-
-    kind: str
-
-    has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
-    # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
-    same_weights: ClassVar[Mapping[str, str]] = {}
-    initial: ClassVar[Mapping[str, str]] = {}
-    # Fields that give a model parameters of their own. A trained model may gain them, and can't lose them.
-    adds_parameters: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def segment_tokens(self) -> int | None:
-        """Tokens in a segment, a field of most variants; None for one endless segment."""
-        return None
-
-    @property
-    def seen_tokens(self) -> int:
-        """Tokens before its segment that local attention sees as well."""
-        return 0
-
-    def at(self, layer: int, num_layers: int) -> "AttentionVariant":
-        """The variant of a layer, counted from 0."""
-        return self
-
-    def check_model(self, num_layers: int) -> None:
-        """Raises ConfigError if the fields don't fit the model."""
-
-    def check_layout(self, parallel: ParallelConfig) -> None:
-        """Raises ConfigError if the variant can't be divided in this way; the message says why."""
-
-    def check_export(self) -> str | None:
-        """What a plain Llama-like model with these weights computes instead, or None if it computes the same.
-
-        Raises:
-            ConfigError: the weights alone are another model.
-        """
-        return None
-
-    def extra_parameters(self, shape: LayerShape) -> int:
-        """Parameters of a layer beside the projections."""
-        return 0
-
-    def stack_parameters(self, shape: LayerShape) -> int:
-        """Parameters of the whole model that lie outside its layers."""
-        return 0
-
-    def memory_numbers(self, shape: LayerShape) -> int:
-        """Numbers that a layer remembers of a sequence, as the paper's Table 2 counts them."""
-        return 0
-
-    @property
-    def passes(self) -> float:
-        """Places that run through the layers, for each token."""
-        return 1.0
-
-    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
-        """Useful operations of a layer's forward pass, per token, beside its weight matrices."""
-        seen = window_tokens if self.segment_tokens is None else self.segment_tokens
-        return TokenFlops(attention=_attention_flops(shape, seen))
-
-
-def _attention_flops(shape: LayerShape, seen_tokens: float) -> float:
-    """Of causal attention: 2 FLOPs x half of the square."""
-    return shape.num_heads * seen_tokens * (shape.key_dim + shape.value_dim)
 
 
 def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int = 0) -> None:
@@ -197,7 +92,7 @@ class InfiniConfig(AttentionVariant):
         key, value = shape.key_dim, shape.value_dim
         delta = 2 * shape.kv_heads * key * key * (1 + value / self.segment_tokens)
         return TokenFlops(
-            attention=_attention_flops(shape, self.segment_tokens),
+            attention=attention_flops(shape, self.segment_tokens),
             memory_read=2 * shape.num_heads * key * (value + 1),
             memory_write=2 * shape.kv_heads * key * (value + 1),
             delta=delta if self.update == "delta" else 0.0,
@@ -261,7 +156,7 @@ class TransformerXLConfig(AttentionVariant):
 
 
 def _cached_attention_flops(shape: LayerShape, segment_tokens: int, cache_tokens: int) -> float:
-    flops = _attention_flops(shape, segment_tokens)
+    flops = attention_flops(shape, segment_tokens)
     if cache_tokens:  # seen whole; its keys and values are projected once more
         flops += 2 * shape.num_heads * cache_tokens * (shape.key_dim + shape.value_dim)
         flops += 2 * shape.hidden_size * shape.token_numbers
@@ -401,7 +296,7 @@ class RmtConfig(AttentionVariant):
     def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
         """Attention over the segment and both copies of the memory tokens."""
         seen = self.segment_tokens + 2 * self.memory_tokens
-        return TokenFlops(attention=self.passes * _attention_flops(shape, seen))
+        return TokenFlops(attention=self.passes * attention_flops(shape, seen))
 
 
 @dataclass(frozen=True, kw_only=True)

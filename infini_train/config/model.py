@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from pydantic import FiniteFloat
 
-from infini_train.config.attention import AttentionConfig, AttentionVariant, InfiniConfig, LayerShape
+from infini_train.config.attention import AttentionConfig, InfiniConfig
 from infini_train.config.errors import require
+from infini_train.config.variant import AttentionVariant, LayerShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Sizes and arithmetic of a model from its config alone: what all variants share, and the sums of what each adds."""
 
-from infini_train.config.attention import TokenFlops
 from infini_train.config.model import ModelConfig
+from infini_train.config.variant import TokenFlops
 
 
 def count_parameters(config: ModelConfig) -> int:

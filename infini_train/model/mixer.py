@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from infini_train.config.attention import AttentionVariant
 from infini_train.config.model import ModelConfig
+from infini_train.config.variant import AttentionVariant
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.model.parameters import constant, declare
 from infini_train.ops.grid import Grid, Layout, Recent

@@ -8,7 +8,6 @@ The config class (config/attention.py) says all that needs no tensors, the modul
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from infini_train.config.attention import (
-    AttentionVariant,
     FullConfig,
     InfiniConfig,
     LocalConfig,
@@ -17,6 +16,7 @@ from infini_train.config.attention import (
     TransformerXLConfig,
 )
 from infini_train.config.model import ModelConfig
+from infini_train.config.variant import AttentionVariant
 from infini_train.model.infini import InfiniAttention
 from infini_train.model.local import FullAttention, LocalAttention, TransformerXLAttention
 from infini_train.model.memorizing import MemorizingAttention

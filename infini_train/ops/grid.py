@@ -150,9 +150,7 @@ def make_grid(
     document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
     weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
     left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
-    carried = slice(document_BL.shape[1] - overlap_tokens - left_open, None)
-    carried_document_BR = (document_BL[:, carried] - document_BL[:, -1:]).clamp_min(NOTHING)
-    carried_weight_BR = weight_BL[:, carried].clone()  # a view would keep the marks of the whole window alive
+    carried_document_BR, carried_weight_BR = _carry_marks(document_BL, weight_BL, overlap_tokens + left_open)
 
     age_BT = _count_ages(starts_BT)
     last_age_B = age_BT[:, -1]
@@ -183,6 +181,13 @@ def make_grid(
         age_BT=age_BT,
         last_age_B=last_age_B,
     )
+
+
+def _carry_marks(document_BL: Tensor, weight_BL: Tensor, kept_tokens: int) -> tuple[Tensor, Tensor]:
+    """The marks of the last tokens, for the next call."""
+    kept = slice(document_BL.shape[1] - kept_tokens, None)
+    # A view would keep the marks of the whole window alive.
+    return (document_BL[:, kept] - document_BL[:, -1:]).clamp_min(NOTHING), weight_BL[:, kept].clone()
 
 
 class _Cut(NamedTuple):

@@ -14,10 +14,11 @@ from infini_train.checkpoint.compat import (
     resumable_fields,
     same_weight_fields,
 )
-from infini_train.config.attention import KINDS, AttentionVariant, FullConfig, InfiniConfig, LocalConfig
+from infini_train.config.attention import KINDS, FullConfig, InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import override, to_tree, validate
 from infini_train.config.run import RunConfig
+from infini_train.config.variant import AttentionVariant
 
 SHORT = {
     "model": {"vocab_size": 64, "hidden_size": 256, "num_layers": 1, "num_heads": 2, "ffn_size": 32},

@@ -1,0 +1,113 @@
+"""What the rest of the program asks of a variant of attention, and the arithmetic that variants share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from infini_train.config.parallel import ParallelConfig
+
+
+class LayerShape(NamedTuple):
+    """The sizes that all variants of one model share."""
+
+    hidden_size: int
+    num_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def token_numbers(self) -> int:
+        """Numbers in a token's keys and values."""
+        return (self.key_dim + self.value_dim) * self.kv_heads
+
+
+class TokenFlops(NamedTuple):
+    """Floating-point operations of a token's forward pass, by purpose."""
+
+    matrices: float = 0.0  # projections, feed-forward, head
+    attention: float = 0.0  # local: causal, so half of the square is useful
+    memory_read: float = 0.0  # Eq. 7
+    memory_write: float = 0.0  # Eq. 8
+    delta: float = 0.0  # what Eq. 9 adds; its chain of D x D products is spread over the segment
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def plus(self, other: "TokenFlops") -> "TokenFlops":
+        """The sums, purpose by purpose."""
+        return TokenFlops(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionVariant:
+    """What the rest of the program asks of a variant of attention. The defaults suit one that adds nothing.
+
+    A model's layers need not be alike: `at` gives the variant of each, and every other question is one about a layer,
+    unless it says otherwise.
+    """
+
+    kind: str
+
+    has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
+    # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
+    same_weights: ClassVar[Mapping[str, str]] = {}
+    initial: ClassVar[Mapping[str, str]] = {}
+    # Fields that give a model parameters of their own. A trained model may gain them, and can't lose them.
+    adds_parameters: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def segment_tokens(self) -> int | None:
+        """Tokens in a segment, a field of most variants; None for one endless segment."""
+        return None
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens before its segment that local attention sees as well."""
+        return 0
+
+    def at(self, layer: int, num_layers: int) -> "AttentionVariant":
+        """The variant of a layer, counted from 0."""
+        return self
+
+    def check_model(self, num_layers: int) -> None:
+        """Raises ConfigError if the fields don't fit the model."""
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Raises ConfigError if the variant can't be divided in this way; the message says why."""
+
+    def check_export(self) -> str | None:
+        """What a plain Llama-like model with these weights computes instead, or None if it computes the same.
+
+        Raises:
+            ConfigError: the weights alone are another model.
+        """
+        return None
+
+    def extra_parameters(self, shape: LayerShape) -> int:
+        """Parameters of a layer beside the projections."""
+        return 0
+
+    def stack_parameters(self, shape: LayerShape) -> int:
+        """Parameters of the whole model that lie outside its layers."""
+        return 0
+
+    def memory_numbers(self, shape: LayerShape) -> int:
+        """Numbers that a layer remembers of a sequence, as the paper's Table 2 counts them."""
+        return 0
+
+    @property
+    def passes(self) -> float:
+        """Places that run through the layers, for each token."""
+        return 1.0
+
+    def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
+        """Useful operations of a layer's forward pass, per token, beside its weight matrices."""
+        seen = window_tokens if self.segment_tokens is None else self.segment_tokens
+        return TokenFlops(attention=attention_flops(shape, seen))
+
+
+def attention_flops(shape: LayerShape, seen_tokens: float) -> float:
+    """Of causal attention: 2 FLOPs x half of the square."""
+    return shape.num_heads * seen_tokens * (shape.key_dim + shape.value_dim)
