@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,9 +19,14 @@ import pydantic
 import yaml
 
 from infini_train.config.attention import KINDS, InfiniConfig
-from infini_train.config.errors import ConfigError
+from infini_train.config.data import SYNTHETIC_KINDS
+from infini_train.config.deprecated import advise, advise_override, modernise
+from infini_train.config.errors import ConfigError, naming
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
+
+_VARIANTS: Mapping[Any, type] = {**KINDS, **SYNTHETIC_KINDS}  # by their kinds, which differ between unions
+_log = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,6 +141,10 @@ def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
             near = _nearest_file(name, beside + shipped)
             raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/{near}")
         merged = _merge(merged, _read_tree(found, (*including, path.resolve())))
+    with naming(str(path)):
+        tree, old = modernise(tree, merged)
+    for name in old:
+        _log.warning("%s: %s", path, advise(name))
     return _merge(merged, tree)
 
 
@@ -145,7 +155,7 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             kind = value.get("kind", old.get("kind"))
-            known = {f.name for f in dataclasses.fields(KINDS[kind])} if kind in KINDS else set()
+            known = {f.name for f in dataclasses.fields(_VARIANTS[kind])} if kind in _VARIANTS else set()
             kept = old if kind == old.get("kind") else {name: v for name, v in old.items() if name in known}
             result[key] = _merge(kept, value)
         else:
@@ -163,22 +173,34 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
         value = _parse(text, f"--set {assignment}")
         for key in reversed(keys):
             value = {key: value}
+        with naming(f"--set {assignment}"):
+            value, old = modernise(value, tree)
+        for name in old:
+            _log.warning("--set %s: %s", assignment, advise_override(assignment, name))
         tree = _merge(tree, value)
     return tree
 
 
+def _variants(annotation: Any) -> dict[str, Any]:
+    """The dataclasses of a union that `kind` tells apart, by kind; empty for any other annotation."""
+    options = [option for inner in get_args(annotation) for option in (inner, *get_args(inner))]
+    return {option.kind: option for option in options if dataclasses.is_dataclass(option) and hasattr(option, "kind")}
+
+
 def _section(location: Iterable[int | str]) -> Any:
-    """The schema's dataclass at a pydantic location, where a variant's kind follows the field that holds it."""
+    """The schema's dataclass or union at a pydantic location, where a variant's kind follows its field."""
     section: Any = RunConfig
     for part in location:
         if isinstance(part, int):
             section = get_args(section)[0]
-        elif not dataclasses.is_dataclass(section):  # the union of variants
-            section = KINDS.get(str(part))
-        else:
+        elif variants := _variants(section):
+            section = variants.get(str(part))
+        elif dataclasses.is_dataclass(section):
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))
             if NoneType in get_args(section):  # an optional section
                 section = next(option for option in get_args(section) if option is not NoneType)
+        else:
+            return None
     return section
 
 
@@ -188,13 +210,13 @@ def _explain(error: pydantic.ValidationError) -> str:
     context, location = first.get("ctx", {}), first["loc"]
     if isinstance(context.get("error"), ConfigError):
         return str(context["error"])
-    parts = [str(p) for i, p in enumerate(location) if location[:i] != ("model", "attention")]
+    parts = [str(part) for i, part in enumerate(location) if not _variants(_section(location[:i]))]
     shown = ".".join(parts) or "config"
     if first["type"] == "union_tag_invalid":
         given = first["input"]["kind"]
-        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), KINDS)}"
+        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), _variants(_section(location)))}"
     if first["type"] == "union_tag_not_found":
-        return f"{shown}.kind: is missing; give one of {', '.join(KINDS)}"
+        return f"{shown}.kind: is missing; give one of {', '.join(_variants(_section(location)))}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [f.name for f in dataclasses.fields(_section(location[:-1]))]
         return f"{shown}: unknown key; {_nearest(str(location[-1]), names)}"
@@ -210,11 +232,12 @@ def _validator() -> pydantic.TypeAdapter[RunConfig]:
 
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
-    """The tree as frozen dataclasses.
+    """The tree as frozen dataclasses; spellings of earlier versions, as in old checkpoints, are read silently.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible combination, in one line.
     """
+    tree, _ = modernise(tree)
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
         return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
     except pydantic.ValidationError as error:

@@ -63,7 +63,7 @@ class Session:
 
     def batches(self) -> Iterator[tuple[Batch, Position]]:
         """Batches of this rank's lanes from the present position on, read ahead in the background where they can be."""
-        if not self.reader.learns:
+        if not self.reader.adaptive:
             yield from prefetch(self.reader, self.lanes)
             return
         while True:
@@ -79,7 +79,7 @@ class Session:
         if result.problem:
             self.lanes, self.carried = lanes, empty_carried(self.config, self.stages)
             return
-        self.lanes = self.reader.learn(lanes, result.loss)
+        self.lanes = self.reader.observe_loss(lanes, result.loss)
         if self.config.train.carry_memory:
             self.carried = result.states
 
@@ -177,7 +177,7 @@ def empty_carried(config: RunConfig, stages: Stages) -> Carried:
 def _check_checkpoint(checkpoint: Checkpoint, config: RunConfig, source: Source, notify: Notify) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         notify(f"changed since the checkpoint: {note}")
-    compat.check_same_data(checkpoint.state["data"], source.identity, source.name)
+    compat.check_same_data(source.upgrade_identity(checkpoint.state["data"]), source.identity, source.name)
 
 
 def _share(found: Checkpoint | None) -> Checkpoint | None:

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import TASKS, EncodedNeedles, draw_needles, find_words
+from infini_train.data.synthetic.haystack import HaystackSource
+from infini_train.data.synthetic.needles import TASKS, EncodedNeedles, draw_needles, find_words
 from infini_train.data.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
