@@ -15,13 +15,14 @@ def require(condition: bool, path: str, message: str) -> None:
 
 
 @contextmanager
-def naming(source: str) -> Iterator[None]:
+def naming(source: str, advice: str = "") -> Iterator[None]:
     """Prefixes every `ConfigError` raised inside with the field or flag that the value came from.
 
     Shared code raises errors about values (a file that can't be read); the caller knows where the user wrote them:
     ``with naming("data.synthetic.haystack"):`` in training, ``with naming("--haystack"):`` on the command line.
+    `advice` is appended.
     """
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: {error}{advice and f'; {advice}'}") from error

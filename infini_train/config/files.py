@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,13 +19,12 @@ import yaml
 
 from infini_train.config.attention import KINDS, InfiniConfig
 from infini_train.config.data import SYNTHETIC_KINDS
-from infini_train.config.deprecated import advise, advise_override, modernise
-from infini_train.config.errors import ConfigError, naming
+from infini_train.config.deprecated import modernise, modernise_file, modernise_override
+from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 
 _VARIANTS: Mapping[Any, type] = {**KINDS, **SYNTHETIC_KINDS}  # by their kinds, which differ between unions
-_log = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,11 +139,7 @@ def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
             near = _nearest_file(name, beside + shipped)
             raise ConfigError(f"{path}: include {name}: no such file beside it or below configs/{near}")
         merged = _merge(merged, _read_tree(found, (*including, path.resolve())))
-    with naming(str(path)):
-        tree, old = modernise(tree, merged)
-    for name in old:
-        _log.warning("%s: %s", path, advise(name))
-    return _merge(merged, tree)
+    return _merge(merged, modernise_file(tree, merged, str(path)))
 
 
 def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,11 +167,7 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
         value = _parse(text, f"--set {assignment}")
         for key in reversed(keys):
             value = {key: value}
-        with naming(f"--set {assignment}"):
-            value, old = modernise(value, tree)
-        for name in old:
-            _log.warning("--set %s: %s", assignment, advise_override(assignment, name))
-        tree = _merge(tree, value)
+        tree = _merge(tree, modernise_override(value, tree, assignment))
     return tree
 
 

@@ -193,4 +193,4 @@ def write_hardware(path: Path, hardware: Hardware, rates: dict[str, dict[int, fl
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
-        raise ConfigError(f"--measure: {path} can't be written: {error.strerror}") from error
+        raise ConfigError(f"{path} can't be written: {error.strerror}") from error

@@ -89,8 +89,8 @@ def test_what_was_saved_before_loads_in_silence(kind: str, tmp_path: Path, caplo
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("{passkey: {}, recall: {}}", "data.passkey and data.recall: give one of them only, as data.synthetic"),
-        ("{passkey: {}, synthetic: {kind: recall}}", "data.passkey and data.synthetic: give one of them only"),
+        ("{passkey: {}, recall: {}}", "data.passkey and data.recall: give only one of them, as data.synthetic"),
+        ("{passkey: {}, synthetic: {kind: recall}}", "data.passkey and data.synthetic: give only one of them"),
         ("{passkey: {digit: 3}}", "data.synthetic.digit: unknown key; did you mean digits?"),
         ("{passkey: 3}", "data.synthetic: must be a mapping, not 3"),
         ("{synthetic: {digits: 3}}", "data.synthetic.kind: is missing; give one of passkey, needles, recall"),
