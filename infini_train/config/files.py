@@ -172,7 +172,7 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
 
 
 def _variants(annotation: Any) -> dict[str, Any]:
-    """The dataclasses of a union that `kind` tells apart, by kind; empty for any other annotation."""
+    """The dataclasses of a union discriminated by `kind`; empty for any other annotation."""
     options = [option for inner in get_args(annotation) for option in (inner, *get_args(inner))]
     return {option.kind: option for option in options if dataclasses.is_dataclass(option) and hasattr(option, "kind")}
 

@@ -17,7 +17,7 @@ from infini_train.data.tokenizer import ByteTokenizer
 
 
 def write(folder: Path, lengths: list[int], first: int = 0) -> Dataset:
-    """Documents of these lengths, whose tokens tell which they are."""
+    """Documents of these lengths, whose tokens identify them."""
     with ShardWriter(folder, ByteTokenizer(), max_shard_bytes=20_000) as writer:
         for i, n in enumerate(lengths):
             writer.add(np.full(n, (first + i) % 256), n_bytes=n, id=f"d{i}")

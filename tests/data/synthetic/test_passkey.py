@@ -53,7 +53,7 @@ def in_words(wording: str, key: str, before: str, after: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_a_text_is_what_the_tokenizer_makes_of_its_words(kind, wording, tokenizers):
-    """Two rounds of filler before the key and one behind it, nothing cut."""
+    """Two rounds of filler before the key and one after it, nothing cut."""
     tokenizer = tokenizers[kind]
     writer = PasskeyWriter(tokenizer, WORDINGS[wording], 7)
     filler = " " + " ".join(WORDINGS[wording].filler)

@@ -129,7 +129,7 @@ def test_pressure_spares_the_needles_once_texts_have_grown():
             reader_of("needles").next(Progress(step, 20.0, 1.0))[0],
             reader.next(Progress(step, 20.0, 1.0))[0],
         )
-        first = texts_of(pressed, 0)[0]  # those behind it are drawn by other numbers
+        first = texts_of(pressed, 0)[0]  # those after it are drawn from other numbers
         np.testing.assert_array_equal(plain.tokens_BT[0, first], pressed.tokens_BT[0, first])
         for row in range(LANES):
             for place in texts_of(pressed, row):
@@ -163,13 +163,15 @@ def test_further_questions_ask_for_other_needles():
                 labels, weights = labels[labels != IGNORED], weights[labels != IGNORED]
                 said = bytes(labels[weights > 2 * config.text_weight / len(labels)].tolist()).decode().split()
                 text = bytes(labels.tolist()).decode()
-                told = dict(re.findall(r"The pass key of the (\w+) is (\d+)\. Remember", text))
+                stored_pairs = dict(re.findall(r"The pass key of the (\w+) is (\d+)\. Remember", text))
                 asked = re.findall(r"What is the pass key of the (\w+)\? The pass key of the \1 is (\d+)", text)
-                assert len(told) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
-                assert [told[thing] for thing, _ in asked] == [value for _, value in asked] == said
+                assert len(stored_pairs) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
+                assert [stored_pairs[thing] for thing, _ in asked] == [value for _, value in asked] == said
                 room = -(-(1 + len(text)) // SEGMENT) * SEGMENT - 1
-                assert len(asked) == min(len(told), 3) or len(text) + LONGEST_ROUND > room, "another one would fit"
-                too_small += len(asked) < min(len(told), 3)
+                assert len(asked) == min(len(stored_pairs), 3) or len(text) + LONGEST_ROUND > room, (
+                    "another one would fit"
+                )
+                too_small += len(asked) < min(len(stored_pairs), 3)
                 assert weights.sum() == pytest.approx(1 + config.text_weight, rel=0.1)
                 assert len(labels) < place.stop - place.start
                 asked_times.add(len(asked))
@@ -246,11 +248,19 @@ def test_recall_windows_ask_for_every_pair_behind_an_edge(longest, form):
                 stored = pairs if joined else 2 * pairs
                 keys, values = divmod(tokens[1 : pairs + 1] - FIRST_PAIR, VALUES)
                 keys, values = (keys, KEYS + values) if joined else (tokens[1:stored:2], tokens[2 : stored + 1 : 2])
-                told = dict(zip(keys.tolist(), values.tolist(), strict=True))
-                assert len(told) == pairs <= longest
-                assert 0 <= min(told) <= max(told) < KEYS <= min(told.values()) <= max(told.values()) < FIRST_PAIR
-                assert [told[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
-                assert sorted(tokens[asked].tolist()) == sorted(told)
+                stored_pairs = dict(zip(keys.tolist(), values.tolist(), strict=True))
+                assert len(stored_pairs) == pairs <= longest
+                assert (
+                    0
+                    <= min(stored_pairs)
+                    <= max(stored_pairs)
+                    < KEYS
+                    <= min(stored_pairs.values())
+                    <= max(stored_pairs.values())
+                    < FIRST_PAIR
+                )
+                assert [stored_pairs[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
+                assert sorted(tokens[asked].tolist()) == sorted(stored_pairs)
                 assert asked[0] % SEGMENT == 0 and asked[0] >= stored + 1
                 assert batch.loss_weights_BT[row, place].sum() == pytest.approx(1.0)
                 written = np.flatnonzero(batch.weights_BT[row, place])
