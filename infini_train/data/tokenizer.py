@@ -77,9 +77,9 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model file.
 
-    Models trained by `infini-data tokenizer` reproduce every text exactly; others may normalise it. The ids are those of
-    the whole text, except that the character U+2581, which SentencePiece can't distinguish from a space, gets the ids
-    of its bytes (models that normalise read it as a space).
+    Models trained by `infini-data tokenizer` reproduce every text exactly; others may normalise it. The ids are those
+    of the whole text, except that the character U+2581, which SentencePiece can't distinguish from a space, gets the
+    ids of its bytes (models that normalise read it as a space).
 
     Attributes:
         around: what the model adds before and after each non-empty text: nothing, or a space.

@@ -31,7 +31,8 @@ class NeedleMaker:
             window.
     """
 
-    noun, harder_below_loss = "texts", None
+    noun = "texts"
+    harder_below_loss: float | None = None
 
     def __init__(self, config: NeedlesConfig, window_tokens: int, segment_tokens: int, tokenizer: Tokenizer) -> None:
         if config.needles > len(THINGS):

@@ -44,40 +44,13 @@ class Stage(NamedTuple):
 class TextMaker(Protocol):
     """Makes the texts of a task. Sizes are in the maker's own unit: segments, or pairs."""
 
-    @property
-    def noun(self) -> str:
-        """What the texts are called in messages, in the plural."""
-        ...
-
-    @property
-    def bos_id(self) -> int:
-        """Token before each text."""
-        ...
-
-    @property
-    def pad_id(self) -> int:
-        """Token after it."""
-        ...
-
-    @property
-    def min_size(self) -> int:
-        """Size of the smallest texts."""
-        ...
-
-    @property
-    def max_size(self) -> int:
-        """Size of the largest texts once they have grown."""
-        ...
-
-    @property
-    def harder_below_loss(self) -> float | None:
-        """Texts become harder once the running mean of the loss is below this, and only then grow; None: never."""
-        ...
-
-    @property
-    def grow_below_loss(self) -> float:
-        """Texts grow while the running mean of the loss is below this."""
-        ...
+    noun: str  # what the texts are called in messages, in the plural
+    bos_id: int  # before each text
+    pad_id: int  # after it
+    min_size: int  # of the smallest texts
+    max_size: int  # of the largest texts once they have grown
+    harder_below_loss: float | None  # texts get harder once the running mean loss is below; only then they grow
+    grow_below_loss: float  # texts grow while the running mean loss is below
 
     def compose(self, random: np.random.Generator, size: int, room_segments: int, stage: Stage) -> Text | None:
         """Makes a text of this size, or a smaller one.

@@ -35,7 +35,8 @@ class RecallMaker:
         ConfigError: the largest text does not fit into a window.
     """
 
-    noun, harder_below_loss = "pairs", None
+    noun = "pairs"
+    harder_below_loss: float | None = None
     bos_id, pad_id = ByteTokenizer.bos_id, ByteTokenizer.pad_id
 
     def __init__(self, config: RecallConfig, window_tokens: int, segment_tokens: int) -> None:
