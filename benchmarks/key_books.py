@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.data.passkey import PasskeyWriter
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.synthetic.passkey import PasskeyWriter
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.passkey_scores import parse_length
 

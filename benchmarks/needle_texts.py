@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from infini_train.config.data import VALUE_EACH
-from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import EncodedNeedles, draw_needles
+from infini_train.data.synthetic.haystack import HaystackSource
+from infini_train.data.synthetic.needles import EncodedNeedles, draw_needles
 from infini_train.data.tokenizer import ByteTokenizer
 
 NEEDLES, DIGITS, HAY_TOKENS = 8, 2, 1024

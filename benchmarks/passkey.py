@@ -21,7 +21,7 @@ from typing import Any
 from page import fill_between
 
 from infini_train.config.files import read_tree, validate
-from infini_train.data.passkey_wordings import WORDINGS
+from infini_train.data.synthetic.wordings import WORDINGS
 from infini_train.eval.intervals import format_percent, wilson_interval
 from infini_train.eval.passkey_scores import format_length
 
@@ -47,7 +47,7 @@ def collect(run: Path) -> None:
     config = validate(read_tree(run / "config.yaml"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     step_s = statistics.median(row["speed/step_s"] for row in rows if "speed/step_s" in row)
-    passkey, attention = config.data.passkey, config.model.attention
+    passkey, attention = config.data.synthetic, config.model.attention
     about = {
         "name": config.name,
         "update": getattr(attention, "update", None),

@@ -51,7 +51,7 @@ def infini(
 
 def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
     """The settings of an arm whose pairs are a key and a value side by side, with a delta memory."""
-    texts = {"data.recall.joined": "false", "train.window_tokens": "528"}
+    texts = {"data.synthetic.joined": "false", "train.window_tokens": "528"}
     return {**infini("delta", conv_tokens=conv_tokens), "model.num_layers": str(layers), **texts}
 
 
@@ -126,12 +126,12 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
     """Questions about the pairs of texts, and how many were answered rightly."""
     import torch
 
-    from infini_train.data.recall import count_segments, lay_pairs
     from infini_train.data.source import text_segment
+    from infini_train.data.synthetic.recall import count_segments, make_pairs
     from infini_train.data.tokenizer import ByteTokenizer
 
-    model, segment, joined = trained.model, text_segment(trained.config), trained.config.data.recall.joined
-    texts = [lay_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment, joined) for i in range(TEXTS)]
+    model, segment, joined = trained.model, text_segment(trained.config), trained.config.data.synthetic.joined
+    texts = [make_pairs(np.random.default_rng([SEED, pairs, i]), pairs, segment, joined) for i in range(TEXTS)]
     shape = (TEXTS, count_segments(pairs, segment, joined) * segment)
     tokens_BT = torch.full(shape, ByteTokenizer.pad_id)
     labels_BT, asked_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)

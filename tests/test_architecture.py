@@ -202,6 +202,21 @@ def test_imports_go_one_way() -> None:
     report([violation for name in names for violation in import_violations(parse(name), name)])
 
 
+def test_general_readers_do_not_know_the_synthetic_texts() -> None:
+    """They are opened by data/source.py alone, and their own reader knows no kind of them."""
+    general = [name for name in sources("infini_train/data") if "/synthetic/" not in name]
+    names = set(general) - {"infini_train/data/source.py"} | {"infini_train/data/synthetic/reader.py"}
+    assert len(names) > 10
+    report(
+        [
+            f"{name}:{line}: may not import {target}"
+            for name in sorted(names)
+            for line, target in imports(parse(name), name)
+            if target.startswith("infini_train.data.synthetic")
+        ]
+    )
+
+
 def test_nothing_runs_code_hidden_in_data() -> None:
     report([use for name in sources(*PACKAGES, "benchmarks") for use in unsafe_uses(parse(name), name)])
 

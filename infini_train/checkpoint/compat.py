@@ -22,7 +22,7 @@ _RESUMABLE: Mapping[str, str] = {
     "checkpoint": "changes when states are saved, not the states",
     "data.train": "a path; the shards themselves are compared by their hashes",
     "data.mixture": "paths; the shards, weights and epochs are compared by their hashes",
-    "data.needles.tokenizer": "a path; the tokenizer itself is compared by its hash",
+    "data.synthetic.tokenizer": "a path; the tokenizer itself is compared by its hash",
     "data.cache_dir": "a folder for copies",
     "data.max_corrupt_documents": "decides when to give up, not what is read",
     "data.validation": "no influence on training",

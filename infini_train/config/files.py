@@ -19,6 +19,8 @@ import pydantic
 import yaml
 
 from infini_train.config.attention import KINDS, InfiniConfig
+from infini_train.config.data import SYNTHETIC_KINDS
+from infini_train.config.deprecated import modernise, modernise_file, modernise_override
 from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
 from infini_train.config.renamed import find_renamed, note_renamed
@@ -148,7 +150,8 @@ def _read_tree(path: Path, including: tuple[Path, ...], world_size: int | None =
     for name in _included(tree, path):
         merged = _merge(merged, _read_tree(_find_included(name, path), (*including, path.resolve()), world_size))
     scales = _own_scales(tree, path)
-    merged = _merge(_merge(merged, tree), scales.get(world_size, {}))
+    merged = _merge(merged, modernise_file(tree, merged, str(path)))
+    merged = _merge(merged, scales.get(world_size, {}))
     if old is not None:  # one scale of the file, under its old name
         merged["name"] = named.stem
         merged.pop("scales", None)
@@ -185,6 +188,11 @@ def _own_scales(tree: Mapping[str, Any], path: Path) -> dict[int | None, dict[st
     return scales
 
 
+def _variants() -> dict[Any, type]:
+    """The members of all unions by their kinds, which differ between unions."""
+    return {**KINDS, **SYNTHETIC_KINDS}
+
+
 def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Merges section by section. A mapping of another ``kind`` keeps only the fields that both kinds have."""
     result = dict(base)
@@ -192,7 +200,8 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             kind = value.get("kind", old.get("kind"))
-            known = {f.name for f in dataclasses.fields(KINDS[kind])} if kind in KINDS else set()
+            variant = _variants().get(kind)
+            known = {f.name for f in dataclasses.fields(variant)} if variant is not None else set()
             kept = old if kind == old.get("kind") else {name: v for name, v in old.items() if name in known}
             result[key] = _merge(kept, value)
         else:
@@ -210,22 +219,30 @@ def override(tree: dict[str, Any], assignments: Iterable[str], option: str = "--
         value = _parse(text, f"{option} {assignment}")
         for key in reversed(keys):
             value = {key: value}
-        tree = _merge(tree, value)
+        tree = _merge(tree, modernise_override(value, tree, assignment))
     return tree
 
 
+def _variants(annotation: Any) -> dict[str, Any]:
+    """The dataclasses of a union discriminated by `kind`; empty for any other annotation."""
+    options = [option for inner in get_args(annotation) for option in (inner, *get_args(inner))]
+    return {option.kind: option for option in options if dataclasses.is_dataclass(option) and hasattr(option, "kind")}
+
+
 def _section(location: Iterable[int | str]) -> Any:
-    """The schema's dataclass at a pydantic location, where a variant's kind follows the field that holds it."""
+    """The schema's dataclass or union at a pydantic location, where a variant's kind follows its field."""
     section: Any = RunConfig
     for part in location:
         if isinstance(part, int):
             section = get_args(section)[0]
-        elif not dataclasses.is_dataclass(section):  # the union of variants
-            section = KINDS.get(str(part))
-        else:
+        elif variants := _variants(section):
+            section = variants.get(str(part))
+        elif dataclasses.is_dataclass(section):
             section = {f.name: f.type for f in dataclasses.fields(section)}.get(str(part))
             if NoneType in get_args(section):  # an optional section
                 section = next(option for option in get_args(section) if option is not NoneType)
+        else:
+            return None
     return section
 
 
@@ -235,13 +252,13 @@ def _explain(error: pydantic.ValidationError) -> str:
     context, location = first.get("ctx", {}), first["loc"]
     if isinstance(context.get("error"), ConfigError):
         return str(context["error"])
-    parts = [str(p) for i, p in enumerate(location) if location[:i] != ("model", "attention")]
+    parts = [str(part) for i, part in enumerate(location) if not _variants(_section(location[:i]))]
     shown = ".".join(parts) or "config"
     if first["type"] == "union_tag_invalid":
         given = first["input"]["kind"]
-        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), KINDS)}"
+        return f"{shown}.kind: unknown value {json.dumps(given)}; {_nearest(str(given), _variants(_section(location)))}"
     if first["type"] == "union_tag_not_found":
-        return f"{shown}.kind: is missing; give one of {', '.join(KINDS)}"
+        return f"{shown}.kind: is missing; give one of {', '.join(_variants(_section(location)))}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = [f.name for f in dataclasses.fields(_section(location[:-1]))]
         return f"{shown}: unknown key; {_nearest(str(location[-1]), names)}"
@@ -258,11 +275,12 @@ def _validator(kinds: tuple[type, ...]) -> pydantic.TypeAdapter[RunConfig]:
 
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
-    """The tree as frozen dataclasses.
+    """The tree as frozen dataclasses; spellings of earlier versions, as in old checkpoints, are read silently.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible combination, in one line.
     """
+    tree, _ = modernise(tree)
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
         return _validator(tuple(KINDS.values())).validate_json(json.dumps(tree), strict=True, extra="forbid")
     except pydantic.ValidationError as error:

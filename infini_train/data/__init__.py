@@ -1,1 +1,1 @@
-"""Documents on disk, tokenizers, and the lanes that the training loop reads."""
+"""Datasets on disk, tokenizers, synthetic texts, and the lanes that the training loop reads."""

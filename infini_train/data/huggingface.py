@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's tokenizer.json form, through the `tokenizers` library. Imports no torch."""
+"""Tokenizers in Hugging Face's tokenizer.json format, through the `tokenizers` library. Imports no torch."""
 
 import hashlib
 import json
@@ -11,18 +11,18 @@ import numpy as np
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import token_dtype
 
-# Names that models use, where no tokenizer_config.json lies beside the file.
+# Names that models use, for files without a tokenizer_config.json next to them.
 _BEGIN = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>", "[CLS]")
 _END = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "[SEP]")
 _PAD = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|pad|>", "<|padding|>")
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json file. Names of special tokens inside a text are text; a document is always encoded whole.
+    """A tokenizer.json file. Names of special tokens inside a text are plain text; documents are always encoded whole.
 
     Args:
-        path: the file; bos, eos and pad are those of a tokenizer_config.json beside it, else the usual names.
-        special_ids: bos, eos and pad, where they are known.
+        path: the file; bos, eos and pad come from a tokenizer_config.json next to it, else from the usual names.
+        special_ids: bos, eos and pad, if known.
 
     Raises:
         ConfigError: no such file, not a tokenizer, no bos or eos, or the library is not installed.
@@ -70,11 +70,11 @@ class HuggingFaceTokenizer:
         return self._model.decode(known, skip_special_tokens=True)
 
     def token(self, number: int) -> str | None:
-        """The text of an id's token, as the file has it."""
+        """The token of an id, as the file spells it; None: no such id."""
         return self._model.id_to_token(number)
 
     def _find_special_ids(self) -> tuple[int, int, int]:
-        """Ids of bos, eos and pad; pad is eos if there is none, as is bos."""
+        """Ids of bos, eos and pad; a missing bos or pad is eos."""
         config = self._config()
         eos = self._id_of(config.get("eos_token"), _END)
         bos = self._id_of(config.get("bos_token"), _BEGIN)
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer:
         return config if isinstance(config, dict) else {}
 
     def _id_of(self, named: Any, usual: tuple[str, ...]) -> int | None:
-        """The id of a token that tokenizer_config.json names (as text, or in an object), or of the first usual one."""
+        """Id of a token named in tokenizer_config.json (as text, or in an object), or of the first usual name found."""
         content = named.get("content") if isinstance(named, dict) else named
         names = (content,) if isinstance(content, str) else usual
         return next((found for name in names if (found := self._model.token_to_id(name)) is not None), None)

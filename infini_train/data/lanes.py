@@ -1,10 +1,10 @@
-"""Documents to lanes: rows of the global batch that read one document after the other. Imports no torch.
+"""Documents to lanes: rows of the global batch, each of which reads one document after another. Imports no torch.
 
-Shapes: B lanes read by this rank, T window_tokens.
+Shapes: B lanes read by this rank, T window_tokens (the sequence length).
 
 A document of n content tokens x1..xn takes n + 1 positions: inputs bos, x1..xn; labels x1..xn, eos. The corpus knows
 which document comes next; the lane whose document ends first takes it, so what a lane reads depends neither on the
-window nor on how many processes read.
+window nor on the number of processes.
 """
 
 import heapq
@@ -21,7 +21,7 @@ from infini_train.data.corpus import Corpus, Turn
 from infini_train.data.shards import CorruptDocumentError
 
 IGNORED = -100  # label of a position without a loss
-_FRESH, _ENDED = -1, -2  # a lane before its first document, and after its last one
+_FRESH, _ENDED = -1, -2  # a lane before its first document, and after its last
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Batch:
 
     Attributes:
         tokens_BT: int64 inputs.
-        labels_BT: int64, already shifted; -100 where there is no loss: padding, and all but the summary of a pair.
-        starts_BT: bool, True at the first position of a document (and of the padding behind the last one).
-        weights_BT: float32, 1 for text and 0 for padding.
+        labels_BT: int64, already shifted; -100 where no loss is taken: padding, and all but the summary of a pair.
+        starts_BT: bool, True at the first position of a document (and of the padding after the last one).
+        weights_BT: float32 write weights, 1 for text and 0 for padding.
         document_B: int64, the document each lane ends in; -1 in padding.
         n_bytes: bytes of text that the valid labels stand for.
-        loss_weights_BT: float32, how much each label's loss counts; None: all alike.
+        loss_weights_BT: float32, weight of each label's loss; None: all equal.
     """
 
     tokens_BT: np.ndarray
@@ -49,24 +49,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class LaneState:
-    """Where all lanes stand (of every rank): enough to go on. `offset` counts positions of the lane's document."""
+    """Where the lanes of all ranks stand: enough to resume."""
 
-    turns: tuple[Turn, ...]  # documents of each part of the corpus that are given out
-    document: tuple[int, ...]
-    offset: tuple[int, ...]
+    turns: tuple[Turn, ...]  # how much of each dataset has been taken
+    document: tuple[int, ...]  # of each lane
+    offset: tuple[int, ...]  # positions of that document read so far
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values for json.dumps."""
+        """Plain values for json.dumps."""
         return {name: list(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Self:
-        """The state of a `to_json`."""
-        turns = tree["turns"] if "turns" in tree else [(tree["epoch"], tree["cursor"])]  # older: of a single dataset
+        """Inverse of `to_json`."""
+        turns = tree["turns"] if "turns" in tree else [(tree["epoch"], tree["cursor"])]  # older: a single dataset
         return cls(tuple(Turn(*turn) for turn in turns), tuple(tree["document"]), tuple(tree["offset"]))
 
 
-class Piece(NamedTuple):
+class DocumentSpan(NamedTuple):
     """Positions [start, stop) of a document, at a column of a lane's window; document < 0 is padding."""
 
     lane: int
@@ -76,26 +76,28 @@ class Piece(NamedTuple):
     stop: int
 
 
-class _Text(NamedTuple):
-    """Inputs and the last label of a piece: a cut of bos, x1..xn, eos. The loss begins at position `loss_start`."""
+class _SpanText(NamedTuple):
+    """Inputs and the last label of a span: a slice of bos, x1..xn, eos. Loss is taken from position `loss_start` on."""
 
     ids: np.ndarray
     loss_start: int
 
 
 class LaneReader:
-    """Reads lanes of a corpus, window by window. Lanes that ran out of documents are padded.
+    """Reads lanes of a corpus, window by window. Lanes that have run out of documents are padded.
 
     Args:
         corpus: what to read.
         n_lanes: lanes of the global batch.
         window_tokens: positions of a lane in one batch.
-        rows: the lanes that this rank reads, default all.
-        on_corrupt: told of each document with damaged data in `rows`, once.
+        rows: the lanes that this rank reads; default: all.
+        on_corrupt: called with a message for each damaged document in `rows`, once.
 
     Attributes:
-        corrupt_documents: how many documents met so far (in `rows`) have damaged data; masked, so that no lane shifts.
+        corrupt_documents: damaged documents met so far (in `rows`); they are masked, so that no lane shifts.
     """
+
+    adaptive = False  # what is read does not depend on the loss
 
     def __init__(
         self,
@@ -118,26 +120,24 @@ class LaneReader:
     def corrupt_documents(self) -> int:
         return len(self._corrupt)
 
-    learns = False  # what is read does not depend on what was learned
-
-    def learn(self, state: LaneState, loss: float) -> LaneState:
+    def observe_loss(self, state: LaneState, loss: float) -> LaneState:
         """The state itself."""
         return state
 
     def mix(self, state: LaneState) -> dict[str, float]:
-        """Epochs of each part of a mixture that have been given out, and its share of all positions, by name."""
-        parts = self.corpus.parts
-        if len(parts) == 1:
+        """Each dataset's epochs so far and its share of all positions, by name; nothing for a single dataset."""
+        datasets = self.corpus.datasets
+        if len(datasets) == 1:
             return {}
-        given = [self.corpus.given_positions(i, turn) for i, turn in enumerate(state.turns)]
+        taken = [self.corpus.taken_positions(i, turn) for i, turn in enumerate(state.turns)]
         found = {}
-        for part, turn, positions in zip(parts, state.turns, given, strict=True):
-            found[f"mix/{part.name}/share"] = positions / max(sum(given), 1)
-            found[f"mix/{part.name}/epochs"] = turn.epoch + turn.cursor / len(part.dataset)
+        for each, turn, positions in zip(datasets, state.turns, taken, strict=True):
+            found[f"mix/{each.name}/share"] = positions / max(sum(taken), 1)
+            found[f"mix/{each.name}/epochs"] = turn.epoch + turn.cursor / len(each.dataset)
         return found
 
     def start(self) -> LaneState:
-        """Before the first document."""
+        """The state before the first document."""
         return LaneState(self.corpus.start(), (_FRESH,) * self.n_lanes, (0,) * self.n_lanes)
 
     def parse(self, tree: Mapping[str, Any]) -> LaneState:
@@ -145,10 +145,10 @@ class LaneReader:
         return LaneState.from_json(tree)
 
     def next(self, state: LaneState) -> tuple[Batch | None, LaneState]:
-        """The window behind `state` and the state behind the window: the same state gives the same batch, bit for bit.
+        """Next batch and following state; the same state gives the same batch, bit for bit.
 
         Returns:
-            The batch (None when all lanes have ended) and the next state.
+            The batch (None once all lanes have ended) and the following state.
 
         Raises:
             ConfigError: the state belongs to another number of lanes or another dataset.
@@ -156,21 +156,21 @@ class LaneReader:
         self._check(state)
         if self._has_ended(state):
             return None, state
-        pieces, after = self.plan(state)
-        return self._read(pieces, after), after
+        spans, after = self.plan(state)
+        return self._read(spans, after), after
 
     def name_documents(self, state: LaneState) -> list[str]:
-        """The ids of all documents in the window behind `state`, of all ranks' lanes."""
-        numbers = sorted({piece.document for piece in self.plan(state)[0] if piece.document >= 0})
+        """Names of the documents in the next batch, of all ranks' lanes."""
+        numbers = sorted({span.document for span in self.plan(state)[0] if span.document >= 0})
         return [dataset.name(number) for dataset, number in map(self.corpus.locate, numbers)]
 
-    def plan(self, state: LaneState) -> tuple[list[Piece], LaneState]:
-        """What each lane reads in the window behind `state`; from lengths alone."""
+    def plan(self, state: LaneState) -> tuple[list[DocumentSpan], LaneState]:
+        """What each lane reads in the next window, and the following state; from lengths alone."""
         window, turns = self.window_tokens, state.turns
         document, begin = list(state.document), [-offset for offset in state.offset]  # begin: column of position 0
         ends = [(begin[i] + self._positions(d), i) for i, d in enumerate(document) if d != _ENDED]
-        pieces = [Piece(i, 0, _ENDED, 1, 1 + window) for i, d in enumerate(document) if d == _ENDED]
-        pieces += [Piece(i, 0, document[i], -begin[i], min(end, window) - begin[i]) for end, i in ends if end > 0]
+        spans = [DocumentSpan(i, 0, _ENDED, 1, 1 + window) for i, d in enumerate(document) if d == _ENDED]
+        spans += [DocumentSpan(i, 0, document[i], -begin[i], min(end, window) - begin[i]) for end, i in ends if end > 0]
         heapq.heapify(ends)
         while ends and ends[0][0] < window:
             column, lane = heapq.heappop(ends)
@@ -178,14 +178,14 @@ class LaneReader:
             taken, turns = self.corpus.take(turns)
             if taken is None:
                 document[lane] = _ENDED
-                pieces.append(Piece(lane, column, _ENDED, 0, window - column))
+                spans.append(DocumentSpan(lane, column, _ENDED, 0, window - column))
                 continue
             document[lane] = taken
             end = column + self._positions(document[lane])
-            pieces.append(Piece(lane, column, document[lane], 0, min(end, window) - column))
+            spans.append(DocumentSpan(lane, column, document[lane], 0, min(end, window) - column))
             heapq.heappush(ends, (end, lane))
         offset = tuple(0 if d == _ENDED else window - b for d, b in zip(document, begin, strict=True))
-        return pieces, LaneState(turns, tuple(document), offset)
+        return spans, LaneState(turns, tuple(document), offset)
 
     def _check(self, state: LaneState) -> None:
         if len(state.document) != self.n_lanes or len(state.offset) != self.n_lanes:
@@ -198,7 +198,7 @@ class LaneReader:
             for d, offset in zip(state.document, state.offset, strict=True)
         )
         if not fits or not self.corpus.fits(state.turns):
-            names = ", ".join(part.name for part in self.corpus.parts)
+            names = ", ".join(each.name for each in self.corpus.datasets)
             raise ConfigError(f"data: the saved position does not fit {names}; give the data it was saved with")
 
     def _has_ended(self, state: LaneState) -> bool:
@@ -209,15 +209,15 @@ class LaneReader:
     def _positions(self, document: int) -> int:
         return int(self.corpus.positions[document]) if document >= 0 else 0
 
-    def _read(self, pieces: list[Piece], after: LaneState) -> Batch:
-        """The tokens of the pieces that lie in this rank's rows."""
+    def _read(self, spans: list[DocumentSpan], after: LaneState) -> Batch:
+        """The tokens of the spans in this rank's rows."""
         shape = (len(self.rows), self.window_tokens)
         tokens_BT = np.full(shape, self.corpus.manifest.pad_id, np.int64)
         labels_BT = np.full(shape, IGNORED, np.int64)
         starts_BT = np.zeros(shape, bool)
         weights_BT = np.zeros(shape, np.float32)
         n_bytes = 0.0
-        for lane, column, document, start, stop in sorted(p for p in pieces if p.lane in self.rows):
+        for lane, column, document, start, stop in sorted(span for span in spans if span.lane in self.rows):
             row = self.rows.index(lane)
             if start == 0:
                 starts_BT[row, column] = True
@@ -226,14 +226,14 @@ class LaneReader:
                 continue
             columns = slice(column, column + stop - start)
             tokens_BT[row, columns], labels_BT[row, columns], weights_BT[row, columns] = text.ids[:-1], text.ids[1:], 1
-            silent = min(max(text.loss_start - start, 0), stop - start)  # positions whose label is only read
+            silent = min(max(text.loss_start - start, 0), stop - start)  # positions without loss
             labels_BT[row, column : column + silent] = IGNORED
             share = (stop - start - silent) / self._positions(document)
             n_bytes += share * int(self.corpus.lengths_bytes[document])
         document_B = np.array([max(after.document[lane], -1) for lane in self.rows], np.int64)
         return Batch(tokens_BT, labels_BT, starts_BT, weights_BT, document_B, n_bytes)
 
-    def _text(self, document: int, start: int, stop: int) -> "_Text | None":
+    def _text(self, document: int, start: int, stop: int) -> _SpanText | None:
         """Positions [start, stop) of a document; None if it is damaged."""
         manifest, n_tokens = self.corpus.manifest, self._positions(document) - 1
         dataset, number = self.corpus.locate(document)
@@ -248,13 +248,13 @@ class LaneReader:
         bos = [manifest.bos_id] if start == 0 else []
         eos = [manifest.eos_id] if stop == n_tokens + 1 else []
         ids = np.concatenate([np.array(bos, np.int64), content.astype(np.int64), np.array(eos, np.int64)])
-        return _Text(ids, loss_start)
+        return _SpanText(ids, loss_start)
 
 
 def prefetch(reader: Any, state: Any, depth: int = 2) -> Iterator[tuple[Batch, Any]]:
-    """Batches of a reader with the state behind each, read ahead by a thread; ends when the lanes end.
+    """Batches of a reader, each with the following state, read ahead by a thread until the lanes end.
 
-    An exception of the reader is raised here. Closing the generator stops the thread.
+    An exception in the reader is raised here. Closing the generator stops the thread.
     """
     ready: queue.Queue[tuple[Batch, Any] | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

@@ -1,6 +1,6 @@
 """(book, summary) pairs as one document: prompt, book, separator, summary. Imports no torch.
 
-Each part is encoded by itself, so that reading a book for a summary meets the very ids that training met.
+Each of the four is encoded separately, so that reading a book for a summary produces exactly the ids of training.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ SEPARATOR = "\n\nSummary:\n"
 
 @dataclass(frozen=True, kw_only=True)
 class PairForm:
-    """What stands around a book; the same in training and in evaluation."""
+    """The text around a book; the same in training and evaluation."""
 
     prompt: str = ""  # before the book
     separator: str = SEPARATOR  # between book and summary
 
     def encode_book(self, tokenizer: Tokenizer, book: str, max_tokens: int | None = None) -> np.ndarray:
-        """The ids that are read before the summary is written (without bos).
+        """int32 ids to read before the summary, without bos.
 
         Args:
-            tokenizer: of the model.
+            tokenizer: the model's.
             book: its text.
-            max_tokens: of the result; a longer book is cut at its end.
+            max_tokens: maximum length; a longer book is truncated.
 
         Raises:
             ConfigError: not even prompt and separator fit.
@@ -43,9 +43,9 @@ class PairForm:
     def encode(
         self, tokenizer: Tokenizer, book: str, summary: str, max_tokens: int | None = None
     ) -> tuple[np.ndarray, int]:
-        """The ids of a pair (without bos and eos), at most `max_tokens`, and the number of those before the summary.
+        """int32 ids of a pair without bos and eos, at most `max_tokens`, and the number before the summary.
 
-        The summary stays whole: what is too long is cut from the book's end.
+        The summary stays whole; the book is truncated.
 
         Raises:
             ConfigError: there is no room for the book.

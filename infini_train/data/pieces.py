@@ -1,7 +1,7 @@
-"""Texts to ids by their pieces: each different piece is encoded once and remembered. Imports no torch.
+"""Encodes texts piece by piece; each distinct piece is encoded once and cached. Imports no torch.
 
-Most pieces of a text are words, and most words come again and again, so looking up is what takes the time. It is done
-for all pieces of a megabyte of text at once: the bytes of a short piece are its key.
+Most pieces are words, and most words recur, so lookups dominate. They are vectorised over a megabyte of text at a time;
+the bytes of a short piece are its key.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ import numpy as np
 
 from infini_train.data.cuts import SLAB_CHARS, SPACE_SYMBOL, Cuts, batches, code_points
 
-_REMEMBERED_PIECES, _REMEMBERED_IDS = 1 << 18, 1 << 23  # about 60 MB; then all are forgotten
-_LONG_CHARS = 1000  # of a piece whose ids are too many for a list
-_KEY_BYTES = 15  # of the longest piece that is its own key; the 16th byte is its length
+_REMEMBERED_PIECES, _REMEMBERED_IDS = 1 << 18, 1 << 23  # about 60 MB; then the cache is cleared
+_LONG_CHARS = 1000  # longer pieces have too many ids for a list
+_KEY_BYTES = 15  # longest piece that is its own key; the 16th byte is its length
 _MASKS = np.array([(1 << (8 * n)) - 1 for n in range(9)], np.uint64)
 _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _SLOT_BITS = 20
 
 
 class PieceEncoder:
-    """Encodes texts piece by piece; its memory is bounded.
+    """Encodes texts piece by piece with a bounded cache.
 
     Args:
         cuts: where texts may be cut.
-        model: a SentencePieceProcessor that puts nothing in front of a text.
-        symbol_ids: what the space symbol becomes.
+        model: a SentencePieceProcessor that prepends nothing to a text.
+        symbol_ids: ids of the space symbol.
         dtype: of the ids.
     """
 
@@ -35,14 +35,14 @@ class PieceEncoder:
         self._model = model
         self._symbol_ids = symbol_ids
         self._dtype = dtype
-        self._counts = self._starts = np.zeros(0, np.int64)  # of the ids of each piece, by its number
+        self._counts = self._starts = np.zeros(0, np.int64)  # of each piece's ids, by its number
         self._ids = np.zeros(0, dtype)
         self._long: dict[bytes, int] = {}  # numbers of pieces that are too long for the table
         self._table = PieceTable()
         self._forget()
 
     def encode(self, texts: Sequence[str], threads: int = 1, slab_chars: int = SLAB_CHARS) -> list[np.ndarray]:
-        """The ids of each text."""
+        """Ids of each text."""
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         slabs = ((number, slab) for number, text in enumerate(texts) for slab in self.cuts.slabs(text, slab_chars))
         for batch in batches(slabs, slab_chars):
@@ -52,7 +52,7 @@ class PieceEncoder:
         return [np.concatenate(part) if part else np.zeros(0, self._dtype) for part in parts]
 
     def _encode_slabs(self, slabs: list[str], threads: int) -> list[np.ndarray]:
-        """Together, since a short text is not worth the calls."""
+        """Ids of each slab; encodes them together, since calls cost too much for short texts."""
         text, bounds = "".join(slabs), np.cumsum([len(slab) for slab in slabs])
         mask = self.cuts.mask(text)
         mask[bounds - 1] = True
@@ -68,32 +68,32 @@ class PieceEncoder:
         return np.split(ids, ends[last_pieces][:-1])
 
     def _look_up(self, data: bytes, starts: np.ndarray, stops: np.ndarray, threads: int) -> np.ndarray:
-        """The numbers of the pieces that lie between these bytes."""
+        """Numbers of the pieces between these byte offsets, int64."""
         if len(self._counts) > _REMEMBERED_PIECES or self._ids.size > _REMEMBERED_IDS:
             self._forget()
         low, high = _keys(data, starts, stops - starts)
         numbers = self._table.find(low, high)
-        first: dict[bytes, int] = {}  # of each piece that is new, the first place
+        first: dict[bytes, int] = {}  # first occurrence of each new piece
         unknown = np.flatnonzero((numbers < 0) | (stops - starts > _KEY_BYTES)).tolist()
         found = [data[starts[i] : stops[i]] for i in unknown]
         for i, piece in zip(unknown, found, strict=True):
             if piece not in self._long:
                 first.setdefault(piece, i)
-        learned = dict(zip(first, self._learn(list(first), threads), strict=True))
+        added = dict(zip(first, self._encode_new(list(first), threads), strict=True))
         places = np.array([i for piece, i in first.items() if len(piece) <= _KEY_BYTES], np.int64)
-        short = np.array([learned[piece] for piece in first if len(piece) <= _KEY_BYTES], np.int64)
+        short = np.array([added[piece] for piece in first if len(piece) <= _KEY_BYTES], np.int64)
         self._table.add(low[places], high[places], short)
-        self._long |= {piece: number for piece, number in learned.items() if len(piece) > _KEY_BYTES}
-        numbers[unknown] = [self._long[piece] if piece in self._long else learned[piece] for piece in found]
+        self._long |= {piece: number for piece, number in added.items() if len(piece) > _KEY_BYTES}
+        numbers[unknown] = [self._long[piece] if piece in self._long else added[piece] for piece in found]
         return numbers
 
-    def _learn(self, pieces: list[bytes], threads: int) -> range:
-        """Encodes new pieces; their numbers."""
+    def _encode_new(self, pieces: list[bytes], threads: int) -> range:
+        """Encodes new pieces, and returns their numbers."""
         texts = [piece.decode("utf-8", "surrogatepass") for piece in pieces]
         order = [i for i, text in enumerate(texts) if len(text) <= _LONG_CHARS]
         long = [i for i, text in enumerate(texts) if len(text) > _LONG_CHARS]
         found: list[Any] = [None] * len(texts)
-        lists = self._model.encode([texts[i] for i in order], num_threads=threads)  # faster to make than arrays
+        lists = self._model.encode([texts[i] for i in order], num_threads=threads)  # faster to build than arrays
         arrays = self._model.encode([texts[i] for i in long], return_type="numpy", num_threads=threads) if long else []
         for i, ids in zip(order + long, chain(lists, arrays), strict=True):
             found[i] = ids
@@ -106,7 +106,7 @@ class PieceEncoder:
         return range(first, first + len(pieces))
 
     def _forget(self) -> None:
-        """All but the space symbol, which no model is asked for."""
+        """Clears the cache, except for the space symbol, which is never passed to a model."""
         self._ids, self._starts = self._symbol_ids, np.zeros(1, np.int64)
         self._counts = np.array([self._symbol_ids.size], np.int64)
         self._long, self._table = {}, PieceTable()
@@ -115,7 +115,7 @@ class PieceEncoder:
 
 
 class PieceTable:
-    """Numbers by keys of 16 bytes, many at once: open addressing, a key lies in the first free slot from its own on."""
+    """A hash table from 16-byte keys to numbers, vectorised, with open addressing and linear probing."""
 
     def __init__(self) -> None:
         size = 1 << _SLOT_BITS
@@ -123,7 +123,7 @@ class PieceTable:
         self._numbers = np.full(size, -1, np.int64)
 
     def find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """int64 numbers, -1 for keys that are not there."""
+        """Numbers of the keys, int64; -1 for unknown keys."""
         slots = _slots(low, high)
         numbers = self._numbers[slots]
         wrong = np.flatnonzero((numbers >= 0) & ((self._low[slots] != low) | (self._high[slots] != high)))
@@ -134,7 +134,7 @@ class PieceTable:
         return numbers
 
     def add(self, low: np.ndarray, high: np.ndarray, numbers: np.ndarray) -> None:
-        """Different keys, none of which is there; the table must not become full."""
+        """Adds distinct new keys; the table must not become full."""
         slots, waiting = _slots(low, high), np.arange(len(low))
         while waiting.size:
             free = waiting[self._numbers[slots[waiting]] < 0]
@@ -151,16 +151,16 @@ def _slots(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _keys(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint64: the first 8 bytes of each piece; the next 7 and its length, which tell all short pieces apart.
+    """Keys of pieces, two uint64 each: the first 8 bytes; the next 7 and the length. Unique for short pieces.
 
-    `data` has 16 bytes more at its end.
+    `data` is padded with 16 bytes.
     """
-    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # from each byte
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # 8 bytes from each offset on
     low = words[starts] & _MASKS[np.minimum(lengths, 8)]
     high = words[starts + 8] & _MASKS[np.clip(lengths - 8, 0, 7)]
     return low, high | (np.minimum(lengths, 255).astype(np.uint64) << np.uint64(56))
 
 
 def _utf8_bytes(points: np.ndarray) -> np.ndarray:
-    """Of each character."""
+    """UTF-8 bytes of each character."""
     return 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)

@@ -16,11 +16,11 @@ from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.manifest import token_dtype
 from infini_train.data.pieces import PieceEncoder
 
-SHORT_CHARS = 1000  # up to which a text is encoded at once
+SHORT_CHARS = 1000  # texts up to this length are encoded in one call
 
 
 class Tokenizer(Protocol):
-    """What the project needs of a tokenizer. `sha256` identifies it; `pad_id` never stands for text."""
+    """What the project needs from a tokenizer. `sha256` identifies it; `pad_id` never stands for text."""
 
     @property
     def kind(self) -> str: ...
@@ -36,29 +36,29 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int: ...
     @property
     def file_name(self) -> str | None:
-        """Of its copy in a dataset's folder; None: it needs no file."""
+        """Name of its copy in a dataset's folder; None: it needs no file."""
         ...
 
     @property
     def model_bytes(self) -> bytes:
-        """What that file holds."""
+        """Content of that file."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids of the text alone, without bos and eos."""
+        """int32 ids of the text, without bos and eos."""
         ...
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """`encode` of each text, in the type that shards store; uses several threads where the tokenizer can."""
+        """Ids of each text in the dtype that shards store; uses several threads if the tokenizer can."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special ids stand for nothing, broken UTF-8 becomes U+FFFD."""
+        """Text of the ids; special ids are dropped, invalid UTF-8 becomes U+FFFD."""
         ...
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte; needs no training."""
+    """One token per UTF-8 byte; needs no training."""
 
     kind, file_name, model_bytes = "byte", None, b""
     vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
@@ -77,13 +77,13 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model file.
 
-    Models trained by `infini-data tokenizer` give every text back exactly; foreign ones may normalise it. The ids are
-    those of the whole text, except that the character U+2581, which SentencePiece can't tell from a space, gets the ids
-    of its bytes (models that normalise read it as a space).
+    Models trained by `infini-data tokenizer` reproduce every text exactly; others may normalise it. The ids are those
+    of the whole text, except that the character U+2581, which SentencePiece can't distinguish from a space, gets the
+    ids of its bytes (models that normalise read it as a space).
 
     Attributes:
-        around: what the model puts before and behind each text that is not empty: nothing, or a space.
-        piece_encoder: encodes texts in pieces; None where nothing is proven about pieces of this model.
+        around: what the model adds before and after each non-empty text: nothing, or a space.
+        piece_encoder: encodes texts in pieces; None if this model may not be cut into pieces.
 
     Raises:
         ConfigError: no such file, not a SentencePiece model, or a model without bos or eos.
@@ -96,7 +96,7 @@ class SentencePieceTokenizer:
         self.path = Path(path)
         self.model_bytes = _read(self.path)
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
-        sentencepiece.set_min_log_level(2)  # it would print its C++ source lines over the user's screen
+        sentencepiece.set_min_log_level(2)  # else it prints C++ source lines to the user's terminal
         try:
             if not self.model_bytes:
                 raise ValueError("empty file")
@@ -110,11 +110,11 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{path}: the tokenizer has no bos or eos token; train it with both")
         pad_id: int = self._model.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        self._dtype = token_dtype(self.vocab_size)  # half of int32: a document's ids are the most that is in memory
+        self._dtype = token_dtype(self.vocab_size)  # half of int32: the ids of documents dominate memory
         proto = parse_model(self.model_bytes)
         self._keeps_text = keeps_text(proto)
         self.around = ("", "")
-        self._inner = self._model  # puts nothing there
+        self._inner = self._model  # adds nothing
         cuts = cuts_of(proto)
         if self._keeps_text and proto.normalizer_spec.add_dummy_prefix:
             self.around = ("", " ") if proto.trainer_spec.treat_whitespace_as_suffix else (" ", "")
@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         if len(text) > SHORT_CHARS or SPACE_SYMBOL in text:
             return self.encode_many([text])[0].astype(np.int32)
-        before, after = self.around  # the same ids, without the tables of many texts
+        before, after = self.around  # the same ids, without the tables that many texts need
         return np.array(self._inner.encode(f"{before}{text}{after}" if text else ""), np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
@@ -148,7 +148,7 @@ class SentencePieceTokenizer:
         return [np.concatenate(part) for part in parts]
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """The text, cut around each space symbol, if the model would read that as a space."""
+        """Splits the text around each space symbol, if the model would read that as a space."""
         if not self._keeps_text:
             yield text
             return
@@ -170,9 +170,9 @@ def _read(path: Path) -> bytes:
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come; holds back a character until its last byte is there.
+    """Text of ids as they arrive; holds a character back until its last byte has arrived.
 
-    Decodes a few known ids before the new ones, since the first piece of a decode may lose its space.
+    Decodes a few earlier ids before the new ones, since the first piece of a decode may lose its space.
     """
     known: list[int] = []
     new: list[int] = []
@@ -190,11 +190,11 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
     """The tokenizer of a .model or tokenizer.json file, or the byte tokenizer for ``byte``.
 
     Args:
-        name: of the file, or byte.
-        special_ids: bos, eos and pad of a tokenizer.json, where they are known; it does not tell them itself.
+        name: the file, or byte.
+        special_ids: bos, eos and pad of a tokenizer.json, if known; the file does not contain them.
 
     Raises:
-        ConfigError: as `SentencePieceTokenizer` and `HuggingFaceTokenizer`.
+        ConfigError: as in `SentencePieceTokenizer` and `HuggingFaceTokenizer`.
     """
     if str(name) == "byte":
         return ByteTokenizer()
@@ -204,7 +204,7 @@ def load_tokenizer(name: str | Path, special_ids: tuple[int, int, int] | None = 
 
 
 def tokenizer_files(checkpoint: Path) -> list[Path]:
-    """Those beside a checkpoint's own files, as in a model to give away, and those in its run's folder."""
+    """Tokenizer files next to a checkpoint's own files, as in a shipped model, and in its run's folder."""
     kinds = (SentencePieceTokenizer, HuggingFaceTokenizer)
     files = (folder / kind.file_name for folder in (checkpoint, checkpoint.parent.parent) for kind in kinds)
     return [file for file in files if file.is_file()]
@@ -213,11 +213,11 @@ def tokenizer_files(checkpoint: Path) -> list[Path]:
 def find_tokenizer(
     checkpoint: Path, sha256: str | None, special_ids: tuple[int, int, int] | None
 ) -> tuple[Tokenizer, Path | None] | None:
-    """The tokenizer that a checkpoint was trained with, and its file (None: bytes); None if it is not there.
+    """The tokenizer that a checkpoint was trained with, and its file (None: bytes); None if it is missing.
 
     Args:
         checkpoint: its folder, resolved.
-        sha256: of the tokenizer.
+        sha256: hash of the tokenizer.
         special_ids: as in `load_tokenizer`.
 
     Raises:
@@ -233,10 +233,10 @@ def find_tokenizer(
 
 
 def tokenizer_of(folder: Path | str) -> Tokenizer:
-    """The tokenizer that lies in a dataset's folder.
+    """The tokenizer in a dataset's folder.
 
     Raises:
-        ConfigError: no manifest, or the tokenizer is not the one that the dataset was encoded with.
+        ConfigError: no manifest, or another tokenizer than the one that the dataset was encoded with.
     """
     path = Path(folder) / "manifest.json"
     try:

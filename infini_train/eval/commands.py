@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train.command_line import describe, positive
-from infini_train.data.passkey_wordings import WORDINGS
+from infini_train.data.synthetic.wordings import WORDINGS
 from infini_train.eval.context_commands import add_context, add_gates
 from infini_train.eval.needle_commands import add_needles
 from infini_train.eval.passkey_scores import LENGTHS, POSITIONS, PasskeyGrid, parse_length, parse_positions

@@ -3,8 +3,8 @@
 import argparse
 
 from infini_train.command_line import describe
-from infini_train.data.haystack import HAYSTACKS
-from infini_train.data.needles import TASKS
+from infini_train.data.synthetic.haystack import HAYSTACKS
+from infini_train.data.synthetic.needles import TASKS
 from infini_train.eval.needle_scores import DEPTHS, LENGTHS, NeedleGrid
 from infini_train.eval.passkey_scores import parse_length, parse_positions
 from infini_train.eval.runner import add_lanes, add_out, prepare, run

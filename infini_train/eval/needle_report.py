@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from infini_train.data.haystack import HAYSTACKS
-from infini_train.data.needles import ONE_ASKED
+from infini_train.data.synthetic.haystack import HAYSTACKS
+from infini_train.data.synthetic.needles import ONE_ASKED
 from infini_train.eval.heatmap import plot_recall
 from infini_train.eval.intervals import format_share
 from infini_train.eval.loading import Trained

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError
-from infini_train.data.needles import ONE_ASKED, TASKS, THINGS, Task, find_words
+from infini_train.data.synthetic.needles import ONE_ASKED, TASKS, THINGS, Task, find_words
 
 LENGTHS = ("4K", "16K", "64K")
 DEPTHS = ("0", "0.5", "1")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
-from infini_train.config.errors import ConfigError
-from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import ONE_ASKED, TASKS, EncodedNeedles, NeedleText, draw_needles
-from infini_train.data.passkey import choose_before
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.config.errors import ConfigError, naming
+from infini_train.data.synthetic.haystack import HaystackSource
+from infini_train.data.synthetic.needles import ONE_ASKED, TASKS, EncodedNeedles, NeedleText, draw_needles
+from infini_train.data.synthetic.passkey import choose_before
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.needle_scores import NeedleAnswer, NeedleGrid, NeedlePrompt
 from infini_train.eval.passkey import EVEN_STEPS
@@ -32,7 +32,8 @@ class NeedlePrompts:
 
     def __init__(self, grid: NeedleGrid, tokenizer: Tokenizer, segment_tokens: int) -> None:
         self.grid, self.tokenizer, self.segment_tokens = grid, tokenizer, segment_tokens
-        self.source = HaystackSource(grid.haystack, tokenizer)
+        with naming("--haystack"):
+            self.source = HaystackSource(grid.haystack, tokenizer)
         self._intro = find_wording("paper").intro
         for prompt in grid.prompts(min(grid.lengths_tokens)):
             needed = self._encode(prompt)[0].min_tokens + 1  # bos

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
-from infini_train.data.passkey import Passkey, PasskeyWriter, choose_before
+from infini_train.data.synthetic.passkey import Passkey, PasskeyWriter, choose_before
 from infini_train.eval.passkey_scores import Answer, PasskeyGrid, Prompt
 from infini_train.eval.reading import segment_of
 from infini_train.eval.streaming import read_prompts

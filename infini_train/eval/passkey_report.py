@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.passkey import PasskeyWriter
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.synthetic.passkey import PasskeyWriter
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.eval.heatmap import plot_recall
 from infini_train.eval.intervals import format_share
 from infini_train.eval.loading import Trained

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from infini_train.config.errors import ConfigError
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.config.errors import ConfigError, naming
+from infini_train.data.synthetic.wordings import find_wording
 
 LENGTHS = ("32K", "128K", "256K", "512K", "1M")  # the paper's
 POSITIONS = ("0", "0.5", "1")
@@ -40,7 +40,8 @@ class PasskeyGrid:
     wording: str = "paper"
 
     def __post_init__(self) -> None:
-        find_wording(self.wording)
+        with naming("--wording"):
+            find_wording(self.wording)
         if not self.lengths_tokens or min(self.lengths_tokens) <= 0:
             raise ConfigError("--lengths: give at least one, each positive")
         if not self.positions or not all(0 <= position <= 1 for position in self.positions):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from infini_train.config.errors import ConfigError
+from infini_train.config.errors import ConfigError, naming
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
 from infini_train.plan.hardware import load_hardware
@@ -74,9 +74,14 @@ def _plan(options: argparse.Namespace) -> None:
     from infini_train.parallel import device
 
     device.prepare()
-    from infini_train.plan.dry_run import dry_run
+    from infini_train.plan.dry_run import check_rank, count_processes, dry_run
     from infini_train.plan.table import format_plan
 
+    with naming("--world-size"):
+        size = count_processes(config, size)
+    if options.rank is not None:
+        with naming("--rank"):
+            check_rank(options.rank, size)
     plan = dry_run(config, size, None if options.rank is None else [options.rank], hardware)
     print(json.dumps(plan.to_json()) if options.json else format_plan(plan))
 
@@ -90,7 +95,8 @@ def _search(options: argparse.Namespace, config: RunConfig, size: int | None) ->
     if size < 1:
         raise ConfigError(f"--world-size: must be positive, not {size}")
     hardware = load_hardware(options.hardware)
-    found = search(config, hardware, size)
+    with naming("--search"):
+        found = search(config, hardware, size)
     if options.json:
         print(json.dumps(search_json(found, hardware, options.top)))
     else:
@@ -104,7 +110,8 @@ def _measure(path: Path) -> None:
     from infini_train.plan.measure import measure_hardware, write_hardware
 
     hardware, rates = measure_hardware()
-    write_hardware(path, hardware, rates)
+    with naming("--measure"):
+        write_hardware(path, hardware, rates)
     for name, value in dataclasses.asdict(hardware).items():
         print(f"{name:<24}{value}")
     print(f"written: {path}; use it with --hardware {path}")

@@ -131,13 +131,13 @@ def dry_run(
     Raises:
         ConfigError: the processes can't be divided like that, or there is no such rank.
     """
-    config, size = _divide(config, world_size)
+    size = count_processes(config, world_size)
+    config = divide_processes(config, size)
     hardware = hardware or load_hardware("h100")
     stages, parts = config.parallel.pipeline_size, find_parts(config)
     chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
     for rank in chosen:
-        if not 0 <= rank < size:
-            raise ConfigError(f"--rank: {rank} is none of the {size} ranks; choose one from 0 to {size - 1}")
+        check_rank(rank, size)
     try:
         whole = _build(dataclasses.replace(config, parallel=ParallelConfig()), mesh.pretend(ParallelConfig(), 0, 1))
         lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
@@ -162,14 +162,25 @@ def dry_run(
         mesh.stop()
 
 
-def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
+def count_processes(config: RunConfig, world_size: int | None) -> int:
+    """The number of processes to plan for: `world_size`, or as few as the config allows.
+
+    Raises:
+        ConfigError: the parallel section can't divide that many.
+    """
     parallel = config.parallel
     needed = parallel.model_size * (parallel.data_size or 1)
     size = needed if world_size is None else world_size
     if size < 1 or size % needed or (parallel.data_size is not None and size != needed):
         what = f"{'a multiple of ' if parallel.data_size is None else ''}{needed}"
-        raise ConfigError(f"--world-size: {size} processes, but the parallel section needs {what}; change one of them")
-    return divide_processes(config, size), size
+        raise ConfigError(f"{size} processes, but the parallel section needs {what}; change one of them")
+    return size
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises a ConfigError unless there is such a rank."""
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{rank} is none of the {world_size} ranks; choose one from 0 to {world_size - 1}")
 
 
 def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], hardware: Hardware) -> RankPlan:

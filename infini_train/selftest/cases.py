@@ -205,7 +205,7 @@ def choose_cases(
         and (not patterns or any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns))
     ]
     if not chosen:
-        raise ConfigError(f"--only: no case for {processes} processes has such a name; see --list")
+        raise ConfigError(f"no case for {processes} processes has such a name")
     return chosen
 
 

@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from infini_train.command_line import positive, repeat_verbosity
-from infini_train.config.errors import ConfigError
-from infini_train.selftest.cases import CASES, choose_cases
+from infini_train.config.errors import ConfigError, naming
+from infini_train.selftest.cases import CASES, Case, choose_cases
 
 DESCRIPTION = """\
 Train a tiny model for five steps in every parallel layout, and compare gradients, losses, weights and
@@ -58,12 +59,14 @@ def _selftest(options: argparse.Namespace) -> None:
     if options.nproc is not None and started:
         raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
     processes = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
-    if options.list:
-        known = choose_cases(processes, options.only, options.precision) if options.nproc or started else CASES
-        for case in known:
-            print(f"{case.name:<36} {case.processes}")
+    if options.list and not (options.nproc or started):
+        _list(CASES)
         return
-    cases = choose_cases(processes, options.only, options.precision)
+    with naming("--only", "see --list"):
+        cases = choose_cases(processes, options.only, options.precision)
+    if options.list:
+        _list(cases)
+        return
     if options.nproc is not None:
         from infini_train.launcher import launch
 
@@ -72,13 +75,21 @@ def _selftest(options: argparse.Namespace) -> None:
 
     device.prepare()
     from infini_train.parallel import mesh
-    from infini_train.selftest.run import run_selftest
+    from infini_train.selftest.run import UnsharedFolderError, run_selftest
 
-    failed = run_selftest(cases, options.folder, options.json)
+    try:
+        failed = run_selftest(cases, options.folder, options.json)
+    except UnsharedFolderError as error:
+        raise ConfigError(f"--folder: {error}") from error
     mesh.stop()
     if failed and os.environ.get("RANK", "0") == "0":
         print(f"error: {failed} of {len(cases)} cases failed; see docs/selftest.md", file=sys.stderr)
         sys.exit(1)
+
+
+def _list(cases: Iterable[Case]) -> None:
+    for case in cases:
+        print(f"{case.name:<36} {case.processes}")
 
 
 def _repeat(options: argparse.Namespace) -> list[str]:

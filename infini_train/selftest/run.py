@@ -107,7 +107,7 @@ def run_selftest(cases: list[Case], folder: Path | None = None, as_json: bool = 
         The number of cases that failed; on all ranks.
 
     Raises:
-        ConfigError: the ranks don't see the same files.
+        UnsharedFolderError: the ranks don't see the same files.
     """
     rank, size = mesh.world()
     mesh.start(ParallelConfig(data_size=size, timeout_s=TIMEOUT_S))
@@ -123,6 +123,10 @@ def run_selftest(cases: list[Case], folder: Path | None = None, as_json: bool = 
     return failed
 
 
+class UnsharedFolderError(ConfigError):
+    """The folder for temporary files is not on a disk that all ranks share."""
+
+
 @contextlib.contextmanager
 def _shared_folder(parent: Path | None) -> Iterator[Path]:
     """A new folder that rank 0 makes, and removes at the end."""
@@ -134,8 +138,8 @@ def _shared_folder(parent: Path | None) -> Iterator[Path]:
     folder = Path(mesh.broadcast_text(made))
     try:
         if mesh.sum_over_world([float(bool(folder.name) and folder.is_dir())])[0] < mesh.world()[1]:
-            raise ConfigError(
-                f"--folder: {parent or tempfile.gettempdir()} is not a folder that all ranks can write and see;"
+            raise UnsharedFolderError(
+                f"{parent or tempfile.gettempdir()} is not a folder that all ranks can write and see;"
                 " give one on a shared disk"
             )
         yield folder

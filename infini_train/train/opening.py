@@ -56,7 +56,7 @@ def open_session(config: RunConfig) -> Session:
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         LOG.info("changed since the checkpoint: %s", note)
-    compat.check_same_data(checkpoint.state["data"], source.identity, source.name)
+    compat.check_same_data(source.upgrade_identity(checkpoint.state["data"]), source.identity, source.name)
 
 
 def _build_session(config: RunConfig, source: Source, validation: Dataset | None, origin: Checkpoint | None) -> Session:

@@ -41,7 +41,7 @@ class Session:
 
     def batches(self) -> Iterator[tuple[Batch, Position]]:
         """Batches of this rank's lanes from the current position on, prefetched in the background where possible."""
-        if not self.reader.learns:
+        if not self.reader.adaptive:
             yield from prefetch(self.reader, self.lanes)
             return
         while True:
@@ -57,6 +57,6 @@ class Session:
         if result.problem:
             self.lanes, self.carried = lanes, empty_carried(self.config, self.stages)
             return
-        self.lanes = self.reader.learn(lanes, result.loss)
+        self.lanes = self.reader.observe_loss(lanes, result.loss)
         if self.config.train.carry_memory:
             self.carried = result.states

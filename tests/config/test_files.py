@@ -65,7 +65,7 @@ WRONG = {
     ),
     "unknown field like no other": (
         "data.zzz=3",
-        "data.zzz: unknown key; known: train, mixture, curriculum, passkey",
+        "data.zzz: unknown key; known: train, mixture, curriculum, synthetic",
     ),
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
@@ -128,16 +128,16 @@ WRONG = {
         "data.mixture.0.wieght: unknown key; did",
     ),
     "a field of an optional section": (
-        "data={train: null, passkey: {digit: 4}}",
-        "data.passkey.digit: unknown key; did you mean digits?",
+        "data={train: null, synthetic: {kind: passkey, digit: 4}}",
+        "data.synthetic.digit: unknown key; did you mean digits?",
     ),
     "a field of an optional section inside a section": (
         "model.rope_scaling={factor: 4, original_token: 8}",
         "model.rope_scaling.original_token: unknown key; did you mean original_tokens?",
     ),
     "no threshold": (
-        "data={train: null, passkey: {few_digits_below_loss: 0}}",
-        "data.passkey.few_digits_below_loss: must be positive, or null for never",
+        "data={train: null, synthetic: {kind: passkey, few_digits_below_loss: 0}}",
+        "data.synthetic.few_digits_below_loss: must be positive, or null for never",
     ),
     "negative": ("train.max_steps=-1", "train.max_steps: must be positive"),
     "zero": ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1"),

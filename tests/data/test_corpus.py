@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from infini_train.config.data import LengthStage
 from infini_train.config.errors import ConfigError
-from infini_train.data.corpus import Corpus, Part, bring_forward, permute
+from infini_train.data.corpus import Corpus, WeightedDataset, bring_forward, permute
 from infini_train.data.lanes import Batch, LaneReader, LaneState
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
 
 def write(folder: Path, lengths: list[int], first: int = 0) -> Dataset:
-    """Documents of these lengths, whose tokens tell which they are."""
+    """Documents of these lengths, whose tokens identify them."""
     with ShardWriter(folder, ByteTokenizer(), max_shard_bytes=20_000) as writer:
         for i, n in enumerate(lengths):
             writer.add(np.full(n, (first + i) % 256), n_bytes=n, id=f"d{i}")
@@ -57,13 +57,13 @@ def test_each_document_comes_once_an_epoch_whoever_reads(
 
     def open_corpus() -> Corpus:
         parts = zip(map(str, range(4)), datasets, weights, epochs, strict=False)
-        return Corpus([Part(*part) for part in parts], 3, stages)
+        return Corpus([WeightedDataset(*part) for part in parts], 3, stages)
 
     corpus = open_corpus()
     taken = take(corpus, 1000)
     expected = [
         d
-        for part, first in zip(corpus.parts, corpus._first, strict=False)
+        for part, first in zip(corpus.datasets, corpus._first, strict=False)
         for d in range(first, first + len(part.dataset))
         for _ in range(part.epochs or 0)
     ]
@@ -97,7 +97,11 @@ def test_parts_have_their_shares_of_the_tokens(tmp_path) -> None:
     random = np.random.default_rng(0)
     sets = [write(tmp_path / str(i), random.integers(1, 40 * 3**i, 60).tolist()) for i in range(3)]
     corpus = Corpus(
-        [Part(str(i), dataset, weight) for i, (dataset, weight) in enumerate(zip(sets, (5, 3, 2), strict=True))], 0
+        [
+            WeightedDataset(str(i), dataset, weight)
+            for i, (dataset, weight) in enumerate(zip(sets, (5, 3, 2), strict=True))
+        ],
+        0,
     )
     reader = LaneReader(corpus, 2, 64)
     state = reader.start()
@@ -106,7 +110,7 @@ def test_parts_have_their_shares_of_the_tokens(tmp_path) -> None:
     mix = reader.mix(state)
     shares = [mix[f"mix/{i}/share"] for i in range(3)]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
-    given = [corpus.given_positions(i, turn) for i, turn in enumerate(state.turns)]
+    given = [corpus.taken_positions(i, turn) for i, turn in enumerate(state.turns)]
     assert mix["mix/1/epochs"] == pytest.approx(given[1] / (sets[1].manifest.tokens + 60), abs=0.2)
     alone = LaneReader(Corpus.of(sets[0], 0), 2, 64)
     assert alone.mix(alone.start()) == {}
@@ -114,7 +118,7 @@ def test_parts_have_their_shares_of_the_tokens(tmp_path) -> None:
 
 def test_a_part_that_is_used_up_leaves_its_place_to_the_others(tmp_path) -> None:
     small, large = write(tmp_path / "s", [9] * 3), write(tmp_path / "l", [9] * 30)
-    corpus = Corpus([Part("s", small, 1.0, 2), Part("l", large, 1.0)], None)
+    corpus = Corpus([WeightedDataset("s", small, 1.0, 2), WeightedDataset("l", large, 1.0)], None)
     taken = take(corpus, 30)
     assert taken[:12] == [0, 3, 1, 4, 2, 5, 0, 6, 1, 7, 2, 8]
     assert min(taken[12:]) >= 3
@@ -131,20 +135,27 @@ def test_a_curriculum_brings_short_documents_forward() -> None:
 
 def test_the_curriculum_is_of_the_first_epoch(tmp_path) -> None:
     dataset = write(tmp_path / "d", [30, 3, 30, 3, 30, 3])
-    corpus = Corpus([Part("d", dataset)], None, (LengthStage(tokens=100, max_document_tokens=3),))
+    corpus = Corpus([WeightedDataset("d", dataset)], None, (LengthStage(tokens=100, max_document_tokens=3),))
     assert take(corpus, 12) == [1, 3, 5, 0, 2, 4, 0, 1, 2, 3, 4, 5]
 
 
 def test_what_does_not_go_together_is_refused(tmp_path) -> None:
     one, other = write(tmp_path / "one", [3, 4]), write(tmp_path / "other", [3, 4, 5])
-    with pytest.raises(ConfigError, match=r"data.mixture: b is there twice; give it once, with a larger weight"):
-        Corpus([Part("a", one), Part("b", one)], 0)
+    with pytest.raises(ConfigError, match=r"^b is there twice; give it once, with a larger weight"):
+        Corpus([WeightedDataset("a", one), WeightedDataset("b", one)], 0)
     tokenizer = ByteTokenizer()
     tokenizer.sha256 = "another"  # type: ignore[misc]
     with ShardWriter(tmp_path / "third", tokenizer) as writer:
         writer.add(np.arange(3), n_bytes=3, id="x")
-    with pytest.raises(ConfigError, match=r"data.mixture: c was encoded with another tokenizer than a; encode all"):
-        Corpus([Part("a", one), Part("b", other), Part("c", Dataset.open(tmp_path / "third"))], 0)
+    with pytest.raises(ConfigError, match=r"^c was encoded with another tokenizer than a; encode all"):
+        Corpus(
+            [
+                WeightedDataset("a", one),
+                WeightedDataset("b", other),
+                WeightedDataset("c", Dataset.open(tmp_path / "third")),
+            ],
+            0,
+        )
 
 
 def test_the_identity_knows_weights_epochs_and_curriculum(tmp_path) -> None:
@@ -153,13 +164,13 @@ def test_the_identity_knows_weights_epochs_and_curriculum(tmp_path) -> None:
     identities = {
         Corpus(parts, 0, stages).identity
         for parts in (
-            [Part("a", one)],
-            [Part("a", one, 1.0, 2)],
-            [Part("a", one), Part("b", other)],
-            [Part("a", one), Part("b", other, 2.0)],
-            [Part("b", other), Part("a", one)],
+            [WeightedDataset("a", one)],
+            [WeightedDataset("a", one, 1.0, 2)],
+            [WeightedDataset("a", one), WeightedDataset("b", other)],
+            [WeightedDataset("a", one), WeightedDataset("b", other, 2.0)],
+            [WeightedDataset("b", other), WeightedDataset("a", one)],
         )
         for stages in ((), (stage,))
     }
     assert len(identities) == 10
-    assert Corpus([Part("moved", one)], 5).identity == one.identity
+    assert Corpus([WeightedDataset("moved", one)], 5).identity == one.identity

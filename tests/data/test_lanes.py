@@ -20,7 +20,7 @@ BOS, EOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.eos_id, ByteTokenizer.pad_id
 
 
 def write(folder: Path, lengths: list[int]) -> Dataset:
-    """Documents of these lengths; tokens tell their document."""
+    """Documents of these lengths; tokens identify their document."""
     with ShardWriter(folder, ByteTokenizer(), max_shard_bytes=20_000) as writer:
         for i, n in enumerate(lengths):
             writer.add((np.arange(n) * 7 + i) % 256, n_bytes=3 * n, id=f"d{i}")

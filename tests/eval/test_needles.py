@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.needles import TASKS
+from infini_train.data.synthetic.needles import TASKS
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval import needle_report
 from infini_train.eval.loading import open_trained

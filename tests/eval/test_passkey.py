@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from infini_train.data.passkey import PasskeyWriter
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.synthetic.passkey import PasskeyWriter
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval import streaming
 from infini_train.eval.generate import generate

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.data.passkey import PasskeyWriter
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.synthetic.passkey import PasskeyWriter
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.eval.loading import open_trained
 from infini_train.eval.passkey import answer_grid
 from infini_train.eval.passkey_scores import PasskeyGrid

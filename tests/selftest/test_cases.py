@@ -57,7 +57,7 @@ def test_cases_are_chosen_by_name_and_precision() -> None:
     names = [case.name for case in choose_cases(2, ["cp2-*"], "bf16")]
     assert names == ["cp2-delta-bf16", "cp2-linear-conv-bf16"]
     assert [case.name for case in choose_cases(4, ["tp4-sp-delta", "pp4*"])] == ["tp4-sp-delta", "pp4-linear-5layers"]
-    with pytest.raises(ConfigError, match="--only: no case for 2 processes"):
+    with pytest.raises(ConfigError, match="^no case for 2 processes"):
         choose_cases(2, ["cp4-linear"])
 
 

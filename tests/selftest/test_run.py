@@ -36,5 +36,5 @@ def test_a_failed_reference_is_told(monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="--folder: .*nowhere is not a folder that all ranks can write and see"):
+    with pytest.raises(ConfigError, match="^.*nowhere is not a folder that all ranks can write and see"):
         run.run_selftest(choose_cases(1, ["zero2-linear"]), tmp_path / "nowhere")

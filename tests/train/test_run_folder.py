@@ -24,7 +24,7 @@ def test_a_runs_copy_of_the_tokenizer_is_found_whatever_its_file_was_called(tmp_
         )  # fmt: skip
     config = load_run("passkey_no_conv")
     for used in (path, run / "tokenizer.model"):  # then its own copy
-        data = DataConfig(needles=NeedlesConfig(tokenizer=str(used)))
+        data = DataConfig(synthetic=NeedlesConfig(tokenizer=str(used)))
         given = dataclasses.replace(config, data=data, run_dir=str(run))
         source = open_source(given)
         run.mkdir(exist_ok=True)

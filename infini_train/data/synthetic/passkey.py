@@ -1,8 +1,8 @@
-"""Passkey texts: a key of some digits inside any amount of filler, and the question for it at the end.
+"""Passkey texts: a key of a few digits inside any amount of filler, and the question for it at the end.
 
 A text is laid out in tokens, so that its length and every place in it are exact: intro, filler, the key (mentioned
-twice), filler, question, answer. Only the last sentence of either filler is cut, wherever the length wants it. Nothing
-is spelled out before it is read, so a text of millions of tokens costs no memory. Imports no torch.
+twice), filler, question, answer. Only the last sentence of either filler is cut, wherever the length requires. Ids are
+generated as they are read, so a text of millions of tokens takes no memory. Imports no torch.
 
 Legend: R probes, P digits of a key, C tokens of the key's sentences.
 """
@@ -16,14 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.passkey_wordings import PasskeyText
+from infini_train.data.synthetic.haystack import RepeatedHaystack, Stretch, encode_after, read_stretches, stretch_of
+from infini_train.data.synthetic.wordings import PasskeyText
 from infini_train.data.tokenizer import Tokenizer
-
-_ANCHOR = "."  # whatever is encoded stands behind it, as in the text; alone it might begin with a space of its own
 
 
 class Spans(NamedTuple):
-    """Where the parts of a text lie, as slices of its ids. The mentions and the answer are the digits alone."""
+    """Where things lie in a text, as slices of its ids. The mentions and the answer are the digits alone."""
 
     key: slice  # the sentences about it
     first_mention: slice
@@ -32,27 +31,22 @@ class Spans(NamedTuple):
     answer: slice
 
 
-class _Part(NamedTuple):
-    ids: np.ndarray  # repeated from their beginning
-    tokens: int  # up to this length
-
-
 @dataclass(frozen=True, eq=False)
 class Passkey:
     """One text, from its intro to the last digit of the answer, without bos and eos.
 
     Attributes:
         digits: of the key.
-        tokens: of the whole text.
-        spans: where its parts lie.
-        answer_ids: int32, one a digit.
+        tokens: length of the text.
+        spans: where things lie.
+        answer_ids: int32, one per digit.
     """
 
     digits: tuple[int, ...]
     tokens: int
     spans: Spans
     answer_ids: np.ndarray
-    _parts: tuple[_Part, ...]
+    _stretches: tuple[Stretch, ...]
 
     @property
     def ids(self) -> np.ndarray:
@@ -61,7 +55,7 @@ class Passkey:
 
     @property
     def prompt_tokens(self) -> int:
-        """Before the answer."""
+        """Tokens before the answer."""
         return self.spans.answer.start
 
     @property
@@ -69,37 +63,23 @@ class Passkey:
         return len(self.answer_ids)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The int32 ids [start, stop), for texts too long to hold."""
+        """int32 ids [start, stop), for texts too long to hold."""
         assert 0 <= start <= stop <= self.tokens
-        pieces, begin = [np.zeros(0, np.int32)], 0
-        for part in self._parts:
-            first, last = max(start - begin, 0), min(stop - begin, part.tokens)
-            if first < last:
-                pieces.append(_repeat(part.ids, first, last))
-            begin += part.tokens
-        return np.concatenate(pieces)
-
-
-def _repeat(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Elements [start, stop) of the endless repetition of `ids`."""
-    if stop <= len(ids):
-        return ids[start:stop]
-    skipped = start % len(ids)
-    return np.tile(ids, -(-(skipped + stop - start) // len(ids)))[skipped : skipped + stop - start]
+        return read_stretches(self._stretches, start, stop)
 
 
 def choose_before(filler_tokens: int, position: float, jitter_tokens: int, share: float) -> int:
-    """Tokens of the filler that go before the key.
+    """Tokens of filler before the key.
 
     A window of `jitter_tokens` places slides from the filler's start (position 0) to its end (position 1); the key's
     place lies in it. Prompts that all put the key at one phase of the segment grid would hide errors at segment edges,
-    so let the window be a segment.
+    so make the window a segment.
 
     Args:
         filler_tokens: of the whole text.
         position: 0 to 1.
-        jitter_tokens: places in the window, as many as the filler has at most; 0 is like 1.
-        share: which place of the window, from 0 to less than 1.
+        jitter_tokens: places in the window, at most those of the filler; 0 acts like 1.
+        share: which place in the window, in [0, 1).
     """
     assert filler_tokens >= 0 and 0 <= position <= 1 and 0 <= share < 1
     window = min(max(jitter_tokens, 1), filler_tokens + 1)
@@ -110,23 +90,23 @@ class PasskeyWriter:
     """Writes the texts of one wording in the ids of one tokenizer; every digit is one token.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         text: the words.
         digits: of a key.
 
     Attributes:
-        min_tokens: of a text without filler.
-        key_tokens: of the sentences about the key.
-        tail_tokens: of question and answer.
+        min_tokens: length of a text without filler.
+        key_tokens: length of the sentences about the key.
+        tail_tokens: length of question and answer.
 
     Raises:
-        ConfigError: the tokenizer joins digits with each other or with what is around them, or doesn't tell them apart.
+        ConfigError: the tokenizer merges digits with each other or with their neighbours, or doesn't distinguish them.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: PasskeyText, digits: int = 5) -> None:
         assert digits > 0
         self.text, self.digits, self._tokenizer = text, digits, tokenizer
-        self._intro = _encode(tokenizer, text.intro, anchor="")
+        self._intro = tokenizer.encode(text.intro)
         self._filler = _encode_filler(tokenizer, text)
         self._encode_key(tokenizer)
         self.key_tokens, self.tail_tokens = len(self._key), len(self._question) + digits
@@ -136,7 +116,7 @@ class PasskeyWriter:
         return len(self._intro) + self.key_tokens + self.tail_tokens
 
     def _encode_key(self, tokenizer: Tokenizer) -> None:
-        """Key and question with the places of the digits, found by probes that put every digit in every place."""
+        """Encodes key and question, and locates the digits with probes that put every digit in every place."""
         probes_RP = (np.arange(10)[:, None] + np.arange(self.digits)) % 10
         spelled = ["".join(map(str, probe)) for probe in probes_RP]
         keys = [_encode(tokenizer, " " + self.text.key.replace("{key}", probe)) for probe in spelled]
@@ -155,14 +135,14 @@ class PasskeyWriter:
         self._key, self._places, self._question, self._digit_ids = keys_RC[0], places, question_RC[0], digit_ids
 
     def refill(self, sentences: Iterable[str]) -> "PasskeyWriter":
-        """A writer of the same words around other filler."""
+        """A writer of the same words with other filler."""
         other = copy.copy(self)
         other.text = dataclasses.replace(self.text, filler=tuple(sentences))
         other._filler = _encode_filler(self._tokenizer, other.text)
         return other
 
     def without_intro(self) -> "PasskeyWriter":
-        """A writer of the same words that begins with the filler."""
+        """A writer of the same words that starts with the filler."""
         other = copy.copy(self)
         other.text = dataclasses.replace(self.text, intro="")
         other._intro = self._intro[:0]
@@ -174,8 +154,8 @@ class PasskeyWriter:
         """A text with a random key.
 
         Args:
-            random: gives the key, then its place in the window.
-            length_tokens: of the whole text, the answer included; at least `min_tokens`.
+            random: determines the key, then its place in the window.
+            length_tokens: of the whole text, including the answer; at least `min_tokens`.
             position: of the key in the filler, 0 (start) to 1 (end).
             jitter_tokens: places that the key may take around there (see `choose_before`).
         """
@@ -184,16 +164,16 @@ class PasskeyWriter:
         return self.place(key, length_tokens, choose_before(filler_tokens, position, jitter_tokens, random.random()))
 
     def spell(self, ids: Iterable[int]) -> str:
-        """The digits of ids that a model wrote, one character each; ``?`` for whatever is no digit."""
+        """The digits of ids that a model generated, one character each; ``?`` for any other id."""
         digits = {int(id): str(digit) for digit, id in enumerate(self._digit_ids)}
         return "".join(digits.get(id, "?") for id in ids)
 
     def place(self, key: np.ndarray, length_tokens: int, before_tokens: int) -> Passkey:
-        """The text with this key (digits) behind this much filler.
+        """The text with this key after this much filler.
 
         Args:
-            key: integers 0 to 9, as many as the writer's digits.
-            length_tokens: of the whole text, the answer included; at least `min_tokens`.
+            key: the digits, integers 0 to 9.
+            length_tokens: of the whole text, including the answer; at least `min_tokens`.
             before_tokens: filler before the key, 0 to ``length_tokens - min_tokens``.
         """
         after_tokens = length_tokens - self.min_tokens - before_tokens
@@ -212,25 +192,22 @@ class PasskeyWriter:
             slice(asked, asked + len(self._question)),
             slice(length_tokens - self.digits, length_tokens),
         )
-        whole = [_Part(ids, len(ids)) for ids in (self._intro, key_ids, self._question, answer_ids)]
-        parts = (
-            whole[0],
-            _Part(self._filler, before_tokens),
-            whole[1],
-            _Part(self._filler, after_tokens),
-            *whole[2:],
+        filler = RepeatedHaystack(self._filler)
+        stretches = (
+            stretch_of(self._intro),
+            Stretch(filler, 0, before_tokens),
+            stretch_of(key_ids),
+            Stretch(filler, 0, after_tokens),
+            stretch_of(self._question),
+            stretch_of(answer_ids),
         )
-        return Passkey(tuple(map(int, key)), length_tokens, spans, answer_ids, parts)
+        return Passkey(tuple(map(int, key)), length_tokens, spans, answer_ids, stretches)
 
 
-def _encode(tokenizer: Tokenizer, text: str, anchor: str = _ANCHOR) -> np.ndarray:
-    """Ids of the text as it stands behind the end of a sentence."""
-    before, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
-    if not np.array_equal(before, ids[: len(before)]):
-        raise ConfigError(
-            "tokenizer: joins the end of a sentence with what follows; passkey texts can't be cut with it"
-        )
-    return ids[len(before) :]
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return encode_after(
+        tokenizer, text, joins="the end of a sentence with what follows; passkey texts can't be cut with it"
+    )
 
 
 def _encode_filler(tokenizer: Tokenizer, text: PasskeyText) -> np.ndarray:
@@ -238,7 +215,7 @@ def _encode_filler(tokenizer: Tokenizer, text: PasskeyText) -> np.ndarray:
 
 
 def _digit_places(keys: list[np.ndarray], digits: int) -> tuple[int, int] | None:
-    """Where the two mentions begin: what varies from probe to probe, if that is two runs of so many tokens."""
+    """Where the two mentions start: what varies between probes, if that is two runs of `digits` tokens each."""
     if len({len(ids) for ids in keys}) > 1:
         return None
     keys_RC = np.stack(keys)

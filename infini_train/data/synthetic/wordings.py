@@ -1,4 +1,4 @@
-"""The words of passkey texts: those of the tests, and sentences to train on that no test uses. Imports no torch."""
+"""Words of synthetic texts: those of the tests, and training sentences that no test uses. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from infini_train.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class PasskeyText:
-    """The words of a test; a single space joins the parts.
+    """The words of a passkey text, joined by single spaces.
 
     Attributes:
-        name: chooses it.
-        intro: what the text begins with.
+        name: selects the wording.
+        intro: start of the text.
         filler: sentences, repeated in this order.
-        key: holds ``{key}`` twice.
+        key: contains ``{key}`` twice.
         question: the answer follows it after a space.
     """
 
@@ -36,7 +36,7 @@ _QUESTION = "What is the pass key? The pass key is"
 
 
 def _refill(name: str, *filler: str) -> PasskeyText:
-    """The paper's words around another filler."""
+    """The paper's words with other filler."""
     return PasskeyText(name, _INTRO, filler, _KEY, _QUESTION)
 
 
@@ -98,18 +98,18 @@ WORDINGS = {
 
 
 def find_wording(name: str) -> PasskeyText:
-    """The wording of this name.
+    """The wording with this name.
 
     Raises:
         ConfigError: there is none.
     """
     if name not in WORDINGS:
-        raise ConfigError(f"--wording: {name}: no such wording; choose one of {', '.join(WORDINGS)}")
+        raise ConfigError(f"{name}: no such wording; choose one of {', '.join(WORDINGS)}")
     return WORDINGS[name]
 
 
-# To train on: texts with filler of a few of these, in any order, and never that of a test. Lengths, first words and
-# punctuation differ, so that there is nothing but the digits to hold on to.
+# Training filler: a few of these in any order, and never the filler of a test. Lengths, first words and punctuation
+# differ, so that only the digits are worth attending to.
 SENTENCES = (
     "Snow fell on the roofs all night.",
     "He closed the book and yawned.",

@@ -1,15 +1,15 @@
-"""Texts with several things to remember, after RULER (Hsieh et al., arXiv 2404.06654), in any amount of hay.
+"""Texts that hide several things, after RULER (Hsieh et al., arXiv 2404.06654), in any amount of hay.
 
 | task | hidden | asked |
 |---|---|---|
 | single | one pass key, in the words of the passkey test | it |
-| multikey | a pass key each of several things | that of one thing |
-| multivalue | several pass keys of one thing | all of them |
-| multiquery | a pass key each of several things | those of all things |
-| variables | a value handed on from variable to variable; another chain beside it | all variables that have it |
+| multikey | one pass key for each of several things | the key of one thing |
+| multivalue | several pass keys for one thing | all of them |
+| multiquery | one pass key for each of several things | the keys of all things |
+| variables | a value passed from variable to variable, and a second such chain | all variables that have it |
 
-A text is laid out in tokens: intro, hay with the needles in it, question, answer; hay is cut wherever the lengths want
-it. Nothing is spelled out before it is read. What a model wrote is read as words, so any tokenizer will do. Imports no
+A text is laid out in tokens: intro, hay with the needles in it, question, answer; hay is cut wherever the lengths
+require. Ids are generated as they are read. A model's output is scored as words, so any tokenizer will do. Imports no
 torch.
 """
 
@@ -21,12 +21,19 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from infini_train.config.data import NeedleTask as Task
-from infini_train.data.haystack import SENTENCE_END, Haystack, RepeatedHaystack, Stretch, encode_behind, read_stretches
-from infini_train.data.passkey_wordings import find_wording
+from infini_train.data.synthetic.haystack import (
+    SENTENCE_END,
+    Haystack,
+    Stretch,
+    encode_after,
+    read_stretches,
+    stretch_of,
+)
+from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
 TASKS: tuple[Task, ...] = get_args(Task)
-ONE_ASKED = ("single", "multikey")  # whose asked needle has a depth; in the others all matter
+ONE_ASKED = ("single", "multikey")  # tasks that ask for one needle, which then has a depth; the others ask for all
 
 _THINGS = """
 anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle oven pillow
@@ -44,12 +51,12 @@ _NAME_LETTERS = 3
 
 
 class Needles(NamedTuple):
-    """What is hidden and asked, in words. `sentences` stand in the text in this order."""
+    """What is hidden and asked, in words."""
 
-    sentences: tuple[str, ...]
-    asked: tuple[int, ...]  # numbers of the sentences that hold the answer
+    sentences: tuple[str, ...]  # in the order of the text
+    asked: tuple[int, ...]  # indices of the sentences that hold the answer
     question: str
-    answer: tuple[str, ...]  # words, in the order in which training shows them
+    answer: tuple[str, ...]  # words, in the order that training shows
     further: tuple[tuple[str, tuple[str, ...]], ...] = ()  # other questions and answers, which training may add
 
 
@@ -57,9 +64,10 @@ def draw_needles(random: np.random.Generator, task: Task, count: int, digits: in
     """Random needles.
 
     Args:
-        random: gives things, values and order.
-        task: which kind.
-        count: needles, at most as many as `THINGS`; of variables, those of the asked chain. `single` has one.
+        random: determines things, values and order.
+        task: what to hide.
+        count: number of needles, at most the number of `THINGS`; for variables, the length of the asked chain; `single`
+            always has one.
         digits: of a value.
     """
     assert count > 0 and digits > 0
@@ -86,7 +94,7 @@ def draw_needles(random: np.random.Generator, task: Task, count: int, digits: in
 
 
 def _draw_values(random: np.random.Generator, count: int, digits: int) -> list[str]:
-    """Different numbers of so many digits."""
+    """`count` different numbers of `digits` digits."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(map(str, random.integers(0, 10, digits)))] = None
@@ -94,7 +102,7 @@ def _draw_values(random: np.random.Generator, count: int, digits: int) -> list[s
 
 
 def _draw_chains(random: np.random.Generator, count: int, digits: int) -> Needles:
-    """Two chains of assignments, mixed; each keeps its order. The first one's value is asked for."""
+    """Two interleaved chains of assignments, each in order; the question asks for the value of the first."""
     names: dict[str, None] = {}
     while len(names) < 2 * count:
         names["".join(random.choice(_LETTERS, _NAME_LETTERS))] = None
@@ -111,10 +119,10 @@ def _assign(names: Sequence[str], value: str) -> list[str]:
     return [f"VAR {name} = {before}." for name, before in zip(names, [value, *names[:-1]], strict=True)]
 
 
-def find_words(needles_answer: Sequence[str], said: str) -> list[bool]:
-    """Which words of the answer stand in what was said, in any order."""
-    words = set(re.findall(r"\w+", said))
-    return [word in words for word in needles_answer]
+def find_words(answer: Sequence[str], predicted: str) -> list[bool]:
+    """Which words of the answer occur in the predicted text, in any order."""
+    words = set(re.findall(r"\w+", predicted))
+    return [word in words for word in answer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +131,10 @@ class NeedleText:
 
     Attributes:
         needles: in words.
-        tokens: of the whole text.
-        needle_spans: the tokens of each needle.
-        question_token: where the question begins.
-        prompt_tokens: before the answer.
+        tokens: length of the text.
+        needle_spans: tokens of each needle.
+        question_token: where the question starts.
+        prompt_tokens: tokens before the answer.
     """
 
     needles: Needles
@@ -141,7 +149,7 @@ class NeedleText:
         return self.tokens - self.prompt_tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The int32 ids [start, stop), for texts too long to hold."""
+        """int32 ids [start, stop), for texts too long to hold."""
         assert 0 <= start <= stop <= self.tokens
         return read_stretches(self._stretches, start, stop)
 
@@ -150,61 +158,57 @@ class EncodedNeedles:
     """Needles in the ids of one tokenizer.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         needles: in words.
-        intro: what the text begins with; may be empty.
+        intro: start of the text; may be empty.
 
     Attributes:
-        min_tokens: of a text without hay.
+        min_tokens: length of a text without hay.
 
     Raises:
-        ConfigError: the tokenizer joins the question with its answer.
+        ConfigError: the tokenizer merges the end of the question with the answer, or that of a sentence with the next.
     """
 
     def __init__(self, tokenizer: Tokenizer, needles: Needles, intro: str = "") -> None:
         self.needles = needles
         self._intro = tokenizer.encode(intro)
-        self._sentences = [encode_behind(tokenizer, f" {sentence}") for sentence in needles.sentences]
+        self._sentences = [encode_after(tokenizer, f" {sentence}") for sentence in needles.sentences]
         self._question, self._answer = encode_round(tokenizer, needles.question, needles.answer)
         asked = len(self._question) + len(self._answer)
         self.min_tokens = len(self._intro) + sum(map(len, self._sentences)) + asked
 
     def place(self, hay: Haystack, hay_before_tokens: Sequence[int], hay_tokens: int) -> NeedleText:
-        """The text with so much hay.
+        """The text with this much hay.
 
         Args:
-            hay: what to hide them in.
-            hay_before_tokens: hay before each needle, not falling.
-            hay_tokens: of the whole text.
+            hay: what to hide the needles in.
+            hay_before_tokens: hay before each needle, in ascending order.
+            hay_tokens: hay in the whole text.
         """
         before = list(hay_before_tokens)
         assert len(before) == len(self._sentences) and before == sorted(before)
         assert not before or (before[0] >= 0 and before[-1] <= hay_tokens)
-        stretches, at, read, places = [_whole(self._intro)], len(self._intro), 0, []
+        stretches, at, read, places = [stretch_of(self._intro)], len(self._intro), 0, []
         for ids, until in zip(self._sentences, before, strict=True):
-            stretches += [Stretch(hay, read, until - read), _whole(ids)]
+            stretches += [Stretch(hay, read, until - read), stretch_of(ids)]
             at += until - read
             places.append(slice(at, at + len(ids)))
             at, read = at + len(ids), until
-        stretches += [Stretch(hay, read, hay_tokens - read), _whole(self._question), _whole(self._answer)]
+        stretches += [Stretch(hay, read, hay_tokens - read), stretch_of(self._question), stretch_of(self._answer)]
         asked = at + hay_tokens - read
         prompt = asked + len(self._question)
         return NeedleText(self.needles, prompt + len(self._answer), tuple(places), asked, prompt, tuple(stretches))
 
 
 def encode_round(tokenizer: Tokenizer, question: str, answer: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """int32 ids of a question behind the end of a sentence, and of its answer.
+    """int32 ids of a question after the end of a sentence, and of its answer.
 
     Raises:
-        ConfigError: the tokenizer joins the two.
+        ConfigError: the tokenizer merges the two.
     """
     joins = "the question with its answer; needles can't be asked for with it"
     asked = f" {question}"
     return (
-        encode_behind(tokenizer, asked),
-        encode_behind(tokenizer, f" {', '.join(answer)}", before=SENTENCE_END + asked, joins=joins),
+        encode_after(tokenizer, asked),
+        encode_after(tokenizer, f" {', '.join(answer)}", before=SENTENCE_END + asked, joins=joins),
     )
-
-
-def _whole(ids: np.ndarray) -> Stretch:
-    return Stretch(RepeatedHaystack(ids), 0, len(ids))

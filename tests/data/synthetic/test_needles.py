@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from infini_train.data.haystack import HaystackSource
-from infini_train.data.needles import TASKS, EncodedNeedles, draw_needles, find_words
+from infini_train.data.synthetic.haystack import HaystackSource
+from infini_train.data.synthetic.needles import TASKS, EncodedNeedles, draw_needles, find_words
 from infini_train.data.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -60,7 +60,7 @@ def test_the_text_holds_the_answer_and_the_layout_is_exact(task, count):
         bare = whole.replace(f" {needles.question}", "").replace("Listen.", "", 1)[: -len(answer)]
         for sentence in needles.sentences:
             bare = bare.replace(f" {sentence}", "", 1)
-        assert bare == BYTE.decode(HAY.draw([seed]).read(0, hay)), "the hay goes on behind a needle where it stopped"
+        assert bare == BYTE.decode(HAY.draw([seed]).read(0, hay)), "the hay continues after a needle where it stopped"
         cut = int(random.integers(0, text.tokens))
         np.testing.assert_array_equal(np.concatenate((text.read(0, cut), text.read(cut, text.tokens))), ids)
 

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 
 from infini_train.config.data import PasskeyConfig
-from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
-from infini_train.data.passkey_reader import PasskeyReader, Progress
-from infini_train.data.passkey_wordings import SENTENCES, WORDINGS, WORDS
-from infini_train.data.source import open_source
+from infini_train.data.synthetic.passkey_maker import PasskeyMaker
+from infini_train.data.synthetic.reader import Progress, SyntheticReader
+from infini_train.data.synthetic.wordings import SENTENCES, WORDINGS, WORDS
 from infini_train.data.tokenizer import ByteTokenizer
 
 SEGMENT, WINDOW = 128, 128 * 12
 GROWING = PasskeyConfig(min_segments=3, grow_below_loss=0.5, pressure=64, pressure_share=0.5)
 
 
+def passkey_reader(config, lanes, window, segment, seed, rows):
+    return SyntheticReader(PasskeyMaker(config, window, segment), lanes, window, segment, seed, rows)
+
+
 def reader(config=GROWING, lanes=4, rows=None):
-    return PasskeyReader(config, lanes, WINDOW, SEGMENT, 5, rows if rows is not None else slice(None))
+    return passkey_reader(config, lanes, WINDOW, SEGMENT, 5, rows if rows is not None else slice(None))
 
 
 def texts(batch, row):
@@ -59,7 +62,7 @@ def test_half_of_the_texts_and_all_short_ones_go_without_an_intro():
             for a, b in texts(window, row)
         ]
         assert fewest < sum(begun) * 60 / len(begun) < most
-    short = PasskeyReader(dataclasses.replace(GROWING, min_segments=1), 1, SEGMENT, SEGMENT, 5, slice(None))
+    short = passkey_reader(dataclasses.replace(GROWING, min_segments=1), 1, SEGMENT, SEGMENT, 5, slice(None))
     batch, _ = short.next(short.start())
     words = byte.decode(batch.labels_BT[0][batch.labels_BT[0] != IGNORED])
     assert "pass key is" in words and intro[:20] not in words
@@ -116,7 +119,7 @@ def test_drawn_texts_lie_on_any_segments():
     """Key and question may be longer than a segment, or stand in one together; nothing runs over its place."""
     for segment, segments in ((32, 10), (64, 4), (256, 2)):
         config = dataclasses.replace(GROWING, varied_wording=True, min_segments=segments)
-        small = PasskeyReader(config, 2, segment * segments, segment, 5, slice(None))
+        small = passkey_reader(config, 2, segment * segments, segment, 5, slice(None))
         ends = set()
         for step in range(60):
             batch, _ = small.next(Progress(step, float(segments), 0.1))
@@ -133,7 +136,7 @@ def test_drawn_words_that_do_not_fit_give_way_to_the_wording():
     least = len(
         " The pass key is 12345. Remember it. 12345 is the pass key. What is the pass key? The pass key is 12345"
     )
-    small = PasskeyReader(tight, 2, least, least, 5, slice(None))
+    small = passkey_reader(tight, 2, least, least, 5, slice(None))
     found = [ByteTokenizer().decode(small.next(Progress(step, 1.0, 1.0))[0].labels_BT[0]) for step in range(40)]
     own = [text.strip().startswith("The pass key is") for text in found]
     assert 0.5 < sum(own) / len(own) < 1, "drawn ones that are short enough stay"
@@ -160,34 +163,34 @@ def test_texts_grow_while_the_loss_is_low():
     assert min(lengths[3.0]) > 2 * SEGMENT and max(lengths[3.0]) <= 3 * SEGMENT
     assert max(lengths[12.0]) > 9 * SEGMENT
     position = reader().start()
-    assert position.longest == 3
+    assert position.largest == 3
     for _ in range(60):
-        position = reader().learn(position, 0.6)
-    assert position.longest == 3, "not below the threshold"
-    seen = [position.longest]
+        position = reader().observe_loss(position, 0.6)
+    assert position.largest == 3, "not below the threshold"
+    seen = [position.largest]
     for _ in range(60):
-        position = reader().learn(position, 0.4)
-        seen.append(position.longest)
+        position = reader().observe_loss(position, 0.4)
+        seen.append(position.largest)
     assert seen == sorted(seen) and seen[-1] == 12
-    assert reader().learn(position, 9.0).longest == 12, "they never shrink"
+    assert reader().observe_loss(position, 9.0).largest == 12, "they never shrink"
 
 
 def test_texts_wait_for_keys_of_few_digits_to_be_learned():
     waits = reader(dataclasses.replace(GROWING, few_digits_below_loss=1.0, grow_below_loss=0.3))
     position, stages = waits.start(), []
     for loss in [0.9] * 60 + [0.2] * 60:
-        position = waits.learn(position, loss)
-        stages.append((position.few_digits, position.longest))
+        position = waits.observe_loss(position, loss)
+        stages.append((position.harder, position.largest))
     turn = [few_digits for few_digits, _ in stages].index(True)
     assert set(stages[:turn]) == {(False, 3)} and set(stages[turn:60]) == {(True, 3)}
     assert stages[-1] == (True, 12) and stages == sorted(stages), "keys stay as they are, texts never get short again"
     quick = [waits.start()]
     for _ in range(40):
-        quick.append(waits.learn(quick[-1], 0.2))
-    waited = sum(position.few_digits and position.longest == 3 for position in quick)
+        quick.append(waits.observe_loss(quick[-1], 0.2))
+    waited = sum(position.harder and position.largest == 3 for position in quick)
     assert waited > 10, "what was learned of other keys doesn't count"
     window, after = waits.next(position)
-    assert after.few_digits and waits.parse(after.to_json()) == after and window.weights_BT.max() > 1
+    assert after.harder and waits.parse(after.to_json()) == after and window.weights_BT.max() > 1
 
 
 def test_every_text_counts_alike():
@@ -226,14 +229,3 @@ def test_a_rank_reads_its_rows_of_the_same_batch():
         assert np.array_equal(getattr(part, name), getattr(whole, name)[2:4])
     assert after == Progress(34, 12.0, 0.1) and reader().parse(after.to_json()) == after
     assert not np.array_equal(whole.tokens_BT, reader().next(after)[0].tokens_BT)
-
-
-def test_a_run_of_before_varied_wording_goes_on():
-    """What its checkpoints say of the data."""
-    identity = open_source(load_run("passkey_no_conv_delta")).identity
-    assert identity == (
-        "passkey PasskeyConfig(wording='paper', varied_filler=True, digits=5, few_digits_below_loss=0.25,"
-        " min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0, key_weight=0.5, pressure=8192.0,"
-        " pressure_share=0.5)"
-    )
-    assert "varied_wording=True" in open_source(load_run("passkey")).identity

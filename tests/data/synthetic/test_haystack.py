@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.haystack import HaystackSource, RepeatedHaystack, Stretch, encode_behind, read_stretches
-from infini_train.data.passkey_wordings import SENTENCES
+from infini_train.data.synthetic.haystack import HaystackSource, RepeatedHaystack, Stretch, encode_after, read_stretches
+from infini_train.data.synthetic.wordings import SENTENCES
 from infini_train.data.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -63,10 +63,10 @@ def test_prose_begins_anywhere_and_goes_round(tmp_path):
         (
             "none.txt",
             None,
-            r"--haystack: .*none.txt can't be read \(No such file or directory\); give repeated, varied",
+            r"^.*none.txt can't be read \(No such file or directory\); give repeated, varied",
         ),
-        ("empty.txt", b" \n", "--haystack: .*empty.txt holds no text"),
-        ("broken.txt", b"\xff\xfe\x00", "--haystack: .*broken.txt is not UTF-8 text"),
+        ("empty.txt", b" \n", "^.*empty.txt holds no text"),
+        ("broken.txt", b"\xff\xfe\x00", "^.*broken.txt is not UTF-8 text"),
         ("a.jsonl", b'{"body": "x"}\n', 'every line must be a JSON object with a "text" field'),
         ("b.jsonl", b"{\n", 'every line must be a JSON object with a "text" field'),
     ],
@@ -87,4 +87,4 @@ def test_stretches_are_put_together():
 
 
 def test_text_is_encoded_as_behind_a_sentence():
-    assert spell(encode_behind(BYTE, " a")) == " a"
+    assert spell(encode_after(BYTE, " a")) == " a"

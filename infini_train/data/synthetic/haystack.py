@@ -1,4 +1,4 @@
-"""What needles are hidden in: endless token ids, made as they are read, and texts put together of stretches of them.
+"""Haystacks: endless token ids generated as they are read, and texts assembled from stretches of them.
 
 Imports no torch.
 """
@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.passkey_wordings import SENTENCES, find_wording
+from infini_train.data.synthetic.wordings import SENTENCES, find_wording
 from infini_train.data.tokenizer import Tokenizer
 
 HAYSTACKS = ("repeated", "varied")  # any other name is a file of prose
-SENTENCE_END = "."  # whatever is encoded stands behind it, as in the text; alone it might begin with a space of its own
+SENTENCE_END = "."  # text is encoded as it stands after a sentence; encoded alone it might start with an extra space
 _BLOCK_SENTENCES = 64
 
 
@@ -25,13 +25,13 @@ class Haystack(Protocol):
     """Endless ids, the same at every reading."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The int32 ids [start, stop)."""
+        """int32 ids [start, stop)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class RepeatedHaystack:
-    """Ids repeated for ever, from a place in them on."""
+    """The same int32 ids over and over, starting at `offset`."""
 
     ids: np.ndarray
     offset: int = 0
@@ -47,16 +47,16 @@ class RepeatedHaystack:
 
 
 class VariedHaystack:
-    """Sentences in random order for ever: no stretch comes back, though its sentences do.
+    """Sentences in random order: sentences recur, longer stretches do not.
 
     Args:
-        sentences: ids of each.
-        seed: of the order.
+        sentences: int32 ids of each sentence.
+        seed: determines the order.
     """
 
     def __init__(self, sentences: Sequence[np.ndarray], seed: Sequence[int]) -> None:
         self._sentences, self._seed = sentences, list(seed)
-        self._ends = [0]  # of the blocks met so far: a number each, whatever the length
+        self._ends = [0]  # ends of the blocks read so far: one number per block, however long the haystack
 
     def _block(self, number: int) -> np.ndarray:
         order = np.random.default_rng([*self._seed, number]).integers(0, len(self._sentences), _BLOCK_SENTENCES)
@@ -66,22 +66,25 @@ class VariedHaystack:
         """See `Haystack.read`."""
         while self._ends[-1] < stop:
             self._ends.append(self._ends[-1] + len(self._block(len(self._ends) - 1)))
-        pieces = [np.zeros(0, np.int32)]
+        chunks = [np.zeros(0, np.int32)]
         number = bisect.bisect_right(self._ends, start) - 1
         while start < stop:
             begin, end = self._ends[number], self._ends[number + 1]
-            pieces.append(self._block(number)[start - begin : min(stop, end) - begin])
+            chunks.append(self._block(number)[start - begin : min(stop, end) - begin])
             start, number = min(stop, end), number + 1
-        return np.concatenate(pieces)
+        return np.concatenate(chunks)
 
 
 class HaystackSource:
-    """Gives each text its haystack.
+    """Draws a haystack for each text.
 
     Args:
-        name: "repeated" (the filler of the paper's passkey), "varied" (sentences in random order), or a text file
-            (.jsonl: the "text" field of every line), from a random place of which each text reads on.
-        tokenizer: of the model.
+        name: "repeated" (the filler of the paper's passkey test), "varied" (sentences in random order), or a file of
+            prose (.jsonl: the "text" field of every line), which each text reads from a random place on.
+        tokenizer: the model's.
+
+    Attributes:
+        prose_tokens: length of the prose; longer texts repeat it. None: no file.
 
     Raises:
         ConfigError: the file can't be read or holds no text.
@@ -92,63 +95,59 @@ class HaystackSource:
         self._sentences: list[np.ndarray] = []
         self._ids = np.zeros(0, np.int32)
         if name == "varied":
-            self._sentences = [encode_behind(tokenizer, f" {sentence}") for sentence in SENTENCES]
+            self._sentences = [encode_after(tokenizer, f" {sentence}") for sentence in SENTENCES]
         elif name == "repeated":
-            self._ids = encode_behind(tokenizer, " " + " ".join(find_wording("paper").filler))
+            self._ids = encode_after(tokenizer, " " + " ".join(find_wording("paper").filler))
         else:
-            self._ids = np.concatenate([encode_behind(tokenizer, f" {text}") for text in _read_prose(Path(name))])
+            self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in _read_prose(Path(name))])
+        self.prose_tokens = None if name in HAYSTACKS else len(self._ids)
 
     def draw(self, seed: Sequence[int]) -> Haystack:
-        """A haystack as a pure function of the seed."""
+        """A haystack, as a pure function of the seed."""
         if self._sentences:
             return VariedHaystack(self._sentences, seed)
         if self.name == "repeated":
             return RepeatedHaystack(self._ids)
         return RepeatedHaystack(self._ids, int(np.random.default_rng(seed).integers(0, len(self._ids))))
 
-    @property
-    def prose_tokens(self) -> int | None:
-        """Of a file: longer texts meet parts of it again. None: no file."""
-        return None if self.name in HAYSTACKS else len(self._ids)
-
 
 def _read_prose(path: Path) -> list[str]:
-    """The texts of a file, without line breaks inside paragraphs' ends being lost."""
+    """The texts of a file, stripped, without empty ones; line breaks inside a text stay."""
     try:
         whole = path.read_text(encoding="utf-8")
     except OSError as error:
         advice = f"give {', '.join(HAYSTACKS)}, or a text or .jsonl file"
-        raise ConfigError(f"--haystack: {path} can't be read ({error.strerror}); {advice}") from error
+        raise ConfigError(f"{path} can't be read ({error.strerror}); {advice}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--haystack: {path} is not UTF-8 text; give a text or .jsonl file") from error
+        raise ConfigError(f"{path} is not UTF-8 text; give a text or .jsonl file") from error
     texts = [whole]
     if path.suffix == ".jsonl":
         try:
             texts = [str(json.loads(line)["text"]) for line in whole.splitlines() if line.strip()]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f'--haystack: {path}: every line must be a JSON object with a "text" field') from error
+            raise ConfigError(f'{path}: every line must be a JSON object with a "text" field') from error
     texts = [text for text in map(str.strip, texts) if text]
     if not texts:
-        raise ConfigError(f"--haystack: {path} holds no text")
+        raise ConfigError(f"{path} holds no text")
     return texts
 
 
-def encode_behind(
+def encode_after(
     tokenizer: Tokenizer,
     text: str,
     before: str = SENTENCE_END,
     joins: str = "the end of a sentence with what follows; needles can't be hidden with it",
 ) -> np.ndarray:
-    """int32 ids of the text as it stands behind another one, by default behind the end of a sentence.
+    """int32 ids of a text as it stands after another one, by default after the end of a sentence.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         text: not empty.
-        before: what it stands behind.
-        joins: what a tokenizer joins that can't keep the two apart, for the message.
+        before: the text before it.
+        joins: for the message: what a tokenizer joins that can't keep the two apart.
 
     Raises:
-        ConfigError: the tokenizer joins the two.
+        ConfigError: a token spans the boundary.
     """
     known, ids = tokenizer.encode(before), tokenizer.encode(before + text)
     if len(ids) <= len(known) or not np.array_equal(known, ids[: len(known)]):
@@ -164,12 +163,17 @@ class Stretch(NamedTuple):
     tokens: int
 
 
+def stretch_of(ids: np.ndarray) -> Stretch:
+    """All of these int32 ids, once."""
+    return Stretch(RepeatedHaystack(ids), 0, len(ids))
+
+
 def read_stretches(stretches: Sequence[Stretch], start: int, stop: int) -> np.ndarray:
-    """The int32 ids [start, stop) of stretches put together."""
-    pieces, begin = [np.zeros(0, np.int32)], 0
+    """int32 ids [start, stop) of the concatenated stretches."""
+    chunks, begin = [np.zeros(0, np.int32)], 0
     for stretch in stretches:
         first, last = max(start - begin, 0), min(stop - begin, stretch.tokens)
         if first < last:
-            pieces.append(stretch.source.read(stretch.start + first, stretch.start + last))
+            chunks.append(stretch.source.read(stretch.start + first, stretch.start + last))
         begin += stretch.tokens
-    return np.concatenate(pieces)
+    return np.concatenate(chunks)

@@ -15,18 +15,19 @@ from infini_train.config.data import DataConfig, NeedlesConfig, RecallConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
-from infini_train.data.needle_reader import NeedleMaker
-from infini_train.data.needles import THINGS
-from infini_train.data.passkey_reader import Progress
-from infini_train.data.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
 from infini_train.data.source import open_reader, open_source, text_segment
-from infini_train.data.text_windows import TextReader
+from infini_train.data.synthetic.needle_maker import NeedleMaker
+from infini_train.data.synthetic.needles import THINGS
+from infini_train.data.synthetic.reader import Progress, SyntheticReader
+from infini_train.data.synthetic.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.pad_id
 LANES, WINDOW, SEGMENT = 4, 1280, 64
 LONGEST_ROUND = len(". What is the pass key of the notebook? The pass key of the notebook is 12345")
-NEEDLES = NeedlesConfig(tasks=("single", "multikey", "multivalue", "multiquery", "variables"), needles=5)
+NEEDLES = NeedlesConfig(
+    tasks=("single", "multikey", "multivalue", "multiquery", "variables"), needles=5, grow_below_loss=0.5
+)
 
 
 NEEDLE = (
@@ -35,13 +36,15 @@ NEEDLE = (
 )
 
 
-def reader_of(kind: str, rows: slice = slice(None)) -> TextReader:
+def reader_of(kind: str, rows: slice = slice(None)) -> SyntheticReader:
     if kind == "needles":
         maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT, ByteTokenizer())
     else:
         joined = kind == "recall"
-        maker = RecallMaker(RecallConfig(min_pairs=3, max_pairs=100, joined=joined), WINDOW, SEGMENT)
-    return TextReader(maker, kind, 0.5, LANES, WINDOW, SEGMENT, 7, rows)
+        maker = RecallMaker(
+            RecallConfig(min_pairs=3, max_pairs=100, joined=joined, grow_below_loss=0.5), WINDOW, SEGMENT
+        )
+    return SyntheticReader(maker, LANES, WINDOW, SEGMENT, 7, rows)
 
 
 @pytest.fixture(params=["needles", "recall", "recall, two tokens"])
@@ -49,7 +52,7 @@ def kind(request) -> str:
     return request.param
 
 
-def windows(reader: TextReader, position: Progress, count: int):
+def windows(reader: SyntheticReader, position: Progress, count: int):
     for _ in range(count):
         batch, position = reader.next(position)
         yield batch, position
@@ -77,16 +80,16 @@ def test_a_resumed_reader_goes_on_with_the_next_batch(kind):
 def test_texts_grow_while_the_loss_is_low(kind):
     reader = reader_of(kind)
     position = reader.start()
-    assert position.longest == reader.maker.least
+    assert position.largest == reader.maker.min_size
     for _ in range(30):
-        position = reader.learn(position, 3.0)
-    assert position.longest == reader.maker.least
+        position = reader.observe_loss(position, 3.0)
+    assert position.largest == reader.maker.min_size
     sizes = []
     for _ in range(200):
-        position = reader.learn(position, 0.1)
-        sizes.append(position.longest)
-    assert all(a <= b for a, b in pairwise(sizes)) and sizes[-1] == reader.maker.most
-    assert reader.mix(position) == {"texts/largest": reader.maker.most}
+        position = reader.observe_loss(position, 0.1)
+        sizes.append(position.largest)
+    assert all(a <= b for a, b in pairwise(sizes)) and sizes[-1] == reader.maker.max_size
+    assert reader.mix(position) == {"texts/largest": reader.maker.max_size}
 
 
 def texts_of(batch, row: int) -> list[slice]:
@@ -117,8 +120,8 @@ def test_needle_windows_hold_whole_texts(longest):
 
 def test_pressure_spares_the_needles_once_texts_have_grown():
     config = dataclasses.replace(NEEDLES, pressure=64, pressure_share=0.5)
-    reader = TextReader(
-        NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer()), "texts", 0.5, LANES, WINDOW, SEGMENT, 7, slice(None)
+    reader = SyntheticReader(
+        NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer()), LANES, WINDOW, SEGMENT, 7, slice(None)
     )
     seen = set()
     for step in range(12):
@@ -126,7 +129,7 @@ def test_pressure_spares_the_needles_once_texts_have_grown():
             reader_of("needles").next(Progress(step, 20.0, 1.0))[0],
             reader.next(Progress(step, 20.0, 1.0))[0],
         )
-        first = texts_of(pressed, 0)[0]  # those behind it are drawn by other numbers
+        first = texts_of(pressed, 0)[0]  # those after it are drawn from other numbers
         np.testing.assert_array_equal(plain.tokens_BT[0, first], pressed.tokens_BT[0, first])
         for row in range(LANES):
             for place in texts_of(pressed, row):
@@ -150,7 +153,7 @@ def test_pressure_spares_the_needles_once_texts_have_grown():
 def test_further_questions_ask_for_other_needles():
     config = NeedlesConfig(needles=4, questions=3)
     maker = NeedleMaker(config, WINDOW, SEGMENT, ByteTokenizer())
-    reader = TextReader(maker, "texts", 0.5, LANES, WINDOW, SEGMENT, 7, slice(None))
+    reader = SyntheticReader(maker, LANES, WINDOW, SEGMENT, 7, slice(None))
     asked_times, too_small = set(), 0
     for step in range(12):
         batch, _ = reader.next(Progress(step, 20.0, 1.0))
@@ -160,13 +163,15 @@ def test_further_questions_ask_for_other_needles():
                 labels, weights = labels[labels != IGNORED], weights[labels != IGNORED]
                 said = bytes(labels[weights > 2 * config.text_weight / len(labels)].tolist()).decode().split()
                 text = bytes(labels.tolist()).decode()
-                told = dict(re.findall(r"The pass key of the (\w+) is (\d+)\. Remember", text))
+                stored_pairs = dict(re.findall(r"The pass key of the (\w+) is (\d+)\. Remember", text))
                 asked = re.findall(r"What is the pass key of the (\w+)\? The pass key of the \1 is (\d+)", text)
-                assert len(told) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
-                assert [told[thing] for thing, _ in asked] == [value for _, value in asked] == said
+                assert len(stored_pairs) <= 4 and len({thing for thing, _ in asked}) == len(asked) <= 3
+                assert [stored_pairs[thing] for thing, _ in asked] == [value for _, value in asked] == said
                 room = -(-(1 + len(text)) // SEGMENT) * SEGMENT - 1
-                assert len(asked) == min(len(told), 3) or len(text) + LONGEST_ROUND > room, "another one would fit"
-                too_small += len(asked) < min(len(told), 3)
+                assert len(asked) == min(len(stored_pairs), 3) or len(text) + LONGEST_ROUND > room, (
+                    "another one would fit"
+                )
+                too_small += len(asked) < min(len(stored_pairs), 3)
                 assert weights.sum() == pytest.approx(1 + config.text_weight, rel=0.1)
                 assert len(labels) < place.stop - place.start
                 asked_times.add(len(asked))
@@ -188,7 +193,7 @@ def test_needles_in_the_tokens_of_a_file(tmp_path):
     tokenizer = load_tokenizer(path)
     config = load_run("passkey_no_conv")
     needles = NeedlesConfig(tokenizer=str(path), digits=2)
-    config = dataclasses.replace(config, data=DataConfig(needles=needles))
+    config = dataclasses.replace(config, data=DataConfig(synthetic=needles))
     source = open_source(config)
     assert source.tokenizer_sha256 == tokenizer.sha256 and source.tokenizer.path == path
     assert source.vocab_size == tokenizer.vocab_size
@@ -218,14 +223,14 @@ def test_the_tokenizer_may_move_but_not_change(tmp_path):
         (tmp_path / name).parent.mkdir()
         write_tokenizer(tmp_path / name, [f" the {thing} the {thing}s"] * 50)
         needles = NeedlesConfig(tokenizer=str(tmp_path / name))
-        identities.append(open_source(dataclasses.replace(config, data=DataConfig(needles=needles))).identity)
+        identities.append(open_source(dataclasses.replace(config, data=DataConfig(synthetic=needles))).identity)
     assert identities[0] == identities[1] != identities[2]
 
 
 def test_a_missing_tokenizer_is_named():
     config = load_run("passkey_no_conv")
-    config = dataclasses.replace(config, data=DataConfig(needles=NeedlesConfig(tokenizer="none.model")))
-    with pytest.raises(ConfigError, match="data.needles.tokenizer: none.model: the tokenizer can't be read"):
+    config = dataclasses.replace(config, data=DataConfig(synthetic=NeedlesConfig(tokenizer="none.model")))
+    with pytest.raises(ConfigError, match="data.synthetic.tokenizer: none.model: the tokenizer can't be read"):
         open_source(config)
 
 
@@ -243,11 +248,19 @@ def test_recall_windows_ask_for_every_pair_behind_an_edge(longest, form):
                 stored = pairs if joined else 2 * pairs
                 keys, values = divmod(tokens[1 : pairs + 1] - FIRST_PAIR, VALUES)
                 keys, values = (keys, KEYS + values) if joined else (tokens[1:stored:2], tokens[2 : stored + 1 : 2])
-                told = dict(zip(keys.tolist(), values.tolist(), strict=True))
-                assert len(told) == pairs <= longest
-                assert 0 <= min(told) <= max(told) < KEYS <= min(told.values()) <= max(told.values()) < FIRST_PAIR
-                assert [told[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
-                assert sorted(tokens[asked].tolist()) == sorted(told)
+                stored_pairs = dict(zip(keys.tolist(), values.tolist(), strict=True))
+                assert len(stored_pairs) == pairs <= longest
+                assert (
+                    0
+                    <= min(stored_pairs)
+                    <= max(stored_pairs)
+                    < KEYS
+                    <= min(stored_pairs.values())
+                    <= max(stored_pairs.values())
+                    < FIRST_PAIR
+                )
+                assert [stored_pairs[key] for key in tokens[asked].tolist()] == labels[asked].tolist()
+                assert sorted(tokens[asked].tolist()) == sorted(stored_pairs)
                 assert asked[0] % SEGMENT == 0 and asked[0] >= stored + 1
                 assert batch.loss_weights_BT[row, place].sum() == pytest.approx(1.0)
                 written = np.flatnonzero(batch.weights_BT[row, place])
@@ -256,22 +269,22 @@ def test_recall_windows_ask_for_every_pair_behind_an_edge(longest, form):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="data.recall.max_pairs: 100 pairs .* take 384 tokens in segments of 64"):
+    with pytest.raises(ConfigError, match="data.synthetic.max_pairs: 100 pairs .* take 384 tokens in segments of 64"):
         RecallMaker(RecallConfig(max_pairs=100), 320, SEGMENT)
-    with pytest.raises(ConfigError, match="data.needles.min_segments: 1 segments of 64 tokens can't hold a text of"):
+    with pytest.raises(ConfigError, match="data.synthetic.min_segments: 1 segments of 64 tokens can't hold a text of"):
         NeedleMaker(NeedlesConfig(min_segments=1), WINDOW, SEGMENT, ByteTokenizer())
-    with pytest.raises(ConfigError, match="--haystack: none.txt can't be read"):
+    with pytest.raises(ConfigError, match="data.synthetic.haystack: none.txt can't be read"):
         NeedleMaker(NeedlesConfig(haystack="none.txt"), WINDOW, SEGMENT, ByteTokenizer())
     for message, make in (
-        ("data.recall.max_pairs: must lie between min_pairs", lambda: RecallConfig(min_pairs=9, max_pairs=8)),
-        ("data.recall.max_pairs: must lie between", lambda: RecallConfig(max_pairs=129)),
-        ("data.needles.tasks: give at least one", lambda: NeedlesConfig(tasks=())),
-        ("data.needles.needles: must be positive", lambda: NeedlesConfig(needles=0)),
-        ("data.needles.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
-        ("data.needles.questions: only multikey has", lambda: NeedlesConfig(questions=2, tasks=("variables",))),
-        ("data.needles.questions: there are not so many needles", lambda: NeedlesConfig(questions=5)),
-        ("data.needles.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
-        ("data.needles.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
+        ("data.synthetic.max_pairs: must lie between min_pairs", lambda: RecallConfig(min_pairs=9, max_pairs=8)),
+        ("data.synthetic.max_pairs: must lie between", lambda: RecallConfig(max_pairs=129)),
+        ("data.synthetic.tasks: give at least one", lambda: NeedlesConfig(tasks=())),
+        ("data.synthetic.needles: must be positive", lambda: NeedlesConfig(needles=0)),
+        ("data.synthetic.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
+        ("data.synthetic.questions: only multikey has", lambda: NeedlesConfig(questions=2, tasks=("variables",))),
+        ("data.synthetic.questions: there are not so many needles", lambda: NeedlesConfig(questions=5)),
+        ("data.synthetic.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
+        ("data.synthetic.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

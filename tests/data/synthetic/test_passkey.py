@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from infini_train.config.errors import ConfigError
-from infini_train.data.passkey import PasskeyWriter, choose_before
-from infini_train.data.passkey_wordings import SENTENCES, WORDINGS, find_wording
+from infini_train.data.synthetic.passkey import PasskeyWriter, choose_before
+from infini_train.data.synthetic.wordings import SENTENCES, WORDINGS, find_wording
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 PROSE = " ".join(f"{t.intro} {' '.join(t.filler)} {t.key} {t.question} 0123456789." for t in WORDINGS.values())
@@ -53,7 +53,7 @@ def in_words(wording: str, key: str, before: str, after: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_a_text_is_what_the_tokenizer_makes_of_its_words(kind, wording, tokenizers):
-    """Two rounds of filler before the key and one behind it, nothing cut."""
+    """Two rounds of filler before the key and one after it, nothing cut."""
     tokenizer = tokenizers[kind]
     writer = PasskeyWriter(tokenizer, WORDINGS[wording], 7)
     filler = " " + " ".join(WORDINGS[wording].filler)
@@ -184,7 +184,7 @@ def test_wordings_share_no_filler():
     sentences = [sentence for text in WORDINGS.values() for sentence in text.filler]
     assert len(set(sentences)) == len(sentences)
     assert all(name == text.name and PROSE.isascii() for name, text in WORDINGS.items())
-    with pytest.raises(ConfigError, match=r"^--wording: papr: no such wording; choose one of paper, harbour, "):
+    with pytest.raises(ConfigError, match=r"^papr: no such wording; choose one of paper, harbour, "):
         find_wording("papr")
 
 
