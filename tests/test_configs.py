@@ -161,7 +161,7 @@ def test_the_older_passkey_recipe_is_what_its_name_says() -> None:
     differs = {
         "name": "passkey_no_conv",
         "model.attention.conv_tokens": 0,
-        "data.passkey.varied_wording": False,
+        "data.synthetic.varied_wording": False,
         "train.max_steps": 8000,
         "optim.decay_steps": 2500,
     }

@@ -25,6 +25,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
 from infini_train.config.renamed import find_renamed, note_renamed
 from infini_train.config.run import RunConfig
+from infini_train.config.variant import AttentionVariant
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,7 +189,7 @@ def _own_scales(tree: Mapping[str, Any], path: Path) -> dict[int | None, dict[st
     return scales
 
 
-def _variants() -> dict[Any, type]:
+def _all_variants() -> dict[Any, type]:
     """The members of all unions by their kinds, which differ between unions."""
     return {**KINDS, **SYNTHETIC_KINDS}
 
@@ -200,7 +201,7 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             kind = value.get("kind", old.get("kind"))
-            variant = _variants().get(kind)
+            variant = _all_variants().get(kind)
             known = {f.name for f in dataclasses.fields(variant)} if variant is not None else set()
             kept = old if kind == old.get("kind") else {name: v for name, v in old.items() if name in known}
             result[key] = _merge(kept, value)
@@ -225,6 +226,8 @@ def override(tree: dict[str, Any], assignments: Iterable[str], option: str = "--
 
 def _variants(annotation: Any) -> dict[str, Any]:
     """The dataclasses of a union discriminated by `kind`; empty for any other annotation."""
+    if AttentionVariant in get_args(annotation):
+        return dict(KINDS)
     options = [option for inner in get_args(annotation) for option in (inner, *get_args(inner))]
     return {option.kind: option for option in options if dataclasses.is_dataclass(option) and hasattr(option, "kind")}
 

@@ -17,9 +17,9 @@ from infini_train.data.tokenizer import ByteTokenizer
 MODELS = Path(__file__).parents[3] / "models"
 BYTE = ByteTokenizer()
 EARLIER = {
-    "passkey_no_conv_delta": "passkey PasskeyConfig(wording='paper', varied_filler=True, digits=5, few_digits_below_loss=0.25,"
-    " min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0, key_weight=0.5, pressure=8192.0,"
-    " pressure_share=0.5)",
+    "passkey_no_conv_delta": "passkey PasskeyConfig(wording='paper', varied_filler=True, digits=5,"
+    " few_digits_below_loss=0.25, min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0,"
+    " key_weight=0.5, pressure=8192.0, pressure_share=0.5)",
     "passkey": "passkey PasskeyConfig(wording='paper', varied_filler=True, varied_wording=True, digits=5,"
     " few_digits_below_loss=0.25, min_segments=5, grow_below_loss=0.03, text_weight=0.0, answer_weight=1.0,"
     " key_weight=0.5, pressure=8192.0, pressure_share=0.5)",
