@@ -120,6 +120,6 @@ def test_room_is_needed_for_all_parts_together(remote, tmp_path, monkeypatch) ->
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=free))
     with pytest.raises(ConfigError, match=r"data.cache_dir: \S+near has .* GB free, and file://\S+, file://\S+ need"):
-        source._open_parts(data)
+        source._open_datasets(data)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=sum(needed)))
-    assert len(source._open_parts(data)) == 2
+    assert len(source._open_datasets(data)) == 2
