@@ -81,9 +81,7 @@ class GuardConfig:
     """Anomaly detection: steps with a non-finite loss or gradient, or a loss spike."""
 
     max_skips: int = 10  # consecutive steps that may be left out; one more ends the run
-    spikes: Literal["ignore", "warn", "skip", "rollback"] = (
-        "warn"  # warn, leave the step out, or also go back to a checkpoint
-    )
+    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # warn, skip the step, or also load a checkpoint
     spike_window_steps: int = 100  # a loss is compared with those of this many preceding steps
     spike_deviations: FiniteFloat = 6.0  # standard deviations above their mean that make a spike
 
