@@ -25,17 +25,20 @@ ROOMS = {
     "parallel": {"data", *MODEL},  # micro-batches are cut from a batch of data
     "checkpoint": {"parallel", *MODEL},
     "convert": {"checkpoint", "data"},
-    "eval": STACK,
-    "train": {"eval", *STACK},  # validation inside the loop
+    "statistics": set(),
+    "plots": {"statistics"},
+    "inference": STACK,
+    "eval": {"inference", "plots", "statistics", *STACK},
+    "train": {"eval", "inference", "plots", *STACK},  # validation inside the loop
     "selftest": {"launcher", "train", "eval", *STACK},
     "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", *STACK},
+    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config"},
-    "launch": {"config"},
+    "data_tools": {"data", "config", "command_line"},
+    "launch": {"config", "command_line"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", "launch"}
@@ -262,6 +265,8 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
         ("infini_train/model/a.py", "from ..data import shards"),
         ("infini_train/data/a.py", "import infini_train.model.layers"),
         ("infini_train/eval/a.py", "from infini_train import train"),
+        ("infini_train/inference/a.py", "from infini_train.eval.passkey import PasskeyGrid"),
+        ("infini_train/plots.py", "from infini_train.eval import records"),
         ("infini_train/cli.py", "from data_tools.cli import main"),
         ("infini_train/config/a.py", "import torch"),
         ("data_tools/a.py", "from infini_train.train.loop import run"),

@@ -6,7 +6,7 @@ import torch
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval.context import ContextPlan, bucket_edges, measure_document
+from infini_train.eval.context_losses import ContextPlan, bucket_edges, measure_document
 
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_train.eval import context_report
-from infini_train.eval.context import ContextPlan
-from infini_train.eval.context_report import ContextTest
-from infini_train.eval.intervals import bootstrap_ratio
-from infini_train.eval.loading import open_trained
+from infini_train.eval import context
+from infini_train.eval.context import ContextTest
+from infini_train.eval.context_losses import ContextPlan
 from infini_train.eval.measurement import run_measurement
+from infini_train.inference.loading import open_trained
+from infini_train.statistics import bootstrap_ratio
 
 PLAN = ContextPlan(contexts_tokens=(16, 48), targets=2, target_tokens=8)
 OPTIONS = ("--contexts", "16", "48", "--targets", "2", "--target-tokens", "8")
@@ -48,14 +48,14 @@ def test_everything_is_written(run, books, call, capsys):
 def test_the_mean_over_positions_is_the_perplexity(run, books, call, capsys):
     assert call("eval", "perplexity", run, "--data", books, "--stream", "--json") == 0
     expected = json.loads(capsys.readouterr().out)
-    found = run_measurement(ContextTest(open_trained(run), PLAN, data=str(books)), say=lambda line: None)
+    found = run_measurement(ContextTest(open_trained(run), PLAN, data=str(books)), report=lambda line: None)
     assert found["whole"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["whole"]["tokens"] == expected["tokens"]
 
 
 def test_a_stopped_measurement_goes_on(run, books, monkeypatch):
     """Stopped inside the third document: the two before it are kept, and the end is that of one never stopped."""
-    trained, measure = open_trained(run), context_report.measure_document
+    trained, measure = open_trained(run), context.measure_document
 
     def stop_in_the_third(model, dataset, document, *arguments, **options):
         if document == 2:
@@ -63,13 +63,13 @@ def test_a_stopped_measurement_goes_on(run, books, monkeypatch):
         return measure(model, dataset, document, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(context_report, "measure_document", stop_in_the_third)
+        patch.setattr(context, "measure_document", stop_in_the_third)
         with pytest.raises(KeyboardInterrupt):
-            run_measurement(ContextTest(trained, PLAN, data=str(books)), say=lambda line: None)
+            run_measurement(ContextTest(trained, PLAN, data=str(books)), report=lambda line: None)
     said: list[str] = []
-    stopped = run_measurement(ContextTest(trained, PLAN, data=str(books)), say=said.append)
+    stopped = run_measurement(ContextTest(trained, PLAN, data=str(books)), report=said.append)
     assert said[0] == "2 of 4 documents were there already" and len(said) == 3
-    whole = run_measurement(ContextTest(trained, PLAN, data=str(books)), out=run / "whole", say=lambda line: None)
+    whole = run_measurement(ContextTest(trained, PLAN, data=str(books)), out=run / "whole", report=lambda line: None)
     assert stopped["positions"] == whole["positions"] and stopped["contexts"] == whole["contexts"]
 
 
@@ -119,6 +119,6 @@ def test_gates_are_drawn_from_the_metrics(run, call, capsys):
 def test_a_run_without_gates_is_refused(run, call, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss/train": 3.0}\n')
     assert call("eval", "gates", run) == 2
-    assert "tells nothing of gates" in capsys.readouterr().err
+    assert "holds no gates" in capsys.readouterr().err
     assert call("eval", "gates", run / "eval") == 2
     assert "no such file; name the folder of a run" in capsys.readouterr().err

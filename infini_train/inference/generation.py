@@ -1,4 +1,4 @@
-"""Text from a prompt of any length: the prompt streams into memory and open segment, then token after token comes out.
+"""Generation from a prompt of any length: the prompt is read into the state, then one token after another is chosen.
 
 Legend: B lanes (1), T tokens of a call, V vocabulary.
 """
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infini_train.eval.sampling import Sampling
+from infini_train.inference.reading import FORWARD_SEGMENTS, segment_of
+from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
 
@@ -59,15 +60,15 @@ def generate(
 
     Args:
         model: any variant; memory stays constant with `infini` and `local`.
-        prompt: token ids, the first of which begins a document.
+        prompt: token ids; the first one begins a document.
         max_new_tokens: at most this many.
         stop_id: end of document, or None.
         sampling: how to choose.
     """
-    yield from go_on(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
+    yield from continue_from(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
 
 
-def go_on(
+def continue_from(
     model: Transformer,
     prompt: list[int],
     state: ModelState | None,
@@ -76,9 +77,9 @@ def go_on(
     stop_id: int | None,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """`generate` behind a state: `prompt` is what follows it; a state of None begins a document."""
+    """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    chunk = 4 * (model.config.segment_tokens or 256)
+    chunk = FORWARD_SEGMENTS * segment_of(model)
     logits_V, state = feed(model, prompt, state, first=state is None, chunk_tokens=chunk)
     for written in range(1, max_new_tokens + 1):
         token = choose_token(logits_V, sampling, generator)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.eval.intervals import format_percent, wilson_interval
+from infini_train.statistics import format_percent, wilson_interval
 
 
 @pytest.mark.parametrize(

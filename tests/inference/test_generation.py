@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from infini_train.config.errors import ConfigError
-from infini_train.eval.generate import choose_token, feed, generate
-from infini_train.eval.sampling import Sampling
+from infini_train.inference.generation import choose_token, feed, generate
+from infini_train.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = [256, *b"It was the best of times, it was"]  # 33 tokens: four segments and one token of the next
@@ -125,15 +125,15 @@ def test_what_is_kept_shares_the_probability():
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"),
+    ("options", "field"),
     [
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.1}, "--top-p"),
-        ({"top_k": -1}, "--top-k"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
     ],
 )
-def test_impossible_options_are_refused(options, flag):
-    with pytest.raises(ConfigError, match=f"^{flag}: must"):
+def test_impossible_options_are_refused(options, field):
+    with pytest.raises(ConfigError, match=f"^{field}: must"):
         Sampling(**options)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.eval.generate import feed
-from infini_train.eval.reading import Tail, read_segments, score_tails
+from infini_train.inference.generation import feed
+from infini_train.inference.reading import Tail, read_segments, score_tails
 
 LENGTHS = (1, 5, 8, 9, 23, 40, 41, 77, 120)  # below, at and behind segments' and forwards' edges
 

@@ -13,13 +13,14 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
 from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, tokenizer_files
+from infini_train.inference.reading import segment_of
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
 
 
 class Trained(NamedTuple):
-    """What a checkpoint gives to evaluation."""
+    """A trained model, ready for use, with all that its checkpoint says about it."""
 
     stages: Stages
     config: RunConfig
@@ -31,12 +32,17 @@ class Trained(NamedTuple):
 
     @property
     def model(self) -> Transformer:
-        """The whole model: evaluation runs in one process."""
+        """The whole model: inference runs in one process."""
         return self.stages.transformers()[0]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens by which texts advance that are read side by side; see `reading.segment_of`."""
+        return segment_of(self.model)
 
 
 def _open(path: Path) -> Checkpoint:
-    """A given checkpoint; of a run's folder the newest that is whole."""
+    """The checkpoint at this path; in a run's folder, the newest that is whole."""
     if (path / FOLDER).is_dir():
         checkpoint = find_latest(path, lambda problem: print(f"warning: {problem}", file=sys.stderr))
         if checkpoint is not None:
@@ -45,7 +51,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def open_trained(path: Path, precision: str = "fp32") -> Trained:
-    """Loads a model for evaluation.
+    """Loads a model for evaluation or generation.
 
     Args:
         path: a run's folder (its newest checkpoint), or one checkpoint's.
