@@ -41,7 +41,7 @@ OUTSIDE = {
     "launch": {"config", "command_line"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
-TORCH_FREE = {"infini_train/config/", "launch"}
+TORCH_FREE = {"infini_train/config/", "infini_train/command_line.py", "launch"}
 DEVICE_SHIM = "infini_train/parallel/device.py"
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8

@@ -3,6 +3,8 @@
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +51,14 @@ def test_help_of_every_option_says_its_default():
                     assert f"(default: {str(default).strip()})" in text, where
                 seen += 1
     assert seen > 50
+
+
+def test_help_waits_for_no_library():
+    """What takes seconds to import comes when a command runs."""
+    heavy = "{'torch', 'matplotlib', 'deepspeed', 'lm_eval', 'rouge_score'}"
+    code = f"import sys, infini_train.cli; infini_train.cli._parser(); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "set()\n"
 
 
 def test_help_and_version(call, capsys):

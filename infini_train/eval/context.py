@@ -70,7 +70,6 @@ class ContextTest(Measurement[DocumentLosses]):
         return [document for document in self.documents if document not in done]
 
     def plan(self, records: Sequence[DocumentLosses]) -> tuple[list[str], int | None]:
-        """See `Measurement.plan`."""
         plan, dataset, missing = self.targets, self.dataset, self._missing(records)
         there = len(self.documents) - len(missing)
         again = plan.targets * (sum(plan.contexts_tokens) + len(plan.contexts_tokens) * plan.target_tokens)
@@ -80,22 +79,18 @@ class ContextTest(Measurement[DocumentLosses]):
     def measure(
         self, records: Sequence[DocumentLosses], on_progress: Callable[[int], object]
     ) -> Iterator[Sequence[DocumentLosses]]:
-        """See `Measurement.measure`."""
         for document in self._missing(records):
             yield [measure_document(self.trained.model, self.dataset, document, self.targets, on_progress=on_progress)]
 
     def describe(self, batch: Sequence[DocumentLosses], records: Sequence[DocumentLosses]) -> Iterator[str]:
-        """See `Measurement.describe`."""
         yield from (_document_line(record, self.targets) for record in batch)
 
     def summarise(self, records: Sequence[DocumentLosses]) -> dict[str, Any]:
-        """See `Measurement.summarise`."""
         return summarise([record for record in records if record.document in self.documents], self.targets)
 
     def write(
         self, records: Sequence[DocumentLosses], results: dict[str, Any], folder: Path, board: "SummaryWriter"
     ) -> None:
-        """See `Measurement.write`."""
         from infini_train.eval.records import save_picture
         from infini_train.plots import plot_context_losses
 
@@ -110,8 +105,30 @@ class ContextTest(Measurement[DocumentLosses]):
         board.add_figure("eval/context/by position and by context", figure, step)
 
     def format(self, results: dict[str, Any]) -> str:
-        """See `Measurement.format`."""
-        return format_results(results)
+        whole = results["whole"]
+        lines = [
+            f"{results['checkpoint']}, step {results['step']}",
+            f"{results['documents']} documents, {whole['tokens']:,} tokens: loss {whole['loss']:.4f} nats a token,"
+            f" perplexity {whole['perplexity']:.2f}; 95 % intervals by bootstrap over documents",
+            "",
+            f"{'tokens before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}",
+        ]
+        for row in results["positions"]:
+            name = f"{row['first_position']:,} to {row['end_position'] - 1:,}"
+            lines.append(f"{name:>22}{row['documents']:>11,}{row['tokens']:>12,}" + _loss_columns(row))
+        if results["contexts"]:
+            head = f"{'visible before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}"
+            lines += ["", head + f"{'above all':>11}{'95 %':>19}"]
+        for row in results["contexts"]:
+            name = "all" if row["context_tokens"] is None else f"{row['context_tokens']:,}"
+            low, high = row["above_all_95"]
+            gap = f"{row['above_all']:>11.4f}{f'{low:.4f} to {high:.4f}':>19}" if row["context_tokens"] else ""
+            lines.append(
+                f"{name:>22}{results['documents_with_targets']:>11,}{row['tokens']:>12,}{_loss_columns(row)}{gap}"
+            )
+        if results["damaged_documents"]:
+            lines += ["", f"damaged documents, left out: {results['damaged_documents']}"]
+        return "\n".join([*lines, "", f"peak MB {results['peak_memory_mb']:,.0f}", f"written to {results['folder']}"])
 
 
 def _check_lengths(dataset: Dataset, documents: Sequence[int], plan: ContextPlan) -> None:
@@ -183,32 +200,6 @@ def _mean(losses: Sequence[float] | np.ndarray, tokens: Sequence[int]) -> dict[s
     loss = float(np.sum(losses) / np.sum(tokens))
     low, high = bootstrap_ratio(np.asarray(losses), tokens)
     return {"tokens": int(np.sum(tokens)), "loss": loss, "loss_95": [low, high], "perplexity": math.exp(min(loss, 700))}
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """Two tables: by position, by context."""
-    whole = results["whole"]
-    lines = [
-        f"{results['checkpoint']}, step {results['step']}",
-        f"{results['documents']} documents, {whole['tokens']:,} tokens: loss {whole['loss']:.4f} nats a token,"
-        f" perplexity {whole['perplexity']:.2f}; 95 % intervals by bootstrap over documents",
-        "",
-        f"{'tokens before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}",
-    ]
-    for row in results["positions"]:
-        name = f"{row['first_position']:,} to {row['end_position'] - 1:,}"
-        lines.append(f"{name:>22}{row['documents']:>11,}{row['tokens']:>12,}" + _loss_columns(row))
-    if results["contexts"]:
-        head = f"{'visible before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}"
-        lines += ["", head + f"{'above all':>11}{'95 %':>19}"]
-    for row in results["contexts"]:
-        name = "all" if row["context_tokens"] is None else f"{row['context_tokens']:,}"
-        low, high = row["above_all_95"]
-        gap = f"{row['above_all']:>11.4f}{f'{low:.4f} to {high:.4f}':>19}" if row["context_tokens"] else ""
-        lines.append(f"{name:>22}{results['documents_with_targets']:>11,}{row['tokens']:>12,}{_loss_columns(row)}{gap}")
-    if results["damaged_documents"]:
-        lines += ["", f"damaged documents, left out: {results['damaged_documents']}"]
-    return "\n".join([*lines, "", f"peak MB {results['peak_memory_mb']:,.0f}", f"written to {results['folder']}"])
 
 
 def _loss_columns(row: dict[str, Any]) -> str:

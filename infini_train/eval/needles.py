@@ -27,7 +27,7 @@ from infini_train.data.passkey import choose_before
 from infini_train.data.passkey_wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.measurement import add_out, run
-from infini_train.eval.retrieval import EVEN_STEPS, RetrievalAnswer, RetrievalGrid
+from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
 from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
 
 if TYPE_CHECKING:
@@ -46,14 +46,6 @@ what is there.
 """
 
 
-class NeedleCell(NamedTuple):
-    """Prompts that are scored together."""
-
-    length_tokens: int
-    needles: int
-    depth: float
-
-
 class NeedlePrompt(NamedTuple):
     """One prompt of the grid."""
 
@@ -62,16 +54,12 @@ class NeedlePrompt(NamedTuple):
     depth: float
     sample: int
 
-    @property
-    def cell(self) -> NeedleCell:
-        return NeedleCell(*self[:3])
-
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleGrid(RetrievalGrid):
     """Which prompts: lengths, numbers of needles, and depths of the asked needle in the hay, where one is asked."""
 
-    prompt_type, cell_type = NeedlePrompt, NeedleCell
+    prompt_type = NeedlePrompt
 
     task: Task
     needles: tuple[int, ...] = (4,)  # hidden in a text; with variables, links of the asked chain
@@ -100,7 +88,6 @@ class NeedleGrid(RetrievalGrid):
         return self.haystack if self.haystack in HAYSTACKS else "prose"
 
     def columns(self) -> list[tuple[int, float]]:
-        """See `RetrievalGrid.columns`."""
         return [(needles, depth) for needles in self.needles for depth in self.depths]
 
 
@@ -126,20 +113,11 @@ class NeedleAnswer(RetrievalAnswer):
         return sum(find_words(self.expected, self.said))
 
 
-class NeedlePrompts:
-    """Writes the prompts of a grid.
-
-    Args:
-        grid: of the test.
-        tokenizer: of the model.
-        segment_tokens: of the model; needles and ends are spread over one.
-
-    Raises:
-        ConfigError: the haystack can't be read, or a length can't hold its needles.
-    """
+class NeedlePrompts(RetrievalPrompts):
+    """See `RetrievalPrompts`; the asked needle of a cell has its phase, all others lie anywhere."""
 
     def __init__(self, grid: NeedleGrid, tokenizer: Tokenizer, segment_tokens: int) -> None:
-        self.grid, self.tokenizer, self.segment_tokens = grid, tokenizer, segment_tokens
+        super().__init__(grid, tokenizer, segment_tokens)
         self.source = HaystackSource(grid.haystack, tokenizer)
         self._intro = find_wording("paper").intro
         for prompt in grid.prompts(min(grid.lengths_tokens)):
@@ -163,21 +141,13 @@ class NeedlePrompts:
         return EncodedNeedles(self.tokenizer, needles, self._intro), random
 
     def write(self, prompt: NeedlePrompt) -> NeedleText:
-        """The text of a prompt.
-
-        The asked needle of a cell and the end of the text take their phases against the segment grid from an evenly
-        filling sequence; all other needles lie anywhere. The text is up to a segment shorter than the prompt's length.
-        """
         encoded, random = self._encode(prompt)
-        shares = np.random.default_rng(self._seed(prompt)).random(2)
-        needle_share, end_share = (shares + prompt.sample * EVEN_STEPS) % 1
-        longest = prompt.length_tokens - 1
-        tokens = longest - int(end_share * min(self.segment_tokens, longest - encoded.min_tokens + 1))
+        phase, tokens = self.spread(prompt, self._seed(prompt), encoded.min_tokens)
         hay = tokens - encoded.min_tokens
         before = random.integers(0, hay + 1, prompt.needles * (2 if self.grid.task == "variables" else 1))
         if self.grid.task in ONE_ASKED:
             (asked,) = encoded.needles.asked
-            before[asked] = choose_before(hay, prompt.depth, self.segment_tokens, needle_share)
+            before[asked] = choose_before(hay, prompt.depth, self.segment_tokens, phase)
             encoded, before = self._reorder(encoded, before)
         source = self.source.draw([*self._seed(prompt), prompt.sample, 1])
         return encoded.place(source, [int(place) for place in np.sort(before)], hay)
@@ -192,7 +162,6 @@ class NeedlePrompts:
     def record(
         self, prompt: NeedlePrompt, text: NeedleText, predicted: list[int], measured: dict[str, Any]
     ) -> NeedleAnswer:
-        """See `RetrievalPrompts.record`."""
         return NeedleAnswer(
             **prompt._asdict(),
             **measured,
@@ -234,7 +203,6 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
         super().__init__(trained, "needles", variant, settings, prompts, lanes=lanes)
 
     def plan(self, records: Sequence[NeedleAnswer]) -> tuple[list[str], int | None]:
-        """See `Measurement.plan`; says if prose comes again."""
         there, total = super().plan(records)
         prose_tokens = self.prompts.source.prose_tokens
         if prose_tokens is not None and prose_tokens < max(self.grid.lengths_tokens):
@@ -242,21 +210,18 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
         return there, total
 
     def column_name(self, column: tuple[Any, ...]) -> str:
-        """See `RetrievalTest.column_name`: 4 at 0.5; 4 where all of them matter."""
         needles, depth = column
         return f"{needles} at {depth:.3g}" if self.grid.task in ONE_ASKED else f"{needles}"
 
-    def cell_name(self, cell: NeedleCell) -> str:
-        """See `RetrievalTest.cell_name`."""
-        return f"{format_length(cell.length_tokens)}, {cell.needles} at {cell.depth:.3g}"
+    def cell_name(self, cell: tuple[Any, ...]) -> str:
+        length, needles, depth = cell
+        return f"{format_length(length)}, {needles} at {depth:.3g}"
 
     def map_texts(self) -> tuple[str, str]:
-        """See `RetrievalTest.map_texts`."""
         what = f"{self.grid.task} in {self.grid.hay} hay: right words in %"
         return what, "needles at the depth of the asked one" if self.grid.task in ONE_ASKED else "needles"
 
     def heading(self, results: dict[str, Any]) -> str:
-        """See `RetrievalTest.heading`."""
         return f"{results['task']} in {results['haystack']} hay"
 
 

@@ -1,20 +1,19 @@
 """`infini-train eval passkey`: a key hidden in filler, asked for at the end. Imports torch late."""
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infini_train.command_line import describe, format_length
+from infini_train.command_line import RenamedOption, describe, format_length
 from infini_train.config.errors import ConfigError
 from infini_train.data.passkey import Passkey, PasskeyWriter, choose_before
 from infini_train.data.passkey_wordings import WORDINGS, find_wording
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.measurement import add_out, run
-from infini_train.eval.retrieval import EVEN_STEPS, RetrievalAnswer, RetrievalGrid
-from infini_train.eval.retrieval_report import RetrievalTest, add_grid, add_old_positions, name_variant, read_grid
+from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
+from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
 from infini_train.statistics import format_share
 
 if TYPE_CHECKING:
@@ -33,30 +32,19 @@ what is there.
 """
 
 
-class PasskeyCell(NamedTuple):
-    """Prompts that are scored together; files call the depth of the key its position."""
-
-    length_tokens: int
-    position: float
-
-
 class PasskeyPrompt(NamedTuple):
-    """One prompt of the grid."""
+    """One prompt of the grid; files call the depth of the key its position."""
 
     length_tokens: int
     position: float
     sample: int
-
-    @property
-    def cell(self) -> PasskeyCell:
-        return PasskeyCell(*self[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyGrid(RetrievalGrid):
     """Which prompts: lengths, and depths of the key in the filler."""
 
-    prompt_type, cell_type = PasskeyPrompt, PasskeyCell
+    prompt_type = PasskeyPrompt
 
     wording: str = "paper"
 
@@ -65,7 +53,6 @@ class PasskeyGrid(RetrievalGrid):
         super().__post_init__()
 
     def columns(self) -> list[tuple[float]]:
-        """See `RetrievalGrid.columns`."""
         return [(depth,) for depth in self.depths]
 
 
@@ -90,20 +77,11 @@ class PasskeyAnswer(RetrievalAnswer):
         return sum(predicted == digit for predicted, digit in zip(self.said, self.key, strict=True))
 
 
-class PasskeyPrompts:
-    """Writes the prompts of a grid.
-
-    Args:
-        grid: of the test.
-        tokenizer: of the model.
-        segment_tokens: of the model; keys and ends are spread over one.
-
-    Raises:
-        ConfigError: a length can't hold its prompts, or the tokenizer joins digits.
-    """
+class PasskeyPrompts(RetrievalPrompts):
+    """See `RetrievalPrompts`."""
 
     def __init__(self, grid: PasskeyGrid, tokenizer: Tokenizer, segment_tokens: int) -> None:
-        self.grid, self.tokenizer, self.segment_tokens = grid, tokenizer, segment_tokens
+        super().__init__(grid, tokenizer, segment_tokens)
         self.writer = PasskeyWriter(tokenizer, find_wording(grid.wording), grid.digits)
         needed, shortest = self.writer.min_tokens + 1, min(grid.lengths_tokens)  # bos
         if shortest < needed:
@@ -111,28 +89,18 @@ class PasskeyPrompts:
             raise ConfigError(f"--lengths: {shortest} tokens can't hold the prompt; {what}")
 
     def write(self, prompt: PasskeyPrompt) -> Passkey:
-        """The text of a prompt: its key, and where key and question lie against the segment grid.
-
-        Key and end take their phases from an evenly filling sequence, so that few samples cover a segment well, and
-        more samples go on with it. The text is up to a segment shorter than the prompt's length: the question may lie
-        across an edge, as in real prompts.
-        """
         writer, segment = self.writer, self.segment_tokens
-        longest = prompt.length_tokens - 1  # bos
-        assert longest >= writer.min_tokens
         seed = [self.grid.seed, prompt.length_tokens, round(prompt.position * 1e9)]
-        key_share, end_share = (np.random.default_rng(seed).random(2) + prompt.sample * EVEN_STEPS) % 1
-        tokens = longest - int(end_share * min(segment, longest - writer.min_tokens + 1))
+        phase, tokens = self.spread(prompt, seed, writer.min_tokens)
         filler = tokens - writer.min_tokens
         before = choose_before(filler, prompt.position, segment, 0.0)  # the first of the places to choose from
-        before += (int(key_share * segment) - before) % segment % min(segment, filler + 1)
+        before += (int(phase * segment) - before) % segment % min(segment, filler + 1)
         key = np.random.default_rng([*seed, prompt.sample]).integers(0, 10, writer.digits)
         return writer.place(key, tokens, before)
 
     def record(
-        self, prompt: PasskeyPrompt, text: Passkey, predicted: Iterable[int], measured: dict[str, Any]
+        self, prompt: PasskeyPrompt, text: Passkey, predicted: list[int], measured: dict[str, Any]
     ) -> PasskeyAnswer:
-        """See `RetrievalPrompts.record`."""
         return PasskeyAnswer(
             **prompt._asdict(),
             **measured,
@@ -168,24 +136,19 @@ class PasskeyTest(RetrievalTest[PasskeyAnswer]):
         super().__init__(trained, "passkey", variant, settings, prompts, lanes=lanes)
 
     def column_name(self, column: tuple[Any, ...]) -> str:
-        """See `RetrievalTest.column_name`."""
         return f"{column[0]:.3g}"
 
-    def cell_name(self, cell: PasskeyCell) -> str:
-        """See `RetrievalTest.cell_name`."""
-        return f"{format_length(cell.length_tokens)} at {cell.position:.3g}"
+    def cell_name(self, cell: tuple[Any, ...]) -> str:
+        return f"{format_length(cell[0])} at {cell[1]:.3g}"
 
     def map_texts(self) -> tuple[str, str]:
-        """See `RetrievalTest.map_texts`."""
         what = f"exact match of {self.grid.digits} digits in %, wording {self.grid.wording}"
         return what, "depth of the key (0 start, 1 end)"
 
     def heading(self, results: dict[str, Any]) -> str:
-        """See `RetrievalTest.heading`."""
         return f"wording {results['wording']}"
 
     def notes(self, results: dict[str, Any]) -> list[str]:
-        """See `RetrievalTest.notes`: the sum, phases that were covered, speed."""
         found = results["all"]
         share = format_share(found["exact_match"], found["exact_match_95"])
         lines = [f"all: exact {found['exact']}/{found['samples']}, {share}"]
@@ -214,7 +177,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
     describe(parser, description, EXAMPLES)
     add_grid(parser, LENGTHS, depths_of="the key in the filler", digits_of="a key")
-    add_old_positions(parser)
+    parser.add_argument("--positions", action=RenamedOption, dest="depths", new="--depths", nargs="+", metavar="P")
     parser.add_argument(
         "--wording", default="paper", metavar="NAME", help=f"{', '.join(WORDINGS)} (default: %(default)s)"
     )

@@ -10,7 +10,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -34,12 +34,11 @@ class RetrievalGrid(ABC):
     """Which prompts. A prompt depends on its place in the grid and on the seed, not on the rest of the grid.
 
     Attributes:
-        prompt_type: NamedTuple of a prompt: the fields of its cell, then `sample`; has a property `cell`.
-        cell_type: NamedTuple of prompts that are scored together: `length_tokens`, then the fields of a column.
+        prompt_type: NamedTuple of a prompt: `length_tokens`, the fields of a column, `sample`. A cell is a prompt
+            without its sample: the prompts that are scored together.
     """
 
     prompt_type: ClassVar[type[Any]]
-    cell_type: ClassVar[type[Any]]
 
     lengths_tokens: tuple[int, ...]  # of prompt and answer, at most: they end anywhere in the last segment's length
     depths: tuple[float, ...] = (0.0, 0.5, 1.0)  # of what is asked for, in the text around it: 0 start, 1 end
@@ -65,17 +64,13 @@ class RetrievalGrid(ABC):
     def columns(self) -> list[tuple[Any, ...]]:
         """What cells of one length have besides it, in the order of the test."""
 
-    def cells(self) -> Iterator[Any]:
+    def cells(self) -> list[tuple[Any, ...]]:
         """All cells, in the order of the test."""
-        yield from (self.cell_type(length, *column) for length in self.lengths_tokens for column in self.columns())
+        return [(length, *column) for length in self.lengths_tokens for column in self.columns()]
 
     def prompts(self, length_tokens: int) -> list[Any]:
         """All prompts of one length, cell by cell."""
-        return [
-            self.prompt_type(length_tokens, *column, sample)
-            for column in self.columns()
-            for sample in range(self.samples)
-        ]
+        return [self.prompt_type(length_tokens, *c, sample) for c in self.columns() for sample in range(self.samples)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +94,11 @@ class RetrievalAnswer(ABC):
 
     @property
     def prompt(self) -> Any:
-        """The prompt of the grid."""
         return self.prompt_type(*(getattr(self, name) for name in self.prompt_type._fields))
 
     @property
-    def cell(self) -> Any:
-        """The cell of the grid."""
-        return self.prompt.cell
+    def cell(self) -> tuple[Any, ...]:
+        return tuple(self.prompt[:-1])
 
     @property
     @abstractmethod
@@ -125,26 +118,46 @@ class RetrievalAnswer(ABC):
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-class RetrievalPrompts(Protocol):
-    """Writes the prompts of a grid, and makes records of what a model answers to them."""
+class RetrievalPrompts(ABC):
+    """Writes the prompts of a grid, and makes records of what a model answers to them.
 
-    grid: RetrievalGrid
-    tokenizer: Tokenizer
+    Args:
+        grid: of the test.
+        tokenizer: of the model.
+        segment_tokens: of the model; what is asked for, and the ends of texts, are spread over one.
 
+    Raises:
+        ConfigError: a length can't hold its prompts, or the tokenizer does not do.
+    """
+
+    def __init__(self, grid: Any, tokenizer: Tokenizer, segment_tokens: int) -> None:
+        self.grid, self.tokenizer, self.segment_tokens = grid, tokenizer, segment_tokens
+
+    @abstractmethod
     def write(self, prompt: Any) -> Any:
         """The text of a prompt: a `PromptText`."""
-        ...
 
+    @abstractmethod
     def record(self, prompt: Any, text: Any, predicted: list[int], measured: dict[str, Any]) -> Any:
-        """The answer of the model as a `RetrievalAnswer`.
+        """The answer as a `RetrievalAnswer`, from predicted token ids and the fields that are the same in all tests."""
+
+    def spread(self, prompt: Any, seed: list[int], min_tokens: int) -> tuple[float, int]:
+        """Phases of a prompt against the segment grid, from an evenly filling sequence.
+
+        So few samples cover a segment well, and more samples go on with it. The text is up to a segment shorter than
+        the prompt's length: the question may lie across an edge, as in real prompts.
 
         Args:
             prompt: of the grid.
-            text: what `write` gave.
-            predicted: token ids.
-            measured: the fields of the answer that are the same in all tests.
+            seed: of its cell.
+            min_tokens: of its text, without anything to hide in.
+
+        Returns:
+            The phase of what is asked for, 0 to 1, and the tokens of the text, without bos.
         """
-        ...
+        phase, end = (np.random.default_rng(seed).random(2) + prompt.sample * EVEN_STEPS) % 1
+        longest = prompt.length_tokens - 1  # bos
+        return float(phase), longest - int(end * min(self.segment_tokens, longest - min_tokens + 1))
 
 
 def answer_prompts(
@@ -239,9 +252,9 @@ class RetrievalScore:
         }
 
 
-def score_cells(grid: RetrievalGrid, answers: Iterable[Any]) -> dict[Any, RetrievalScore]:
+def score_cells(grid: RetrievalGrid, answers: Iterable[Any]) -> dict[tuple[Any, ...], RetrievalScore]:
     """Scores of the cells that have answers; answers of other cells are left out."""
-    found: dict[Any, list[Any]] = {cell: [] for cell in grid.cells()}
+    found: dict[tuple[Any, ...], list[Any]] = {cell: [] for cell in grid.cells()}
     for answer in answers:
         if answer.cell in found and answer.sample < grid.samples:
             found[answer.cell].append(answer)
@@ -266,11 +279,14 @@ def summarise_answers(
     """
     longest = [answer for answer in answers if answer.length_tokens == max(grid.lengths_tokens)]
     cells = score_cells(grid, answers)
-    lengths = [length for length in grid.lengths_tokens if any(cell.length_tokens == length for cell in cells)]
+    lengths = [length for length in grid.lengths_tokens if any(cell[0] == length for cell in cells)]
     of_length = {length: [a for a in answers if a.length_tokens == length] for length in lengths}
     summary: dict[str, Any] = {
-        "complete": len(answers) == grid.samples * len(list(grid.cells())),
-        "cells": [{**cell._asdict(), **score.to_json(part)} for cell, score in cells.items()],
+        "complete": len(answers) == grid.samples * len(grid.cells()),
+        "cells": [
+            {**dict(zip(grid.prompt_type._fields[:-1], cell, strict=True)), **score.to_json(part)}
+            for cell, score in cells.items()
+        ],
         "lengths": [
             {
                 "length_tokens": length,

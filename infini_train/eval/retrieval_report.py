@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from infini_train.command_line import RenamedOption, format_length, parse_length
+from infini_train.command_line import format_length, parse_length
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import Measurement, add_lanes, add_model
 from infini_train.eval.retrieval import (
@@ -39,10 +39,7 @@ class RetrievalTest(Measurement[AnswerT]):
     """Answers to the prompts of a grid, scored cell by cell.
 
     Args:
-        trained: the model.
-        test: name of the test; see `Measurement`.
-        variant: see `Measurement`.
-        settings: see `Measurement`.
+        trained, test, variant, settings: see `Measurement`.
         prompts: of the grid.
         lanes: prompts read side by side.
 
@@ -98,13 +95,11 @@ class RetrievalTest(Measurement[AnswerT]):
         return []
 
     def plan(self, records: Sequence[AnswerT]) -> tuple[list[str], int | None]:
-        """See `Measurement.plan`."""
         done = self._done(records)
         there = [f"{len(done)} of {len(self.wanted)} answers were there already"] if done else []
         return there, sum(prompt.length_tokens for prompt in self.wanted - done)
 
     def measure(self, records: Sequence[AnswerT], on_progress: Callable[[int], object]) -> Iterator[Sequence[AnswerT]]:
-        """See `Measurement.measure`."""
         done = self._done(records)
         return answer_prompts(self.trained.model, self.prompts, lanes=self.lanes, done=done, on_progress=on_progress)
 
@@ -113,24 +108,21 @@ class RetrievalTest(Measurement[AnswerT]):
         return {answer.prompt for answer in records} & self.wanted
 
     def describe(self, batch: Sequence[AnswerT], records: Sequence[AnswerT]) -> Iterator[str]:
-        """See `Measurement.describe`: each cell when its last answer is there."""
         scores = score_cells(self.grid, records)
         width = max(len(self.column_name(column)) for column in self.grid.columns())
         for cell in dict.fromkeys(answer.cell for answer in batch):
             score = scores[cell]
             if score.samples == self.grid.samples:
-                name = f"{format_length(cell.length_tokens):>6} {self.joint}{self.column_name(cell[1:]):<{width}}"
+                name = f"{format_length(cell[0]):>6} {self.joint}{self.column_name(cell[1:]):<{width}}"
                 exact = format_share(score.exact_match, score.exact_interval)
                 parts = format_share(score.accuracy, score.interval)
                 yield f"{name} exact {score.exact}/{score.samples} = {exact}   {self.part}s {parts}"
 
     def summarise(self, records: Sequence[AnswerT]) -> dict[str, Any]:
-        """See `Measurement.summarise`."""
         own = [answer for answer in records if answer.prompt in self.wanted]
         return summarise_answers(self.grid, own, self.trained.config.model.segment_tokens, self.part, self.places)
 
     def write(self, records: Sequence[AnswerT], results: dict[str, Any], folder: Path, board: "SummaryWriter") -> None:
-        """See `Measurement.write`."""
         from infini_train.eval.records import save_picture
 
         scores = score_cells(self.grid, records)
@@ -157,8 +149,8 @@ class RetrievalTest(Measurement[AnswerT]):
         return plot_retrieval(share_LC, interval_LC2, lengths, list(map(self.column_name, columns)), title, column_axis)
 
     def format(self, results: dict[str, Any]) -> str:
-        """See `Measurement.format`: two tables in percent, a column a length and a row a column of the grid."""
-        cells = {tuple(cell[name] for name in self.grid.cell_type._fields): cell for cell in results["cells"]}
+        fields = self.grid.prompt_type._fields[:-1]
+        cells = {tuple(cell[name] for name in fields): cell for cell in results["cells"]}
         lengths = [row["length_tokens"] for row in results["lengths"]]
         width = max(len(self.exact_title), *(len(self.column_name(column)) for column in self.grid.columns())) + 1
         lines = [
@@ -223,11 +215,6 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
     parser.add_argument("--digits", type=int, default=5, metavar="N", help=f"of {digits_of} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
     add_lanes(parser, "prompts")
-
-
-def add_old_positions(parser: argparse.ArgumentParser) -> None:
-    """Lets a parser still take --positions for --depths."""
-    parser.add_argument("--positions", action=RenamedOption, dest="depths", new="--depths", nargs="+", metavar="P")
 
 
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:

@@ -70,17 +70,14 @@ class SummaryTest(Measurement[Written]):
         return [one for one in records if one.number < len(self.books) and one.sample < self.task.samples]
 
     def plan(self, records: Sequence[Written]) -> tuple[list[str], int | None]:
-        """See `Measurement.plan`."""
         return [f"{len(records)} summaries were there already"] if records else [], None
 
     def measure(self, records: Sequence[Written], on_progress: Callable[[int], object]) -> Iterator[Sequence[Written]]:
-        """See `Measurement.measure`."""
         done = {(record.number, record.sample) for record in records}
         model, tokenizer = self.trained.model, self.trained.tokenizer
         return write_summaries(model, tokenizer, self.task, lanes=self.lanes, done=done, on_progress=on_progress)
 
     def describe(self, batch: Sequence[Written], records: Sequence[Written]) -> Iterator[str]:
-        """See `Measurement.describe`."""
         first, last = batch[0].number + 1, batch[-1].number + 1
         tokens = sum({record.number: record.book_tokens for record in batch}.values())
         yield (
@@ -90,11 +87,9 @@ class SummaryTest(Measurement[Written]):
         )
 
     def summarise(self, records: Sequence[Written]) -> dict[str, Any]:
-        """See `Measurement.summarise`."""
         return score(self.books, self.own(records), self.scorer)
 
     def write(self, records: Sequence[Written], results: dict[str, Any], folder: Path, board: "SummaryWriter") -> None:
-        """See `Measurement.write`."""
         from infini_train.eval.records import write_file
 
         found, step = self.own(records), self.trained.step
@@ -106,8 +101,30 @@ class SummaryTest(Measurement[Written]):
             board.add_text(f"eval/{folder.name}/{record.id}", text.replace("\n", "  \n"), step)
 
     def format(self, results: dict[str, Any]) -> str:
-        """See `Measurement.format`."""
-        return format_results(results)
+        tokens = results["book_tokens"]
+        lines = [
+            f"{results['checkpoint']}, step {results['step']}",
+            f"{results['model']['books']} books of {tokens['min']:,} to {tokens['max']:,} tokens,"
+            f" {results['samples']} a book; temperature {results['temperature']}, top-p {results['top_p']},"
+            f" seed {results['seed']}",
+            "F1 in %, with 95 % intervals by bootstrap over books; overall: the geometric mean",
+            "",
+            f"{'':<12}{'ROUGE-1':>20}{'ROUGE-2':>20}{'ROUGE-L':>20}{'overall':>20}",
+        ]
+        for name, label in (("model", "model"), ("lead_3", "lead-3"), ("random", "random")):
+            if name in results:
+                row = results[name]
+                cells = (_with_interval(row[key], row[f"{key}_95"]) for key in (*MEASURES, "overall"))
+                lines.append(f"{label:<12}" + "".join(f"{cell:>20}" for cell in cells))
+        lines += [
+            "",
+            f"{results['said_tokens']:.0f} tokens a summary, {100 * results['ended']:.0f} % of them ended by"
+            f" themselves; {results['read_tokens_per_s']:,.0f} tokens/s read, peak memory"
+            f" {results['peak_memory_mb']:,.0f} MB",
+            "lead-3: the book's first three sentences; random: another book's reference",
+            f"written to {results['folder']}",
+        ]
+        return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -201,33 +218,6 @@ def score(books: Sequence[Book], written: Sequence[Written], scorer: Scorer) -> 
     if len(books) > 1:  # there is another book
         found["random"] = measure(lambda number: [books[(number + 1) % len(books)].reference])
     return found
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """A table in percent, and what was measured beside."""
-    tokens = results["book_tokens"]
-    lines = [
-        f"{results['checkpoint']}, step {results['step']}",
-        f"{results['model']['books']} books of {tokens['min']:,} to {tokens['max']:,} tokens,"
-        f" {results['samples']} a book; temperature {results['temperature']}, top-p {results['top_p']},"
-        f" seed {results['seed']}",
-        "F1 in %, with 95 % intervals by bootstrap over books; overall: the geometric mean",
-        "",
-        f"{'':<12}{'ROUGE-1':>20}{'ROUGE-2':>20}{'ROUGE-L':>20}{'overall':>20}",
-    ]
-    for name, label in (("model", "model"), ("lead_3", "lead-3"), ("random", "random")):
-        if name in results:
-            row = results[name]
-            cells = (_with_interval(row[key], row[f"{key}_95"]) for key in (*MEASURES, "overall"))
-            lines.append(f"{label:<12}" + "".join(f"{cell:>20}" for cell in cells))
-    lines += [
-        "",
-        f"{results['said_tokens']:.0f} tokens a summary, {100 * results['ended']:.0f} % of them ended by themselves;"
-        f" {results['read_tokens_per_s']:,.0f} tokens/s read, peak memory {results['peak_memory_mb']:,.0f} MB",
-        "lead-3: the book's first three sentences; random: another book's reference",
-        f"written to {results['folder']}",
-    ]
-    return "\n".join(lines)
 
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """Generation from a prompt of any length: the prompt is read into the state, then one token after another is chosen.
 
-Legend: B lanes (1), T tokens of a call, V vocabulary.
+Legend: B lanes (1), T tokens of a call, D model width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infini_train.inference.reading import FORWARD_SEGMENTS, segment_of
+from infini_train.inference.reading import FORWARD_SEGMENTS, advance, prefill, segment_of
 from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
-from infini_train.parallel import device
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -30,26 +29,21 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
 @torch.no_grad()
 def feed(
-    model: Transformer, tokens: list[int], state: ModelState | None, *, first: bool, chunk_tokens: int
+    model: Transformer, tokens: list[int], state: ModelState | None, *, chunk_tokens: int
 ) -> tuple[Tensor, ModelState]:
     """Reads tokens in chunks; returns logits_V after the last one, and the state.
 
     Args:
         model: any variant.
         tokens: at least one.
-        state: what was read before, or None.
-        first: the first token begins a document.
+        state: what was read before; None: the tokens begin a document.
         chunk_tokens: tokens a forward; memory use depends on it, the result does not.
     """
     assert tokens
-    for begin in range(0, len(tokens), chunk_tokens):
-        chunk_BT = torch.tensor([tokens[begin : begin + chunk_tokens]])
-        starts_BT = torch.zeros(chunk_BT.shape, dtype=torch.bool)
-        starts_BT[0, 0] = first and begin == 0
-        grid = model.make_grid(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
-        if begin + chunk_tokens < len(tokens):
-            state = model.remember(chunk_BT.to(device.current()), grid, state)
-    hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
+    *before, last = (tokens[begin : begin + chunk_tokens] for begin in range(0, len(tokens), chunk_tokens))
+    for chunk in before:
+        state = prefill(model, torch.tensor([chunk]), state)
+    hidden_TBD, state = advance(model, torch.tensor([last]), state)
     return model.logits(hidden_TBD[-1:])[0, 0], state
 
 
@@ -80,11 +74,11 @@ def continue_from(
     """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
     generator = torch.Generator().manual_seed(sampling.seed)
     chunk = FORWARD_SEGMENTS * segment_of(model)
-    logits_V, state = feed(model, prompt, state, first=state is None, chunk_tokens=chunk)
+    logits_V, state = feed(model, prompt, state, chunk_tokens=chunk)
     for written in range(1, max_new_tokens + 1):
         token = choose_token(logits_V, sampling, generator)
         if token == stop_id:
             return
         yield token
         if written < max_new_tokens:
-            logits_V, state = feed(model, [token], state, first=False, chunk_tokens=chunk)
+            logits_V, state = feed(model, [token], state, chunk_tokens=chunk)

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from infini_train.inference.generation import feed
+from infini_train.inference.generation import continue_from
 from infini_train.inference.reading import FORWARD_SEGMENTS, prefill, segment_of, take_lane
+from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
+
+GREEDY = Sampling(temperature=0)
 
 
 class PromptText(Protocol):
@@ -84,7 +87,15 @@ def read_prompts(
     predicted = []
     for lane, text in enumerate(texts):
         rest = _lane(text, bos_id, together, lengths[lane]).tolist()
-        predicted.append(_answer(model, rest, take_lane(state, rows[lane]), text.answer_tokens, chunk))
+        answer = continue_from(
+            model,
+            rest,
+            take_lane(state, rows[lane]),
+            max_new_tokens=text.answer_tokens,
+            stop_id=None,
+            sampling=GREEDY,
+        )
+        predicted.append(list(answer))
         on_progress(len(rest))
     return PromptAnswers(predicted, *_speeds(forwards))
 
@@ -110,16 +121,6 @@ def _lane(text: PromptText, bos_id: int, start: int, stop: int) -> np.ndarray:
     """int64 tokens [start, stop) of bos and the text."""
     ids = text.read(max(start - 1, 0), stop - 1).astype(np.int64)
     return ids if start else np.concatenate((np.array([bos_id]), ids))
-
-
-def _answer(model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int) -> list[int]:
-    """Greedy decoding: reads the rest of a prompt and writes `tokens` tokens."""
-    logits_V, state = feed(model, rest, state, first=state is None, chunk_tokens=chunk_tokens)
-    predicted = [int(logits_V.argmax())]
-    while len(predicted) < tokens:
-        logits_V, state = feed(model, predicted[-1:], state, first=False, chunk_tokens=chunk_tokens)
-        predicted.append(int(logits_V.argmax()))
-    return predicted
 
 
 def _speeds(forwards: list[tuple[int, float]]) -> tuple[float, float] | tuple[None, None]:

@@ -71,6 +71,18 @@ def test_more_samples_and_lengths_add_to_what_is_there(run, capsys, call):
     assert fresh.items() <= first.items() and len(fresh) == 12
 
 
+def test_depths_by_their_old_name(run, capsys, call):
+    options = ("--lengths", "260", "--samples", "1", "--json")
+    found = []
+    for name in ("--depths", "--positions"):
+        capsys.readouterr()
+        assert call("eval", "passkey", run, *options, name, "0.5", "--out", run / name) == 0
+        shown = capsys.readouterr()
+        found.append(json.loads(shown.out)["cells"])
+        assert ("note: --positions is now called --depths\n" in shown.err) == (name == "--positions")
+    assert found[0] == found[1] and found[0][0]["position"] == 0.5
+
+
 def test_perplexity_may_be_left_out(run, capsys, call):
     found = []
     for command in (["eval"], ["eval", "perplexity"]):

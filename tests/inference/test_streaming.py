@@ -48,12 +48,12 @@ def test_a_common_beginning_is_read_once(variant, tools, monkeypatch):
         rows.append(len(tokens_BT))
         return prefill(model, tokens_BT, state)
 
-    def see(model, rest, state, tokens, chunk_tokens):
+    def see(model, rest, state, *, max_new_tokens, **options):
         states.append(state)
-        return [0] * tokens
+        return [0] * max_new_tokens
 
     monkeypatch.setattr(streaming, "prefill", count)
-    monkeypatch.setattr(streaming, "_answer", see)
+    monkeypatch.setattr(streaming, "continue_from", see)
     read_prompts(model, texts, BOS)
     assert sorted(rows) == rows and rows[0] < 4 and rows[-1] == 4, rows
     together = [tensors_of(state) for state in states]
