@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -223,9 +224,12 @@ def _generate(options: argparse.Namespace) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     stop = None if options.ignore_end else tokenizer.eos_id
     stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
+    pieces = decode_stream(tokenizer, stream)
+    with spinner("reading the prompt"):
+        first = next(pieces, "")
     if not options.no_echo:
         sys.stdout.write(prompt)
-    for piece in decode_stream(tokenizer, stream):
+    for piece in itertools.chain((first,), pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

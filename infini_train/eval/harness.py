@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infini_train.command_line import describe, positive, spinner
+from infini_train.command_line import describe, non_negative, positive, spinner
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_lanes, add_model, add_out, load
 
@@ -226,10 +226,12 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--include-path", type=Path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"
     )
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
+    parser.add_argument(
+        "--num-fewshot", type=non_negative, metavar="N", help="examples before a question (default: the task's)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N documents of each task (default: all)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of sampled generations (default: %(default)s)"
+        "--seed", type=non_negative, default=0, metavar="N", help="of sampled generations (default: %(default)s)"
     )
     add_lanes(parser, "texts")
     add_out(parser, "eval/harness-STEP")

@@ -207,7 +207,9 @@ def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[A
         options: of the command: model, precision, out, overwrite, json.
         choose: makes the measurement of a model.
     """
-    measurement = choose(load(options))
+    trained = load(options)
+    with spinner("preparing"):
+        measurement = choose(trained)
     results = run_measurement(
         measurement,
         out=options.out,

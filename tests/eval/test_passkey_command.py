@@ -83,16 +83,6 @@ def test_depths_by_their_old_name(run, capsys, call):
     assert found[0] == found[1] and found[0][0]["position"] == 0.5
 
 
-def test_perplexity_may_be_left_out(run, capsys, call):
-    found = []
-    for command in (["eval"], ["eval", "perplexity"]):
-        for words in ([run, "--max-tokens", 64, "--json"], ["--json", "--max-tokens", 64, run]):
-            capsys.readouterr()
-            assert call(*command, *words) == 0
-            found.append(json.loads(capsys.readouterr().out)["loss"])
-    assert len(found) == 4 and len(set(found)) == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
