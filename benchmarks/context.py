@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
 from page import as_table, fill_between  # noqa: E402
 
-from infini_train.eval.passkey_scores import format_length  # noqa: E402
+from infini_train.command_line import format_length  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES, PAGE = ROOT / "benchmarks" / "results" / "context", ROOT / "docs" / "results.md"

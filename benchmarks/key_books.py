@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from infini_train.command_line import parse_length
 from infini_train.data.synthetic.passkey import PasskeyWriter
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval.passkey_scores import parse_length
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from page import as_table, fill_between
 
-from infini_train.eval.intervals import format_share, wilson_interval
-from infini_train.eval.passkey_scores import format_length
+from infini_train.command_line import format_length
+from infini_train.statistics import format_share, wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,10 +20,10 @@ from typing import Any
 
 from page import fill_between
 
+from infini_train.command_line import format_length
 from infini_train.config.files import read_tree, validate
 from infini_train.data.synthetic.wordings import WORDINGS
-from infini_train.eval.intervals import format_percent, wilson_interval
-from infini_train.eval.passkey_scores import format_length
+from infini_train.statistics import format_percent, wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "benchmarks" / "results" / "passkey"

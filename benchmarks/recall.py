@@ -26,7 +26,7 @@ from matplotlib.axes import Axes  # noqa: E402 (the backend must be chosen first
 from matplotlib.figure import Figure  # noqa: E402
 from page import as_table, fill_between  # noqa: E402
 
-from infini_train.eval.intervals import wilson_interval  # noqa: E402
+from infini_train.statistics import wilson_interval  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "recall", ROOT / "docs" / "images" / "recall.png"
@@ -109,7 +109,7 @@ def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, A
     from infini_train.parallel import device
 
     device.prepare()
-    from infini_train.eval.loading import open_trained
+    from infini_train.inference.loading import open_trained
     from infini_train.model.flops import count_parameters, memory_numbers
 
     trained = open_trained(run)

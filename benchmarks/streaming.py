@@ -59,8 +59,8 @@ def measure(model: Path, tokens: int) -> dict[str, float]:
     from infini_train.data.corpus import Corpus
     from infini_train.data.lanes import LaneReader
     from infini_train.data.shards import Dataset, ShardWriter
-    from infini_train.eval.loading import open_trained
-    from infini_train.eval.report import STREAM_SEGMENTS
+    from infini_train.eval.perplexity_command import STREAM_SEGMENTS
+    from infini_train.inference.loading import open_trained
 
     trained = open_trained(model)
     window = STREAM_SEGMENTS * (trained.config.model.segment_tokens or 64)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen f
 from page import as_table, fill_between  # noqa: E402
 from stories import FACTS, SUMMARY  # noqa: E402
 
-from infini_train.eval.intervals import bootstrap_ratio, format_share  # noqa: E402
+from infini_train.statistics import bootstrap_ratio, format_share  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES, PAGE = ROOT / "benchmarks" / "results" / "summaries", ROOT / "docs" / "results.md"

@@ -202,7 +202,7 @@ def describe(run_dir: Path) -> dict[str, Any]:
     device.prepare()  # before anything imports megatron-core, which would warn
     import torch
 
-    from infini_train.eval.loading import open_trained
+    from infini_train.inference.loading import open_trained
     from infini_train.model.flops import count_parameters, memory_numbers
     from infini_train.ops.state import name_leaves
 

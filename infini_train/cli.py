@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -11,15 +12,22 @@ from pathlib import Path
 
 from infini_train import __version__, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
-from infini_train.command_line import add_verbosity, describe, positive, repeat_verbosity
+from infini_train.command_line import (
+    CommandParser,
+    add_verbosity,
+    describe,
+    positive,
+    repeat_verbosity,
+    spinner,
+)
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import config_roots, load_run, scale_sizes
 from infini_train.config.renamed import current_words
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.convert.commands import add_export, add_import
 from infini_train.environment import world
-from infini_train.eval.commands import CommandParser
 from infini_train.eval.commands import add_commands as add_eval_commands
+from infini_train.inference.sampling import add_sampling, read_sampling
 from infini_train.plan.command import add_command as add_plan_command
 from infini_train.selftest.commands import add_command as add_selftest_command
 
@@ -125,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"infini-train {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     _add_train(commands.add_parser("train", help="train a model, or continue a run"))
-    add_eval_commands(commands.add_parser("eval", help="perplexity of held-out text, passkey retrieval"))
+    add_eval_commands(commands.add_parser("eval", help="perplexity of held-out text, retrieval, summaries"))
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
     add_plan_command(commands.add_parser("plan", help="what each rank of a layout would hold, without the cluster"))
     add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
@@ -230,33 +238,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=200,
-        metavar="N",
-        help="write at most N tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="T",
-        help="below 1 the likely tokens win more often; 0: always the most likely one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="choose among the most likely tokens that together reach this probability (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="and among the K most likely; 0: all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default: %(default)s)"
-    )
+    add_sampling(parser, max_new_tokens=200, temperature=0.8, top_p=0.95)
     parser.add_argument(
         "--ignore-end", action="store_true", help="write on into a next document (default: stop at the end of one)"
     )
@@ -267,23 +249,25 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from infini_train.eval.sampling import Sampling
-
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+    sampling = read_sampling(options)
     prompt = _read_prompt(options)
-    _prepare()
-    from infini_train.data.tokenizer import decode_stream
-    from infini_train.eval.generate import generate
-    from infini_train.eval.loading import open_trained
+    with spinner(f"loading {options.model}"):
+        _prepare()
+        from infini_train.data.tokenizer import decode_stream
+        from infini_train.inference.generation import generate
+        from infini_train.inference.loading import open_trained
 
-    trained = open_trained(options.model)
+        trained = open_trained(options.model)
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     stop = None if options.ignore_end else tokenizer.eos_id
     stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
+    pieces = decode_stream(tokenizer, stream)
+    with spinner("reading the prompt"):
+        first = next(pieces, "")
     if not options.no_echo:
         sys.stdout.write(prompt)
-    for piece in decode_stream(tokenizer, stream):
+    for piece in itertools.chain((first,), pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -313,9 +297,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     describe(parser, description, DEMO_EXAMPLES)
     parser.add_argument(
-        "--text", metavar="PATH", help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file"
+        "--text",
+        metavar="PATH",
+        help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file (default: the Python standard library)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/demo, or runs/demo-NAME of the text")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder (default: runs/demo, or runs/demo-NAME of the text)"
+    )
     parser.add_argument(
         "--set",
         metavar="A.B=VALUE",

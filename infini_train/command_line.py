@@ -1,8 +1,40 @@
-"""What the parsers of all commands share. Imports no torch."""
+"""What the parsers of all commands share: help, types of values, renamed options, a spinner. Imports no torch."""
 
 import argparse
+import contextlib
+import itertools
+import re
+import sys
 import textwrap
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from infini_train.config.errors import ConfigError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose arguments may leave out the command's name.
+
+    Attributes:
+        commands: parsers by the names of the commands.
+        default: parses arguments that don't begin with one of these names.
+    """
+
+    commands: dict[str, argparse.ArgumentParser] | None = None
+    default: argparse.ArgumentParser | None = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        """As argparse does, by the parser that the first argument asks for.
+
+        argparse has no default subcommand: a subparser is chosen by a positional argument, which here may as well be
+        the first positional of the default command. So the choice is made before either parser begins.
+        """
+        if self.default is None or not args or args[0] in (self.commands or {}) or args[0] in ("-h", "--help"):
+            return super().parse_known_args(args, namespace)
+        return self.default.parse_known_args(args, namespace)
 
 
 def describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:
@@ -11,8 +43,11 @@ def describe(parser: argparse.ArgumentParser, description: str, examples: str) -
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
+# -------------------------------------------------------------------------------------------------- types of values
+
+
 def positive(text: str) -> int:
-    """An option's value that must be a whole number above 0."""
+    """A whole number above 0, as the type of an option's value."""
     value = int(text)
     if value <= 0:
         raise argparse.ArgumentTypeError("must be positive")
@@ -42,3 +77,97 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
     for action in nested:
         for command in action.choices.values():
             yield from _commands(command)
+
+
+def non_negative(text: str) -> int:
+    """A whole number, 0 or above, as the type of an option's value."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, as the type of an option's value."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def parse_length(text: str, option: str = "--lengths") -> int:
+    """Tokens of a length such as 5000, 32K or 1M (K: 1024, M: 1024 K), given with an option.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+)([KM]?)", text.upper())
+    if match is None:
+        raise ConfigError(f"{option}: {text} is no length; write tokens as 5000, 32K or 1M")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def format_length(tokens: int) -> str:
+    """32K, 1M; other numbers in full."""
+    unit = next(unit for unit in ("M", "K", "") if tokens % _UNITS[unit] == 0)
+    return f"{tokens // _UNITS[unit]}{unit}"
+
+
+# --------------------------------------------------------------------------------------------------- renamed options
+
+
+class RenamedOption(argparse.Action):
+    """An option's old name: does what the new one does, and says so in one line on standard error.
+
+    Args:
+        option_strings: the old name.
+        dest: where the new option puts its value.
+        new: the new name.
+        options: of `argparse.Action`.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, new: str, **options: Any) -> None:
+        # without a default of its own: that of the new option holds
+        super().__init__(option_strings, dest, help=argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
+        self.new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(f"note: {option} is now called {self.new}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+# ------------------------------------------------------------------------------------------------------------ spinner
+
+
+@contextlib.contextmanager
+def spinner(what: str, interval_s: float = 0.1) -> Iterator[None]:
+    """Shows that something goes on, with the seconds it has taken, on standard error if that is a terminal.
+
+    Args:
+        what: is going on.
+        interval_s: between two pictures.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+
+    def spin() -> None:
+        for tick, frame in enumerate(itertools.cycle("|/-\\")):
+            # the cursor waits at the line's beginning, so that whatever else is printed replaces the picture
+            sys.stderr.write(f"{frame} {what} {tick * interval_s:.0f} s\r")
+            sys.stderr.flush()
+            if done.wait(interval_s):
+                break
+        sys.stderr.write("\x1b[2K")
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=spin, name="spinner", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,9 +1,11 @@
 """Settings that must hold before torch or DeepSpeed is imported; what tests of several rooms share; GPU skips."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -16,6 +18,11 @@ from infini_train.config.attention import (
     TransformerXLConfig,
 )
 from infini_train.config.model import ModelConfig
+from infini_train.data.shards import Dataset, ShardWriter
+from infini_train.data.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from infini_train.model.transformer import Transformer
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")
@@ -89,6 +96,35 @@ def process_groups() -> None:
     torch.set_num_threads(1)
     device.prepare()
     mesh.start()
+
+
+class Tools(NamedTuple):
+    """Tiny models over bytes, and shards for them."""
+
+    tiny: Callable[..., ModelConfig]
+
+    def build(self, variant: str) -> "Transformer":
+        """A model whose context matters: large weights, so that greedy text does not repeat one token."""
+        from infini_train.model.init import initialise
+        from infini_train.model.transformer import Transformer
+
+        config = self.tiny(variant, vocab_size=259, init_std=0.3)
+        model = Transformer(config)
+        initialise(model, config, 3)
+        return model.eval()
+
+    def write(self, folder: Path, lengths: Iterable[int]) -> Dataset:
+        """Documents of random bytes; a token stands for two bytes of text."""
+        random = np.random.default_rng(0)
+        with ShardWriter(folder, ByteTokenizer()) as writer:
+            for number, length in enumerate(lengths):
+                writer.add(random.integers(0, 256, length), n_bytes=2 * length, id=f"document {number}")
+        return Dataset.open(folder)
+
+
+@pytest.fixture(scope="session")
+def tools(tiny: Callable[..., ModelConfig], process_groups: None) -> Tools:
+    return Tools(tiny)
 
 
 # Tests that start several processes, often once for a whole module: one worker runs them, one after the other, so that

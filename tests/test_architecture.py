@@ -30,16 +30,19 @@ ROOMS = {
     "checkpoint": {"parallel", *MODEL},
     "resilience": {"parallel"},
     "convert": {"checkpoint", "data"},
-    "eval": STACK,
-    "train": {"eval", "resilience", *STACK},  # validation inside the loop
+    "statistics": set(),
+    "plots": {"statistics"},
+    "inference": STACK,
+    "eval": {"inference", "plots", "statistics", *STACK},
+    "train": {"eval", "inference", "plots", "resilience", *STACK},  # validation inside the loop
     "selftest": {"launcher", "train", "eval", *STACK},
     "plan": {"train", *STACK},  # the modules that training builds
     "demo": {"train", "eval", *STACK},
     "launcher": set(),
-    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "resilience", *STACK},
+    "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config", "atomic_files"},
+    "data_tools": {"data", "config", "command_line", "atomic_files"},
     "launch": {"config", "command_line", "atomic_files"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
@@ -282,6 +285,8 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
         ("infini_train/model/a.py", "from ..data import shards"),
         ("infini_train/data/a.py", "import infini_train.model.layers"),
         ("infini_train/eval/a.py", "from infini_train import train"),
+        ("infini_train/inference/a.py", "from infini_train.eval.passkey import PasskeyGrid"),
+        ("infini_train/plots.py", "from infini_train.eval import records"),
         ("infini_train/cli.py", "from data_tools.cli import main"),
         ("infini_train/config/a.py", "import torch"),
         ("data_tools/a.py", "from infini_train.train.loop import run"),

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,16 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from infini_train import cli
-from infini_train.checkpoint import commands
 from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
-from infini_train.eval import commands as evaluations
 from infini_train.parallel import device
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-COMMANDS = ("train", "eval", "generate", "checkpoint", "demo")
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -266,53 +260,6 @@ def test_a_disk_without_space(call, home, small_disk, capsys, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- what works
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_gives_examples(call, command, capsys):
-    assert call(command, "--help") == 0
-    said = capsys.readouterr().out
-    assert "examples:\n" in said and said.count(f"infini-train {command}") >= 3
-    assert all(len(line) <= 120 for line in said.splitlines())
-
-
-def test_help_of_every_option_says_its_default():
-    """Of options that take a value; what a list or a flag does without being given goes without saying."""
-    for command in ("eval perplexity", "eval passkey", "generate"):
-        parser = cli._parser()
-        for word in command.split():
-            parser = parser._subparsers._group_actions[0].choices[word]
-        for action in parser._actions:
-            if action.option_strings and action.nargs != 0 and "file" not in action.dest:
-                assert "default: " in action.help, f"{command} {action.option_strings[0]}"
-                if action.default not in (None, ""):
-                    assert f"default: {action.default})" in parser.format_help().replace("\n" + " " * 24, " ")
-
-
-def test_help_and_version(call, capsys):
-    assert call("--help") == 0
-    said = capsys.readouterr().out
-    assert all(f"infini-train {command}" in said for command in COMMANDS)
-    assert call("--version") == 0
-    assert capsys.readouterr().out.startswith("infini-train ")
-    assert call() == 2 and "COMMAND" in capsys.readouterr().err
-
-
-def test_examples_in_help_parse(capsys):
-    """Every example's configs and fields exist."""
-    examples = cli.EPILOG + cli.TRAIN_EXAMPLES + cli.GENERATE_EXAMPLES + cli.DEMO_EXAMPLES
-    examples += evaluations.EXAMPLES + evaluations.PERPLEXITY_EXAMPLES + evaluations.PASSKEY_EXAMPLES
-    examples += commands.EXAMPLES + commands.INSPECT_EXAMPLES + commands.VERIFY_EXAMPLES + commands.RESHARD_EXAMPLES
-    lines = [line for line in examples.splitlines() if line.startswith("  infini-train ")]
-    assert len(lines) > 12
-    for line in lines:
-        command = re.split(r" > | {4,}", line.strip())[0]  # a remark follows after some space
-        words = shlex.split(command)[1:]
-        options = cli._parser().parse_args(words)
-        if words[0] == "train":
-            options.print_config = True
-            options.command(options)
-    assert "segment_tokens: 128" in capsys.readouterr().out
 
 
 def test_print_config_is_the_resolved_config(call, home, capsys):

@@ -23,7 +23,7 @@ from infini_train.config.model import ModelConfig
 from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval.loading import open_trained
+from infini_train.inference.loading import open_trained
 from infini_train.model.flops import count_parameters, forward_flops_per_token, memory_numbers
 from infini_train.model.init import initialise
 from infini_train.model.mixer import LayerSpec, SequenceMixer, head_gates

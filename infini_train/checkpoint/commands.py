@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from infini_train.command_line import describe
+from infini_train.command_line import describe, positive_float
 from infini_train.config.errors import ConfigError
 
 ANYWHERE = "Training resumes from any checkpoint in any layout (tensor, pipeline, context, data parallel, ZeRO)"
@@ -64,15 +64,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--weights-only", action="store_true", help="the same as --kinds master")
     reshard.add_argument("--dtype", choices=("bf16", "fp32"), help="of weights and moments (default: as stored)")
     reshard.add_argument(
-        "--max-file-gb", type=_positive, metavar="GB", default=4.0, help="begin another file at this size (default 4)"
+        "--max-file-gb",
+        type=positive_float,
+        metavar="GB",
+        default=4.0,
+        help="begin another file at this size (default: %(default)s)",
     )
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""Measurements of a trained model: perplexity, and text that it writes."""
+"""Evaluations of a trained model: perplexity, context, retrieval, summaries, tasks of lm-evaluation-harness."""

@@ -1,221 +1,258 @@
-"""How the loss falls with context: by tokens since the document's start, and by how much of them the model may see.
+"""`infini-train eval context`: how the loss of whole documents falls with context. Imports torch late."""
 
-Each document streams through the model once, a few segments at a time, and its losses are summed by position. Then some
-runs of its tokens, the targets, are scored again with nothing visible but the last c tokens before them: what is read
-begins c tokens earlier, as a document of its own. The segment edges stay where they are in the whole document, so a
-target's local context is the same for every c that reaches over its segment; what differs is what older tokens left in
-the memory. Memory holds one forward's tokens and the model's state, whatever the length.
-
-Positions count as in training: of n tokens x1..xn there are n + 1, inputs bos, x1..xn, labels x1..xn, eos. The label of
-position p has p tokens before it.
-
-Legend: B lanes (targets), T tokens of a forward.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from infini_train.command_line import describe, format_length, parse_length, positive
 from infini_train.config.errors import ConfigError
-from infini_train.data.lanes import IGNORED
-from infini_train.data.shards import CorruptDocumentError, Dataset
-from infini_train.eval.reading import FORWARD_SEGMENTS, segment_of
-from infini_train.model.transformer import ModelState, Transformer
-from infini_train.parallel import device
+from infini_train.data.shards import Dataset
+from infini_train.eval.context_losses import ContextPlan, DocumentLosses, bucket_edges, measure_document
+from infini_train.eval.measurement import Measurement, add_model, add_out, run
+from infini_train.eval.validation import open_data
+from infini_train.statistics import bootstrap_ratio
 
-FIRST_BUCKET_TOKENS = 64  # positions below this one; every later bucket is as long as all before it together
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
+    from infini_train.inference.loading import Trained
 
-@dataclass(frozen=True, kw_only=True)
-class ContextPlan:
-    """What is measured. A document's targets depend on the document, the seed and the plan, not on other documents."""
+CONTEXTS = ("256", "1K", "4K")
+PICTURE = "context.png"
+EXAMPLES = """\
+examples:
+  infini-train eval context runs/books                       the run's validation data
+  infini-train eval context runs/books --data data/books/validation --contexts 256 1K 4K 16K --targets 16
+  infini-train eval context runs/books --documents 10 --json
 
-    contexts_tokens: tuple[int, ...] = (256, 1024, 4096)  # visible before a target
-    targets: int = 8  # of a document that is long enough
-    target_tokens: int = 64  # scored of each
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.contexts_tokens or min(self.contexts_tokens) <= 0:
-            raise ConfigError("--contexts: give at least one, each positive")
-        if len(set(self.contexts_tokens)) < len(self.contexts_tokens):
-            raise ConfigError("--contexts: the same one is given twice")
-        for name in ("targets", "target_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
-        if self.seed < 0:
-            raise ConfigError("--seed: must not be negative")
-
-    def place_targets(self, document: int, tokens: int) -> list[int]:
-        """First positions of a document's targets: one in each of even stretches behind the largest context.
-
-        Args:
-            document: its number.
-            tokens: of its text.
-        """
-        first, last = max(self.contexts_tokens), tokens + 1 - self.target_tokens
-        if last < first:
-            return []
-        share = np.random.default_rng([self.seed, document]).random(self.targets)
-        places = first + (np.arange(self.targets) + share) / self.targets * (last + 1 - first)
-        return sorted({int(place) for place in places})
+Stopped by Ctrl-C? The same command goes on with the next document. More documents add to what is there.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentLosses:
-    """What one document gave; losses are sums in nats."""
-
-    document: int
-    name: str
-    tokens: int
-    bucket_tokens: list[int] = field(default_factory=list)  # labels in each bucket of positions
-    bucket_losses: list[float] = field(default_factory=list)
-    target_positions: list[int] = field(default_factory=list)
-    target_losses: list[list[float]] = field(default_factory=list)  # of each target: by context, then with all of it
-    peak_memory_bytes: int = 0
-    is_damaged: bool = False
-
-
-def bucket_edges(tokens: int) -> list[int]:
-    """First positions of the buckets of a text of so many tokens, and the end of the last: 0, 64, 128, 256, ..."""
-    edges = [0, FIRST_BUCKET_TOKENS]
-    while edges[-1] < tokens + 1:
-        edges.append(2 * edges[-1])
-    return edges
-
-
-@torch.no_grad()
-def measure_document(
-    model: Transformer,
-    dataset: Dataset,
-    document: int,
-    plan: ContextPlan,
-    *,
-    window_tokens: int | None = None,
-    on_progress: Callable[[int], object] = lambda tokens: None,
-) -> DocumentLosses:
-    """Losses of one document, by position and by context.
+class ContextTest(Measurement[DocumentLosses]):
+    """Losses of whole documents, by position and by visible context.
 
     Args:
-        model: any variant, on its device.
-        dataset: of the model's tokenizer.
-        document: its number.
+        trained: the model.
         plan: which contexts and targets.
-        window_tokens: of a forward, a multiple of the segment; default: a few segments.
-        on_progress: called with the tokens read.
+        data: folder or URL of shards; None: the run's validation data.
+        max_documents: how many of the first ones; None: all.
+
+    Raises:
+        ConfigError: the data do not do, or no document is long enough.
     """
-    tokens, name = int(dataset.lengths_tokens[document]), dataset.name(document)
-    text = _Text(dataset, document, tokens)
-    segment = segment_of(model)
-    chunk = window_tokens or FORWARD_SEGMENTS * segment
-    targets = plan.place_targets(document, tokens)
-    whole = np.zeros(len(targets))
-    edges = np.array(bucket_edges(tokens))
-    counts, sums = np.zeros(len(edges) - 1, np.int64), np.zeros(len(edges) - 1)
-    try:
-        state: ModelState | None = None
-        for begin in range(0, tokens + 1, chunk):
-            stop = min(begin + chunk, tokens + 1)
-            loss_BT, state = _score(model, [_Cut(text, 0, begin, stop)], state)
-            bucket = np.searchsorted(edges, np.arange(begin, stop), side="right") - 1
-            counts += np.bincount(bucket, minlength=len(counts))
-            sums += np.bincount(bucket, loss_BT[0], minlength=len(counts))
-            for i, target in enumerate(targets):
-                first, last = max(target - begin, 0), min(target + plan.target_tokens - begin, stop - begin)
-                whole[i] += loss_BT[0, first:last].sum() if first < last else 0.0
-            on_progress(stop - begin)
-        by_context = [_score_targets(model, text, targets, c, plan, chunk, on_progress) for c in plan.contexts_tokens]
-    except CorruptDocumentError:
-        return DocumentLosses(document=document, name=name, tokens=tokens, is_damaged=True)
-    filled = int(counts.nonzero()[0][-1]) + 1
-    return DocumentLosses(
-        document=document,
-        name=name,
-        tokens=tokens,
-        bucket_tokens=counts[:filled].tolist(),
-        bucket_losses=sums[:filled].tolist(),
-        target_positions=targets,
-        target_losses=np.stack([*by_context, whole], axis=1).tolist(),
-        peak_memory_bytes=device.peak_memory_bytes(),
-    )
 
+    file, record = "documents.jsonl", DocumentLosses
 
-@dataclass(frozen=True)
-class _Text:
-    """Inputs and labels of a document at any positions."""
+    def __init__(
+        self, trained: "Trained", plan: ContextPlan, *, data: str | None = None, max_documents: int | None = None
+    ) -> None:
+        folder, self.dataset = open_data(trained, data)
+        self.documents = range(min(len(self.dataset), max_documents or len(self.dataset)))
+        self.targets = plan
+        _check_lengths(self.dataset, self.documents, plan)
+        settings = {
+            "data_sha256": self.dataset.identity,
+            "contexts_tokens": list(plan.contexts_tokens),
+            "targets": plan.targets,
+            "target_tokens": plan.target_tokens,
+            "seed": plan.seed,
+        }
+        super().__init__(trained, "context", "" if trained.precision == "fp32" else f"-{trained.precision}", settings)
+        self.about = {"data": folder, "segment_tokens": trained.config.model.segment_tokens}
 
-    dataset: Dataset
-    document: int
-    tokens: int
+    def _missing(self, records: Sequence[DocumentLosses]) -> list[int]:
+        done = {record.document for record in records}
+        return [document for document in self.documents if document not in done]
 
-    def ids(self, start: int, stop: int) -> np.ndarray:
-        """int64: bos at 0, x1..xn, eos at n + 1; [start, stop)."""
-        manifest = self.dataset.manifest
-        content = self.dataset.read(self.document, max(start - 1, 0), min(stop - 1, self.tokens)).astype(np.int64)
-        bos, eos = [manifest.bos_id] * (start == 0), [manifest.eos_id] * (stop == self.tokens + 2)
-        return np.concatenate((np.array(bos, np.int64), content, np.array(eos, np.int64)))
+    def plan(self, records: Sequence[DocumentLosses]) -> tuple[list[str], int | None]:
+        plan, dataset, missing = self.targets, self.dataset, self._missing(records)
+        there = len(self.documents) - len(missing)
+        again = plan.targets * (sum(plan.contexts_tokens) + len(plan.contexts_tokens) * plan.target_tokens)
+        total = sum(int(dataset.lengths_tokens[d]) + 1 + again * bool(_targets(plan, dataset, d)) for d in missing)
+        return [f"{there} of {len(self.documents)} documents were there already"] if there else [], total
 
+    def measure(
+        self, records: Sequence[DocumentLosses], on_progress: Callable[[int], object]
+    ) -> Iterator[Sequence[DocumentLosses]]:
+        for document in self._missing(records):
+            yield [measure_document(self.trained.model, self.dataset, document, self.targets, on_progress=on_progress)]
 
-@dataclass(frozen=True)
-class _Cut:
-    """Positions [begin, stop) of a text, of which nothing before `start` is visible, in one lane of a forward."""
+    def describe(self, batch: Sequence[DocumentLosses], records: Sequence[DocumentLosses]) -> Iterator[str]:
+        yield from (_document_line(record, self.targets) for record in batch)
 
-    text: _Text
-    start: int
-    begin: int
-    stop: int
+    def summarise(self, records: Sequence[DocumentLosses]) -> dict[str, Any]:
+        return summarise([record for record in records if record.document in self.documents], self.targets)
 
+    def write(
+        self, records: Sequence[DocumentLosses], results: dict[str, Any], folder: Path, board: "SummaryWriter"
+    ) -> None:
+        from infini_train.eval.records import save_picture
+        from infini_train.plots import plot_context_losses
 
-def _score(model: Transformer, cuts: Sequence[_Cut], state: ModelState | None) -> tuple[np.ndarray, ModelState]:
-    """Losses (B, T) of cuts of the same length, one a lane, float64; positions that lie outside have none."""
-    shape = (len(cuts), cuts[0].stop - cuts[0].begin)
-    tokens_BT, labels_BT = np.full(shape, cuts[0].text.dataset.manifest.pad_id, np.int64), np.full(shape, IGNORED)
-    starts_BT, weights_BT = np.zeros(shape, bool), np.zeros(shape, np.float32)
-    starts_BT[:, 0] = state is None  # in front of a start there is only padding
-    for lane, cut in enumerate(cuts):
-        assert cut.stop - cut.begin == shape[1]
-        first, last = max(cut.start, cut.begin), min(cut.stop, cut.text.tokens + 1)
-        if first >= last:
-            continue
-        ids, columns = cut.text.ids(first, last + 1), slice(first - cut.begin, last - cut.begin)
-        tokens_BT[lane, columns], labels_BT[lane, columns], weights_BT[lane, columns] = ids[:-1], ids[1:], 1
-        if first == cut.start:
-            starts_BT[lane, columns.start] = True
-            tokens_BT[lane, columns.start] = cut.text.dataset.manifest.bos_id
-    here = device.current()
-    grid = model.make_grids(torch.from_numpy(starts_BT), torch.from_numpy(weights_BT), state).to(here)
-    loss_BT, state = model(torch.from_numpy(tokens_BT).to(here), grid, state, torch.from_numpy(labels_BT).to(here))
-    return loss_BT.double().cpu().numpy(), state
+        step = self.trained.step
+        figure = plot_context_losses(results, self.title)
+        save_picture(figure, folder / PICTURE)
+        for row in results["positions"]:
+            board.add_scalar(f"eval/context/loss by position/{row['first_position']}", row["loss"], step)
+        for row in results["contexts"]:
+            name = "all" if row["context_tokens"] is None else format_length(row["context_tokens"])
+            board.add_scalar(f"eval/context/loss by context/{name}", row["loss"], step)
+        board.add_figure("eval/context/by position and by context", figure, step)
 
-
-def _score_targets(
-    model: Transformer,
-    text: _Text,
-    targets: Sequence[int],
-    context_tokens: int,
-    plan: ContextPlan,
-    chunk: int,
-    on_progress: Callable[[int], object],
-) -> np.ndarray:
-    """Loss of each target, summed over its tokens, with so many tokens visible before it; side by side."""
-    segment = model.config.segment_tokens or 1
-    found = np.zeros(len(targets))
-    starts = [target - context_tokens for target in targets]
-    begins = [start // segment * segment for start in starts]  # an edge of the whole document's segments
-    ends = [target + plan.target_tokens for target in targets]
-    longest = max((end - begin for begin, end in zip(begins, ends, strict=True)), default=0)
-    state: ModelState | None = None
-    for offset in range(0, longest, chunk):
-        width = min(chunk, longest - offset)
-        cuts = [
-            _Cut(text, start, begin + offset, begin + offset + width)
-            for start, begin in zip(starts, begins, strict=True)
+    def format(self, results: dict[str, Any]) -> str:
+        whole = results["whole"]
+        lines = [
+            f"{results['checkpoint']}, step {results['step']}",
+            f"{results['documents']} documents, {whole['tokens']:,} tokens: loss {whole['loss']:.4f} nats a token,"
+            f" perplexity {whole['perplexity']:.2f}; 95 % intervals by bootstrap over documents",
+            "",
+            f"{'tokens before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}",
         ]
-        loss_BT, state = _score(model, cuts, state)
-        for lane, (cut, target, end) in enumerate(zip(cuts, targets, ends, strict=True)):
-            first, last = max(target - cut.begin, 0), min(end - cut.begin, width)
-            found[lane] += loss_BT[lane, first:last].sum() if first < last else 0.0
-        on_progress(len(cuts) * width)
-    return found
+        for row in results["positions"]:
+            name = f"{row['first_position']:,} to {row['end_position'] - 1:,}"
+            lines.append(f"{name:>22}{row['documents']:>11,}{row['tokens']:>12,}" + _loss_columns(row))
+        if results["contexts"]:
+            head = f"{'visible before':>22}{'documents':>11}{'tokens':>12}{'loss':>9}{'95 %':>19}{'perplexity':>12}"
+            lines += ["", head + f"{'above all':>11}{'95 %':>19}"]
+        for row in results["contexts"]:
+            name = "all" if row["context_tokens"] is None else f"{row['context_tokens']:,}"
+            low, high = row["above_all_95"]
+            gap = f"{row['above_all']:>11.4f}{f'{low:.4f} to {high:.4f}':>19}" if row["context_tokens"] else ""
+            lines.append(
+                f"{name:>22}{results['documents_with_targets']:>11,}{row['tokens']:>12,}{_loss_columns(row)}{gap}"
+            )
+        if results["damaged_documents"]:
+            lines += ["", f"damaged documents, left out: {results['damaged_documents']}"]
+        return "\n".join([*lines, "", f"peak MB {results['peak_memory_mb']:,.0f}", f"written to {results['folder']}"])
+
+
+def _check_lengths(dataset: Dataset, documents: Sequence[int], plan: ContextPlan) -> None:
+    longest, needed = max(int(dataset.lengths_tokens[d]) for d in documents), max(plan.contexts_tokens)
+    if longest + 1 < needed + plan.target_tokens:
+        most = longest + 1 - plan.target_tokens
+        advice = f"use at most {most}" if most > 0 else "use other --data, or fewer --target-tokens"
+        raise ConfigError(f"--contexts: {needed}: the longest document has {longest:,} tokens; {advice}")
+
+
+def _targets(plan: ContextPlan, dataset: Dataset, document: int) -> list[int]:
+    return plan.place_targets(document, int(dataset.lengths_tokens[document]))
+
+
+def _document_line(record: DocumentLosses, plan: ContextPlan) -> str:
+    head = f"{record.document:>6} {record.name[:32]:<32} {record.tokens:>10,} tokens"
+    if record.is_damaged:
+        return f"{head}  damaged, left out"
+    line = f"{head}  loss {sum(record.bucket_losses) / sum(record.bucket_tokens):.4f}"
+    if not record.target_losses:
+        return f"{line}  too short for the largest context"
+    losses = np.sum(record.target_losses, axis=0) / (len(record.target_losses) * plan.target_tokens)
+    shown = [*map(format_length, plan.contexts_tokens), "all"]
+    return f"{line}  with " + ", ".join(f"{name} {loss:.4f}" for name, loss in zip(shown, losses, strict=True))
+
+
+def summarise(records: Sequence[DocumentLosses], plan: ContextPlan) -> dict[str, Any]:
+    """Loss by position and by context with 95 % intervals (bootstrap over documents), as plain values.
+
+    Args:
+        records: of the documents.
+        plan: under which they were measured.
+    """
+    whole = [record for record in records if not record.is_damaged]
+    if not whole:
+        raise ConfigError("--data: no document can be read; try infini-data verify")
+    edges = bucket_edges(max(record.tokens for record in whole))
+    positions = []
+    for bucket, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        reach = [r for r in whole if len(r.bucket_tokens) > bucket and r.bucket_tokens[bucket]]
+        row = _mean([r.bucket_losses[bucket] for r in reach], [r.bucket_tokens[bucket] for r in reach])
+        positions.append({"first_position": first, "end_position": end, "documents": len(reach), **row})
+    long = [record for record in whole if record.target_losses]
+    sums = np.array([np.sum(record.target_losses, axis=0) for record in long]).reshape(len(long), -1)
+    sizes = [len(record.target_losses) * plan.target_tokens for record in long]
+    contexts = []
+    for column, context in enumerate([*plan.contexts_tokens, None] if long else []):
+        gap_low, gap_high = bootstrap_ratio(sums[:, column] - sums[:, -1], sizes)
+        contexts.append(
+            {
+                "context_tokens": context,  # None: all
+                **_mean(sums[:, column], sizes),
+                "above_all": float((sums[:, column] - sums[:, -1]).sum() / sum(sizes)),
+                "above_all_95": [gap_low, gap_high],
+            }
+        )
+    return {
+        "documents": len(whole),
+        "damaged_documents": len(records) - len(whole),
+        "documents_with_targets": len(long),
+        "whole": _mean([sum(r.bucket_losses) for r in whole], [sum(r.bucket_tokens) for r in whole]),
+        "positions": positions,
+        "contexts": contexts,
+        "peak_memory_mb": max(record.peak_memory_bytes for record in whole) / 2**20,
+    }
+
+
+def _mean(losses: Sequence[float] | np.ndarray, tokens: Sequence[int]) -> dict[str, Any]:
+    loss = float(np.sum(losses) / np.sum(tokens))
+    low, high = bootstrap_ratio(np.asarray(losses), tokens)
+    return {"tokens": int(np.sum(tokens)), "loss": loss, "loss_95": [low, high], "perplexity": math.exp(min(loss, 700))}
+
+
+def _loss_columns(row: dict[str, Any]) -> str:
+    low, high = row["loss_95"]
+    return f"{row['loss']:>9.4f}{f'{low:.4f} to {high:.4f}':>19}{row['perplexity']:>12.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval context` its options."""
+    description = (
+        "Loss and perplexity over whole documents, streamed in constant memory: by tokens since the document's start,"
+        " and, for a sample of targets, by how many tokens before them are visible (what is older is forgotten)."
+        " 95 % intervals by bootstrap over documents."
+    )
+    describe(parser, description, EXAMPLES)
+    add_model(parser)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
+    )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        default=CONTEXTS,
+        metavar="N",
+        help=f"tokens visible before a target; K is 1024, M is 1024 K (default: {' '.join(CONTEXTS)})",
+    )
+    parser.add_argument(
+        "--targets",
+        type=int,
+        default=8,
+        metavar="N",
+        help="in each document that is long enough (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-tokens", type=int, default=64, metavar="N", help="tokens of a target (default: %(default)s)"
+    )
+    parser.add_argument("--documents", type=positive, metavar="N", help="the first N documents (default: all)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the targets' places (default: %(default)s)"
+    )
+    add_out(parser, "eval/context-STEP", "what is there")
+    parser.set_defaults(command=_context)
+
+
+def _context(options: argparse.Namespace) -> None:
+    plan = ContextPlan(
+        contexts_tokens=tuple(parse_length(text, "--contexts") for text in options.contexts),
+        targets=options.targets,
+        target_tokens=options.target_tokens,
+        seed=options.seed,
+    )
+    data, documents = options.data, options.documents
+    run(options, lambda trained: ContextTest(trained, plan, data=data, max_documents=documents))

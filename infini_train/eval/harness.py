@@ -1,154 +1,252 @@
-"""Models as lm-evaluation-harness sees them: `lm_eval.api.model.LM` over streamed reading. Needs the extra `harness`.
+"""`infini-train eval harness`: local tasks of lm-evaluation-harness, its own results as files, table and scalars.
 
-There is no window: a context of any length is read to its end, and a document's likelihood is that of all of its tokens
-given all before them, so nothing is truncated or cut into rolling windows.
+Imports torch late.
 """
 
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from tqdm import tqdm
-
+from infini_train.command_line import describe, non_negative, positive, spinner
 from infini_train.config.errors import ConfigError
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.eval.generate import go_on
-from infini_train.eval.reading import Tail, read_segments, score_tails
-from infini_train.eval.sampling import Sampling
-from infini_train.model.transformer import Transformer
+from infini_train.eval.measurement import add_lanes, add_model, add_out, load
 
-DEFAULT_NEW_TOKENS = 256  # where a task names no limit
-GENERATION_KEYS = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"}
+if TYPE_CHECKING:
+    from infini_train.inference.loading import Trained
+
+EXAMPLES = """\
+examples:
+  infini-train eval harness runs/demo --include-path tasks --tasks my_questions my_texts
+  infini-train eval harness runs/demo --tasks tasks/my_questions.yaml --limit 20 --lanes 16
+
+Tasks are files of lm-evaluation-harness on this machine; nothing is downloaded. Relative paths in a task file begin at
+--include-path.
+"""
 
 
-class InfiniLM(TemplateLM):
-    """A trained model to `lm_eval.simple_evaluate`.
+@dataclass(frozen=True, kw_only=True)
+class HarnessTask:
+    """Which tasks, and how much of them."""
+
+    tasks: tuple[str, ...]  # names of tasks, groups or tags, or .yaml files
+    include_path: Path | None = None  # of the task files; their relative paths begin there; None: where the first lies
+    num_fewshot: int | None = None  # None: what each task says
+    limit: int | None = None  # documents of each task
+    seed: int = 0  # of sampled generations
+
+    def folder(self) -> Path:
+        """Where the tasks are looked for, absolute.
+
+        Raises:
+            ConfigError: no such folder, or none is named.
+        """
+        files = [Path(name) for name in self.tasks if name.endswith((".yaml", ".yml"))]
+        found = self.include_path or (files[0].parent if files else None)
+        if found is None:
+            raise ConfigError("--include-path: name the folder of the task files, or give a .yaml file as --tasks")
+        if not found.is_dir():
+            raise ConfigError(f"--include-path: {found} is not a folder")
+        return found.resolve()
+
+    def names(self) -> list[str]:
+        """The tasks, files by their absolute paths."""
+        return [str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name for name in self.tasks]
+
+
+def _go_offline() -> None:
+    """From here on the hub's libraries use what is on this machine, or fail at once."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        os.environ[name] = "1"
+    try:
+        import datasets
+        import huggingface_hub.constants
+        import lm_eval  # noqa: F401 (whether it is installed)
+    except ImportError as error:
+        raise ConfigError(
+            "eval harness: needs lm-evaluation-harness; install it with: pip install 'infini-train[harness]'"
+        ) from error
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # they may have been imported before
+    datasets.config.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it names every default that a task file leaves open
+
+
+def evaluate_harness(trained: "Trained", task: HarnessTask, *, lanes: int, out: Path | None = None) -> dict[str, Any]:
+    """Runs the tasks, writes results.json and a samples_TASK.jsonl each as lm_eval would, and returns the results.
 
     Args:
-        model: any variant, on its device.
-        tokenizer: of the model.
+        trained: the model.
+        task: which tasks.
         lanes: texts read side by side.
-        seed: of sampled generations; each request has its own stream.
+        out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
+
+    Raises:
+        ConfigError: lm_eval is not installed, a task is unknown, broken, or needs the network.
     """
+    with spinner("loading lm-evaluation-harness"):
+        _go_offline()
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
 
-    backend = "causal"
-    tokenizer = None  # no chat template
+    from infini_train.atomic_files import write_atomic
+    from infini_train.eval.harness_model import InfiniLM
+    from infini_train.eval.records import find_home, hash_checkpoint
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, lanes: int = 8, seed: int = 0) -> None:
-        super().__init__()
-        self.model, self.text_tokenizer, self.lanes, self.seed = model, tokenizer, lanes, seed
-
-    @property
-    def eot_token_id(self) -> int:
-        """The end of a document."""
-        return self.text_tokenizer.eos_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What every document begins with, also one without a context."""
-        return self.text_tokenizer.bos_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Tells request caches apart."""
-        return self.text_tokenizer.sha256
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids, behind bos unless `add_special_tokens` is False: in training every document begins with it."""
-        bos = [] if add_special_tokens is False else [self.prefix_token_id]
-        return bos + self.text_tokenizer.encode(string).tolist()
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation, and whether greedy decoding would write it.
-
-        Each context is read once, up to its last segment's edge, however many continuations it has.
-        """
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
-            groups.setdefault(tuple(context), []).append(i)
-        order = sorted(groups, key=len, reverse=True)
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or None, leave=False) as bar:
-            for first in range(0, len(order), self.lanes):
-                contexts = order[first : first + self.lanes]
-                tails = read_segments(self.model, [np.array(context, np.int64) for context in contexts])
-                members = [(tail, i) for context, tail in zip(contexts, tails, strict=True) for i in groups[context]]
-                continued = [Tail(tail.state, np.append(tail.tokens, requests[i][2])) for tail, i in members]
-                counts = [len(requests[i][2]) for _, i in members]
-                scores = score_tails(self.model, continued, counts, lanes=self.lanes)
-                for (_, i), score in zip(members, scores, strict=True):
-                    found[i] = float(score.logprobs_N.sum(dtype=np.float64)), bool(score.greedy_N.all())
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-                bar.update(len(members))
-        return found
-
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text behind bos; every token sees all before it."""
-        texts = [request.args[0] for request in requests]
-        pairs = [(("", text), [self.prefix_token_id], self.tok_encode(text, False)) for text in texts]
-        hook, self.cache_hook = self.cache_hook, type(self.cache_hook)(None)  # these are not loglikelihood's requests
-        try:
-            found = [score for score, _ in self._loglikelihood_tokens(pairs, disable_tqdm)]
-        finally:
-            self.cache_hook = hook
-        for text, score in zip(texts, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), score)
-        return found
-
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, cut before the first of the strings that end it."""
-        said = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]), reverse=True)
-        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or None, leave=False) as bar:
-            for first in range(0, len(order), self.lanes):
-                batch = order[first : first + self.lanes]
-                texts = [np.array(self.tok_encode(requests[i].args[0]), np.int64) for i in batch]
-                for i, tail in zip(batch, read_segments(self.model, texts), strict=True):
-                    said[i] = self._write(tail, requests[i].args[1], self.seed + i)
-                    self.cache_hook.add_partial("generate_until", requests[i].args, said[i])
-                    bar.update()
-        return said
-
-    def _write(self, tail: Tail, options: dict[str, Any], seed: int) -> str:
-        unknown = options.keys() - GENERATION_KEYS
-        if unknown:
-            raise ConfigError(f"generation_kwargs: {', '.join(sorted(unknown))}: is not supported; remove it")
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        sampled = options.get("do_sample", options.get("temperature", 0) > 0)
-        sampling = Sampling(
-            temperature=options.get("temperature", 1.0) if sampled else 0.0,
-            top_p=options.get("top_p", 1.0),
-            top_k=options.get("top_k", 0),
-            seed=seed,
+    folder = task.folder()
+    home = find_home(trained.checkpoint)
+    target = (out or home / "eval" / f"harness-{trained.step}").resolve()
+    about = {
+        "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
+        "step": trained.step,
+        "precision": trained.precision,
+        "model_parameters": sum(weight.numel() for weight in trained.model.parameters()),
+    }
+    names = task.names()
+    board = (out or home).resolve() / "tensorboard" / "eval"
+    with spinner("loading tasks"):
+        manager = _load_tasks(names, folder)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm_eval would fork this process, threads and all, which may hang
+    with contextlib.chdir(folder):
+        results = simple_evaluate(
+            model=InfiniLM(trained.model, trained.tokenizer, lanes=lanes, seed=task.seed),
+            tasks=list(names),
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            task_manager=manager,
+            batch_size=lanes,
+            bootstrap_iters=1000,
         )
-        limit = options.get("max_gen_toks", options.get("max_new_tokens", DEFAULT_NEW_TOKENS))
-        ids = go_on(
-            self.model,
-            tail.tokens.tolist(),
-            tail.state,
-            max_new_tokens=limit,
-            stop_id=self.eot_token_id,
-            sampling=sampling,
+    assert results is not None
+    samples = results.pop("samples")
+    results["config"].update(about)
+    dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, rows in samples.items():
+        lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows)
+        plain = re.sub(r"[^\w.-]", "_", name)
+        write_atomic(target / f"samples_{plain}.jsonl", "".join(lines))
+    write_atomic(target / "results.json", dumped + "\n")
+    _write_board(board, trained.step, results)
+    return {**json.loads(dumped), "folder": str(target)}
+
+
+def _load_tasks(names: Sequence[str], folder: Path) -> Any:
+    """lm_eval's manager of the tasks in a folder, with these loaded."""
+    from lm_eval.tasks import TaskManager
+
+    with contextlib.chdir(folder), _explained(names):  # data files of a task are named from there
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        _check_names(names, manager.all_tasks, folder)
+        manager.load(names)
+    return manager
+
+
+def _check_names(names: Sequence[str], known: Sequence[str], folder: Path) -> None:
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                raise ConfigError(f"--tasks: no file {name}")
+        elif name not in known and "*" not in name:
+            there = ", ".join(sorted(known)) or "none"
+            raise ConfigError(
+                f"--tasks: {name} is not among the task files in {folder} ({there}); nothing is downloaded: put its"
+                " .yaml and its data there"
+            )
+
+
+@contextlib.contextmanager
+def _explained(names: Sequence[str]) -> Iterator[None]:
+    """Turns whatever goes wrong while tasks are loaded into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a task file leads datasets, yaml and lm_eval to
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        offline = isinstance(error, ConnectionError) or re.search(r"offline|[Hh]ub|resolve|connect", str(error))
+        advice = "nothing is downloaded: put the data on this machine and name them in the task file" if offline else ""
+        raise ConfigError(
+            f"--tasks: {', '.join(names)} can't be loaded: {said}{f'; {advice}' if advice else ''}"
+        ) from error
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """A line for each measure of each task and group."""
+    rows = [("task", "n-shot", "filter", "measure", "value", "stderr")]
+    for name, values in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in values.items():
+            measure, _, filtered = key.partition(",")
+            if isinstance(value, float) and not measure.endswith("_stderr"):
+                error = values.get(f"{measure}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                shots = str(results.get("n-shot", {}).get(name, "-"))
+                rows.append((name, shots, filtered, measure, f"{value:,.4f}", shown))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:>{width}}" if place > 3 else f"{cell:<{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        return _cut(self._grow(ids, stops), stops)
-
-    def _grow(self, ids: Iterator[int], stops: Sequence[str]) -> str:
-        """The text of the ids, up to the token with which one of the stops is there."""
-        written: list[int] = []
-        text = ""
-        for token in ids:
-            written.append(token)
-            text = self.text_tokenizer.decode(written)
-            if any(stop and stop in text for stop in stops):
-                break
-        return text
+        for row in rows
+    ]
+    return "\n".join([*lines, f"written to {results['folder']}"])
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
-    places = [text.index(stop) for stop in stops if stop and stop in text]
-    return text[: min(places)] if places else text
+def _write_board(folder: Path, step: int, results: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
+    with SummaryWriter(str(folder)) as board:
+        for name, values in results["results"].items():
+            for measure, value in values.items():
+                if isinstance(value, float) and "_stderr" not in measure:
+                    board.add_scalar(f"eval/harness/{name}/{measure.removesuffix(',none')}", value, step)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval harness` its options."""
+    description = (
+        "Local tasks of lm-evaluation-harness: questions, likelihoods of texts, generations. Contexts and texts of any"
+        " length are read whole, in constant memory."
+    )
+    describe(parser, description, EXAMPLES)
+    add_model(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks, groups or tags, or .yaml files"
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=non_negative, metavar="N", help="examples before a question (default: the task's)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N documents of each task (default: all)")
+    parser.add_argument(
+        "--seed", type=non_negative, default=0, metavar="N", help="of sampled generations (default: %(default)s)"
+    )
+    add_lanes(parser, "texts")
+    add_out(parser, "eval/harness-STEP")
+    parser.set_defaults(command=_harness)
+
+
+def _harness(options: argparse.Namespace) -> None:
+    task = HarnessTask(
+        tasks=tuple(options.tasks),
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        seed=options.seed,
+    )
+    task.folder()  # complains now
+    results = evaluate_harness(load(options), task, lanes=options.lanes, out=options.out)
+    print(json.dumps(results) if options.json else format_results(results))

@@ -1,23 +1,28 @@
-"""The life of every long measurement: resume from records, go on batch by batch, then results, pictures, scalars."""
+"""The life of every long measurement: its options, resume from records, batch by batch, then results and pictures.
 
+Imports torch late, so that a command's help and its mistakes come at once.
+"""
+
+import argparse
 import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infini_train.atomic_files import write_atomic
-from infini_train.eval.loading import Trained
-from infini_train.eval.records import RecordFile, find_home, hash_checkpoint, save_picture
-from infini_train.eval.scores import Grid, score_cells
+from infini_train.command_line import positive, spinner
+from infini_train.config.errors import ConfigError
 
-LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from infini_train.inference.loading import Trained
+
 RESULTS = "results.json"
+LOG = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT")  # a dataclass whose fields are plain values
 
 
@@ -27,7 +32,7 @@ class Measurement(ABC, Generic[RecordT]):
     Args:
         trained: the model.
         test: what is measured, such as passkey; its results lie in eval/TEST-STEP of the run.
-        variant: what tells it from the usual one, with a dash before; behind the step.
+        variant: what tells it from the usual one, with a dash before; follows the step.
         settings: what the records depend on, besides the checkpoint, the precision, and what they say themselves.
 
     Attributes:
@@ -40,7 +45,9 @@ class Measurement(ABC, Generic[RecordT]):
     record: type[RecordT]
     about: dict[str, Any]
 
-    def __init__(self, trained: Trained, test: str, variant: str, settings: dict[str, Any]) -> None:
+    def __init__(self, trained: "Trained", test: str, variant: str, settings: dict[str, Any]) -> None:
+        from infini_train.eval.records import hash_checkpoint
+
         self.trained = trained
         self.folder_name, self.board_name = f"{test}-{trained.step}{variant}", f"{test}{variant}"
         self.settings = {
@@ -51,7 +58,9 @@ class Measurement(ABC, Generic[RecordT]):
 
     @property
     def title(self) -> str:
-        """Of pictures."""
+        """First line of pictures: the run and the step."""
+        from infini_train.eval.records import find_home
+
         return f"{find_home(self.trained.checkpoint).name}, step {self.trained.step}"
 
     @abstractmethod
@@ -63,16 +72,20 @@ class Measurement(ABC, Generic[RecordT]):
         """The records that are missing, a batch at a time; `on_progress` is called with tokens read."""
 
     @abstractmethod
-    def tell(self, batch: Sequence[RecordT], records: Sequence[RecordT]) -> Iterator[str]:
+    def describe(self, batch: Sequence[RecordT], records: Sequence[RecordT]) -> Iterator[str]:
         """Lines about a batch, which `records` holds already."""
 
     @abstractmethod
     def summarise(self, records: Sequence[RecordT]) -> dict[str, Any]:
-        """What all amounts to, as plain values; records of a larger measurement may be among them."""
+        """The measured values as plain values; records of a larger measurement may be among them."""
 
     @abstractmethod
-    def write(self, records: Sequence[RecordT], results: dict[str, Any], folder: Path, board: SummaryWriter) -> None:
+    def write(self, records: Sequence[RecordT], results: dict[str, Any], folder: Path, board: "SummaryWriter") -> None:
         """Pictures and texts into the folder, scalars onto the board."""
+
+    @abstractmethod
+    def format(self, results: dict[str, Any]) -> str:
+        """The results as tables for a person."""
 
 
 def run_measurement(
@@ -80,7 +93,7 @@ def run_measurement(
     *,
     out: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], object] = LOG.info,
+    report: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Measures what is still missing, writes everything, and returns the results as plain values.
 
@@ -88,93 +101,121 @@ def run_measurement(
         measurement: of a trained model.
         out: folder for everything; default: eval/ of the run's folder, and its tensorboard/eval/.
         overwrite: drop the records that are there.
-        say: called with a line for every part that is done.
+        report: called with a line for every part that is done.
 
     Raises:
         ConfigError: `out` holds another measurement, or as the measurement's constructor.
     """
+    from torch.utils.tensorboard import SummaryWriter
+
+    from infini_train.atomic_files import write_atomic
+    from infini_train.eval.records import RecordFile, find_home
+
     trained = measurement.trained
     home = find_home(trained.checkpoint)
     folder = out or home / "eval" / measurement.folder_name
     file = RecordFile(folder / measurement.file, measurement.record, measurement.settings, overwrite=overwrite)
     there, total = measurement.plan(file.records)
     for line in there:
-        say(line)
+        report(line)
     with tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
         for batch in measurement.measure(tuple(file.records), bar.update):
             file.append(batch)
-            for line in measurement.tell(batch, file.records):
+            for line in measurement.describe(batch, file.records):
                 with bar.external_write_mode():
-                    say(line)
-    results = {
-        "checkpoint": str(trained.checkpoint),
-        "step": trained.step,
-        **measurement.settings,
-        **measurement.about,
-        "folder": str(folder),
-        **measurement.summarise(file.records),
-    }
-    write_atomic(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
-    with SummaryWriter(str((out or home) / "tensorboard" / "eval")) as board:
-        measurement.write(file.records, results, folder, board)
+                    report(line)
+    with spinner("writing results"):
+        results = {
+            "checkpoint": str(trained.checkpoint),
+            "step": trained.step,
+            **measurement.settings,
+            **measurement.about,
+            "folder": str(folder),
+            **measurement.summarise(file.records),
+        }
+        write_atomic(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+        # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
+        with SummaryWriter(str((out or home) / "tensorboard" / "eval")) as board:
+            measurement.write(file.records, results, folder, board)
     return results
 
 
-class GridMeasurement(Measurement[RecordT]):
-    """Answers to the prompts of a grid, scored cell by cell. Records are answers with `prompt` and `cell`."""
+# ------------------------------------------------------------------------------------------------------------ commands
 
-    file = "answers.jsonl"
-    picture = "heatmap.png"
-    part: str  # what an answer consists of: digit, word
-    figure_name: str  # on the board
 
-    def __init__(self, trained: Trained, test: str, variant: str, settings: dict[str, Any], grid: Grid) -> None:
-        super().__init__(trained, test, variant, settings)
-        self.grid = grid
-        self.prompts = {prompt for length in grid.lengths_tokens for prompt in grid.prompts(length)}
-        self.about = {"samples": grid.samples, "segment_tokens": trained.config.model.segment_tokens}
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser RUN, --precision and --json."""
+    parser.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of weights and activations (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
-    def done(self, records: Sequence[Any]) -> set[Any]:
-        """Prompts of the grid that have answers."""
-        return {answer.prompt for answer in records} & self.prompts
 
-    def own(self, records: Sequence[Any]) -> list[Any]:
-        """Answers to prompts of the grid."""
-        return [answer for answer in records if answer.prompt in self.prompts]
+def add_lanes(parser: argparse.ArgumentParser, what: str) -> None:
+    """Gives a parser --lanes of prompts, books or whatever is read."""
+    parser.add_argument(
+        "--lanes", type=positive, default=8, metavar="N", help=f"{what} read side by side (default: %(default)s)"
+    )
 
-    def plan(self, records: Sequence[RecordT]) -> tuple[list[str], int | None]:
-        """See `Measurement.plan`."""
-        done = self.done(records)
-        there = [f"{len(done)} of {len(self.prompts)} answers were there already"] if done else []
-        return there, sum(prompt.length_tokens for prompt in self.prompts - done)
 
-    def tell(self, batch: Sequence[Any], records: Sequence[Any]) -> Iterator[str]:
-        """See `Measurement.tell`: each cell when its last answer is there."""
-        scores = score_cells(self.grid, records)
-        for cell in dict.fromkeys(answer.cell for answer in batch):
-            if scores[cell].samples == self.grid.samples:
-                yield self.cell_line(cell, scores[cell])
+def add_out(parser: argparse.ArgumentParser, folder: str, dropped: str | None = None) -> None:
+    """Gives a parser --out with its default `folder`, and --overwrite if there is anything that can be `dropped`."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for everything (default: {folder} and tensorboard/eval of the run)",
+    )
+    if dropped is not None:
+        parser.add_argument("--overwrite", action="store_true", help=f"drop {dropped}")
 
-    def write(self, records: Sequence[Any], results: dict[str, Any], folder: Path, board: SummaryWriter) -> None:
-        """See `Measurement.write`."""
-        scores = score_cells(self.grid, records)
-        figure = self.draw(scores)
-        save_picture(figure, folder / self.picture)
-        prefix, step = f"eval/{self.board_name}", self.trained.step
-        for cell, score in scores.items():
-            board.add_scalar(f"{prefix}/exact match/{self.cell_name(cell)}", score.exact_match, step)
-            board.add_scalar(f"{prefix}/{self.part}s/{self.cell_name(cell)}", score.accuracy, step)
-        board.add_figure(f"{prefix}/{self.figure_name}", figure, step)
 
-    @abstractmethod
-    def cell_line(self, cell: Any, score: Any) -> str:
-        """What one cell came to, in a line."""
+def check_folder(out: Path | None) -> None:
+    """Checks that results can go there.
 
-    @abstractmethod
-    def cell_name(self, cell: Any) -> str:
-        """On the board."""
+    Raises:
+        ConfigError: it is a file.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is a file; name a folder")
 
-    @abstractmethod
-    def draw(self, scores: dict[Any, Any]) -> Figure:
-        """The grid's heat map."""
+
+def load(options: argparse.Namespace) -> "Trained":
+    """The model of a command; readies this process for torch, which may be imported from here on.
+
+    Raises:
+        ConfigError: there is none, or --out is a file.
+    """
+    check_folder(getattr(options, "out", None))
+    with spinner(f"loading {options.model}"):
+        from infini_train.parallel import device
+
+        device.prepare()
+        from infini_train.inference.loading import open_trained
+
+        return open_trained(options.model, options.precision)
+
+
+def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[Any]]) -> None:
+    """Runs the measurement of a command, and prints its results.
+
+    Args:
+        options: of the command: model, precision, out, overwrite, json.
+        choose: makes the measurement of a model.
+    """
+    trained = load(options)
+    with spinner("preparing"):
+        measurement = choose(trained)
+    results = run_measurement(
+        measurement,
+        out=options.out,
+        overwrite=options.overwrite,
+        report=LOG.info,
+    )
+    print(json.dumps(results) if options.json else f"\n{measurement.format(results)}")

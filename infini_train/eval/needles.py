@@ -1,37 +1,123 @@
-"""The prompts of a needle test, and a model's answers to them."""
+"""`infini-train eval needles`: several things hidden in hay or prose, after RULER. Imports torch late."""
 
-from collections.abc import Callable, Collection, Iterator
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from infini_train.command_line import describe, format_length
+from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError, naming
-from infini_train.data.synthetic.haystack import HaystackSource
-from infini_train.data.synthetic.needles import ONE_ASKED, TASKS, EncodedNeedles, NeedleText, draw_needles
+from infini_train.data.synthetic.haystack import HAYSTACKS, HaystackSource
+from infini_train.data.synthetic.needles import (
+    ONE_ASKED,
+    TASKS,
+    THINGS,
+    EncodedNeedles,
+    NeedleText,
+    Task,
+    draw_needles,
+    find_words,
+)
 from infini_train.data.synthetic.passkey import choose_before
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
-from infini_train.eval.needle_scores import NeedleAnswer, NeedleGrid, NeedlePrompt
-from infini_train.eval.passkey import EVEN_STEPS
-from infini_train.eval.passkey_scores import format_length
-from infini_train.eval.streaming import read_prompts
-from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.eval.measurement import add_out, run
+from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
+from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
+
+if TYPE_CHECKING:
+    from infini_train.inference.loading import Trained
+
+LENGTHS = ("4K", "16K", "64K")
+SPREAD = 0.5  # stands for the depth where all needles matter
+EXAMPLES = """\
+examples:
+  infini-train eval needles runs/demo --task multikey --needles 2 4 8
+  infini-train eval needles runs/demo --task single --haystack essays.txt      a pass key in prose
+  infini-train eval needles runs/demo --task variables --haystack varied --lengths 4K --samples 50
+
+Stopped by Ctrl-C? The same command goes on where it stopped. More lengths, needles, depths or samples add to
+what is there.
+"""
 
 
-class NeedlePrompts:
-    """Writes the prompts of a grid.
+class NeedlePrompt(NamedTuple):
+    """One prompt of the grid."""
 
-    Args:
-        grid: of the test.
-        tokenizer: of the model.
-        segment_tokens: of the model; needles and ends are spread over one.
+    length_tokens: int
+    needles: int
+    depth: float
+    sample: int
 
-    Raises:
-        ConfigError: the haystack can't be read, or a length can't hold its needles.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleGrid(RetrievalGrid):
+    """Which prompts: lengths, numbers of needles, and depths of the asked needle in the hay, where one is asked."""
+
+    prompt_type = NeedlePrompt
+
+    task: Task
+    needles: tuple[int, ...] = (4,)  # hidden in a text; with variables, links of the asked chain
+    haystack: str = "repeated"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.needles or min(self.needles) < 1:
+            raise ConfigError("--needles: must be positive")
+        if len(set(self.needles)) < len(self.needles):
+            raise ConfigError("--needles: the same one is given twice")
+        if self.task not in TASKS:
+            raise ConfigError(f"--task: {self.task}: no such task; choose one of {', '.join(TASKS)}")
+        if max(self.needles) > len(THINGS):
+            raise ConfigError(f"--needles: {max(self.needles)} are too many; at most {len(THINGS)}")
+        if self.task in VALUE_EACH and max(self.needles) > 10**self.digits:
+            raise ConfigError(f"--digits: {self.digits} give fewer than {max(self.needles)} values; raise it")
+        if self.task == "single" and self.needles != (1,):
+            object.__setattr__(self, "needles", (1,))
+        if self.task not in ONE_ASKED:
+            object.__setattr__(self, "depths", (SPREAD,))
+
+    @property
+    def hay(self) -> str:
+        """Name of the haystack; prose, where it is a file."""
+        return self.haystack if self.haystack in HAYSTACKS else "prose"
+
+    def columns(self) -> list[tuple[int, float]]:
+        return [(needles, depth) for needles in self.needles for depth in self.depths]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleAnswer(RetrievalAnswer):
+    """See `RetrievalAnswer`."""
+
+    prompt_type = NeedlePrompt
+
+    needles: int
+    depth: float
+    needle_tokens: list[int]  # places of the needles that hold the answer
+    expected: list[str]
+
+    @property
+    def parts(self) -> int:
+        """Words that were asked for."""
+        return len(self.expected)
+
+    @property
+    def right_parts(self) -> int:
+        """Expected words that the prediction holds."""
+        return sum(find_words(self.expected, self.said))
+
+
+class NeedlePrompts(RetrievalPrompts):
+    """See `RetrievalPrompts`; the asked needle of a cell has its phase, all others lie anywhere."""
 
     def __init__(self, grid: NeedleGrid, tokenizer: Tokenizer, segment_tokens: int) -> None:
-        self.grid, self.tokenizer, self.segment_tokens = grid, tokenizer, segment_tokens
+        super().__init__(grid, tokenizer, segment_tokens)
         with naming("--haystack"):
             self.source = HaystackSource(grid.haystack, tokenizer)
         self._intro = find_wording("paper").intro
@@ -45,7 +131,7 @@ class NeedlePrompts:
                 )
 
     def _seed(self, prompt: NeedlePrompt) -> list[int]:
-        """Of the prompt's cell."""
+        """The seed of the prompt's cell."""
         grid = self.grid
         task = TASKS.index(grid.task)
         return [grid.seed, task, prompt.length_tokens, prompt.needles, round(prompt.depth * 1e9), grid.digits]
@@ -56,21 +142,13 @@ class NeedlePrompts:
         return EncodedNeedles(self.tokenizer, needles, self._intro), random
 
     def write(self, prompt: NeedlePrompt) -> NeedleText:
-        """The text of a prompt.
-
-        The asked needle of a cell and the end of the text take their phases against the segment grid from an evenly
-        filling sequence; all other needles lie anywhere. The text is up to a segment shorter than the prompt's length.
-        """
         encoded, random = self._encode(prompt)
-        shares = np.random.default_rng(self._seed(prompt)).random(2)
-        needle_share, end_share = (shares + prompt.sample * EVEN_STEPS) % 1
-        longest = prompt.length_tokens - 1
-        tokens = longest - int(end_share * min(self.segment_tokens, longest - encoded.min_tokens + 1))
+        phase, tokens = self.spread(prompt, self._seed(prompt), encoded.min_tokens)
         hay = tokens - encoded.min_tokens
         before = random.integers(0, hay + 1, prompt.needles * (2 if self.grid.task == "variables" else 1))
         if self.grid.task in ONE_ASKED:
             (asked,) = encoded.needles.asked
-            before[asked] = choose_before(hay, prompt.depth, self.segment_tokens, needle_share)
+            before[asked] = choose_before(hay, prompt.depth, self.segment_tokens, phase)
             encoded, before = self._reorder(encoded, before)
         source = self.source.draw([*self._seed(prompt), prompt.sample, 1])
         return encoded.place(source, [int(place) for place in np.sort(before)], hay)
@@ -82,44 +160,108 @@ class NeedlePrompts:
         needles = needles._replace(sentences=tuple(needles.sentences[i] for i in order), asked=asked)
         return EncodedNeedles(self.tokenizer, needles, self._intro), before[order]
 
+    def record(
+        self, prompt: NeedlePrompt, text: NeedleText, predicted: list[int], measured: dict[str, Any]
+    ) -> NeedleAnswer:
+        return NeedleAnswer(
+            **prompt._asdict(),
+            **measured,
+            needle_tokens=[text.needle_spans[i].start + 1 for i in text.needles.asked],
+            question_token=text.question_token + 1,
+            expected=list(text.needles.answer),
+            said=self.tokenizer.decode(predicted),
+        )
 
-def answer_needles(
-    model: Transformer,
-    prompts: NeedlePrompts,
-    *,
-    lanes: int,
-    done: Collection[NeedlePrompt] = (),
-    on_progress: Callable[[int], object] = lambda tokens: None,
-) -> Iterator[list[NeedleAnswer]]:
-    """Answers to the prompts of a grid, a batch at a time, shorter lengths first.
 
-    The model may write as many tokens as the right answer has.
+class NeedleTest(RetrievalTest[NeedleAnswer]):
+    """Answers to a grid of prompts with several hidden things.
 
     Args:
-        model: any variant, on its device.
-        prompts: of the grid.
-        lanes: prompts of one length read side by side.
-        done: prompts to leave out.
-        on_progress: called with tokens read.
+        trained: the model.
+        grid: which prompts.
+        lanes: prompts read side by side.
+
+    Raises:
+        ConfigError: the tokenizer, the haystack or a length does not do.
     """
-    tokenizer = prompts.tokenizer
-    for length in sorted(prompts.grid.lengths_tokens):
-        missing = [prompt for prompt in prompts.grid.prompts(length) if prompt not in done]
-        for batch in (missing[first : first + lanes] for first in range(0, len(missing), lanes)):
-            texts = [prompts.write(prompt) for prompt in batch]
-            reading = read_prompts(model, texts, tokenizer.bos_id, on_progress)
-            yield [
-                NeedleAnswer(
-                    **prompt._asdict(),
-                    tokens=text.prompt_tokens + 1,
-                    needle_tokens=[text.needle_spans[i].start + 1 for i in text.needles.asked],
-                    question_token=text.question_token + 1,
-                    expected=list(text.needles.answer),
-                    said=tokenizer.decode(said),
-                    start_tokens_per_s=reading.start_tokens_per_s,
-                    end_tokens_per_s=reading.end_tokens_per_s,
-                    lanes=len(batch),
-                    peak_memory_bytes=device.peak_memory_bytes(),
-                )
-                for prompt, text, said in zip(batch, texts, reading.said, strict=True)
-            ]
+
+    record, part, exact_title = NeedleAnswer, "word", "all words right"
+    mapped, map_name = "accuracy", "words by length and needles"
+    grid: NeedleGrid
+    prompts: NeedlePrompts
+
+    def __init__(self, trained: "Trained", grid: NeedleGrid, *, lanes: int) -> None:
+        prompts = NeedlePrompts(grid, trained.tokenizer, trained.step_tokens)
+        prose = Path(grid.haystack).read_bytes() if grid.hay == "prose" else None
+        settings = {
+            "task": grid.task,
+            "haystack": grid.hay,
+            "haystack_sha256": None if prose is None else hashlib.sha256(prose).hexdigest(),
+            "digits": grid.digits,
+            "seed": grid.seed,
+        }
+        variant = f"-{grid.task}-{grid.hay}{name_variant(grid, trained.precision)}"
+        super().__init__(trained, "needles", variant, settings, prompts, lanes=lanes)
+
+    def plan(self, records: Sequence[NeedleAnswer]) -> tuple[list[str], int | None]:
+        there, total = super().plan(records)
+        prose_tokens = self.prompts.source.prose_tokens
+        if prose_tokens is not None and prose_tokens < max(self.grid.lengths_tokens):
+            there.insert(0, f"the haystack has {prose_tokens:,} tokens; longer prompts meet parts of it again")
+        return there, total
+
+    def column_name(self, column: tuple[Any, ...]) -> str:
+        needles, depth = column
+        return f"{needles} at {depth:.3g}" if self.grid.task in ONE_ASKED else f"{needles}"
+
+    def cell_name(self, cell: tuple[Any, ...]) -> str:
+        length, needles, depth = cell
+        return f"{format_length(length)}, {needles} at {depth:.3g}"
+
+    def map_texts(self) -> tuple[str, str]:
+        what = f"{self.grid.task} in {self.grid.hay} hay: right words in %"
+        return what, "needles at the depth of the asked one" if self.grid.task in ONE_ASKED else "needles"
+
+    def heading(self, results: dict[str, Any]) -> str:
+        return f"{results['task']} in {results['haystack']} hay"
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval needles` its options."""
+    description = (
+        "Hides several things in hay, asks for one or all of them at the end, and lets the model write the answer."
+        " Share of the asked words that were predicted, and of prompts with all of them, with Wilson's 95 % intervals."
+        " Tasks after RULER: single (one pass key), multikey (one of several keys asked), multivalue (all values of"
+        " one key), multiquery (all keys asked), variables (chains of assignments)."
+    )
+    describe(parser, description, EXAMPLES)
+    add_grid(parser, LENGTHS, depths_of="the asked needle in the hay, where one is asked", digits_of="a value")
+    parser.add_argument(
+        "--task", choices=TASKS, default="multikey", help="what is hidden and asked (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--haystack",
+        default="repeated",
+        metavar="HAY",
+        help=f"{', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--needles",
+        nargs="+",
+        type=int,
+        default=(4,),
+        metavar="N",
+        help="hidden in a text; with variables, links of the asked chain (default: 4)",
+    )
+    add_out(parser, "eval/needles-STEP-TASK-HAY", "the answers that are there")
+    parser.set_defaults(command=_needles)
+
+
+def _needles(options: argparse.Namespace) -> None:
+    grid = NeedleGrid(
+        **read_grid(options), task=options.task, needles=tuple(options.needles), haystack=options.haystack
+    )
+    run(options, lambda trained: NeedleTest(trained, grid, lanes=options.lanes))

@@ -1,84 +1,191 @@
-"""The prompts of a passkey test, and a model's answers to them."""
+"""`infini-train eval passkey`: a key hidden in filler, asked for at the end. Imports torch late."""
 
-from collections.abc import Callable, Collection, Iterator
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from infini_train.command_line import RenamedOption, describe, format_length
+from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.passkey import Passkey, PasskeyWriter, choose_before
-from infini_train.eval.passkey_scores import Answer, PasskeyGrid, Prompt
-from infini_train.eval.reading import segment_of
-from infini_train.eval.streaming import read_prompts
-from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.data.synthetic.wordings import WORDINGS, find_wording
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.eval.measurement import add_out, run
+from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
+from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
+from infini_train.statistics import format_share
 
-# Multiples of these, modulo 1, fill the interval evenly, and in pairs the square: the golden ratio, the root of 2.
-EVEN_STEPS = np.array([0.6180339887498949, 0.4142135623730951])
+if TYPE_CHECKING:
+    from infini_train.inference.loading import Trained
+
+LENGTHS = ("32K", "128K", "256K", "512K", "1M")  # those of arXiv 2404.07143
+EXAMPLES = """\
+examples:
+  infini-train eval passkey runs/demo                    the paper's grid: 32K to 1M tokens; start, middle, end
+  infini-train eval passkey runs/demo --lengths 4K 32K --depths 11 --samples 20
+  infini-train eval passkey runs/demo --wording harbour --seed 1    filler and keys that training did not see
+  infini-train eval passkey runs/demo --lengths 4M 10M --samples 3 --lanes 9
+
+Stopped by Ctrl-C? The same command goes on where it stopped. More lengths, depths or samples add to
+what is there.
+"""
 
 
-def draw_text(writer: PasskeyWriter, grid: PasskeyGrid, prompt: Prompt, segment_tokens: int) -> Passkey:
-    """The text of a prompt: its key, and where key and question lie against the segment grid.
+class PasskeyPrompt(NamedTuple):
+    """One prompt of the grid; files call the depth of the key its position."""
 
-    Key and end take their phases from an evenly filling sequence, so that few samples cover a segment well, and more
-    samples go on with it. The text is up to a segment shorter than the prompt's length: the question may lie across an
-    edge, as in real prompts.
+    length_tokens: int
+    position: float
+    sample: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeyGrid(RetrievalGrid):
+    """Which prompts: lengths, and depths of the key in the filler."""
+
+    prompt_type = PasskeyPrompt
+
+    wording: str = "paper"
+
+    def __post_init__(self) -> None:
+        with naming("--wording"):
+            find_wording(self.wording)
+        super().__post_init__()
+
+    def columns(self) -> list[tuple[float]]:
+        return [(depth,) for depth in self.depths]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeyAnswer(RetrievalAnswer):
+    """See `RetrievalAnswer`; the prediction digit by digit, ? for whatever is no digit."""
+
+    prompt_type = PasskeyPrompt
+
+    position: float
+    key: str
+    key_token: int  # place of the first digit of the key's first mention
+
+    @property
+    def parts(self) -> int:
+        """Digits of the key."""
+        return len(self.key)
+
+    @property
+    def right_parts(self) -> int:
+        """Digits that were predicted in their places."""
+        return sum(predicted == digit for predicted, digit in zip(self.said, self.key, strict=True))
+
+
+class PasskeyPrompts(RetrievalPrompts):
+    """See `RetrievalPrompts`."""
+
+    def __init__(self, grid: PasskeyGrid, tokenizer: Tokenizer, segment_tokens: int) -> None:
+        super().__init__(grid, tokenizer, segment_tokens)
+        self.writer = PasskeyWriter(tokenizer, find_wording(grid.wording), grid.digits)
+        needed, shortest = self.writer.min_tokens + 1, min(grid.lengths_tokens)  # bos
+        if shortest < needed:
+            what = f"wording {grid.wording} with {grid.digits} digits takes {needed} tokens without any filler"
+            raise ConfigError(f"--lengths: {shortest} tokens can't hold the prompt; {what}")
+
+    def write(self, prompt: PasskeyPrompt) -> Passkey:
+        writer, segment = self.writer, self.segment_tokens
+        seed = [self.grid.seed, prompt.length_tokens, round(prompt.position * 1e9)]
+        phase, tokens = self.spread(prompt, seed, writer.min_tokens)
+        filler = tokens - writer.min_tokens
+        before = choose_before(filler, prompt.position, segment, 0.0)  # the first of the places to choose from
+        before += (int(phase * segment) - before) % segment % min(segment, filler + 1)
+        key = np.random.default_rng([*seed, prompt.sample]).integers(0, 10, writer.digits)
+        return writer.place(key, tokens, before)
+
+    def record(
+        self, prompt: PasskeyPrompt, text: Passkey, predicted: list[int], measured: dict[str, Any]
+    ) -> PasskeyAnswer:
+        return PasskeyAnswer(
+            **prompt._asdict(),
+            **measured,
+            key_token=text.spans.first_mention.start + 1,
+            question_token=text.spans.question.start + 1,
+            key="".join(map(str, text.digits)),
+            said=self.writer.spell(predicted),
+        )
+
+
+class PasskeyTest(RetrievalTest[PasskeyAnswer]):
+    """Answers to a grid of prompts with a hidden key.
 
     Args:
-        writer: of the wording and the tokenizer.
-        grid: of the test; gives the seed.
-        prompt: one of its prompts.
-        segment_tokens: of the model.
-    """
-    longest = prompt.length_tokens - 1  # bos
-    assert longest >= writer.min_tokens
-    cell = [grid.seed, prompt.length_tokens, round(prompt.position * 1e9)]
-    key_share, end_share = (np.random.default_rng(cell).random(2) + prompt.sample * EVEN_STEPS) % 1
-    tokens = longest - int(end_share * min(segment_tokens, longest - writer.min_tokens + 1))
-    filler = tokens - writer.min_tokens
-    before = choose_before(filler, prompt.position, segment_tokens, 0.0)  # the first of the places to choose from
-    before += (int(key_share * segment_tokens) - before) % segment_tokens % min(segment_tokens, filler + 1)
-    key = np.random.default_rng([*cell, prompt.sample]).integers(0, 10, writer.digits)
-    return writer.place(key, tokens, before)
-
-
-def answer_grid(
-    model: Transformer,
-    writer: PasskeyWriter,
-    grid: PasskeyGrid,
-    bos_id: int,
-    *,
-    lanes: int,
-    done: Collection[Prompt] = (),
-    on_progress: Callable[[int], object] = lambda tokens: None,
-) -> Iterator[list[Answer]]:
-    """Answers to the prompts of a grid, a batch at a time, shorter lengths first.
-
-    Args:
-        model: any variant, on its device.
-        writer: of the grid's wording and digits.
+        trained: the model.
         grid: which prompts.
-        bos_id: begins each prompt.
-        lanes: prompts of one length read side by side.
-        done: prompts to leave out.
-        on_progress: called with tokens read.
+        lanes: prompts read side by side.
+
+    Raises:
+        ConfigError: the tokenizer or a length does not do.
     """
-    segment = segment_of(model)
-    for length in sorted(grid.lengths_tokens):
-        prompts = [prompt for prompt in grid.prompts(length) if prompt not in done]
-        for batch in (prompts[first : first + lanes] for first in range(0, len(prompts), lanes)):
-            texts = [draw_text(writer, grid, prompt, segment) for prompt in batch]
-            reading = read_prompts(model, texts, bos_id, on_progress)
-            yield [
-                Answer(
-                    **prompt._asdict(),
-                    tokens=text.spans.answer.start + 1,
-                    key_token=text.spans.first_mention.start + 1,
-                    question_token=text.spans.question.start + 1,
-                    key="".join(map(str, text.digits)),
-                    said=writer.spell(said),
-                    start_tokens_per_s=reading.start_tokens_per_s,
-                    end_tokens_per_s=reading.end_tokens_per_s,
-                    lanes=len(batch),
-                    peak_memory_bytes=device.peak_memory_bytes(),
-                )
-                for prompt, text, said in zip(batch, texts, reading.said, strict=True)
-            ]
+
+    record, part, places = PasskeyAnswer, "digit", ("key",)
+    joint = "at "
+    mapped, map_name = "exact_match", "exact match by length and position"
+    grid: PasskeyGrid
+
+    def __init__(self, trained: "Trained", grid: PasskeyGrid, *, lanes: int) -> None:
+        prompts = PasskeyPrompts(grid, trained.tokenizer, trained.step_tokens)
+        settings = {"wording": grid.wording, "digits": grid.digits, "seed": grid.seed}
+        wording = f"-{grid.wording}" if grid.wording != "paper" else ""
+        variant = wording + name_variant(grid, trained.precision)
+        super().__init__(trained, "passkey", variant, settings, prompts, lanes=lanes)
+
+    def column_name(self, column: tuple[Any, ...]) -> str:
+        return f"{column[0]:.3g}"
+
+    def cell_name(self, cell: tuple[Any, ...]) -> str:
+        return f"{format_length(cell[0])} at {cell[1]:.3g}"
+
+    def map_texts(self) -> tuple[str, str]:
+        what = f"exact match of {self.grid.digits} digits in %, wording {self.grid.wording}"
+        return what, "depth of the key (0 start, 1 end)"
+
+    def heading(self, results: dict[str, Any]) -> str:
+        return f"wording {results['wording']}"
+
+    def notes(self, results: dict[str, Any]) -> list[str]:
+        found = results["all"]
+        share = format_share(found["exact_match"], found["exact_match_95"])
+        lines = [f"all: exact {found['exact']}/{found['samples']}, {share}"]
+        if results["segment_tokens"]:
+            lines.append(
+                f"of {results['segment_tokens']} places in a segment the key began at {results['key_phases']}, the"
+                f" question at {results['question_phases']}"
+            )
+        if results["end_tokens_per_s"]:
+            lines.append(
+                f"{format_length(results['lengths'][-1]['length_tokens'])}: {results['start_tokens_per_s']:,.0f}"
+                f" tokens/s at the start, {results['end_tokens_per_s']:,.0f} at the end"
+            )
+        return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval passkey` its options."""
+    description = (
+        "Hides a key in filler, asks for it at the end, and lets the model write the answer, always the most likely"
+        " token. Exact match of all digits and accuracy of single digits, by length and by the key's depth, with"
+        " Wilson's 95 % intervals. Prompts stream through the model in constant memory."
+    )
+    describe(parser, description, EXAMPLES)
+    add_grid(parser, LENGTHS, depths_of="the key in the filler", digits_of="a key")
+    parser.add_argument("--positions", action=RenamedOption, dest="depths", new="--depths", nargs="+", metavar="P")
+    parser.add_argument(
+        "--wording", default="paper", metavar="NAME", help=f"{', '.join(WORDINGS)} (default: %(default)s)"
+    )
+    add_out(parser, "eval/passkey-STEP", "the answers that are there")
+    parser.set_defaults(command=_passkey)
+
+
+def _passkey(options: argparse.Namespace) -> None:
+    grid = PasskeyGrid(**read_grid(options), wording=options.wording)
+    run(options, lambda trained: PasskeyTest(trained, grid, lanes=options.lanes))

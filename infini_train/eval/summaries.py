@@ -1,209 +1,282 @@
-"""Summaries of whole books: each is read to its end in constant memory, then the model writes.
+"""`infini-train eval summarise`: summaries of whole books, scored by ROUGE. Imports torch late.
 
-Books of a batch are read side by side, a lane each; the summaries are written one after the other.
+ROUGE (C.-Y. Lin, 2004) by Google's rouge-score.
+
+Legend: N books, M measures.
 """
 
-import gzip
-import hashlib
-import json
-import time
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infini_train.command_line import describe, positive
 from infini_train.config.errors import ConfigError
-from infini_train.data.pairs import PairForm
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.eval.generate import go_on
-from infini_train.eval.reading import Tail, read_segments
-from infini_train.eval.sampling import Sampling
-from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.data.pairs import SEPARATOR, PairForm
+from infini_train.eval.measurement import Measurement, add_lanes, add_model, add_out, run
+from infini_train.eval.summary_writing import MAX_NEW_TOKENS, PAPER, Book, SummaryTask, Written, write_summaries
+from infini_train.inference.sampling import add_sampling, read_sampling
+from infini_train.statistics import bootstrap_rows, percentile_interval
 
-PAPER = Sampling(temperature=0.5, top_p=0.95)  # of arXiv 2404.07143
-MAX_NEW_TOKENS = 1024  # there as well
-BOOK_FIELDS = ("book", "text")  # the first that is there
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
+    from infini_train.inference.loading import Trained
 
-class Book(NamedTuple):
-    """A book of the test, by its place in the file."""
+MEASURES = ("rouge1", "rouge2", "rougeL")
+TEXTS = "summaries.txt"
+SHOWN = 5  # summaries in TensorBoard
+EXAMPLES = """\
+examples:
+  infini-train eval summarise runs/summarise_8b --data booksum/test.jsonl
+  infini-train eval summarise runs/stories --data runs/stories/test.jsonl --lanes 8 --samples 3 --seed 1
+  infini-train eval summarise runs/stories --data runs/stories/test.jsonl --max-book-tokens 4096 --out short
 
-    number: int
-    id: str
-    text: str
-    reference: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A summary that the model wrote."""
-
-    number: int  # of the book
-    sample: int  # of several summaries of one book
-    id: str
-    book_tokens: int  # read before it
-    said: str
-    said_tokens: int
-    ended: bool  # by the end of the document, not by the limit
-    read_s: float  # of the book, in a batch of `lanes` books
-    write_s: float
-    lanes: int
-    peak_memory_bytes: int  # of the process, when it was there
+Stopped by Ctrl-C? The same command goes on with the next books. More books or samples add to what is there.
+"""
+Scorer = Callable[[str, str], dict[str, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SummaryTask:
-    """What is asked for."""
-
-    data: Path
-    sampling: Sampling = PAPER
-    max_new_tokens: int = MAX_NEW_TOKENS
-    samples: int = 1  # of each book
-    books: int | None = None  # the first ones; None: all
-    max_book_tokens: int | None = None  # longer books are cut at their end, prompt and separator included
-    form: PairForm = PairForm()
-    book_field: str | None = None
-    summary_field: str = "summary"
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "samples", "books", "max_book_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: must be positive")
-
-    def settings(self) -> dict[str, Any]:
-        """What the summaries depend on, besides the checkpoint."""
-        data = hashlib.sha256()
-        with open_text(self.data) as stream:
-            for line in _lines(stream, self.data):
-                data.update(line)
-        return {
-            "data_sha256": data.hexdigest(),
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": self.sampling.top_k,
-            "seed": self.sampling.seed,
-            "max_new_tokens": self.max_new_tokens,
-            "max_book_tokens": self.max_book_tokens,
-            "prompt": self.form.prompt,
-            "separator": self.form.separator,
-        }
-
-    def read_books(self) -> Iterator[Book]:
-        """The books of the file, one after the other.
-
-        Raises:
-            ConfigError: it can't be read, or a line is no pair; the message names it.
-        """
-        found = -1
-        with open_text(self.data) as stream:
-            for line in islice(_lines(stream, self.data), self.books):
-                found += 1
-                yield self._parse(found, line)
-        if found < 0:
-            raise ConfigError(f"--data: {self.data} holds no books")
-
-    def _parse(self, number: int, line: bytes) -> Book:
-        where = f"--data: {self.data}, record {number + 1}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where}: is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where}: is not a JSON object")
-        field = self.book_field or next((name for name in BOOK_FIELDS if name in row), BOOK_FIELDS[0])
-        for name, option in ((field, "--text-field"), (self.summary_field, "--summary-field")):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ConfigError(f"{where}: no text in field {name!r}; the fields are {', '.join(row)}; see {option}")
-        return Book(number, str(row.get("id", number)), row[field], row[self.summary_field])
-
-
-def _lines(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """The lines that are not empty."""
-    try:
-        yield from (line for line in stream if line.strip())
-    except (OSError, EOFError, zlib.error) as error:  # of gzip, mostly
-        raise ConfigError(f"--data: {path} can't be read on: {error}; copy it again") from error
-
-
-def open_text(path: Path) -> Any:
-    """A file opened for reading bytes, unpacked if its name ends in .gz.
-
-    Raises:
-        ConfigError: it can't be.
-    """
-    try:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    except OSError as error:
-        raise ConfigError(f"--data: {path} can't be read: {error.strerror}") from error
-
-
-def write_summaries(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    task: SummaryTask,
-    *,
-    lanes: int,
-    done: Collection[tuple[int, int]] = (),
-    on_progress: Callable[[int], object] = lambda tokens: None,
-) -> Iterator[list[Written]]:
-    """Summaries of the books of a task, a batch of books at a time, in the order of the file.
+class SummaryTest(Measurement[Written]):
+    """Summaries of the books of a task, and their scores.
 
     Args:
-        model: any variant; memory stays constant where its state does.
-        tokenizer: of the model.
+        trained: the model.
         task: which books, and how.
-        lanes: books read side by side; what is written does not depend on it, rounding aside.
-        done: (book, sample) to leave out.
-        on_progress: called with tokens read.
+        lanes: books read side by side.
+
+    Raises:
+        ConfigError: the data can't be read, or rouge-score is not installed.
     """
-    open_books = (book for book in task.read_books() if _samples_left(task, book, done))
-    while batch := list(islice(open_books, lanes)):
-        ids = (task.form.encode_book(tokenizer, book.text, task.max_book_tokens) for book in batch)
-        texts = [np.append(tokenizer.bos_id, each).astype(np.int64) for each in ids]
-        clock = time.perf_counter()
-        tails = read_segments(model, texts, on_progress)
-        device.synchronise()
-        read_s = time.perf_counter() - clock
-        written = []
-        for book, text, tail in zip(batch, texts, tails, strict=True):
-            for sample in _samples_left(task, book, done):
-                clock = time.perf_counter()
-                said = _write(model, tokenizer, task, tail, _own_stream(task.sampling, book.number, sample))
-                written.append(
-                    Written(
-                        number=book.number,
-                        sample=sample,
-                        id=book.id,
-                        book_tokens=len(text),
-                        said=tokenizer.decode(said).strip(),
-                        said_tokens=len(said),
-                        ended=len(said) < task.max_new_tokens,
-                        read_s=read_s,
-                        write_s=time.perf_counter() - clock,
-                        lanes=len(batch),
-                        peak_memory_bytes=device.peak_memory_bytes(),
-                    )
-                )
-        yield written
+
+    file, record = "summaries.jsonl", Written
+
+    def __init__(self, trained: "Trained", task: SummaryTask, *, lanes: int) -> None:
+        self.scorer, self.task, self.lanes = make_scorer(), task, lanes
+        super().__init__(trained, "summarise", f"-{task.data.name.split('.')[0]}", task.settings())
+        self.about = {"samples": task.samples}
+
+    @cached_property
+    def books(self) -> list[Book]:
+        """With their first three sentences for a text, so that a test of any size fits into memory."""
+        return [book._replace(text=lead(book.text)) for book in self.task.read_books()]
+
+    def own(self, records: Sequence[Written]) -> list[Written]:
+        """The summaries that the task asks for."""
+        return [one for one in records if one.number < len(self.books) and one.sample < self.task.samples]
+
+    def plan(self, records: Sequence[Written]) -> tuple[list[str], int | None]:
+        return [f"{len(records)} summaries were there already"] if records else [], None
+
+    def measure(self, records: Sequence[Written], on_progress: Callable[[int], object]) -> Iterator[Sequence[Written]]:
+        done = {(record.number, record.sample) for record in records}
+        model, tokenizer = self.trained.model, self.trained.tokenizer
+        return write_summaries(model, tokenizer, self.task, lanes=self.lanes, done=done, on_progress=on_progress)
+
+    def describe(self, batch: Sequence[Written], records: Sequence[Written]) -> Iterator[str]:
+        first, last = batch[0].number + 1, batch[-1].number + 1
+        tokens = sum({record.number: record.book_tokens for record in batch}.values())
+        yield (
+            f"books {first} to {last}: {tokens:,} tokens read in {batch[0].read_s:,.1f} s,"
+            f" {sum(record.said_tokens for record in batch):,} written in"
+            f" {sum(record.write_s for record in batch):,.1f} s"
+        )
+
+    def summarise(self, records: Sequence[Written]) -> dict[str, Any]:
+        return score(self.books, self.own(records), self.scorer)
+
+    def write(self, records: Sequence[Written], results: dict[str, Any], folder: Path, board: "SummaryWriter") -> None:
+        from infini_train.atomic_files import write_atomic
+
+        found, step = self.own(records), self.trained.step
+        texts = [_show(self.books[record.number], record) for record in found]
+        write_atomic(folder / TEXTS, "\n\n".join(texts) + "\n")
+        for key in (*MEASURES, "overall"):
+            board.add_scalar(f"eval/{folder.name}/{key}", results["model"][key], step)
+        for record, text in zip(found[:SHOWN], texts, strict=False):
+            board.add_text(f"eval/{folder.name}/{record.id}", text.replace("\n", "  \n"), step)
+
+    def format(self, results: dict[str, Any]) -> str:
+        tokens = results["book_tokens"]
+        lines = [
+            f"{results['checkpoint']}, step {results['step']}",
+            f"{results['model']['books']} books of {tokens['min']:,} to {tokens['max']:,} tokens,"
+            f" {results['samples']} a book; temperature {results['temperature']}, top-p {results['top_p']},"
+            f" seed {results['seed']}",
+            "F1 in %, with 95 % intervals by bootstrap over books; overall: the geometric mean",
+            "",
+            f"{'':<12}{'ROUGE-1':>20}{'ROUGE-2':>20}{'ROUGE-L':>20}{'overall':>20}",
+        ]
+        for name, label in (("model", "model"), ("lead_3", "lead-3"), ("random", "random")):
+            if name in results:
+                row = results[name]
+                cells = (_with_interval(row[key], row[f"{key}_95"]) for key in (*MEASURES, "overall"))
+                lines.append(f"{label:<12}" + "".join(f"{cell:>20}" for cell in cells))
+        lines += [
+            "",
+            f"{results['said_tokens']:.0f} tokens a summary, {100 * results['ended']:.0f} % of them ended by"
+            f" themselves; {results['read_tokens_per_s']:,.0f} tokens/s read, peak memory"
+            f" {results['peak_memory_mb']:,.0f} MB",
+            "lead-3: the book's first three sentences; random: another book's reference",
+            f"written to {results['folder']}",
+        ]
+        return "\n".join(lines)
 
 
-def _write(model: Transformer, tokenizer: Tokenizer, task: SummaryTask, tail: Tail, sampling: Sampling) -> list[int]:
-    """Ids of a summary, without the eos that may end it."""
-    prompt, limit = tail.tokens.tolist(), task.max_new_tokens
-    return list(go_on(model, prompt, tail.state, max_new_tokens=limit, stop_id=tokenizer.eos_id, sampling=sampling))
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
-def _samples_left(task: SummaryTask, book: Book, done: Collection[tuple[int, int]]) -> Sequence[int]:
-    return [sample for sample in range(task.samples) if (book.number, sample) not in done]
+def make_scorer() -> Scorer:
+    """A function from (reference, summary) to F1 of ROUGE-1, ROUGE-2 and ROUGE-L, with Porter's stemmer.
+
+    Raises:
+        ConfigError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError(
+            "eval summarise: needs the rouge-score library; install it with: pip install 'infini-train[summarise]'"
+        ) from error
+    scorer = RougeScorer(list(MEASURES), use_stemmer=True)
+    return lambda reference, summary: {
+        name: float(score.fmeasure) for name, score in scorer.score(reference, summary).items()
+    }
 
 
-def _own_stream(sampling: Sampling, number: int, sample: int) -> Sampling:
-    """The same settings with a seed that no other summary has."""
-    seed = int(np.random.SeedSequence([sampling.seed, number, sample]).generate_state(1)[0])
-    return Sampling(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=seed)
+def lead(book: str, sentences: int = 3) -> str:
+    """The first sentences of a book: what a summary has to beat."""
+    end = 0
+    for _ in range(sentences):
+        places = [place for mark in ".!?" if (place := book.find(mark, end)) >= 0]
+        if not places:
+            return book.strip()
+        end = min(places) + 1
+    return book[:end].strip()
+
+
+def summarise_scores(scores_NM: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Means of the measures and their geometric mean (the "overall" of arXiv 2404.07143), in percent.
+
+    95 % intervals by bootstrap over books, always with the same draws. A single book says nothing beyond itself.
+    """
+    values_NM = 100 * np.asarray(scores_NM, np.float64)
+    books = len(values_NM)
+    assert books and values_NM.shape[1] == len(MEASURES)
+    means, drawn = values_NM.mean(0), values_NM[bootstrap_rows(books)].mean(1)
+    found: dict[str, Any] = {"books": books}
+    for column, name in enumerate(MEASURES):
+        found[name] = float(means[column])
+        found[f"{name}_95"] = list(percentile_interval(drawn[:, column]))
+    found["overall"] = _geometric_mean(means)
+    found["overall_95"] = list(percentile_interval([_geometric_mean(row) for row in drawn]))
+    return found
+
+
+def _geometric_mean(values: np.ndarray) -> float:
+    return float(math.prod(values.tolist()) ** (1 / len(values)))
+
+
+def score(books: Sequence[Book], written: Sequence[Written], scorer: Scorer) -> dict[str, Any]:
+    """ROUGE of the summaries and of two that cost nothing: a book's first three sentences, another book's reference.
+
+    Samples of a book are averaged first: what was drawn at random are books.
+
+    Args:
+        books: all of the test, `text` the first sentences.
+        written: at least one.
+        scorer: see `make_scorer`.
+    """
+    numbers = sorted({record.number for record in written})
+
+    def measure(texts_of: Callable[[int], list[str]]) -> dict[str, Any]:
+        rows = []
+        for number in numbers:
+            scores = [scorer(books[number].reference, text) for text in texts_of(number)]
+            rows.append([float(np.mean([one[name] for one in scores])) for name in MEASURES])
+        return summarise_scores(rows)
+
+    said: dict[int, list[str]] = {number: [] for number in numbers}
+    for record in written:
+        said[record.number].append(record.said)
+    tokens = [record.book_tokens for record in written]
+    read_s = sum({record.read_s for record in written})  # the same for all of a batch
+    found = {
+        "complete": len(numbers) == len(books),
+        "book_tokens": {"min": min(tokens), "mean": float(np.mean(tokens)), "max": max(tokens)},
+        "said_tokens": float(np.mean([record.said_tokens for record in written])),
+        "ended": float(np.mean([record.ended for record in written])),
+        "read_tokens_per_s": sum({record.number: record.book_tokens for record in written}.values()) / read_s,
+        "peak_memory_mb": max(record.peak_memory_bytes for record in written) / 2**20,
+        "model": measure(lambda number: said[number]),
+        "lead_3": measure(lambda number: [books[number].text]),
+    }
+    if len(books) > 1:  # there is another book
+        found["random"] = measure(lambda number: [books[(number + 1) % len(books)].reference])
+    return found
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.1f}-{interval[1]:.1f})"
+
+
+def _show(book: Book, record: Written) -> str:
+    return (
+        f"=== {book.id} ({record.book_tokens:,} tokens), sample {record.sample}\n"
+        f"--- written\n{record.said}\n--- reference\n{book.reference}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `infini-train eval summarise` its options."""
+    description = (
+        "Reads each book to its end in constant memory, lets the model write a summary, and compares it with the"
+        " reference: ROUGE-1, -2, -L and their geometric mean, with intervals, beside two summaries that cost nothing."
+        " The defaults are the paper's settings."
+    )
+    describe(parser, description, EXAMPLES)
+    add_model(parser)
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="JSON lines of book (or text) and summary; .gz too"
+    )
+    parser.add_argument("--text-field", metavar="NAME", help="of the book (default: book, else text)")
+    parser.add_argument(
+        "--summary-field", default="summary", metavar="NAME", help="of the reference (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="before the book, as in training (default: none)")
+    parser.add_argument(
+        "--separator", default=SEPARATOR, metavar="TEXT", help="before the summary, as in training (default: Summary:)"
+    )
+    parser.add_argument("--books", type=positive, metavar="N", help="the first N books (default: all)")
+    parser.add_argument(
+        "--max-book-tokens", type=positive, metavar="N", help="cut longer books at their end (default: none is cut)"
+    )
+    parser.add_argument(
+        "--samples", type=positive, default=1, metavar="N", help="summaries of each book (default: %(default)s)"
+    )
+    add_sampling(parser, max_new_tokens=MAX_NEW_TOKENS, temperature=PAPER.temperature, top_p=PAPER.top_p)
+    add_lanes(parser, "books")
+    add_out(parser, "eval/summarise-STEP-FILE", "the summaries that are there")
+    parser.set_defaults(command=_summarise)
+
+
+def _summarise(options: argparse.Namespace) -> None:
+    task = SummaryTask(
+        data=options.data,
+        sampling=read_sampling(options),
+        max_new_tokens=options.max_new_tokens,
+        samples=options.samples,
+        books=options.books,
+        max_book_tokens=options.max_book_tokens,
+        form=PairForm(prompt=options.prompt, separator=options.separator),
+        book_field=options.text_field,
+        summary_field=options.summary_field,
+    )
+    run(options, lambda trained: SummaryTest(trained, task, lanes=options.lanes))

@@ -105,9 +105,9 @@ class Metrics:
         """Writes sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
         if not self._writes:
             return
-        from infini_train.train.plots import plot_gates  # loads matplotlib, for which the start should not wait
+        from infini_train.plots import plot_gate_map  # loads matplotlib, which a start does not wait for
 
-        self._board.add_figure("gates/by layer and head", plot_gates(gates_LH, step, self._gate_layers), step)
+        self._board.add_figure("gates/by layer and head", plot_gate_map(gates_LH, step, self._gate_layers), step)
         self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
         self.write(step, summarise_gates(gates_LH))
 

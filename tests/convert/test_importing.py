@@ -13,7 +13,7 @@ from infini_train.config.attention import InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.convert.importing import GATE_INIT, import_folder
-from infini_train.eval.loading import open_trained
+from infini_train.inference.loading import open_trained
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
 

@@ -1,86 +1,83 @@
-"""Losses by position and by context: against one forward over the whole document with the same tokens visible."""
+"""Context from the command line to its files: what is written, that it goes on, and what is refused."""
+
+import json
 
 import numpy as np
 import pytest
-import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infini_train.config.errors import ConfigError
-from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval.context import ContextPlan, bucket_edges, measure_document
+from infini_train.eval import context
+from infini_train.eval.context import ContextTest
+from infini_train.eval.context_losses import ContextPlan
+from infini_train.eval.measurement import run_measurement
+from infini_train.inference.loading import open_trained
 
-BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
-
-
-@torch.no_grad()
-def losses_of(model, ids: np.ndarray, start: int = 0) -> np.ndarray:
-    """Of all positions of a document in one forward; a document of its own begins at `start`."""
-    tokens = np.concatenate(([BOS], ids)).astype(np.int64)
-    tokens[start] = BOS
-    starts_BT = torch.zeros(1, len(tokens), dtype=torch.bool)
-    starts_BT[0, [0, start]] = True
-    labels = torch.from_numpy(np.concatenate((ids.astype(np.int64), [EOS])))[None]
-    grid = model.make_grids(starts_BT, torch.ones(starts_BT.shape), None)
-    return model(torch.from_numpy(tokens)[None], grid, None, labels)[0][0].double().numpy()
+PLAN = ContextPlan(contexts_tokens=(16, 48), targets=2, target_tokens=8)
+OPTIONS = ("--contexts", "16", "48", "--targets", "2", "--target-tokens", "8")
 
 
-def test_buckets_and_targets_are_those_of_one_forward(variant, tools, tmp_path):
-    """A document of 330 tokens: whole buckets, a ragged one, targets that cross segments and forwards."""
-    model, dataset = tools.build(variant), tools.write(tmp_path / "data", [20, 330])
-    plan = ContextPlan(contexts_tokens=(1, 5, 24, 61), targets=3, target_tokens=13)
-    seen: list[int] = []
-    found = measure_document(model, dataset, 1, plan, on_progress=seen.append)
-    ids = dataset.read(1, 0, 330)
-    whole = losses_of(model, ids)
-    edges = [*bucket_edges(330)[:-1], 331]
-    assert edges == [0, 64, 128, 256, 331] and found.bucket_tokens == [64, 64, 128, 75]
-    expected = [whole[first:end].sum() for first, end in zip(edges[:-1], edges[1:], strict=True)]
-    np.testing.assert_allclose(found.bucket_losses, expected, rtol=1e-5)
-    assert len(found.target_positions) == 3 and min(found.target_positions) >= 61
-    for target, losses in zip(found.target_positions, found.target_losses, strict=True):
-        scored = slice(target, target + 13)
-        cut = [losses_of(model, ids, target - context)[scored].sum() for context in plan.contexts_tokens]
-        np.testing.assert_allclose(losses, [*cut, whole[scored].sum()], rtol=1e-5)
-    assert sum(seen) >= 331 + 3 * 4 * 13
+@pytest.fixture
+def books(tools, tmp_path):
+    """Documents that end at a segment's edge, so that each begins a segment whether they are read apart or in a row."""
+    tools.write(tmp_path / "books", [127, 15, 63, 303])
+    return tmp_path / "books"
 
 
-def test_context_that_reaches_to_the_beginning_is_the_whole(tools, tmp_path):
-    """The only place for a target lies as far from the beginning as the context reaches."""
-    model, dataset = tools.build("delta"), tools.write(tmp_path / "data", [99])
-    plan = ContextPlan(contexts_tokens=(90, 3), targets=4, target_tokens=10)
-    found = measure_document(model, dataset, 0, plan)
-    assert found.target_positions == [90]
-    ((far, near, whole),) = found.target_losses
-    assert far == pytest.approx(whole, rel=1e-6) and near != pytest.approx(whole, rel=1e-3)
+def test_everything_is_written(run, books, call, capsys):
+    assert call("eval", "context", run, "--data", books, *OPTIONS) == 0
+    said = capsys.readouterr().out
+    folder = run / "eval" / "context-1"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["documents"] == 4 and results["documents_with_targets"] == 3
+    assert results["whole"]["tokens"] == sum((128, 16, 64, 304)) == sum(r["tokens"] for r in results["positions"])
+    assert [row["first_position"] for row in results["positions"]] == [0, 64, 128, 256]
+    assert [row["documents"] for row in results["positions"]] == [4, 2, 1, 1]
+    assert [row["context_tokens"] for row in results["contexts"]] == [16, 48, None]
+    assert all(row["tokens"] == 3 * 2 * 8 for row in results["contexts"])
+    assert results["contexts"][-1]["above_all"] == 0
+    for row in results["positions"] + results["contexts"]:
+        assert row["loss_95"][0] <= row["loss"] <= row["loss_95"][1] and row["perplexity"] == np.exp(row["loss"])
+    assert "document 1" in said and "too short for the largest context" in said and "256 to 511" in said
+    assert (folder / "context.png").read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator(str(run / "tensorboard" / "eval")).Reload()
+    assert "eval/context/by position and by context" in board.Tags()["images"]
+    assert board.Scalars("eval/context/loss by context/all")[0].value == pytest.approx(results["contexts"][-1]["loss"])
 
 
-def test_the_forward_size_changes_nothing(tools, tmp_path):
-    model, dataset = tools.build("linear-overlap"), tools.write(tmp_path / "data", [200])
-    plan = ContextPlan(contexts_tokens=(40,), targets=5, target_tokens=7)
-    small, large = (measure_document(model, dataset, 0, plan, window_tokens=size) for size in (8, 4096))
-    np.testing.assert_allclose(small.target_losses, large.target_losses, rtol=1e-5)
-    np.testing.assert_allclose(small.bucket_losses, large.bucket_losses, rtol=1e-5)
+def test_the_mean_over_positions_is_the_perplexity(run, books, call, capsys):
+    assert call("eval", "perplexity", run, "--data", books, "--stream", "--json") == 0
+    expected = json.loads(capsys.readouterr().out)
+    found = run_measurement(ContextTest(open_trained(run), PLAN, data=str(books)), report=lambda line: None)
+    assert found["whole"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found["whole"]["tokens"] == expected["tokens"]
 
 
-def test_targets_lie_behind_the_largest_context_in_even_stretches():
-    plan = ContextPlan(contexts_tokens=(100, 1000), targets=10, target_tokens=50)
-    places = plan.place_targets(3, 11_049)
-    assert len(places) == 10
-    assert all(1000 + 1000 * i <= place <= 1000 + 1000 * (i + 1) for i, place in enumerate(places))
-    assert plan.place_targets(3, 1048) == [] and plan.place_targets(3, 1049) == [1000]
-    assert places == plan.place_targets(3, 11_049) != plan.place_targets(4, 11_049)
+def test_a_stopped_measurement_goes_on(run, books, monkeypatch):
+    """Stopped inside the third document: the two before it are kept, and the end is that of one never stopped."""
+    trained, measure = open_trained(run), context.measure_document
+
+    def stop_in_the_third(model, dataset, document, *arguments, **options):
+        if document == 2:
+            raise KeyboardInterrupt
+        return measure(model, dataset, document, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "measure_document", stop_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run_measurement(ContextTest(trained, PLAN, data=str(books)), report=lambda line: None)
+    said: list[str] = []
+    stopped = run_measurement(ContextTest(trained, PLAN, data=str(books)), report=said.append)
+    assert said[0] == "2 of 4 documents were there already" and len(said) == 3
+    whole = run_measurement(ContextTest(trained, PLAN, data=str(books)), out=run / "whole", report=lambda line: None)
+    assert stopped["positions"] == whole["positions"] and stopped["contexts"] == whole["contexts"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"contexts_tokens": ()}, "--contexts: give at least one"),
-        ({"contexts_tokens": (8, 0)}, "--contexts: give at least one, each positive"),
-        ({"contexts_tokens": (8, 8)}, "--contexts: the same one is given twice"),
-        ({"targets": 0}, "--targets: must be positive"),
-        ({"target_tokens": 0}, "--target-tokens: must be positive"),
-        ({"seed": -1}, "--seed: must not be negative"),
-    ],
-)
-def test_a_plan_that_makes_no_sense_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        ContextPlan(**changes)
+def test_what_does_not_fit_is_refused(run, books, call, capsys):
+    assert call("eval", "context", run, "--data", books, "--contexts", "1K") == 2
+    assert "--contexts: 1024: the longest document has 303 tokens; use at most 240" in capsys.readouterr().err
+    assert call("eval", "context", run, "--data", books, "--contexts", "many") == 2
+    assert "--contexts: many is no length" in capsys.readouterr().err
+    assert call("eval", "context", run, "--data", books, *OPTIONS, "--documents", "1") == 0
+    assert call("eval", "context", run, "--data", books, *OPTIONS, "--seed", "1") == 2
+    assert "holds another test (seed: 0, not 1)" in capsys.readouterr().err
+    assert not (run / "eval" / "context-1" / "results.json.partial").exists()

@@ -11,14 +11,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval.generate import generate
-from infini_train.eval.sampling import Sampling
+from infini_train.inference.generation import generate
+from infini_train.inference.sampling import Sampling
 
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402 (only where it is installed)
 
-from infini_train.eval.harness import InfiniLM  # noqa: E402
+from infini_train.eval.harness_model import InfiniLM  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "models" / "passkey-linear"
@@ -170,7 +170,7 @@ def test_the_command_writes_what_lm_eval_writes(call, tmp_path, capsys):
 
 def test_the_numbers_of_a_task_are_those_of_its_texts(call, tmp_path, capsys):
     """Bits per byte of the likelihood task, from the model by hand."""
-    from infini_train.eval.loading import open_trained
+    from infini_train.inference.loading import open_trained
 
     capsys.readouterr()
     task = TASKS / "tiny_likelihood.yaml"

@@ -7,8 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.config.errors import ConfigError
-from infini_train.eval.loading import open_trained
 from infini_train.eval.measurement import Measurement, run_measurement
+from infini_train.inference.loading import open_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,14 @@ class Squares(Measurement[Square]):
             on_progress(1)
             yield [Square(number=number, square=number**2)]
 
-    def tell(self, batch, records):
+    def describe(self, batch, records):
         yield f"{batch[-1].number}, {len(records)} in all"
 
     def summarise(self, records):
         return {"sum": sum(record.square for record in records)}
+
+    def format(self, results):
+        return f"sum {results['sum']}"
 
     def write(self, records, results, folder, board):
         (folder / "sum.txt").write_text(str(results["sum"]))
@@ -52,11 +55,11 @@ class Squares(Measurement[Square]):
 def test_a_stopped_measurement_goes_on(run):
     trained, said = open_trained(run), []
     with pytest.raises(KeyboardInterrupt):
-        run_measurement(Squares(trained, 5, last=2), say=said.append)
+        run_measurement(Squares(trained, 5, last=2), report=said.append)
     folder = run / "eval" / "squares-1-small"
     assert said == ["0, 1 in all", "1, 2 in all"] and [path.name for path in folder.iterdir()] == ["squares.jsonl"]
     measurement = Squares(trained, 5)
-    results = run_measurement(measurement, say=said.append)
+    results = run_measurement(measurement, report=said.append)
     assert measurement.measured == [2, 3, 4] and said[2:4] == ["2 were there already", "2, 3 in all"]
     assert results == json.loads((folder / "results.json").read_text())
     assert results["sum"] == 30 and results["count"] == 5 and results["base"] == 10 and results["precision"] == "fp32"
@@ -67,10 +70,10 @@ def test_a_stopped_measurement_goes_on(run):
 
 def test_another_folder_and_another_precision(run, tmp_path):
     trained = open_trained(run)
-    assert run_measurement(Squares(trained, 3), out=tmp_path / "out", say=len)["folder"] == str(tmp_path / "out")
+    assert run_measurement(Squares(trained, 3), out=tmp_path / "out", report=len)["folder"] == str(tmp_path / "out")
     assert (tmp_path / "out" / "tensorboard" / "eval").is_dir() and not (run / "eval").exists()
     rounded = Squares(trained._replace(precision="bf16"), 3)
     with pytest.raises(ConfigError, match=r"holds another test \(precision: fp32, not bf16\)"):
-        run_measurement(rounded, out=tmp_path / "out", say=len)
-    run_measurement(rounded, out=tmp_path / "out", overwrite=True, say=len)
+        run_measurement(rounded, out=tmp_path / "out", report=len)
+    run_measurement(rounded, out=tmp_path / "out", overwrite=True, report=len)
     assert rounded.measured == [0, 1, 2]

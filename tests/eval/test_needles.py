@@ -12,13 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_train.config.errors import ConfigError
 from infini_train.data.synthetic.needles import TASKS
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval import needle_report
-from infini_train.eval.loading import open_trained
+from infini_train.eval import retrieval_report
 from infini_train.eval.measurement import run_measurement
-from infini_train.eval.needle_report import NeedleTest
-from infini_train.eval.needle_scores import NeedleGrid
-from infini_train.eval.needles import NeedlePrompts, answer_needles
-from infini_train.eval.scores import summarise
+from infini_train.eval.needles import NeedleGrid, NeedlePrompts, NeedleTest
+from infini_train.eval.retrieval import answer_prompts, summarise_answers
+from infini_train.inference.loading import open_trained
 
 BYTE = ByteTokenizer()
 SMALL = ("--lengths", "900", "1K", "--needles", "2", "3", "--depths", "0", "1", "--samples", "2", "--lanes", "8")
@@ -53,8 +51,8 @@ class Reader:
         text, token = bytes(seen[1:]), 0
         for prompt, answer in self.answers.items():
             if text.startswith(prompt):
-                told = answer[: round(self.share * len(answer))]
-                token = (" " + ", ".join(told) + " " * 99).encode()[len(text) - len(prompt)]
+                words = answer[: round(self.share * len(answer))]
+                token = (" " + ", ".join(words) + " " * 99).encode()[len(text) - len(prompt)]
         return torch.nn.functional.one_hot(torch.tensor(token), 259).float()
 
     def logits(self, hidden_TBV):
@@ -65,8 +63,8 @@ class Reader:
 def test_oracles_score_as_they_must(task):
     prompts = NeedlePrompts(grid_of(task, samples=2, needles=(2, 4)), BYTE, 16)
     for share in (1.0, 0.5):
-        answers = [a for batch in answer_needles(Reader(prompts, share), prompts, lanes=4) for a in batch]
-        found = summarise(prompts.grid, answers, 16, "word", ())
+        answers = [a for batch in answer_prompts(Reader(prompts, share), prompts, lanes=4) for a in batch]
+        found = summarise_answers(prompts.grid, answers, 16, "word", ())
         one = task in ("single", "multikey")
         assert found["complete"] and len(found["cells"]) == 2 * (3 if task == "single" else 6 if one else 2)
         assert found["all"]["exact_match"] == (1.0 if share == 1 else 0.0)
@@ -107,7 +105,7 @@ def test_a_prompt_does_not_depend_on_the_rest_of_the_grid():
         ({"needles": (2, 2)}, "--needles: the same one is given twice"),
         ({"needles": (1000,)}, "--needles: 1000 are too many; at most"),
         ({"depths": (1.5,)}, "--depths: give at least one, each between 0"),
-        ({"lengths_tokens": ()}, "--lengths: must be positive"),
+        ({"lengths_tokens": ()}, "--lengths: give at least one, each positive"),
         ({"seed": -1}, "--seed: must not be negative"),
     ],
 )
@@ -150,7 +148,7 @@ def test_prose_is_read_and_told_when_it_is_short(run, call, capsys, tmp_path):
 
 def test_a_stopped_test_goes_on(run, monkeypatch):
     trained, grid = open_trained(run), grid_of("variables", needles=(2,), samples=4)
-    batches = needle_report.answer_needles
+    batches = retrieval_report.answer_prompts
 
     def stop_in_the_second(*arguments, **options):
         for number, answers in enumerate(batches(*arguments, **options)):
@@ -159,11 +157,11 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
             yield answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(needle_report, "answer_needles", stop_in_the_second)
+        patch.setattr(retrieval_report, "answer_prompts", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
-            run_measurement(NeedleTest(trained, grid, lanes=3), say=lambda line: None)
+            run_measurement(NeedleTest(trained, grid, lanes=3), report=lambda line: None)
     said: list[str] = []
-    stopped = run_measurement(NeedleTest(trained, grid, lanes=3), say=said.append)
+    stopped = run_measurement(NeedleTest(trained, grid, lanes=3), report=said.append)
     assert said[0] == "3 of 8 answers were there already"
-    whole = run_measurement(NeedleTest(trained, grid, lanes=3), out=run / "whole", say=lambda line: None)
+    whole = run_measurement(NeedleTest(trained, grid, lanes=3), out=run / "whole", report=lambda line: None)
     assert stopped["cells"] == whole["cells"]

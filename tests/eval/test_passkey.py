@@ -1,4 +1,4 @@
-"""Passkey tests of models: streaming changes nothing, and what scores is what was said, right or wrong."""
+"""Passkey tests of models: what scores is what was predicted, right or wrong, and prompts lie where they should."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -6,110 +6,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from infini_train.data.synthetic.passkey import PasskeyWriter
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval import streaming
-from infini_train.eval.generate import generate
-from infini_train.eval.passkey import answer_grid, draw_text
-from infini_train.eval.passkey_scores import PasskeyGrid, Prompt
-from infini_train.eval.reading import remember
-from infini_train.eval.sampling import Sampling
-from infini_train.eval.scores import score_cells, summarise
-from infini_train.eval.streaming import read_prompts
+from infini_train.eval.passkey import PasskeyGrid, PasskeyPrompt, PasskeyPrompts
+from infini_train.eval.retrieval import answer_prompts, score_cells, summarise_answers
+from infini_train.inference.streaming import read_prompts
 
+BYTE = ByteTokenizer()
 BOS = ByteTokenizer.bos_id
-WRITER = PasskeyWriter(ByteTokenizer(), find_wording("paper"))
+WRITER = PasskeyWriter(BYTE, find_wording("paper"))
 
 
 def grid_of(**changes) -> PasskeyGrid:
-    return PasskeyGrid(**{"lengths_tokens": (300, 420), "positions": (0.0, 0.5, 1.0), "samples": 4, **changes})
+    return PasskeyGrid(**{"lengths_tokens": (300, 420), "depths": (0.0, 0.5, 1.0), "samples": 4, **changes})
 
 
-# ----------------------------------------------------------------------------------------------------------- streaming
-
-
-@pytest.mark.parametrize("lengths", [(260, 263, 257), (300, 300), (249,), (290, 250)])
-def test_streaming_side_by_side_equals_a_prompt_alone(variant, lengths, tools):
-    """The digits are those that `generate` writes behind the whole prompt."""
-    model = tools.build(variant)
-    random = np.random.default_rng(0)
-    texts = [WRITER.compose(random, length, 0.5) for length in lengths]
-    seen: list[int] = []
-    found = read_prompts(model, texts, BOS, seen.append).said
-    prompts = [[BOS, *text.ids[: text.spans.answer.start].tolist()] for text in texts]
-    greedy = Sampling(temperature=0.0)
-    expected = [list(generate(model, p, max_new_tokens=5, stop_id=None, sampling=greedy)) for p in prompts]
-    assert found == expected
-    assert sum(seen) == sum(map(len, prompts))
-    assert len(set(found[0])) > 1, "a model that repeats itself would show nothing"
-
-
-def test_a_common_beginning_is_read_once(variant, tools, monkeypatch):
-    """All share the intro, some the filler before a late key, two everything; each lane ends as it ends alone."""
-    model, random = tools.build(variant), np.random.default_rng(0)
-    filler = 500 if model.config.segment_tokens else 3500
-    length, keys = WRITER.min_tokens + filler, random.integers(0, 10, (4, 5))
-    late = [WRITER.place(key, length, filler - (100 if model.config.segment_tokens else 1000)) for key in keys[:3]]
-    texts = [late[0], WRITER.place(keys[3], length, 0), late[1], late[0], late[2]]
-    rows: list[int] = []
-    states: list[object] = []
-
-    def count(model, tokens_BT, state):
-        rows.append(len(tokens_BT))
-        return remember(model, tokens_BT, state)
-
-    def see(model, rest, state, tokens, chunk_tokens):
-        states.append(state)
-        return [0] * tokens
-
-    monkeypatch.setattr(streaming, "remember", count)
-    monkeypatch.setattr(streaming, "_answer", see)
-    read_prompts(model, texts, BOS)
-    assert sorted(rows) == rows and rows[0] < 4 and rows[-1] == 4, rows
-    together = [tensors_of(state) for state in states]
-    states.clear()
-    for text in texts:
-        read_prompts(model, [text], BOS)
-    for mine, alone in zip(together, map(tensors_of, states), strict=True):
-        torch.testing.assert_close(mine, alone)
-    if model.config.attention.kind in ("infini", "full", "rmt"):  # the others have forgotten the key by the end
-        for one, other in ((0, 1), (0, 2), (2, 4)):
-            pairs = zip(together[one], together[other], strict=True)
-            assert any(not torch.allclose(a, b) for a, b in pairs), "a blind test"
-
-
-def tensors_of(state) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-
-
-def test_rows_split_where_texts_part():
-    """Five lanes: all alike, then three rows, then lanes of one row part again; the state's rows go along."""
-    pieces = [np.array([n]) for n in (7, 8, 7, 9, 8)]
-    state, rows, tokens_RT = streaming._split_rows(None, [0] * 5, pieces)
-    assert state is None and rows == [0, 1, 0, 2, 1] and tokens_RT[:, 0].tolist() == [7, 8, 9]
-    state = (torch.tensor([10, 20, 30]), "no tensor")
-    same, rows, tokens_RT = streaming._split_rows(state, rows, [np.array([1])] * 5)
-    assert same is state and rows == [0, 1, 0, 2, 1] and tokens_RT[:, 0].tolist() == [1, 1, 1]
-    state, rows, tokens_RT = streaming._split_rows(state, rows, [np.array([n]) for n in (1, 1, 2, 1, 1)])
-    assert state[0].tolist() == [10, 20, 10, 30] and state[1] == "no tensor"
-    assert rows == [0, 1, 2, 3, 1] and tokens_RT[:, 0].tolist() == [1, 1, 2, 1]
-
-
-def test_speeds_are_those_of_the_commonest_size():
-    forwards = [(1, 9.0), (1, 5.0), *[(2, 0.25 + 0.25 * (i > 10)) for i in range(20)], (3, 1.0)]
-    assert streaming._speeds(forwards) == (4.0, 2.0)
-    assert streaming._speeds(forwards[:1]) == (None, None)
-
-
-def test_speed_is_told_where_there_is_enough_to_measure(tools):
-    model, random = tools.build("linear"), np.random.default_rng(0)
-    found = read_prompts(model, [WRITER.compose(random, 600, 0)], BOS)
-    assert found.start_tokens_per_s > 0 and found.end_tokens_per_s > 0
-    reader = Reader(lambda key, said: "0", segment_tokens=200)
-    assert read_prompts(reader, [WRITER.compose(random, 250, 0)], BOS).end_tokens_per_s is None
+def prompts_of(segment_tokens: int, **changes) -> PasskeyPrompts:
+    return PasskeyPrompts(grid_of(**changes), BYTE, segment_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------- the oracles
@@ -150,9 +65,14 @@ class Reader:
 
 
 def score(rule: Callable[[str, str], str], **changes) -> dict:
-    grid = grid_of(**changes)
-    answers = [a for batch in answer_grid(Reader(rule), WRITER, grid, BOS, lanes=5) for a in batch]
-    return summarise(grid, answers, 16)
+    prompts = prompts_of(16, **changes)
+    answers = [a for batch in answer_prompts(Reader(rule), prompts, lanes=5) for a in batch]
+    return summarise_answers(prompts.grid, answers, 16)
+
+
+def test_speed_needs_enough_to_measure():
+    reader = Reader(lambda key, said: "0", segment_tokens=200)
+    assert read_prompts(reader, [WRITER.compose(np.random.default_rng(0), 250, 0)], BOS).end_tokens_per_s is None
 
 
 def test_whoever_copies_the_key_gets_everything():
@@ -178,11 +98,11 @@ def test_an_error_is_read_back():
 
 def test_cells_are_told_apart():
     """Forgets keys with an odd first digit: exact where that is even."""
-    grid = grid_of(samples=6)
+    prompts = prompts_of(16, samples=6)
     reader = Reader(lambda key, said: key[len(said)] if int(key[0]) % 2 == 0 else "0")
-    answers = [a for batch in answer_grid(reader, WRITER, grid, BOS, lanes=4) for a in batch]
-    cells = score_cells(grid, answers)
-    for cell in grid.cells():
+    answers = [a for batch in answer_prompts(reader, prompts, lanes=4) for a in batch]
+    cells = score_cells(prompts.grid, answers)
+    for cell in prompts.grid.cells():
         keys = [a.key for a in answers if (a.length_tokens, a.position) == cell]
         assert cells[cell].exact == sum(int(key[0]) % 2 == 0 for key in keys) and len(keys) == 6
     assert 0 < sum(score.exact for score in cells.values()) < 36
@@ -194,20 +114,21 @@ def test_cells_are_told_apart():
 @pytest.mark.parametrize("length", [250, 251, 270, 5000, 2**20])
 @pytest.mark.parametrize("position", [0.0, 0.25, 1.0])
 def test_prompts_fit_their_length_and_position(length, position):
-    grid = grid_of(lengths_tokens=(length,), positions=(position,), samples=50)
-    for prompt in grid.prompts(length):
-        text = draw_text(WRITER, grid, prompt, 64)
+    prompts = prompts_of(64, lengths_tokens=(length,), depths=(position,), samples=50)
+    first = prompts_of(1).write(PasskeyPrompt(250, 0.0, 0)).spans.key.start
+    for prompt in prompts.grid.prompts(length):
+        text = prompts.write(prompt)
         assert length - 64 < text.tokens + 1 <= length
         filler = text.tokens - WRITER.min_tokens
-        before = text.spans.key.start - draw_text(WRITER, grid_of(), Prompt(250, 0.0, 0), 1).spans.key.start
+        before = text.spans.key.start - first
         assert abs(before - position * filler) <= min(64, filler + 1)
 
 
 def test_key_and_question_take_every_phase():
     """As many samples as a segment has tokens take most phases, three times as many take all, and most pairs."""
-    grid = grid_of(lengths_tokens=(2000,), samples=96)
-    for position in grid.positions:
-        texts = [draw_text(WRITER, grid, Prompt(2000, position, sample), 32) for sample in range(96)]
+    prompts = prompts_of(32, lengths_tokens=(2000,), samples=96)
+    for position in prompts.grid.depths:
+        texts = [prompts.write(PasskeyPrompt(2000, position, sample)) for sample in range(96)]
         key = [text.spans.first_mention.start % 32 for text in texts]
         question = [text.spans.question.start % 32 for text in texts]
         assert set(key) == set(question) == set(range(32))
@@ -217,7 +138,7 @@ def test_key_and_question_take_every_phase():
 
 
 def test_a_prompt_does_not_depend_on_the_rest_of_the_grid():
-    small, large = grid_of(samples=2), grid_of(lengths_tokens=(300,), positions=(0.5, 0.7), samples=9)
-    prompt = Prompt(300, 0.5, 1)
-    first, again = (draw_text(WRITER, grid, prompt, 16).ids.tolist() for grid in (small, large))
-    assert first == again != draw_text(WRITER, grid_of(seed=1), prompt, 16).ids.tolist()
+    small, large = prompts_of(16, samples=2), prompts_of(16, lengths_tokens=(300,), depths=(0.5, 0.7), samples=9)
+    prompt = PasskeyPrompt(300, 0.5, 1)
+    first, again = (prompts.write(prompt).ids.tolist() for prompts in (small, large))
+    assert first == again != prompts_of(16, seed=1).write(prompt).ids.tolist()

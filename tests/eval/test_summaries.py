@@ -12,11 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_train.config.errors import ConfigError
 from infini_train.data.pairs import PairForm
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval import summary_report
-from infini_train.eval.generate import generate
-from infini_train.eval.rouge import MEASURES, lead, make_scorer, summarise_scores
-from infini_train.eval.sampling import Sampling
-from infini_train.eval.summaries import PAPER, SummaryTask, _own_stream, write_summaries
+from infini_train.eval.summaries import MEASURES, lead, make_scorer, score, summarise_scores
+from infini_train.eval.summary_writing import PAPER, Book, SummaryTask, Written, _own_stream, write_summaries
+from infini_train.inference.generation import generate
+from infini_train.inference.sampling import Sampling
 
 pytest.importorskip("rouge_score")
 
@@ -174,16 +173,14 @@ def test_means_their_geometric_mean_and_intervals():
 
 def test_what_costs_nothing_is_scored_beside():
     scorer = make_scorer()
-    books = [summary_report.Book(i, f"b{i}", lead(b["book"]), b["summary"]) for i, b in enumerate(BOOKS)]
+    books = [Book(i, f"b{i}", lead(b["book"]), b["summary"]) for i, b in enumerate(BOOKS)]
     task = {"book_tokens": 9, "said_tokens": 2, "ended": True, "read_s": 1.0, "write_s": 1.0, "lanes": 4}
     written = [
-        summary_report.Written(
-            number=i, sample=s, id=f"b{i}", said=books[i].reference if s else "", peak_memory_bytes=1, **task
-        )
+        Written(number=i, sample=s, id=f"b{i}", said=books[i].reference if s else "", peak_memory_bytes=1, **task)
         for i in range(4)
         for s in range(2)
     ]
-    found = summary_report.score(books, written, scorer)
+    found = score(books, written, scorer)
     assert found["model"]["rouge1"] == pytest.approx(50), "a right and an empty sample of each book"
     assert found["random"]["rouge1"] == pytest.approx(75), "another number in: Book 2 goes on"
     assert found["lead_3"]["rouge1"] < 75

@@ -12,12 +12,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from infini_train.checkpoint import store
 from infini_train.config.files import load_run
 from infini_train.logs import console
+from infini_train.plots import plot_gate_map
 from infini_train.train.checkpointing import save_session
 from infini_train.train.loop import train
 from infini_train.train.memory import gate_matrix
 from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, summarise_gates, trim_metrics
 from infini_train.train.opening import open_session
-from infini_train.train.plots import plot_gates
 from infini_train.train.session import Session
 
 
@@ -208,7 +208,7 @@ def test_gates_of_the_one_layer_that_retrieves(configure):
     gates_LH = gate_matrix(session.stages, session.engine)
     assert config.model.gate_layers == (1,)
     np.testing.assert_allclose(gates_LH, np.full((1, config.model.num_heads), 1 / (1 + math.exp(-1))), rtol=1e-6)
-    axes = plot_gates(gates_LH, 3, config.model.gate_layers).axes[0]
+    axes = plot_gate_map(gates_LH, 3, config.model.gate_layers).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1"]
     with Metrics(session, 6) as metrics:
         metrics.write_gates(1, gates_LH)

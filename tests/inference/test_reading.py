@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.eval.generate import feed
-from infini_train.eval.reading import Tail, read_segments, score_tails
+from infini_train.inference.generation import feed
+from infini_train.inference.reading import Tail, read_segments, score_tails
 
 LENGTHS = (1, 5, 8, 9, 23, 40, 41, 77, 120)  # below, at and behind segments' and forwards' edges
 
@@ -32,7 +32,7 @@ def test_what_follows_a_text_does_not_depend_on_its_neighbours(variant, tools, t
     tails = read_segments(model, texts, seen.append)
     assert sum(seen) + sum(len(tail.tokens) for tail in tails) == sum(LENGTHS)
     for text, tail in zip(texts, tails, strict=True):
-        logits_V, _ = feed(model, tail.tokens.tolist(), tail.state, first=tail.state is None, chunk_tokens=32)
+        logits_V, _ = feed(model, tail.tokens.tolist(), tail.state, chunk_tokens=32)
         expected_V = logprobs_alone(model, text)[-1]
         torch.testing.assert_close(logits_V.log_softmax(-1), expected_V, rtol=1e-4, atol=1e-3)
 
@@ -60,7 +60,7 @@ def test_greedy_text_is_greedy(tools):
     """What the model would write itself is scored as such, and another token is not."""
     model, text = tools.build("delta"), [256, *b"It was the best"]
     for _ in range(20):
-        logits_V, _ = feed(model, text, None, first=True, chunk_tokens=32)
+        logits_V, _ = feed(model, text, None, chunk_tokens=32)
         text.append(int(logits_V.argmax()))
     other = [*text[:-1], (text[-1] + 1) % 256]
     tails = [Tail(None, np.array(each)) for each in (text, other)]

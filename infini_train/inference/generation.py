@@ -1,6 +1,6 @@
-"""Text from a prompt of any length: the prompt streams into memory and open segment, then token after token comes out.
+"""Generation from a prompt of any length: the prompt is read into the state, then one token after another is chosen.
 
-Legend: B lanes (1), T tokens of a call, V vocabulary.
+Legend: B lanes (1), T tokens of a call, D model width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infini_train.eval.sampling import Sampling
+from infini_train.inference.reading import FORWARD_SEGMENTS, advance, prefill, segment_of
+from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
-from infini_train.parallel import device
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -29,26 +29,21 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
 @torch.no_grad()
 def feed(
-    model: Transformer, tokens: list[int], state: ModelState | None, *, first: bool, chunk_tokens: int
+    model: Transformer, tokens: list[int], state: ModelState | None, *, chunk_tokens: int
 ) -> tuple[Tensor, ModelState]:
     """Reads tokens in chunks; returns logits_V after the last one, and the state.
 
     Args:
         model: any variant.
         tokens: at least one.
-        state: what was read before, or None.
-        first: the first token begins a document.
+        state: what was read before; None: the tokens begin a document.
         chunk_tokens: tokens a forward; memory use depends on it, the result does not.
     """
     assert tokens
-    for begin in range(0, len(tokens), chunk_tokens):
-        chunk_BT = torch.tensor([tokens[begin : begin + chunk_tokens]])
-        starts_BT = torch.zeros(chunk_BT.shape, dtype=torch.bool)
-        starts_BT[0, 0] = first and begin == 0
-        grid = model.make_grids(starts_BT, torch.ones(chunk_BT.shape), state).to(device.current())
-        if begin + chunk_tokens < len(tokens):
-            state = model.prefill(chunk_BT.to(device.current()), grid, state)
-    hidden_TBD, state = model.decode(chunk_BT.to(device.current()), grid, state)
+    *before, last = (tokens[begin : begin + chunk_tokens] for begin in range(0, len(tokens), chunk_tokens))
+    for chunk in before:
+        state = prefill(model, torch.tensor([chunk]), state)
+    hidden_TBD, state = advance(model, torch.tensor([last]), state)
     return model.logits(hidden_TBD[-1:])[0, 0], state
 
 
@@ -59,15 +54,15 @@ def generate(
 
     Args:
         model: any variant; memory stays constant with `infini` and `local`.
-        prompt: token ids, the first of which begins a document.
+        prompt: token ids; the first one begins a document.
         max_new_tokens: at most this many.
         stop_id: end of document, or None.
         sampling: how to choose.
     """
-    yield from go_on(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
+    yield from continue_from(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
 
 
-def go_on(
+def continue_from(
     model: Transformer,
     prompt: list[int],
     state: ModelState | None,
@@ -76,14 +71,14 @@ def go_on(
     stop_id: int | None,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """`generate` behind a state: `prompt` is what follows it; a state of None begins a document."""
+    """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    chunk = 4 * (model.config.segment_tokens or 256)
-    logits_V, state = feed(model, prompt, state, first=state is None, chunk_tokens=chunk)
+    chunk = FORWARD_SEGMENTS * segment_of(model)
+    logits_V, state = feed(model, prompt, state, chunk_tokens=chunk)
     for written in range(1, max_new_tokens + 1):
         token = choose_token(logits_V, sampling, generator)
         if token == stop_id:
             return
         yield token
         if written < max_new_tokens:
-            logits_V, state = feed(model, [token], state, first=False, chunk_tokens=chunk)
+            logits_V, state = feed(model, [token], state, chunk_tokens=chunk)

@@ -13,6 +13,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
 from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, tokenizer_files
+from infini_train.inference.reading import segment_of
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Stages
@@ -21,7 +22,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
-    """What a checkpoint gives to evaluation."""
+    """A trained model, ready for use, with all that its checkpoint says about it."""
 
     stages: Stages
     config: RunConfig
@@ -33,12 +34,17 @@ class Trained(NamedTuple):
 
     @property
     def model(self) -> Transformer:
-        """The whole model: evaluation runs in one process."""
+        """The whole model: inference runs in one process."""
         return self.stages.transformers()[0]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens by which texts advance that are read side by side; see `reading.segment_of`."""
+        return segment_of(self.model)
 
 
 def _open(path: Path) -> Checkpoint:
-    """A given checkpoint; of a run's folder the newest that is whole."""
+    """The checkpoint at this path; in a run's folder, the newest that is whole."""
     if (path / FOLDER).is_dir():
         checkpoint = find_latest(path, lambda problem: LOG.warning("warning: %s", problem))
         if checkpoint is not None:
@@ -47,7 +53,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def open_trained(path: Path, precision: str = "fp32") -> Trained:
-    """Loads a model for evaluation.
+    """Loads a model for evaluation or generation.
 
     Args:
         path: a run's folder (its newest checkpoint), or one checkpoint's.
@@ -68,6 +74,7 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     mesh.start()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stages = Stages(config.model, dtype=dtype)
-    load_weights(stages.transformers()[0], checkpoint)
+    added = load_weights(stages.transformers()[0], checkpoint)
+    assert not added, f"{checkpoint.path}: lacks {added[0]}, a parameter of its own config"
     stages = stages.to(device.current(), dtype).eval()
     return Trained(stages, config, checkpoint.step, checkpoint.path, *found, precision)

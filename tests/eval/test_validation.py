@@ -7,7 +7,7 @@ import pytest
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
-from infini_train.eval.report import find_validation
+from infini_train.eval.validation import find_validation
 
 
 def trained(run_dir: object, validation: object) -> RunConfig:

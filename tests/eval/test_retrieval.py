@@ -1,22 +1,23 @@
-"""The grid of a passkey test as it is given, and what answers amount to."""
+"""Grids as they are given, and scores of answers."""
 
 import math
 
 import pytest
 
 from infini_train.config.errors import ConfigError
-from infini_train.eval.passkey_scores import Answer, PasskeyGrid, format_length, parse_length, parse_positions
-from infini_train.eval.scores import Score, score_cells, summarise
+from infini_train.eval.passkey import PasskeyAnswer, PasskeyGrid
+from infini_train.eval.retrieval import RetrievalScore, score_cells, summarise_answers
+from infini_train.eval.retrieval_report import parse_depths
 
 
 def grid_of(**changes) -> PasskeyGrid:
-    return PasskeyGrid(**{"lengths_tokens": (300, 420), "positions": (0.0, 1.0), "samples": 2, **changes})
+    return PasskeyGrid(**{"lengths_tokens": (300, 420), "depths": (0.0, 1.0), "samples": 2, **changes})
 
 
-def answer(length: int, position: float, sample: int, said: str, **changes) -> Answer:
+def answer(length: int, position: float, sample: int, said: str, **changes) -> PasskeyAnswer:
     measured = {"start_tokens_per_s": 100.0, "end_tokens_per_s": 90.0, "lanes": 2, "peak_memory_bytes": 2**20 * length}
     places = {"tokens": length - 5, "key_token": 17 + sample, "question_token": length - 40}
-    return Answer(
+    return PasskeyAnswer(
         **{"length_tokens": length, "position": position, "sample": sample, "key": "12345", "said": said},
         **{**measured, **places, **changes},
     )
@@ -30,7 +31,7 @@ def test_answers_are_counted_by_cell_length_and_all():
         answer(420, 0.0, 0, "12345", start_tokens_per_s=None, end_tokens_per_s=70.0),
         answer(420, 0.0, 1, "12345"),
     ]
-    found = summarise(grid_of(), answers, 16)
+    found = summarise_answers(grid_of(), answers, 16)
     assert not found["complete"]
     cells = {
         (cell["length_tokens"], cell["position"]): (cell["exact"], cell["right_digits"]) for cell in found["cells"]
@@ -48,33 +49,29 @@ def test_answers_are_counted_by_cell_length_and_all():
 
 def test_answers_outside_the_grid_do_not_count():
     answers = [answer(300, 0.0, 0, "12345"), answer(300, 0.5, 0, "12345"), answer(300, 0.0, 2, "12345")]
-    assert score_cells(grid_of(), answers) == {(300, 0.0): Score(1, 1, 5, 5)}
+    assert score_cells(grid_of(), answers) == {(300, 0.0): RetrievalScore(1, 1, 5, 5)}
 
 
 def test_nothing_has_no_share():
-    nothing = Score.of([])
+    nothing = RetrievalScore.of([])
     assert math.isnan(nothing.exact_match) and math.isnan(nothing.accuracy)
     assert nothing.exact_interval == nothing.interval == (0.0, 1.0)
 
 
-def test_lengths_and_positions_are_read():
-    assert [parse_length(text) for text in ("5000", "32K", "1M", "10m")] == [5000, 32768, 2**20, 10 * 2**20]
-    assert [format_length(tokens) for tokens in (5000, 32768, 2**20, 1536)] == ["5000", "32K", "1M", "1536"]
-    assert parse_positions(["0", "0.5", "1"]) == (0.0, 0.5, 1.0)
-    assert parse_positions(["5"]) == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert parse_positions(["1"]) == (1.0,) and parse_positions(["0"]) == (0.0,)
+def test_depths_are_read():
+    assert parse_depths(["0", "0.5", "1"]) == (0.0, 0.5, 1.0)
+    assert parse_depths(["5"]) == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert parse_depths(["1"]) == (1.0,) and parse_depths(["0"]) == (0.0,)
 
 
 @pytest.mark.parametrize(
     ("action", "line"),
     [
-        (lambda: parse_length("32KB"), "--lengths: 32KB is no length; write tokens as 5000, 32K or 1M"),
-        (lambda: parse_length("-5"), "--lengths: -5 is no length; write tokens as 5000, 32K or 1M"),
-        (lambda: parse_positions(["start"]), "--positions: start: write numbers from 0 (start) to 1 (end)"),
-        (lambda: grid_of(positions=(0.5, 1.5)), "--positions: give at least one, each between 0 (start) and 1 (end)"),
+        (lambda: parse_depths(["start"]), "--depths: start: write numbers from 0 (start) to 1 (end)"),
+        (lambda: grid_of(depths=(0.5, 1.5)), "--depths: give at least one, each between 0 (start) and 1 (end)"),
         (
-            lambda: grid_of(positions=(float("nan"),)),
-            "--positions: give at least one, each between 0 (start) and 1 (end)",
+            lambda: grid_of(depths=(float("nan"),)),
+            "--depths: give at least one, each between 0 (start) and 1 (end)",
         ),
         (lambda: grid_of(lengths_tokens=(0,)), "--lengths: give at least one, each positive"),
         (lambda: grid_of(lengths_tokens=(300, 300)), "--lengths: the same one is given twice"),

@@ -1,10 +1,11 @@
-"""Wilson's interval against published values."""
+"""Wilson's interval against published values, the bootstrap against the textbook's."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infini_train.eval.intervals import format_percent, wilson_interval
+from infini_train.statistics import bootstrap_ratio, format_percent, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,16 @@ def test_nothing_is_known_without_trials():
 )
 def test_only_all_is_a_hundred_percent(share, shown):
     assert format_percent(share) == shown
+
+
+def test_bootstrap_holds_the_mean_and_narrows():
+    random = np.random.default_rng(1)
+    sizes = random.integers(50, 500, 400)
+    sums = 3 * sizes + random.normal(0, 1, 400) * sizes
+    few, many = bootstrap_ratio(sums[:20], sizes[:20]), bootstrap_ratio(sums, sizes)
+    assert many[0] < 3.0 + 0.1 and many[1] > 3.0 - 0.1 and many[1] - many[0] < (few[1] - few[0]) / 3
+    # of independent pairs of one size it is about the textbook's interval
+    even = bootstrap_ratio(sums / sizes, [1] * 400)
+    expected = 2 * 1.96 * np.std(sums / sizes) / np.sqrt(400)
+    assert even[1] - even[0] == pytest.approx(expected, rel=0.1)
+    assert bootstrap_ratio([6.0], [2]) == (3.0, 3.0)

@@ -9,14 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import SentencePieceTokenizer
-from infini_train.eval import passkey_report
-from infini_train.eval.loading import open_trained
+from infini_train.eval import retrieval_report
 from infini_train.eval.measurement import run_measurement
-from infini_train.eval.passkey_report import PasskeyTest
-from infini_train.eval.passkey_scores import Answer, PasskeyGrid
+from infini_train.eval.passkey import PasskeyAnswer, PasskeyGrid, PasskeyTest
 from infini_train.eval.records import RecordFile
+from infini_train.inference.loading import open_trained
 
-SMALL = ("--lengths", "260", "300", "--positions", "3", "--samples", "2", "--lanes", "6")
+SMALL = ("--lengths", "260", "300", "--depths", "3", "--samples", "2", "--lanes", "6")
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -61,25 +60,27 @@ def test_more_samples_and_lengths_add_to_what_is_there(run, capsys, call):
     assert call("eval", "passkey", run, *SMALL) == 0
     file = run / "eval" / "passkey-1" / "answers.jsonl"
     before = file.read_text()
-    more = ("--lengths", 300, 280, "--positions", 0, 1, "--samples", 3)
+    more = ("--lengths", 300, 280, "--depths", 0, 1, "--samples", 3)
     assert call("eval", "passkey", run, *more) == 0
     assert "4 of 12 answers were there already" in capsys.readouterr().out
     after = file.read_text()
     assert after.startswith(before) and after.count("\n") == before.count("\n") + 8
     assert call("eval", "passkey", run, *more, "--out", run / "fresh") == 0
-    answers = [RecordFile(path, Answer, {}).records for path in (file, run / "fresh" / "answers.jsonl")]
+    answers = [RecordFile(path, PasskeyAnswer, {}).records for path in (file, run / "fresh" / "answers.jsonl")]
     first, fresh = ({a.prompt: (a.key, a.said, a.key_token) for a in found} for found in answers)
     assert fresh.items() <= first.items() and len(fresh) == 12
 
 
-def test_perplexity_may_be_left_out(run, capsys, call):
+def test_depths_by_their_old_name(run, capsys, call):
+    options = ("--lengths", "260", "--samples", "1", "--json")
     found = []
-    for command in (["eval"], ["eval", "perplexity"]):
-        for words in ([run, "--max-tokens", 64, "--json"], ["--json", "--max-tokens", 64, run]):
-            capsys.readouterr()
-            assert call(*command, *words) == 0
-            found.append(json.loads(capsys.readouterr().out)["loss"])
-    assert len(found) == 4 and len(set(found)) == 1
+    for name in ("--depths", "--positions"):
+        capsys.readouterr()
+        assert call("eval", "passkey", run, *options, name, "0.5", "--out", run / name) == 0
+        shown = capsys.readouterr()
+        found.append(json.loads(shown.out)["cells"])
+        assert ("note: --positions is now called --depths\n" in shown.err) == (name == "--positions")
+    assert found[0] == found[1] and found[0][0]["position"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_perplexity_may_be_left_out(run, capsys, call):
             ["--lengths", "260", "--digits", "10"],
             "--lengths: 260 tokens can't hold the prompt; wording paper with ",
         ),
-        (["--positions", "0.5", "2"], "--positions: give at least one, each between 0 (start) and 1 (end)"),
+        (["--depths", "0.5", "2"], "--depths: give at least one, each between 0 (start) and 1 (end)"),
         (["--samples", "0"], "--samples: must be positive"),
         (["--out", __file__], f"--out: {__file__} is a file; name a folder"),
     ],
@@ -119,7 +120,7 @@ def test_a_tokenizer_that_joins_digits(run, tmp_path):
             sentence_iterator=iter([text]), model_writer=file, vocab_size=80, hard_vocab_limit=False, minloglevel=2
         )
     trained = open_trained(run)._replace(tokenizer=SentencePieceTokenizer(tmp_path / "t.model"))
-    grid = PasskeyGrid(lengths_tokens=(400,), positions=(0.5,), samples=1)
+    grid = PasskeyGrid(lengths_tokens=(400,), depths=(0.5,), samples=1)
     with pytest.raises(ConfigError, match=r"^tokenizer: doesn't write each digit as a token of its own"):
         run_measurement(PasskeyTest(trained, grid, lanes=1))
     assert not (run / "eval").exists()
@@ -130,8 +131,8 @@ def test_a_tokenizer_that_joins_digits(run, tmp_path):
 
 def test_a_stopped_test_goes_on(run, monkeypatch):
     """Stopped while a batch is read: the batches before it are kept, and the end is that of a test never stopped."""
-    trained, grid = open_trained(run), PasskeyGrid(lengths_tokens=(260, 400), positions=(0.0, 1.0), samples=3)
-    batches = passkey_report.answer_grid
+    trained, grid = open_trained(run), PasskeyGrid(lengths_tokens=(260, 400), depths=(0.0, 1.0), samples=3)
+    batches = retrieval_report.answer_prompts
 
     def stop_in_the_third(*arguments, **options):
         for number, answers in enumerate(batches(*arguments, **options)):
@@ -140,13 +141,13 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
             yield answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(passkey_report, "answer_grid", stop_in_the_third)
+        patch.setattr(retrieval_report, "answer_prompts", stop_in_the_third)
         with pytest.raises(KeyboardInterrupt):
-            run_measurement(PasskeyTest(trained, grid, lanes=2), say=lambda line: None)
+            run_measurement(PasskeyTest(trained, grid, lanes=2), report=lambda line: None)
     folder = run / "eval" / "passkey-1"
     assert [path.name for path in folder.iterdir()] == ["answers.jsonl"]
     said: list[str] = []
-    stopped = run_measurement(PasskeyTest(trained, grid, lanes=2), say=said.append)
+    stopped = run_measurement(PasskeyTest(trained, grid, lanes=2), report=said.append)
     assert said[0] == "4 of 12 answers were there already"
-    whole = run_measurement(PasskeyTest(trained, grid, lanes=2), out=run / "whole", say=lambda line: None)
+    whole = run_measurement(PasskeyTest(trained, grid, lanes=2), out=run / "whole", report=lambda line: None)
     assert stopped["cells"] == whole["cells"] and stopped["key_phases"] == whole["key_phases"]

@@ -1,4 +1,4 @@
-"""Prompts of any length through a model side by side, then an answer that it writes freely.
+"""Prompts of any length read side by side, then an answer that the model writes freely.
 
 The lanes of a batch read whole segments together, as far as the shortest prompt goes; lanes share a row of the batch
 for as long as their prompts are the same, so that a common beginning is read once. The rest of each prompt, less than
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from infini_train.eval.generate import feed
-from infini_train.eval.reading import FORWARD_SEGMENTS, remember, segment_of, take_lane
+from infini_train.inference.generation import continue_from
+from infini_train.inference.reading import FORWARD_SEGMENTS, prefill, segment_of, take_lane
+from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
 from infini_train.parallel import device
+
+GREEDY = Sampling(temperature=0)
 
 
 class PromptText(Protocol):
@@ -29,12 +32,12 @@ class PromptText(Protocol):
 
     @property
     def prompt_tokens(self) -> int:
-        """Before the answer, without bos."""
+        """Tokens before the answer, without bos."""
         ...
 
     @property
     def answer_tokens(self) -> int:
-        """That the model may write."""
+        """Tokens that the model may write."""
         ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -42,11 +45,11 @@ class PromptText(Protocol):
         ...
 
 
-class Reading(NamedTuple):
-    """What came of a batch of prompts."""
+class PromptAnswers(NamedTuple):
+    """What the model wrote after a batch of prompts, and how fast it read them."""
 
-    said: list[list[int]]  # ids, of each lane
-    start_tokens_per_s: float | None  # see `_speeds`; None: too short to tell
+    predicted: list[list[int]]  # token ids, a list a lane
+    start_tokens_per_s: float | None  # see `_speeds`; None: too short to measure
     end_tokens_per_s: float | None
 
 
@@ -56,7 +59,7 @@ def read_prompts(
     texts: Sequence[PromptText],
     bos_id: int,
     on_progress: Callable[[int], object] = lambda tokens: None,
-) -> Reading:
+) -> PromptAnswers:
     """Reads the prompts of the texts side by side, and lets the model write as many tokens as each answer has.
 
     The model reads on from its own tokens, not from the right ones.
@@ -65,7 +68,7 @@ def read_prompts(
         model: any variant; memory stays constant with `infini` and `local`.
         texts: a lane each; whatever follows the prompt is not shown.
         bos_id: begins each prompt.
-        on_progress: called with the tokens read, of all lanes together; what is read once for many counts for each.
+        on_progress: called with the tokens read, of all lanes together; what is read once for several counts for each.
     """
     segment = segment_of(model)
     chunk = FORWARD_SEGMENTS * segment
@@ -77,16 +80,24 @@ def read_prompts(
         stop, clock = min(begin + chunk, together), time.perf_counter()
         pieces = [_lane(text, bos_id, begin, stop) for text in texts]
         state, rows, tokens_RT = _split_rows(state, rows, pieces)
-        state = remember(model, tokens_RT, state)
+        state = prefill(model, tokens_RT, state)
         device.synchronise()
         forwards.append((len(tokens_RT), (time.perf_counter() - clock) / tokens_RT.numel()))
         on_progress(len(texts) * (stop - begin))
-    said = []
+    predicted = []
     for lane, text in enumerate(texts):
         rest = _lane(text, bos_id, together, lengths[lane]).tolist()
-        said.append(_answer(model, rest, take_lane(state, rows[lane]), text.answer_tokens, chunk))
+        answer = continue_from(
+            model,
+            rest,
+            take_lane(state, rows[lane]),
+            max_new_tokens=text.answer_tokens,
+            stop_id=None,
+            sampling=GREEDY,
+        )
+        predicted.append(list(answer))
         on_progress(len(rest))
-    return Reading(said, *_speeds(forwards))
+    return PromptAnswers(predicted, *_speeds(forwards))
 
 
 def _split_rows(
@@ -110,16 +121,6 @@ def _lane(text: PromptText, bos_id: int, start: int, stop: int) -> np.ndarray:
     """int64 tokens [start, stop) of bos and the text."""
     ids = text.read(max(start - 1, 0), stop - 1).astype(np.int64)
     return ids if start else np.concatenate((np.array([bos_id]), ids))
-
-
-def _answer(model: Transformer, rest: list[int], state: ModelState | None, tokens: int, chunk_tokens: int) -> list[int]:
-    """The most likely token, so many times, behind the rest of a prompt."""
-    logits_V, state = feed(model, rest, state, first=state is None, chunk_tokens=chunk_tokens)
-    said = [int(logits_V.argmax())]
-    while len(said) < tokens:
-        logits_V, state = feed(model, said[-1:], state, first=False, chunk_tokens=chunk_tokens)
-        said.append(int(logits_V.argmax()))
-    return said
 
 
 def _speeds(forwards: list[tuple[int, float]]) -> tuple[float, float] | tuple[None, None]:

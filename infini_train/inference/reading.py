@@ -1,7 +1,7 @@
 """Several texts read and scored side by side, of any lengths, in constant memory.
 
 Lanes advance by whole segments: there a lane's state has the same shape whatever it has read, so that any lanes can be
-stacked, and each gives what it would give alone. What is left of a text behind its last whole segment is its tail.
+stacked, and each gives what it would give alone. What is left of a text after its last whole segment is its tail.
 
 Legend: B lanes, T tokens of a forward, V vocabulary, N tokens with a score.
 """
@@ -20,7 +20,7 @@ from infini_train.parallel import device
 
 FORWARD_SEGMENTS = 4
 UNSEGMENTED_TOKENS = 256  # in place of a segment, for variants without
-SCORED_AT_ONCE = 1024  # logits of so many tokens are in memory
+SCORED_AT_ONCE = 1024  # tokens whose logits are in memory at a time
 
 
 class Tail(NamedTuple):
@@ -30,8 +30,8 @@ class Tail(NamedTuple):
     tokens: np.ndarray
 
 
-class Score(NamedTuple):
-    """Of a tail's last tokens, each given all before it: log-probabilities (fp32), and whether it was the likeliest."""
+class TailScore(NamedTuple):
+    """Log-probabilities (fp32) of a tail's last tokens, each given all before it, and whether it was the likeliest."""
 
     logprobs_N: np.ndarray
     greedy_N: np.ndarray
@@ -71,7 +71,7 @@ def read_segments(
         if lanes:
             stop = min(begin + FORWARD_SEGMENTS * segment, *(ends[lane] for lane in lanes))
             tokens_BT = torch.from_numpy(np.stack([texts[lane][begin:stop] for lane in lanes]))
-            state = remember(model, tokens_BT, state)
+            state = prefill(model, tokens_BT, state)
             on_progress(tokens_BT.numel())
             begin = stop
     return [tail for tail in tails if tail is not None]
@@ -87,17 +87,42 @@ def _keep_lanes(state: ModelState | None, rows: list[int], lanes: int) -> ModelS
 def advance(
     model: Transformer, tokens_BT: Tensor, state: ModelState | None, weights_BT: Tensor | None = None
 ) -> tuple[Tensor, ModelState]:
-    """hidden_TBD and state behind tokens of all lanes; a state of None begins a document in each.
+    """hidden_TBD and state after tokens of all lanes; a state of None begins a document in each.
 
-    Write weights of 0 mark padding behind a lane's end.
+    Write weights of 0 mark padding after a lane's end.
     """
     return model.decode(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state, weights_BT), state)
 
 
 @torch.no_grad()
-def remember(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
+def prefill(model: Transformer, tokens_BT: Tensor, state: ModelState | None) -> ModelState:
     """The state alone, as `advance` leaves it, for tokens that predict nothing."""
     return model.prefill(tokens_BT.to(device.current()), _make_grid(model, tokens_BT, state), state)
+
+
+@torch.no_grad()
+def score_positions(
+    model: Transformer,
+    tokens_BT: np.ndarray,
+    labels_BT: np.ndarray,
+    starts_BT: np.ndarray,
+    weights_BT: np.ndarray,
+    state: ModelState | None,
+) -> tuple[np.ndarray, ModelState]:
+    """Loss of each label in nats, float64, and the state after the tokens.
+
+    Args:
+        model: any variant, on its device.
+        tokens_BT: int64.
+        labels_BT: int64; `data.lanes.IGNORED` has no loss.
+        starts_BT: bool, where documents begin.
+        weights_BT: float32, 0 for padding.
+        state: before the tokens; None: all lanes begin a document.
+    """
+    here = device.current()
+    grid = model.make_grids(torch.from_numpy(starts_BT), torch.from_numpy(weights_BT), state).to(here)
+    loss_BT, state = model(torch.from_numpy(tokens_BT).to(here), grid, state, torch.from_numpy(labels_BT).to(here))
+    return loss_BT.double().cpu().numpy(), state
 
 
 def _make_grid(
@@ -110,16 +135,16 @@ def _make_grid(
     return model.make_grids(starts_BT, weights_BT, state).to(device.current())
 
 
-def score_tails(model: Transformer, tails: Sequence[Tail], counts: Sequence[int], *, lanes: int) -> list[Score]:
+def score_tails(model: Transformer, tails: Sequence[Tail], counts: Sequence[int], *, lanes: int) -> list[TailScore]:
     """Scores of the last tokens of each tail.
 
     Args:
         model: any variant.
-        tails: of any lengths; read side by side, the shorter ones padded behind their end.
+        tails: of any lengths; read side by side, the shorter ones padded at their end.
         counts: how many of each tail's last tokens are scored; fewer than it has, since its first one needs no score.
-        lanes: at most so many side by side.
+        lanes: read side by side, at most.
     """
-    scores: list[Score | None] = [None] * len(tails)
+    scores: list[TailScore | None] = [None] * len(tails)
     for batch in _alike(tails, lanes):
         found = _score_batch(model, [tails[i] for i in batch], [counts[i] for i in batch])
         for i, score in zip(batch, found, strict=True):
@@ -152,7 +177,7 @@ def _join(states: Sequence[ModelState | None]) -> ModelState | None:
 
 
 @torch.no_grad()
-def _score_batch(model: Transformer, tails: Sequence[Tail], counts: Sequence[int]) -> list[Score]:
+def _score_batch(model: Transformer, tails: Sequence[Tail], counts: Sequence[int]) -> list[TailScore]:
     """One batch: the window goes on while any lane has tokens; logits are made where there is a score alone."""
     lengths = [len(tail.tokens) - 1 for tail in tails]
     width = max(lengths)
@@ -175,7 +200,7 @@ def _score_batch(model: Transformer, tails: Sequence[Tail], counts: Sequence[int
         logprobs_N, greedy_N = _score_tokens(model, hidden_ND, labels_N)
         logprobs_BT[:, window][where_BT], greedy_BT[:, window][where_BT] = logprobs_N, greedy_N
     return [
-        Score(logprobs_T[where_T].numpy(), greedy_T[where_T].numpy())
+        TailScore(logprobs_T[where_T].numpy(), greedy_T[where_T].numpy())
         for logprobs_T, greedy_T, where_T in zip(logprobs_BT, greedy_BT, scored_BT, strict=True)
     ]
 

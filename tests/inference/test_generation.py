@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from infini_train.config.errors import ConfigError
-from infini_train.eval.generate import choose_token, feed, generate
-from infini_train.eval.sampling import Sampling
+from infini_train.inference.generation import choose_token, feed, generate
+from infini_train.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = [256, *b"It was the best of times, it was"]  # 33 tokens: four segments and one token of the next
@@ -38,9 +38,9 @@ def test_greedy_text_is_that_of_a_full_forward(variant, prompt_tokens, tools):
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 8, 20, 1000])
 def test_the_prompts_chunks_change_nothing(variant, chunk_tokens, tools):
     model = tools.build(variant)
-    logits_V, state = feed(model, PROMPT, None, first=True, chunk_tokens=chunk_tokens)
+    logits_V, state = feed(model, PROMPT, None, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(logits_V, logits_by_reading_all(model, PROMPT), rtol=1e-4, atol=1e-3)
-    more_V, _ = feed(model, [65, 66, 67], state, first=False, chunk_tokens=chunk_tokens)
+    more_V, _ = feed(model, [65, 66, 67], state, chunk_tokens=chunk_tokens)
     expected_V = logits_by_reading_all(model, [*PROMPT, 65, 66, 67])
     torch.testing.assert_close(more_V, expected_V, rtol=1e-4, atol=1e-3)
 
@@ -53,7 +53,7 @@ def test_the_state_stays_constant(variant, tools):
 
     model, state, sizes = tools.build(variant), None, []
     for count in range(96):
-        _, state = feed(model, [count], state, first=count == 0, chunk_tokens=8)
+        _, state = feed(model, [count], state, chunk_tokens=8)
         sizes.append(numbers(state))
     if variant == "full":
         assert sizes[95] == 4 * sizes[23]
@@ -125,15 +125,15 @@ def test_what_is_kept_shares_the_probability():
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"),
+    ("options", "field"),
     [
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.1}, "--top-p"),
-        ({"top_k": -1}, "--top-k"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
     ],
 )
-def test_impossible_options_are_refused(options, flag):
-    with pytest.raises(ConfigError, match=f"^{flag}: must"):
+def test_impossible_options_are_refused(options, field):
+    with pytest.raises(ConfigError, match=f"^{field}: must"):
         Sampling(**options)

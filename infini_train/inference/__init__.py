@@ -1,0 +1,1 @@
+"""A trained model in use: loading, sampling, generation, and reading of long texts into its state."""

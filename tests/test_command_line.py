@@ -1,0 +1,125 @@
+"""What the parsers of all commands share: values, commands that may be left out, renamed options, the spinner."""
+
+import argparse
+import io
+import time
+
+import pytest
+
+from infini_train import command_line
+from infini_train.command_line import (
+    CommandParser,
+    RenamedOption,
+    format_length,
+    non_negative,
+    parse_length,
+    positive,
+    positive_float,
+    spinner,
+)
+from infini_train.config.errors import ConfigError
+
+
+def test_lengths_are_read():
+    assert [parse_length(text) for text in ("5000", "32K", "1M", "10m")] == [5000, 32768, 2**20, 10 * 2**20]
+    assert [format_length(tokens) for tokens in (5000, 32768, 2**20, 1536)] == ["5000", "32K", "1M", "1536"]
+
+
+@pytest.mark.parametrize("text", ["32KB", "-5"])
+def test_what_is_no_length_is_refused(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_length(text)
+    assert str(caught.value) == f"--lengths: {text} is no length; write tokens as 5000, 32K or 1M"
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (positive, ("1", "20"), ("0", "-1", "1.5", "x")),
+        (non_negative, ("0", "20"), ("-1", "1.5", "x")),
+        (positive_float, ("0.5", "4", "1e-3"), ("0", "-0.5", "inf", "nan", "x")),
+    ],
+)
+def test_types_of_values(kind, good, bad):
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(text)
+
+
+def parser_of() -> CommandParser:
+    parser = CommandParser(prog="eval")
+    commands = parser.add_subparsers(required=True)
+    for name in ("first", "second"):
+        command = commands.add_parser(name)
+        command.add_argument("model")
+        command.add_argument("--count", type=positive)
+        command.set_defaults(command=name)
+    parser.commands, parser.default = dict(commands.choices), commands.choices["first"]
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "model"),
+    [
+        (["run"], "first", "run"),
+        (["run", "--count", "2"], "first", "run"),
+        (["--count", "2", "run"], "first", "run"),
+        (["--count=2", "second"], "first", "second"),  # only the first argument names a command
+        (["first", "run"], "first", "run"),
+        (["second", "run", "--count", "2"], "second", "run"),
+        (["second", "second"], "second", "second"),
+        (["./second"], "first", "./second"),
+    ],
+)
+def test_a_command_may_be_left_out(arguments, command, model):
+    before = list(arguments)
+    options = parser_of().parse_args(arguments)
+    assert (options.command, options.model) == (command, model)
+    assert options.count == (2 if len(arguments) > 2 or "--count=2" in arguments else None)
+    assert arguments == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "eval: error: the following arguments are required"),
+        (["run", "--bogus"], "eval: error: unrecognized arguments: --bogus"),
+        (["second"], "eval second: error: the following arguments are required: model"),
+        (["--count", "0", "run"], "eval first: error: argument --count: must be positive"),
+    ],
+)
+def test_mistakes_are_the_parsers_own(arguments, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser_of().parse_args(arguments)
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_a_renamed_option_still_works_and_says_so(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--depths", nargs="+", default=["0"])
+    parser.add_argument("--positions", action=RenamedOption, dest="depths", new="--depths", nargs="+")
+    assert parser.parse_args([]).depths == ["0"]
+    assert parser.parse_args(["--depths", "1", "2"]).depths == ["1", "2"]
+    assert capsys.readouterr().err == ""
+    assert parser.parse_args(["--positions", "1", "2"]).depths == ["1", "2"]
+    assert capsys.readouterr().err == "note: --positions is now called --depths\n"
+    assert "--positions" not in parser.format_help()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_spinner_turns_on_a_terminal_only(monkeypatch):
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(command_line.sys, "stderr", stream)
+        with pytest.raises(KeyboardInterrupt), spinner("loading", interval_s=0.01):
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+        shown = stream.getvalue()
+        if stream.isatty():
+            assert shown.startswith("| loading 0 s\r/ loading 0 s\r") and shown.endswith("\x1b[2K")
+        else:
+            assert shown == ""
