@@ -10,7 +10,7 @@ import pytest
 from infini_train.cli import main
 from infini_train.logs import console, is_quiet
 
-RUN, EVAL = logging.getLogger("infini_train.train.loop"), logging.getLogger("infini_train.eval.loading")
+RUN, EVAL = logging.getLogger("infini_train.train.loop"), logging.getLogger("infini_train.inference.loading")
 
 
 def speak() -> None:
