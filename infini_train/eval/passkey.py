@@ -160,8 +160,8 @@ class PasskeyTest(RetrievalTest[PasskeyAnswer]):
             )
         if results["end_tokens_per_s"]:
             lines.append(
-                f"{format_length(results['lengths'][-1]['length_tokens'])}: {results['start_tokens_per_s']:,.0f}"
-                f" tokens/s at the start, {results['end_tokens_per_s']:,.0f} at the end"
+                f"{format_length(max(self.grid.lengths_tokens))}: {results['start_tokens_per_s']:,.0f} tokens/s at the"
+                f" start, {results['end_tokens_per_s']:,.0f} at the end"
             )
         return lines
 
