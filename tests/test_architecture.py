@@ -19,7 +19,7 @@ MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": set(),
-    "command_line": set(),
+    "command_line": {"config"},  # its errors
     "atomic_files": set(),
     "environment": set(),
     "logs": set(),
