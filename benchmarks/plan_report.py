@@ -8,10 +8,10 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page import ResultPage
 from plan_cases import CALIBRATION, CASES, read, resolve, write
 
 from infini_train.config.files import validate
@@ -22,7 +22,6 @@ from infini_train.plan.parts import find_parts
 from infini_train.plan.search import fullest
 from infini_train.plan.timing import predict
 
-ROOT = Path(__file__).resolve().parent.parent
 PRIOR = 0.1  # weight of what --measure found, against the relative error of a case
 FITTED = ("matmul_efficiency", "attention_efficiency", "memory_gb_s", "launch_us", "node_gb_s", "node_latency_us")
 
@@ -248,19 +247,12 @@ def summary(errors: dict[str, Any]) -> str:
     return f"Held out, without the cases that share cores for time: {'; '.join(parts)}."
 
 
-BEGIN, END = "<!-- written by benchmarks/plan.py -->", "<!-- end -->"
-
-
-def fill_page(page: str, errors: dict[str, Any]) -> str:
-    """The page with the tables between its two marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(errors)}\n\n{END}{rest.split(END)[1]}"
-
-
 def report() -> None:
-    """errors.json and the tables."""
+    """Writes errors.json and the tables of docs/results/plan.md."""
     errors = find_errors(read("measured.json"))
     write("errors.json", errors)
-    path = ROOT / "docs" / "plan.md"
-    path.write_text(fill_page(path.read_text(encoding="utf-8"), errors), encoding="utf-8")
+    PAGE.write()
     print(tables(errors))
+
+
+PAGE = ResultPage("plan", "benchmarks/plan.py", {"plan accuracy": lambda: tables(read("errors.json"))})

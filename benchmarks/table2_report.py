@@ -1,6 +1,5 @@
-"""The tables and the plot of docs/results.md from the files of benchmarks/table2.py."""
+"""The tables and the plot of docs/results/table2.md from the files of benchmarks/table2.py."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
-from page import fill_between  # noqa: E402
+from page import IMAGES, ResultPage, load_results  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ROOT / "benchmarks" / "results" / "table2"
-PAGE = ROOT / "docs" / "results.md"
-IMAGE = ROOT / "docs" / "images" / "table2_memory.png"
-BEGIN, END = "<!-- table 2: written by benchmarks/table2.py -->", "<!-- end of table 2 -->"
 ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 REFERENCE = "memorizing"  # whose memory the others are compared with, as in the paper
@@ -24,26 +18,17 @@ REFERENCE = "memorizing"  # whose memory the others are compared with, as in the
 Found = dict[str, Any]
 
 
-def write_report(files: Path = FILES) -> None:
-    """Tables into the page, and the plot beside it."""
-    found = load(files)
-    if found:
-        draw(found, IMAGE)
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+def write_report() -> None:
+    """Writes the tables into the page, and the plot."""
+    if found := load():
+        draw(found, IMAGES / "table2_memory.png")
+    PAGE.write()
 
 
-def load(files: Path = FILES) -> list[Found]:
+def load() -> list[Found]:
     """All runs, in the order of the arms."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files.glob("*.json"))]
+    found = load_results("table2").values()
     return sorted(found, key=lambda run: (ORDER.index(run["arm"]), run["size"], run["rate"], run["seed"]))
-
-
-def fill_page(page: str, found: list[Found]) -> str:
-    """The page with the tables between its two marks written anew."""
-    plot = "![Perplexity of the test books against the memory's bytes](images/table2_memory.png)"
-    parts = (tabulate_arms(found), plot, tabulate_sizes(found), tabulate_rates(found))
-    body = "\n\n".join(parts) if found else "No run has been finished yet."
-    return fill_between(page, BEGIN, END, body)
 
 
 def best_rate(found: list[Found], arm: str) -> str:
@@ -149,6 +134,17 @@ def draw(found: list[Found], path: Path) -> None:
     figure.legend(fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+PAGE = ResultPage(
+    "table2",
+    "benchmarks/table2.py",
+    {
+        "the arms": lambda: tabulate_arms(load()),
+        "sizes of the memory": lambda: tabulate_sizes(load()),
+        "learning rates": lambda: tabulate_rates(load()),
+    },
+)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The documentation against the code: marked commands run, and every path, option and config field named in it exists.
 
 A shell block with ``<!-- run -->`` on the line above it is run. The blocks of one page run in order in one temporary
-folder, each in a bash of its own. In a ``console`` block every line behind ``$`` is run and must print exactly the
+folder, each in a bash of its own. In a ``console`` block every line after ``$`` is run and must print exactly the
 lines below it.
 """
 
@@ -159,7 +159,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_links_resolve(name: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", read_page(name)[0]):
+    for target in re.findall(r"(?:\]\(|<img src=\")([^)\s\"]+)", read_page(name)[0]):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
