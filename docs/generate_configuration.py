@@ -21,8 +21,8 @@ HEAD = """\
 # Configuration
 
 Every field of a config: its path (for a YAML file or `--set`), type, default and meaning. The option `--print-config`
-of `infini-train train` prints all of them as a run would have them. How files, `include` and `--set` go together, and
-what to choose: [training](training.md).
+of `infini-train train` prints all of them as a run would use them. How files, `include` and `--set` combine, and
+what to choose: [training](training.md). Names such as lane and window: [glossary](glossary.md).
 """
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
 
@@ -45,7 +45,7 @@ class Section(NamedTuple):
 
 
 def read_comments(source: str) -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field, or that on the lines above it."""
+    """(class, field) -> the comment after the field, or on the lines above it."""
     lines = {
         token.start[0]: (token.string.lstrip("# "), not token.line.lstrip().startswith("#"))
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
