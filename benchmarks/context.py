@@ -62,7 +62,7 @@ def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
 
 
 def tabulate_positions(found: Found) -> str:
-    """Loss by tokens since the book's start, a row an arm."""
+    """Loss by tokens since the book's start, a row per arm."""
     places = next(iter(found.values()))["positions"]
     head = ["loss at tokens", *(f"from {format_place(place['first_position'])}" for place in places), "whole books"]
     rows = [
@@ -73,7 +73,7 @@ def tabulate_positions(found: Found) -> str:
 
 
 def tabulate_contexts(found: Found) -> str:
-    """How much worse targets are read with less before them, a row an arm; intervals by bootstrap over books."""
+    """How much higher the loss is with less context visible, a row per arm; intervals by bootstrap over books."""
     seen = next(iter(found.values()))["contexts"]
     head = ["visible before a target", *(format_visible(context) for context in seen)]
     rows = []
@@ -109,7 +109,7 @@ def draw(found: Found) -> Figure:
             [context["context_tokens"] for context in limited], [context["loss"] for context in limited], marker="o"
         )
         right.axhline(test["contexts"][-1]["loss"], color=line.get_color(), linestyle=":", linewidth=1)
-    left.set(xscale="log", xlabel="tokens since the book's start", ylabel="loss (nats a token)")
+    left.set(xscale="log", xlabel="tokens since the book's start", ylabel="loss (nats per token)")
     right.set(xscale="log", xlabel="tokens visible before a target (dotted: all)", ylabel="loss of the targets")
     left.legend(fontsize=8)
     for axes in (left, right):

@@ -59,11 +59,11 @@ LABELS = {
     "ulysses": "Ulysses: q, k, v, out",
     "ring": "ring: keys and values",
 }
-LATENCY_S, BANDWIDTH_BYTES_S = 10e-6, 25e9  # of a message between nodes; 200 Gbit/s a rank
+LATENCY_S, BANDWIDTH_BYTES_S = 10e-6, 25e9  # of a message between nodes; 200 Gbit/s per rank
 
 
 def memory_numbers(layer: Layer, update: str) -> int:
-    """What a rank gives: M, z and the count; the delta update's transition too."""
+    """Numbers that a rank contributes: M, z and the count; the delta update's transition too."""
     square = layer.kv_heads * layer.head_size**2
     return square + layer.kv_heads * layer.head_size + 1 + (square if update == "delta" else 0)
 
@@ -71,7 +71,7 @@ def memory_numbers(layer: Layer, update: str) -> int:
 def sent_bytes(method: str, tokens: int, ranks: int, layer: Layer) -> float:
     """Bytes that one rank sends in one forward of one layer, per sequence."""
     here, token_bytes = tokens // ranks, layer.head_size * layer.activation_bytes
-    if method == "ulysses":  # of what a rank holds, one part stays
+    if method == "ulysses":  # one part of what a rank holds stays there
         return here * (2 * layer.heads + 2 * layer.kv_heads) * token_bytes * (ranks - 1) / ranks
     if method == "ring":
         return (ranks - 1) * here * 2 * layer.kv_heads * token_bytes
@@ -226,7 +226,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 def composition_table() -> str:
     """Microseconds of the ways to compose."""
     ways = ("all-gather", "log-step scan", "neighbour after neighbour")
-    lines = [f"| Ranks | Update | KV heads a rank | {' | '.join(ways)} |", "|---:|---|---:" + "|---:" * 3 + "|"]
+    lines = [f"| Ranks | Update | KV heads per rank | {' | '.join(ways)} |", "|---:|---|---:" + "|---:" * 3 + "|"]
     for ranks in (2, 8, 16, 64):
         for update in ("linear", "delta"):
             for kv_heads in (8, 1):
@@ -248,7 +248,7 @@ def plot(computed: dict[str, dict[int, float]], rows: list[dict[str, Any]], file
         axes.minorticks_off()
         axes.set_xlabel("sequence length (tokens)")
         axes.grid(alpha=0.3)
-    sent.set_ylabel("bytes sent by a rank, one layer, forward")
+    sent.set_ylabel("bytes sent per rank, one layer, forward")
     sent.set_title(f"8B model, {RANKS} context-parallel ranks, one sequence (computed)")
     sent.legend()
     took.set_ylabel("milliseconds of a forward of one layer")

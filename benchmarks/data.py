@@ -45,7 +45,7 @@ ARMS = {
 
 
 class Cost(NamedTuple):
-    """Of one run: the time of all its processes, and the largest sum of their memory."""
+    """Cost of one run: the time of all its processes, and the peak of their summed memory."""
 
     wall_s: float
     cpu_s: float
@@ -229,7 +229,7 @@ def by_document(model: Any, texts: Iterable[str], workers: int) -> Iterator[tupl
 
 
 def by_lines(model: Any, texts: Iterable[str], workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """The lines of about a megabyte of documents at once: fast, but a piece may hold a line end in its midst."""
+    """The lines of about a megabyte of documents at once: fast, but a piece may contain a line break."""
     batch: list[tuple[str, list[str]]] = []
     chars = 0
     for text in chain(texts, [None]):

@@ -1,6 +1,6 @@
 """How far `infini-train plan` is from what benchmarks/plan.py measured and from published runs, as tables.
 
-Rates are calibrated on some cases and judged on the others. Two simpler forms stand beside: the rates that
+Rates are calibrated on some cases and judged on the others. Two simpler models are compared: the rates that
 `plan --measure` found, without any case, and one rate of useful operations.
 """
 
@@ -57,7 +57,7 @@ def fit(measured: dict[str, Any], start: Hardware, names: list[str]) -> Hardware
 
 
 def fit_one_rate(measured: dict[str, Any], start: Hardware, names: list[str]) -> float:
-    """Operations a second, if nothing but useful operations took time: the form to do better than."""
+    """Operations a second, if nothing but useful operations took time: the baseline to beat."""
     rates = [useful_flops(resolve(name)) / measured[name]["time"] / CASES[name]["processes"] for name in names]
     return statistics.geometric_mean(rates)
 
@@ -67,7 +67,7 @@ def useful_flops(config: RunConfig) -> float:
 
 
 def find_errors(measured: dict[str, Any]) -> dict[str, Any]:
-    """Every case's measured and predicted values, the calibration behind them, and published runs."""
+    """Every case's measured and predicted values, the calibration used, and published runs."""
     start = validate_hardware(measured["hardware"], "measured.json")
     timed = [name for name in CALIBRATION if "time" in measured.get(name, {})]
     fitted, rate = fit(measured, start, timed), fit_one_rate(measured, start, timed)
@@ -111,14 +111,14 @@ def dense(hidden: int, layers: int, heads: int, vocab: int, window: int, **rest:
 
 
 def published() -> list[dict[str, Any]]:
-    """Tokens a second and device of published runs of other programs, beside what these would take here."""
+    """Tokens per second and device of published runs of other programs, and the prediction for each."""
     return [*_megatron(), *_torchtitan(), *_mpt()]
 
 
 def _megatron() -> Iterator[dict[str, Any]]:
     """arXiv 2104.04473, table 1: TFLOP/s a GPU, recomputation included.
 
-    96 B s l h^2 (1 + s / 6h + V / 16lh) operations a step (equation 3).
+    96 B s l h^2 (1 + s / 6h + V / 16lh) operations per step (equation 3).
     """
     for size, hidden, layers, heads, tensor, gpus, batch, tflops in (
         ("1.7B", 2304, 24, 24, 1, 32, 512, 137),

@@ -1,6 +1,6 @@
 """How many pairs trained models recall: small models of one layer learn key-value recall, each with another memory.
 
-    python benchmarks/recall.py              # trains and tests what has no result yet, minutes of a core each
+    python benchmarks/recall.py              # trains and tests what has no result yet, minutes on one core each
     python benchmarks/recall.py --arms rmt "delta, key size 32" --seeds 1    # these only; other results stay
     python benchmarks/recall.py --report     # table and picture again, without training
 
@@ -35,7 +35,7 @@ ENOUGH, CHANCE = 0.9, 1 / 8
 def infini(
     update: str, features: str = "elu", key_dim: int = 32, heads: int = 2, conv_tokens: int = 0
 ) -> dict[str, str]:
-    """The settings of an arm with this memory; values have 32 numbers a head throughout."""
+    """The settings of an arm with this memory; values have 32 numbers per head throughout."""
     fields = f"segment_tokens: 16, update: {update}, features: {features}, conv_tokens: {conv_tokens}"
     return {
         "model.attention": f"{{kind: infini, {fields}}}",
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, Any]:
-    """Trains a model, or goes on with it, and counts its right answers."""
+    """Trains a model, or resumes it, and counts its right answers."""
     train = [sys.executable, "-m", "infini_train.cli", "train", "recall"]
     for name, value in {**settings, "seed": str(seed), "run_dir": str(run)}.items():
         train += ["--set", f"{name}={value}"]
@@ -138,8 +138,8 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
         weights_BT[row, :length] = torch.from_numpy(text.write_weights)
     with torch.no_grad():
         hidden_TBD, _ = model.decode(tokens_BT, model.make_grid(starts_BT, weights_BT, None), None)
-        said_BT = model.logits(hidden_TBD).argmax(-1).t()
-    return {"asked": int(asked_BT.sum()), "right": int(((said_BT == labels_BT) & asked_BT).sum())}
+        predicted_BT = model.logits(hidden_TBD).argmax(-1).t()
+    return {"asked": int(asked_BT.sum()), "right": int(((predicted_BT == labels_BT) & asked_BT).sum())}
 
 
 def load() -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def capacity(result: dict[str, Any]) -> int:
 
 
 def format_table(found: list[dict[str, Any]]) -> str:
-    """A row an arm: right answers in %, the mean of its seeds; capacity of each seed."""
+    """A row per arm: right answers in %, averaged over seeds; capacity of each seed."""
     names = ["memory", "numbers", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in found):

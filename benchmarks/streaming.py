@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py models/passkey-linear
 
-A process reads the document as `infini-train eval --stream` does and keeps where it stands at 32K tokens and near the
+A process reads the document as `infini-train eval --stream` does and keeps its state at 32K tokens and near the
 end. Then it reads on from both places in turn, forward by forward, so that whatever else the machine does meets both
 alike: speed is the median over these forwards. Resident memory is noted while the document is read through. The tokens
 are random, which costs the same as text. The result is kept in benchmarks/results/streaming.json, the table stands in

@@ -91,7 +91,7 @@ def facts_of(test: dict[str, Any]) -> tuple[float, tuple[float, float]]:
 
 
 def tabulate(found: list[dict[str, Any]]) -> str:
-    """A row a model and length; then which facts, the longest stories last."""
+    """A row per model and length, then which facts; the longest stories last."""
     head = ["model", "story (tokens)", "stories", "facts, % (95 %)", "ROUGE-1", "-2", "-L", "of another story", *FACTS]
     rows = []
     for test in found:
@@ -105,7 +105,7 @@ def tabulate(found: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """Right facts against the story's length, a line a model."""
+    """Right facts against the story's length, a line per model."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(test["name"] for test in found):

@@ -154,7 +154,7 @@ def make(options: argparse.Namespace, run: Run) -> None:
     places = [f"run_dir={run_dir}", f"data.train={options.out / 'data' / 'train'}"]
     sets = [word for setting in [*run.settings, *places] for word in ("--set", setting)]
     tool = [sys.executable, "-m", "infini_train.cli"]
-    was_begun = (run_dir / "metrics.jsonl").exists()  # then the time of the end tells nothing about the whole
+    was_begun = (run_dir / "metrics.jsonl").exists()  # then the final time says nothing about the whole run
     with (options.out / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen([*tool, "train", "table2", *sets], stdout=log, env=one_thread())
         _, status, usage = os.wait4(process.pid, 0)

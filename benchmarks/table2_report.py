@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
-from page import IMAGES, ResultPage, load_results  # noqa: E402
+from page import IMAGES, ResultPage, as_table, load_results  # noqa: E402
 
 ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
@@ -39,54 +39,61 @@ def best_rate(found: list[Found], arm: str) -> str:
 
 
 def chosen(found: list[Found], arm: str) -> list[Found]:
-    """The runs of an arm with its own memory and its best rate, one a seed."""
+    """The runs of an arm with its own memory size and its best rate, one per seed."""
     rate = best_rate(found, arm)
     return [run for run in found if run["arm"] == arm and not run["size"] and run["rate"] == rate]
 
 
 def arms_of(found: list[Found]) -> list[str]:
-    """Those that have a run, in order."""
+    """The arms that have a run, in order."""
     return [arm for arm in ORDER if any(run["arm"] == arm and not run["size"] for run in found)]
 
 
 def tabulate_arms(found: list[Found]) -> str:
-    """A line an arm: means over its seeds."""
+    """A row per arm: means over its seeds."""
     reference = [run["memory_numbers"] for run in found if run["arm"] == REFERENCE and not run["size"]]
-    lines = [
-        "| arm | seeds | perplexity of the test books | loss (nats a token), its range | memory (numbers) | compression"
-        " | carried (bytes) | tokens a CPU second | peak RSS (MB) | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    head = ["arm", "seeds", "perplexity of the test books", "loss (nats per token), range over seeds"]
+    head += [
+        "memory (numbers)",
+        "compression",
+        "carried (bytes)",
+        "tokens per CPU second",
+        "peak RSS (MB)",
+        "parameters",
     ]
+    rows = []
     for arm in arms_of(found):
         runs = chosen(found, arm)
         losses = [run["test"]["loss"] for run in runs]
-        perplexity = statistics.mean(run["test"]["perplexity"] for run in runs)
         speeds = [run["train_tokens_per_cpu_s"] for run in runs if run["train_tokens_per_cpu_s"]]
         numbers = runs[0]["memory_numbers"]
         spread = f", {min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else ""
-        compression = f"{reference[0] / numbers:.1f}x" if reference and numbers else "-"
-        lines.append(
-            f"| {arm} | {len(runs)} | {perplexity:.2f} | {statistics.mean(losses):.4f}{spread} |"
-            f" {numbers:,} | {compression} | {runs[0]['carried_bytes']:,} |"
-            f" {statistics.mean(speeds) if speeds else float('nan'):,.0f} |"
-            f" {max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f} | {runs[0]['parameters']:,} |"
+        rows.append(
+            [
+                *(arm, str(len(runs)), f"{statistics.mean(run['test']['perplexity'] for run in runs):.2f}"),
+                *(f"{statistics.mean(losses):.4f}{spread}", f"{numbers:,}"),
+                f"{reference[0] / numbers:.1f}x" if reference and numbers else "-",
+                f"{runs[0]['carried_bytes']:,}",
+                f"{statistics.mean(speeds) if speeds else float('nan'):,.0f}",
+                f"{max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f}",
+                f"{runs[0]['parameters']:,}",
+            ]
         )
-    return "\n".join(lines)
+    return as_table(head, rows)
 
 
 def tabulate_sizes(found: list[Found]) -> str:
-    """A line a size of the memory, all with the first seed."""
-    lines = [
-        "| arm | size | memory (numbers) | carried (bytes) | loss of the test books, seed 0 |",
-        "|---|---|---|---|---|",
+    """A row per memory size, all with the first seed."""
+    head = ["arm", "size", "memory (numbers)", "carried (bytes)", "loss of the test books, seed 0"]
+    rows = [
+        [
+            *(arm, run["size"] or "as above", f"{run['memory_numbers']:,}", f"{run['carried_bytes']:,}"),
+            f"{run['test']['loss']:.4f}",
+        ]
+        for arm in arms_of(found)
+        for run in by_size(found, arm)
     ]
-    for arm in arms_of(found):
-        for run in by_size(found, arm):
-            lines.append(
-                f"| {arm} | {run['size'] or 'as above'} | {run['memory_numbers']:,} | {run['carried_bytes']:,} |"
-                f" {run['test']['loss']:.4f} |"
-            )
-    return "\n".join(lines)
+    return as_table(head, rows)
 
 
 def by_size(found: list[Found], arm: str) -> list[Found]:
@@ -98,12 +105,11 @@ def by_size(found: list[Found], arm: str) -> list[Found]:
 def tabulate_rates(found: list[Found]) -> str:
     """The grid of learning rates, the same for all arms; the validation books choose."""
     rates = sorted({run["rate"] for run in found}, key=float)
-    lines = ["| loss of the validation books, seed 0 | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    rows = []
     for arm in arms_of(found):
         tried = {run["rate"]: run for run in found if run["arm"] == arm and not run["size"] and run["seed"] == 0}
-        cells = [f"{tried[rate]['validation']['loss']:.4f}" if rate in tried else "" for rate in rates]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([arm, *(f"{tried[rate]['validation']['loss']:.4f}" if rate in tried else "" for rate in rates)])
+    return as_table(["loss of the validation books, seed 0", *rates], rows)
 
 
 def draw(found: list[Found], path: Path) -> None:

@@ -59,8 +59,8 @@ def read_comments(source: str) -> dict[tuple[str, str], str]:
                 while first - 1 in lines and not lines[first - 1][1]:
                     first -= 1
                 above = [lines[line][0] for line in range(first, node.lineno)]
-                behind = [lines[node.end_lineno][0]] if node.end_lineno in lines else []
-                found[section.name, node.target.id] = " ".join(above + behind)
+                after = [lines[node.end_lineno][0]] if node.end_lineno in lines else []
+                found[section.name, node.target.id] = " ".join(above + after)
     return found
 
 

@@ -82,7 +82,7 @@ def inline_code(prose: str) -> list[str]:
 
 
 def runs_of(block: Block) -> Iterator[tuple[str, str | None]]:
-    """Scripts of a block, each with what it must print (None: whatever it likes, but it must succeed)."""
+    """Scripts of a block, each with what it must print (None: anything, but it must succeed)."""
     if block.language != "console":
         yield block.text, None
         return
@@ -124,7 +124,7 @@ def test_the_marked_commands_run(name: str, tmp_path: Path) -> None:
 
 
 def missing_paths(codes: list[str], page: Path) -> list[str]:
-    """Those among the pieces of code that look like a file of this repository and are none."""
+    """Inline code that looks like a file of this repository but is none."""
     missing = []
     for code in codes:
         path = code.split(":")[0]
@@ -258,7 +258,7 @@ SECTIONS = {path.split(".")[0] for path in FIELDS if "." in path}
 
 
 def unknown_fields(codes: list[str]) -> list[str]:
-    """Those among the pieces of code that look like a config field and are none."""
+    """Inline code that looks like a config field but is none."""
     found = []
     for code in codes:
         path = re.fullmatch(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:[=:].*)?", code.removeprefix("--set "))
@@ -280,14 +280,14 @@ def test_an_unknown_field_is_found() -> None:
 
 
 def test_the_configuration_page_is_that_of_the_schema() -> None:
-    """Mend it with: python docs/generate_configuration.py."""
+    """Regenerate with: python docs/generate_configuration.py."""
     generator = runpy.run_path(str(ROOT / "docs" / "generate_configuration.py"))
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == generator["render"]()
     rows = re.findall(r"^\| `(\S+)` \| (.+?) \| (.+?) \| (.*) \|$", page, flags=re.MULTILINE)
     sections = {path for path in FIELDS if any(field.startswith(f"{path}.") for field in FIELDS)}
     assert {path.replace("[]", "") for path, *_ in rows} == FIELDS - sections  # [] marks each of a list
-    assert not [path for path, *_, meaning in rows if not meaning], "a comment behind the field says what it means"
+    assert not [path for path, *_, meaning in rows if not meaning], "a comment after the field says what it means"
 
 
 def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:
