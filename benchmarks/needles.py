@@ -1,9 +1,9 @@
-"""Keeps needle tests, and writes the table of docs/results/needles.md from all kept tests.
+"""Keeps needle tests, and makes the table and the picture of docs/results/needles.md from all kept tests.
 
     infini-train eval needles models/passkey-delta --task multikey --out tests/multikey
     python benchmarks/needles.py --name passkey-delta tests/multikey
 
-Each folder's results become a file in benchmarks/results/needles/. Without folders, only the table is written.
+Each folder's results become a file in benchmarks/results/needles/. Without folders, only table and picture are made.
 """
 
 import argparse
@@ -11,14 +11,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from page import ResultPage, as_table, keep_result, load_results, without_paths
+import matplotlib
 
-from infini_train.eval.intervals import format_share, wilson_interval
-from infini_train.eval.passkey_scores import format_length
+matplotlib.use("Agg")
+
+from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from page import IMAGES, ResultPage, as_table, keep_result, load_results, without_paths  # noqa: E402
+
+from infini_train.eval.intervals import format_share, wilson_interval  # noqa: E402
+from infini_train.eval.passkey_scores import format_length  # noqa: E402
+
+GUESS = "guessing among the keys of the text"
 
 
 def main() -> None:
-    """Keeps results, then writes the table."""
+    """Keeps results, then makes the picture and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of needle tests, with results.json")
     parser.add_argument("--name", default="model", help="of the model")
@@ -27,7 +34,33 @@ def main() -> None:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         name = f"{options.name}-{found['task']}-{found['haystack']}-{found['seed']}"
         keep_result(f"needles/{name}", {"model": options.name, **without_paths(found)})
+    draw().savefig(IMAGES / "needles.png", dpi=150)
     PAGE.write()
+
+
+def draw() -> Figure:
+    """Exact answers to multikey prompts against the number of keys, a line per model; lengths and tests are pooled."""
+    scores: dict[str, dict[int, list[int]]] = {}
+    for test in load_results("needles").values():
+        for cell in test["cells"] if test["task"] == "multikey" else []:
+            score = scores.setdefault(test["model"], {}).setdefault(cell["needles"], [0, 0])
+            score[0] += cell["exact"]
+            score[1] += cell["samples"]
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for model, found in scores.items():
+        counts = sorted(found)
+        (line,) = axes.plot(counts, [100 * found[count][0] / found[count][1] for count in counts], "o-", label=model)
+        low, high = zip(*(wilson_interval(*found[count]) for count in counts), strict=True)
+        axes.fill_between(counts, [100 * x for x in low], [100 * x for x in high], alpha=0.15, color=line.get_color())
+    counts = sorted({count for found in scores.values() for count in found})
+    axes.plot(counts, [100 / count for count in counts], ":", color="grey", label=GUESS)
+    axes.set(xscale="log", xlabel="keys in the text", ylabel="prompts answered exactly (%)", ylim=(0, 101))
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
 
 
 def tabulate() -> str:
