@@ -20,6 +20,11 @@ TOKENS, SEGMENT = 16, 4
 
 def main() -> None:
     """Writes the picture."""
+    draw().savefig(PICTURE, dpi=130)
+
+
+def draw() -> Figure:
+    """The batch, the way of a micro-batch through the model, and a close-up of one layer."""
     figure = Figure(figsize=(13.6, 8.5))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
@@ -27,7 +32,7 @@ def main() -> None:
     draw_batch(axes)
     draw_model(axes)
     draw_layer(axes)
-    figure.savefig(PICTURE, dpi=130)
+    return figure
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: float = 11, **style: str) -> None:

@@ -151,6 +151,13 @@ def test_a_missing_file_is_found() -> None:
     assert missing_paths(codes, ROOT / "README.md") == ["infini_train/nowhere.py", "ops/nowhere.py"]
 
 
+def test_the_picture_of_the_architecture_names_files_that_exist() -> None:
+    """Redraw it with: python docs/generate_architecture.py."""
+    figure = runpy.run_path(str(ROOT / "docs" / "generate_architecture.py"))["draw"]()
+    named = {path for text in figure.axes[0].texts for path in re.findall(r"[\w/]+\.py", text.get_text())}
+    assert "ops/memory.py" in named and missing_paths(sorted(named), ROOT / "docs" / "architecture.md") == []
+
+
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", split_page(text)[0], flags=re.MULTILINE)
