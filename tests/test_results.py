@@ -126,3 +126,20 @@ def test_the_front_page_fits_and_leads_to_every_page():
     front = (PAGES / "README.md").read_text(encoding="utf-8")
     assert len(front.splitlines()) < 100
     assert {path.name for path in PAGES.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", front))
+
+
+def test_headline_numbers_are_those_of_the_files(programs):
+    """The front page and the pages that quote it; other numbers of the prose are checked by whoever changes a result."""
+    front = (PAGES / "README.md").read_text(encoding="utf-8")
+    errors = json.loads((ROOT / "benchmarks" / "results" / "plan" / "errors.json").read_text(encoding="utf-8"))
+    memory, time = re.findall(r"largest ([\d.]+)%", programs["plan_report"]["summary"](errors))[:2]
+    published = max(abs(run["predicted"] / run["published"] - 1) for run in errors["published"])
+    assert f"memory within {memory} %, time within {time} %" in front
+    assert f"off by up to {published:.1%}".replace("%", " %") in front
+    plan = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"within {memory} % and step time within {time} %" in plan.replace("\n", " ")
+    found = [kept for kept in programs["passkey"]["load"]() if kept["run"].get("conv_tokens")]
+    paper = [length for kept in found if kept["test"]["wording"] == "paper" for length in kept["test"]["lengths"]]
+    for name, lengths in (("up to 128K", range(2**17 + 1)), ("at 512K and 1M", range(2**18, 2**20 + 1))):
+        exact, asked = (sum(x[key] for x in paper if x["length_tokens"] in lengths) for key in ("exact", "samples"))
+        assert f"{exact:,} of {asked:,}" in front and name in front
