@@ -129,7 +129,7 @@ def test_the_front_page_fits_and_leads_to_every_page():
 
 
 def test_headline_numbers_are_those_of_the_files(programs):
-    """The front page and the pages that quote it; other numbers of the prose are checked by whoever changes a result."""
+    """Front page and planner page; other numbers in prose are up to whoever changes a result."""
     front = (PAGES / "README.md").read_text(encoding="utf-8")
     errors = json.loads((ROOT / "benchmarks" / "results" / "plan" / "errors.json").read_text(encoding="utf-8"))
     memory, time = re.findall(r"largest ([\d.]+)%", programs["plan_report"]["summary"](errors))[:2]
