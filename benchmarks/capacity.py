@@ -8,12 +8,12 @@ own is nearest in angle to what was read, the heads' readings side by side. Besi
 linear one with sharp features (model.attention.features), and a form that is no option of the models: keys of unit
 length, no sigma, no normaliser, a plain sum.
 Capacity is the largest number of pairs on the grid up to which at least 90 % are recalled. The result is kept in
-benchmarks/results/capacity.json, the picture is docs/images/capacity.png.
+benchmarks/results/capacity.json, the picture is docs/images/capacity.png, the table stands in docs/results/capacity.md.
+With --report, picture and table are made from the kept result.
 """
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -23,12 +23,11 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from page import IMAGES, RESULTS, ResultPage, as_table, keep_result  # noqa: E402
 
 from infini_train.ops.grid import make_grid  # noqa: E402
 from infini_train.ops.memory import Form, begin_scan, empty_memory, read_memory  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT, PICTURE = ROOT / "benchmarks" / "results" / "capacity.json", ROOT / "docs" / "images" / "capacity.png"
 SEGMENT = 64
 PAIRS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 KEY_DIMS, HEADS, SCALES = (16, 32, 64, 128), (1, 2, 4, 8), (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -38,10 +37,19 @@ UPDATES = {"linear": "-", "delta": "--", "linear sharp": "-.", "unit keys": ":"}
 
 
 def main() -> None:
-    """Measures, draws, keeps, prints."""
+    """Measures unless --report, then draws and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=32, metavar="N", help="memories of each kind")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--report", action="store_true", help="only make the picture and the table")
+    options = parser.parse_args()
+    if not options.report:
+        keep_result("capacity", {"segment_tokens": SEGMENT, "pairs": PAIRS, "rows": measure(options.repeats)})
+    draw(load()).savefig(IMAGES / "capacity.png", dpi=150)
+    PAGE.write()
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """A row for each form of memory and each value of what is varied."""
     rows = []
     for name, values in (("key_dim", KEY_DIMS), ("heads", HEADS), ("scale", SCALES)):
         for value in values:
@@ -50,8 +58,13 @@ def main() -> None:
                 found = [recall(update, pairs, repeats, **form) for pairs in PAIRS]
                 rows.append({"varied": name, "update": update, **form, "recalled": found, "capacity": capacity(found)})
                 print(f"{name:>8} {value:>5g} {update:>9}  capacity {rows[-1]['capacity']:>5,}", flush=True)
-    RESULT.write_text(json.dumps({"segment_tokens": SEGMENT, "pairs": PAIRS, "rows": rows}, indent=1) + "\n")
-    draw(rows).savefig(PICTURE, dpi=150)
+    return rows
+
+
+def load() -> list[dict[str, Any]]:
+    """The rows of the kept result."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "capacity.json").read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def recall(update: Any, pairs: int, repeats: int, key_dim: int, heads: int, scale: float) -> float:
@@ -60,8 +73,8 @@ def recall(update: Any, pairs: int, repeats: int, key_dim: int, heads: int, scal
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     keys = scale * keys
     read = read_unit(keys, values) if update == "unit keys" else read_back(Form(*update.split()), keys, values)
-    said, told = (x.transpose(1, 2).flatten(2) for x in (read, values))
-    nearest = (torch.nn.functional.normalize(said, dim=-1) @ torch.nn.functional.normalize(told, dim=-1).mT).argmax(-1)
+    read_out, stored = (torch.nn.functional.normalize(x.transpose(1, 2).flatten(2), dim=-1) for x in (read, values))
+    nearest = (read_out @ stored.mT).argmax(-1)
     return float((nearest == torch.arange(pairs)).float().mean())
 
 
@@ -119,6 +132,20 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure.axes[0].set_ylabel("recalled (%)")
     figure.suptitle("solid: linear, dashed: delta, dash-dotted: linear sharp, dotted: unit keys without normaliser")
     return figure
+
+
+def tabulate() -> str:
+    """Most pairs recalled to 90 %, by form and what is varied."""
+    rows, found = [], load()
+    for key_dim, heads, scale in dict.fromkeys((row["key_dim"], row["heads"], row["scale"]) for row in found):
+        same = [row for row in found if (row["key_dim"], row["heads"], row["scale"]) == (key_dim, heads, scale)]
+        by_update = {row["update"]: str(row["capacity"]) for row in same}
+        rows.append([str(key_dim), str(heads), f"{scale:g}", *by_update.values()])
+    forms = list(dict.fromkeys(row["update"] for row in found))
+    return as_table(["key size", "heads", "scale", *forms[:-1], f"{forms[-1]}, no normaliser"], rows)
+
+
+PAGE = ResultPage("capacity", "benchmarks/capacity.py", {"capacity": tabulate})
 
 
 if __name__ == "__main__":

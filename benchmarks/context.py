@@ -1,10 +1,10 @@
-"""Keeps what context tests found, and writes the tables and the picture of docs/results.md on whole books.
+"""Keeps context tests, and makes the tables and the picture of docs/results/context.md.
 
     infini-train eval context runs/table2/local-6e-3-0 --data runs/table2/data/test --contexts 64 256 1K 4K --out local
     python benchmarks/context.py local
 
-Each folder's results become a file in benchmarks/results/context/, by the folder's name. Without folders only the
-tables and the picture are made, from the files that are there.
+Each folder's results become a file in benchmarks/results/context/, named after the folder. Without folders, only the
+tables and the picture are made.
 """
 
 import argparse
@@ -17,19 +17,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
-from page import as_table, fill_between  # noqa: E402
+from page import IMAGES, RESULTS, ResultPage, as_table, keep_result, load_results, without_paths  # noqa: E402
 
 from infini_train.command_line import format_length  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES, PAGE = ROOT / "benchmarks" / "results" / "context", ROOT / "docs" / "results.md"
-IMAGE = ROOT / "docs" / "images" / "context_arms.png"
-BEGIN, END = "<!-- context: written by benchmarks/context.py -->", "<!-- end of context -->"
 PLAN = (
     *("data_sha256", "documents", "segment_tokens", "precision"),
     *("contexts_tokens", "targets", "target_tokens", "seed"),
 )
-DROPPED = ("checkpoint", "folder", "data")  # paths of one machine
 
 Found = dict[str, dict[str, Any]]
 
@@ -39,22 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of context tests, with results.json")
     folders = parser.parse_args().folders
-    FILES.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        kept = {name: value for name, value in found.items() if name not in DROPPED}
-        (FILES / f"{folder.resolve().name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        keep_result(f"context/{folder.resolve().name}", without_paths(found))
     everything = load()
     if not everything:
-        parser.error(f"{FILES} holds no results; give folders of `infini-train eval context`")
+        parser.error(f"{RESULTS / 'context'} holds no results; give folders of `infini-train eval context`")
     check_alike(everything, parser)
-    draw(everything).savefig(IMAGE, dpi=150)
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), everything), encoding="utf-8")
+    draw(everything).savefig(IMAGES / "context_arms.png", dpi=150)
+    PAGE.write()
 
 
 def load() -> Found:
     """All kept tests, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FILES.glob("*.json"))}
+    return load_results("context")
 
 
 def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
@@ -64,17 +57,12 @@ def check_alike(found: Found, parser: argparse.ArgumentParser) -> None:
     for name in others:
         for field in PLAN:
             if plans[name][field] != plans[first][field]:
-                parser.error(f"{FILES / name}.json: other {field} than {first}.json; test both alike, or remove one")
-
-
-def fill_page(page: str, found: Found) -> str:
-    """The page with the part between its two marks written anew."""
-    picture = "![Loss by position in the book, and by how much before a target is visible](images/context_arms.png)"
-    return fill_between(page, BEGIN, END, "\n\n".join((tabulate_positions(found), tabulate_contexts(found), picture)))
+                file = RESULTS / "context" / f"{name}.json"
+                parser.error(f"{file}: other {field} than {first}.json; test both alike, or remove one")
 
 
 def tabulate_positions(found: Found) -> str:
-    """Loss by tokens since the book's start, a row an arm."""
+    """Loss by tokens since the book's start, a row per arm."""
     places = next(iter(found.values()))["positions"]
     head = ["loss at tokens", *(f"from {format_place(place['first_position'])}" for place in places), "whole books"]
     rows = [
@@ -85,7 +73,7 @@ def tabulate_positions(found: Found) -> str:
 
 
 def tabulate_contexts(found: Found) -> str:
-    """How much worse targets are read with less before them, a row an arm; intervals by bootstrap over books."""
+    """How much higher the loss is with less context visible, a row per arm; intervals by bootstrap over books."""
     seen = next(iter(found.values()))["contexts"]
     head = ["visible before a target", *(format_visible(context) for context in seen)]
     rows = []
@@ -121,12 +109,22 @@ def draw(found: Found) -> Figure:
             [context["context_tokens"] for context in limited], [context["loss"] for context in limited], marker="o"
         )
         right.axhline(test["contexts"][-1]["loss"], color=line.get_color(), linestyle=":", linewidth=1)
-    left.set(xscale="log", xlabel="tokens since the book's start", ylabel="loss (nats a token)")
+    left.set(xscale="log", xlabel="tokens since the book's start", ylabel="loss (nats per token)")
     right.set(xscale="log", xlabel="tokens visible before a target (dotted: all)", ylabel="loss of the targets")
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
+
+
+PAGE = ResultPage(
+    "context",
+    "benchmarks/context.py",
+    {
+        "loss by position": lambda: tabulate_positions(load()),
+        "loss by visible context": lambda: tabulate_contexts(load()),
+    },
+)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Context parallelism: bytes and time of crossing memories, against exchanging heads (Ulysses) or keys and values.
 
-    python benchmarks/context_parallel.py --out runs/context_parallel
+    python benchmarks/context_parallel.py             # measures, then writes the tables and the picture
+    python benchmarks/context_parallel.py --report    # tables and picture only, from the kept measurements
 
 Computed, for one layer of an 8B model (32 query heads, 8 key-value heads of size 128; bf16 activations, fp32 memories)
 on 8 ranks: bytes that one rank sends in a forward, by the formulas in `sent_bytes`; a backward sends as much again.
@@ -11,7 +12,8 @@ seconds of a forward of attention with its communication. Ulysses: q, k, v chang
 heads by one all-to-all each, full causal attention, one all-to-all back. Ring: keys and values of all ranks are
 gathered (in one collective; a ring in rounds sends as much), each rank's queries attend to those before them. These two
 compute full attention, which costs more with every token. Infini-attention is another function, so the seconds compare
-what a layer costs, not two roads to one result.
+what a layer costs, not two ways to one result. They are kept in benchmarks/results/context_parallel.json; the tables
+stand in docs/results/context-parallel.md, the picture in docs/images/.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from page import IMAGES, RESULTS, ResultPage, keep_result
 from torch import Tensor
 
 from infini_train.ops.attention import infini_attention
@@ -37,7 +40,7 @@ from infini_train.parallel.context import ContextRanks
 
 
 class Layer(NamedTuple):
-    """Shapes of one lane of one layer, and bytes of an activation and of a number of the memory."""
+    """Shapes of one layer for one sequence, and bytes of an activation and of a number of the memory."""
 
     heads: int = 32
     kv_heads: int = 8
@@ -56,19 +59,19 @@ LABELS = {
     "ulysses": "Ulysses: q, k, v, out",
     "ring": "ring: keys and values",
 }
-LATENCY_S, BANDWIDTH_BYTES_S = 10e-6, 25e9  # of a message between nodes; 200 Gbit/s a rank
+LATENCY_S, BANDWIDTH_BYTES_S = 10e-6, 25e9  # of a message between nodes; 200 Gbit/s per rank
 
 
 def memory_numbers(layer: Layer, update: str) -> int:
-    """What a rank gives: M, z and the count; the delta update's transition too."""
+    """Numbers that a rank contributes: M, z and the count; the delta update's transition too."""
     square = layer.kv_heads * layer.head_size**2
     return square + layer.kv_heads * layer.head_size + 1 + (square if update == "delta" else 0)
 
 
 def sent_bytes(method: str, tokens: int, ranks: int, layer: Layer) -> float:
-    """Bytes that one rank sends in one forward of one layer, a lane."""
+    """Bytes that one rank sends in one forward of one layer, per sequence."""
     here, token_bytes = tokens // ranks, layer.head_size * layer.activation_bytes
-    if method == "ulysses":  # of what a rank holds, one part stays
+    if method == "ulysses":  # one part of what a rank holds stays there
         return here * (2 * layer.heads + 2 * layer.kv_heads) * token_bytes * (ranks - 1) / ranks
     if method == "ring":
         return (ranks - 1) * here * 2 * layer.kv_heads * token_bytes
@@ -90,23 +93,33 @@ def composition_s(way: str, ranks: int, message_bytes: int) -> float:
 
 
 def main() -> None:
-    """Writes results.json, table.md and context_parallel.png."""
+    """Measures unless --report, then writes the tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[8192, 16384, 32768], metavar="TOKENS", help="to measure"
     )
+    parser.add_argument("--report", action="store_true", help="only make the tables and the picture")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(measure, (folder, options.lengths), PROCESSES, start_method="fork")
-        measured = json.loads((Path(folder) / "measured.json").read_text())
-    computed = {method: {tokens: sent_bytes(method, tokens, RANKS, LARGE) for tokens in LENGTHS} for method in METHODS}
-    text = "\n\n".join((computed_table(computed), measured_table(measured), composition_table()))
-    (options.out / "table.md").write_text(text + "\n")
-    (options.out / "results.json").write_text(json.dumps({"computed": computed, "measured": measured}, indent=1))
-    plot(computed, measured, options.out / "context_parallel.png")
-    print(text)
+    if not options.report:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(measure, (folder, options.lengths), PROCESSES, start_method="fork")
+            rows = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
+        keep_result("context_parallel", {"processes": PROCESSES, "rows": rows})
+    PAGE.write()
+    plot(compute(), load(), IMAGES / "context_parallel.png")
+    print(composition_table())
+
+
+def compute() -> dict[str, dict[int, float]]:
+    """Bytes that a rank sends, by method and length."""
+    return {method: {tokens: sent_bytes(method, tokens, RANKS, LARGE) for tokens in LENGTHS} for method in METHODS}
+
+
+def load() -> list[dict[str, Any]]:
+    """The kept measurements."""
+    found = json.loads((RESULTS / "context_parallel.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
 
 
 def measure(rank: int, folder: str, lengths: list[int]) -> None:
@@ -188,7 +201,7 @@ def ring(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def computed_table(computed: dict[str, dict[int, float]]) -> str:
-    """MB a rank, layer and lane."""
+    """MB per rank, layer and sequence."""
     lines = [f"| Tokens | {' | '.join(LABELS[method] for method in METHODS)} |", "|---:" * 5 + "|"]
     for tokens in LENGTHS:
         cells = " | ".join(f"{computed[method][tokens] / 1e6:.1f}" for method in METHODS)
@@ -213,7 +226,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 def composition_table() -> str:
     """Microseconds of the ways to compose."""
     ways = ("all-gather", "log-step scan", "neighbour after neighbour")
-    lines = [f"| Ranks | Update | KV heads a rank | {' | '.join(ways)} |", "|---:|---|---:" + "|---:" * 3 + "|"]
+    lines = [f"| Ranks | Update | KV heads per rank | {' | '.join(ways)} |", "|---:|---|---:" + "|---:" * 3 + "|"]
     for ranks in (2, 8, 16, 64):
         for update in ("linear", "delta"):
             for kv_heads in (8, 1):
@@ -233,14 +246,21 @@ def plot(computed: dict[str, dict[int, float]], rows: list[dict[str, Any]], file
     for axes, lengths in ((sent, LENGTHS), (took, sorted({row["tokens"] for row in rows}))):
         axes.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
         axes.minorticks_off()
-        axes.set_xlabel("tokens of the window")
+        axes.set_xlabel("sequence length (tokens)")
         axes.grid(alpha=0.3)
-    sent.set_ylabel("bytes sent by a rank, one layer, forward")
-    sent.set_title(f"8B model, {RANKS} context-parallel ranks, one lane (computed)")
+    sent.set_ylabel("bytes sent per rank, one layer, forward")
+    sent.set_title(f"8B model, {RANKS} context-parallel ranks, one sequence (computed)")
     sent.legend()
     took.set_ylabel("milliseconds of a forward of one layer")
     took.set_title(f"small layer, {PROCESSES} gloo processes (measured)")
     figure.savefig(file, dpi=120)
+
+
+PAGE = ResultPage(
+    "context-parallel",
+    "benchmarks/context_parallel.py",
+    {"computed bytes": lambda: computed_table(compute()), "measured bytes": lambda: measured_table(load())},
+)
 
 
 if __name__ == "__main__":

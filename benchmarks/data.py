@@ -3,14 +3,14 @@
     python benchmarks/data.py measure corpus.jsonl --tokenizer tokenizer.model --mb 200 --arms infini batch --runs 3
     python benchmarks/data.py table
 
-`measure` runs the arms in turns and adds a row a run to benchmarks/results/data.json, so the work can be done in
-pieces; `table` prints the medians and writes them into docs/data.md. Every arm reads the same JSON lines (a field
-"text") with the same SentencePiece BPE model and writes token ids; those of SentencePiece write the shards that
-infini-data writes. Each is also run on the first line alone, and that time is taken off: imports don't count. Memory is
-the largest sum of the resident memory of all processes of an arm, looked at five times a second (pages that they share
-count for each).
+`measure` alternates between the arms and adds a row per run to benchmarks/results/data.json, so the work can be done in
+pieces; `table` prints the medians and writes them into docs/results/data.md. Every arm reads the same JSON lines (a
+field "text") with the same SentencePiece BPE model and writes token ids; those of SentencePiece write the shards that
+infini-data writes. Each is also run on the first line alone, and that time is subtracted: imports don't count. Memory
+is the peak of the summed resident memory of all processes of an arm, sampled five times a second (shared pages count
+once per process).
 
-The table leaves out runs that were disturbed: that got less than 1.25 cores of two.
+The table leaves out disturbed runs: those that got less than 1.25 of the two cores.
 
 Megatron-LM needs a checkout (--megatron). datatrove reads a tokenizer.json, made here from the same model.
 """
@@ -32,10 +32,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from page import RESULTS, ROOT, ResultPage
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "data.json", ROOT / "docs" / "data.md"
-BEGIN, END = "<!-- benchmarks/data.py -->", "<!-- end -->"
 BATCH_CHARS = 1_000_000
 ARMS = {
     "infini": "infini-data encode",
@@ -47,7 +45,7 @@ ARMS = {
 
 
 class Cost(NamedTuple):
-    """Of one run: the time of all its processes, and the largest sum of their memory."""
+    """Cost of one run: the time of all its processes, and the peak of their summed memory."""
 
     wall_s: float
     cpu_s: float
@@ -66,8 +64,8 @@ class Corpus(NamedTuple):
 def main() -> None:
     options = parse()
     if options.action == "table":
-        rows = json.loads(options.results.read_text())
-        write_table(make_tables(rows), options.page)
+        PAGE.write()
+        print(make_tables(load()))
     elif options.action == "child":
         CHILDREN[options.arm](options)
     else:
@@ -81,7 +79,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    run, child, table = (actions.add_parser(name) for name in ("measure", "child", "table"))
+    run, child, _ = (actions.add_parser(name) for name in ("measure", "child", "table"))
     for each in (run, child):
         each.add_argument("corpus", type=Path)
         each.add_argument("--tokenizer", type=Path, required=True, help="a SentencePiece BPE model")
@@ -94,9 +92,7 @@ def parse() -> argparse.Namespace:
     run.add_argument("--scratch", type=Path, help="folder for what is written (default: the system's)")
     child.add_argument("--arm", required=True)
     child.add_argument("--out", type=Path, required=True)
-    for each in (run, table):
-        each.add_argument("--results", type=Path, default=RESULTS)
-    table.add_argument("--page", type=Path, default=PAGE)
+    run.add_argument("--results", type=Path, default=RESULTS / "data.json")
     return parser.parse_args()
 
 
@@ -233,7 +229,7 @@ def by_document(model: Any, texts: Iterable[str], workers: int) -> Iterator[tupl
 
 
 def by_lines(model: Any, texts: Iterable[str], workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """The lines of about a megabyte of documents at once: fast, but a piece may hold a line end in its midst."""
+    """The lines of about a megabyte of documents at once: fast, but a piece may contain a line break."""
     batch: list[tuple[str, list[str]]] = []
     chars = 0
     for text in chain(texts, [None]):
@@ -337,11 +333,13 @@ def median(rows: list[dict[str, Any]], arm: str, name: str) -> float:
     return statistics.median(row[name] for row in rows if row["arm"] == arm)
 
 
-def write_table(text: str, page: Path) -> None:
-    print(text)
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+def load() -> list[dict[str, Any]]:
+    """All kept runs."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "data.json").read_text(encoding="utf-8"))
+    return rows
+
+
+PAGE = ResultPage("data", "benchmarks/data.py", {"encoding": lambda: make_tables(load())})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     infini-train eval summarise models/passkey-delta --data runs/key_books/8K.jsonl --out runs/key_books/8K \\
         --separator " What is the pass key? The pass key is" --max-new-tokens 6
 
-The shipped model was trained to answer that question (docs/passkey.md), so all of the road can be tried with it
+The shipped model was trained to answer that question (docs/passkey.md), so the whole pipeline can be tried with it
 on books of any length, untrained for summaries as it is. Words, filler and places are those of the passkey test.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     with options.out.open("w", encoding="utf-8") as file:
         for number in range(options.count):
             random = np.random.default_rng([options.seed, number])
-            shorter = int(random.integers(0, 64))  # so that the question lies anywhere against the segment edges
+            shorter = int(random.integers(0, 64))  # so that the question falls anywhere relative to segment edges
             text = writer.compose(random, options.length - shorter, number / max(options.count - 1, 1))
             book = tokenizer.decode(text.read(0, text.spans.question.start))
             key = "".join(map(str, text.digits))

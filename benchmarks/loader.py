@@ -52,7 +52,7 @@ def time_opening(folder: Path) -> float:
 
 
 def time_reading(folder: Path, lanes: int, window_tokens: int) -> float:
-    """Median tokens a second, over windows."""
+    """Median tokens per second, over windows."""
     reader = LaneReader(Corpus.of(Dataset.open(folder), seed=0), lanes, window_tokens)
     position, speeds = reader.start(), []
     for _ in range(200):
@@ -63,7 +63,7 @@ def time_reading(folder: Path, lanes: int, window_tokens: int) -> float:
 
 
 def time_training(folder: Path, out: Path) -> tuple[float, float]:
-    """Median tokens a second of the debug config on one thread, and the share of a step that waits for data."""
+    """Median tokens per second of the debug config on one thread, and the share of a step that waits for data."""
     run = out / f"run-{os.getpid()}"
     settings = [f"run_dir={run}", f"data.train={folder}", "data.validation=null", "eval.every_steps=null"]
     settings += [f"train.max_steps={STEPS}", "log.every_steps=5", f"checkpoint.every_steps={STEPS}"]

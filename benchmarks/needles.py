@@ -1,10 +1,9 @@
-"""Keeps what needle tests found, and writes the tables of docs/results.md on harder memory from the kept files.
+"""Keeps needle tests, and makes the table and the picture of docs/results/needles.md from all kept tests.
 
     infini-train eval needles models/passkey-delta --task multikey --out tests/multikey
     python benchmarks/needles.py --name passkey-delta tests/multikey
 
-Each folder's results become a file in benchmarks/results/needles/. Without folders only the tables are written, from
-the files that are there: needles, capacity (benchmarks/capacity.py) and streaming (benchmarks/streaming.py).
+Each folder's results become a file in benchmarks/results/needles/. Without folders, only table and picture are made.
 """
 
 import argparse
@@ -12,98 +11,84 @@ import json
 from pathlib import Path
 from typing import Any
 
-from page import as_table, fill_between
+import matplotlib
 
-from infini_train.command_line import format_length
-from infini_train.statistics import format_share, wilson_interval
+matplotlib.use("Agg")
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
-DROPPED = ("checkpoint", "folder")  # paths of one machine
+from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
+from page import IMAGES, ResultPage, as_table, keep_result, load_results, without_paths  # noqa: E402
+
+from infini_train.command_line import format_length  # noqa: E402
+from infini_train.statistics import format_share, wilson_interval  # noqa: E402
+
+GUESS = "guessing among the keys of the text"
 
 
 def main() -> None:
-    """Keeps results, then writes the tables."""
+    """Keeps results, then makes the picture and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of needle tests, with results.json")
     parser.add_argument("--name", default="model", help="of the model")
     options = parser.parse_args()
     for folder in options.folders:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        kept = {"model": options.name, **{name: value for name, value in found.items() if name not in DROPPED}}
-        (RESULTS / "needles").mkdir(parents=True, exist_ok=True)
-        file = RESULTS / "needles" / f"{options.name}-{found['task']}-{found['haystack']}-{found['seed']}.json"
-        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        name = f"{options.name}-{found['task']}-{found['haystack']}-{found['seed']}"
+        keep_result(f"needles/{name}", {"model": options.name, **without_paths(found)})
+    draw().savefig(IMAGES / "needles.png", dpi=150)
+    PAGE.write()
 
 
-def fill_page(page: str) -> str:
-    """The page with the tables written anew that stand between marks, as far as there are results."""
-    for name, table in (("needles", needles), ("capacity", capacity), ("streaming", streaming)):
-        begin, end = f"<!-- {name} table -->", f"<!-- end of the {name} table -->"
-        if begin in page:
-            page = fill_between(page, begin, end, table())
-    return page
+def draw() -> Figure:
+    """Exact answers to multikey prompts against the number of keys, a line per model; lengths and tests are pooled."""
+    scores: dict[str, dict[int, list[int]]] = {}
+    for test in load_results("needles").values():
+        for cell in test["cells"] if test["task"] == "multikey" else []:
+            score = scores.setdefault(test["model"], {}).setdefault(cell["needles"], [0, 0])
+            score[0] += cell["exact"]
+            score[1] += cell["samples"]
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for model, found in scores.items():
+        counts = sorted(found)
+        (line,) = axes.plot(counts, [100 * found[count][0] / found[count][1] for count in counts], "o-", label=model)
+        low, high = zip(*(wilson_interval(*found[count]) for count in counts), strict=True)
+        axes.fill_between(counts, [100 * x for x in low], [100 * x for x in high], alpha=0.15, color=line.get_color())
+    counts = sorted({count for found in scores.values() for count in found})
+    axes.plot(counts, [100 / count for count in counts], ":", color="grey", label=GUESS)
+    axes.set(xscale="log", xlabel="keys in the text", ylabel="prompts answered exactly (%)", ylim=(0, 101))
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
 
 
-def load(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def needles() -> str:
-    """A row for each test, length and number of needles; depths pooled."""
-    rows = []
-    for path in sorted((RESULTS / "needles").glob("*.json")):
-        test = load(f"needles/{path.name}")
-        for length, count in sorted({(cell["length_tokens"], cell["needles"]) for cell in test["cells"]}):
-            cells = [cell for cell in test["cells"] if (cell["length_tokens"], cell["needles"]) == (length, count)]
-            exact, asked = (sum(cell[name] for cell in cells) for name in ("exact", "samples"))
-            right, words = (sum(cell[name] for cell in cells) for name in ("right_words", "words"))
-            rows.append(
-                [
-                    test["model"],
-                    test["task"],
-                    test["haystack"],
-                    format_length(length),
-                    str(count),
-                    f"{exact}/{asked}",
-                    format_share(exact / asked, wilson_interval(exact, asked)),
-                    format_share(right / words, wilson_interval(right, words)),
-                ]
-            )
-    head = ["model", "task", "hay", "tokens", "needles", "all words right", "% (95 %)", "words, % (95 %)"]
-    return as_table(head, rows)
-
-
-def capacity() -> str:
-    """Most pairs recalled to 90 %, by form and what is varied."""
-    rows, found = [], load("capacity.json")["rows"]
-    for key_dim, heads, scale in dict.fromkeys((row["key_dim"], row["heads"], row["scale"]) for row in found):
-        same = [row for row in found if (row["key_dim"], row["heads"], row["scale"]) == (key_dim, heads, scale)]
-        by_update = {row["update"]: str(row["capacity"]) for row in same}
-        rows.append([str(key_dim), str(heads), f"{scale:g}", *by_update.values()])
-    forms = list(dict.fromkeys(row["update"] for row in found))
-    return as_table(["key size", "heads", "scale", *forms[:-1], f"{forms[-1]}, no normaliser"], rows)
-
-
-def streaming() -> str:
-    """Speed and memory at both places."""
-    found = load("streaming.json")
+def tabulate() -> str:
+    """A row for each model, task, haystack and length, a column for each number of needles; depths are pooled."""
+    tests = load_results("needles").values()
+    counts = sorted({cell["needles"] for test in tests for cell in test["cells"]})
+    cells: dict[tuple[str, str, str, int], dict[int, list[dict[str, Any]]]] = {}
+    for test in tests:
+        for cell in test["cells"]:
+            row = (test["model"], test["task"], test["haystack"], cell["length_tokens"])
+            cells.setdefault(row, {}).setdefault(cell["needles"], []).append(cell)
     rows = [
-        [
-            f"{run['early_tokens_per_s']:,.0f}",
-            f"{run['late_tokens_per_s']:,.0f}",
-            f"{run['late_tokens_per_s'] / run['early_tokens_per_s']:.3f}",
-            f"{run['early_resident_mb']:.1f}",
-            f"{run['late_resident_mb']:.1f}",
-            f"{run['late_resident_mb'] / run['early_resident_mb']:.3f}",
-        ]
-        for run in found["runs"]
+        [*row[:3], format_length(row[3]), *(_format(found[count]) if count in found else "" for count in counts)]
+        for row, found in cells.items()
     ]
-    end = format_length(found["tokens"])
-    head = ["tokens/s at 32K", f"near {end}", "ratio", "resident MB at 32K", f"near {end}", "ratio"]
-    return as_table(head, rows)
+    needles = [f"{count} needle{'s' if count > 1 else ''}" for count in counts]
+    return as_table(["model", "task", "haystack", "length", *needles], rows)
+
+
+def _format(cells: list[dict[str, Any]]) -> str:
+    """Prompts answered exactly; the share of right words too where it differs."""
+    exact, asked, right, words = (sum(c[name] for c in cells) for name in ("exact", "samples", "right_words", "words"))
+    whole = format_share(exact / asked, wilson_interval(exact, asked))
+    each = format_share(right / words, wilson_interval(right, words))
+    return f"{exact}/{asked}: {whole}" + (f"; words {each}" if each != whole else "")
+
+
+PAGE = ResultPage("needles", "benchmarks/needles.py", {"needle tests": tabulate})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,71 @@
-"""Tables, and the parts of docs/results.md that programs write between two marks."""
+"""Pages of docs/results/: the tables between a program's marks are made from the files in benchmarks/results/.
+
+A block of a page begins with ``<!-- NAME: written by PROGRAM -->`` and ends with ``<!-- end of NAME -->``; everything
+outside the blocks is written by hand.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+PATHS = ("checkpoint", "folder", "data")  # fields that hold paths of the machine that ran the test
+
+
+@dataclass(frozen=True)
+class ResultPage:
+    """A page of docs/results/ and the blocks that one program writes into it."""
+
+    name: str
+    program: str
+    blocks: dict[str, Callable[[], str]]
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "docs" / "results" / f"{self.name}.md"
+
+    def render(self) -> str:
+        """The page as it is, with this program's blocks made from the kept results."""
+        text = self.path.read_text(encoding="utf-8")
+        for block, make in self.blocks.items():
+            begin, end = f"<!-- {block}: written by {self.program} -->", f"<!-- end of {block} -->"
+            text = fill_between(text, begin, end, make())
+        return text
+
+    def write(self) -> None:
+        """Brings the file up to date."""
+        self.path.write_text(self.render(), encoding="utf-8")
+
+
+def fill_between(text: str, begin: str, end: str, block: str) -> str:
+    """The text with what stands between its two marks replaced by `block`."""
+    assert text.count(begin) == text.count(end) == 1, f"the page needs {begin} and {end} once each"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 
-def fill_between(page: str, begin: str, end: str, text: str) -> str:
-    """The page with what stands between its two marks written anew."""
-    head, mark, rest = page.partition(begin)
-    assert mark, f"the page has no {begin}"
-    return f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+def load_results(folder: str) -> dict[str, dict[str, Any]]:
+    """Every result kept in benchmarks/results/FOLDER by file name without suffix, sorted."""
+    files = sorted((RESULTS / folder).glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def keep_result(name: str, result: dict[str, Any]) -> None:
+    """Writes benchmarks/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def without_paths(result: dict[str, Any]) -> dict[str, Any]:
+    """A test's results without the fields that name places on the machine that ran it."""
+    return {name: value for name, value in result.items() if name not in PATHS}

@@ -1,16 +1,16 @@
-"""How well `infini-train plan` predicts: small runs of this machine, some to calibrate with, others held out.
+"""How well `infini-train plan` predicts: small runs on this machine, some for calibration, others held out.
 
-    python benchmarks/plan.py --seconds 280     # again and again until all is measured; then it reports
+    python benchmarks/plan.py --seconds 280     # repeat until everything is measured; then it reports
     python benchmarks/plan.py --again           # all times once more, and the machine's rates: the shorter time stays
-    python benchmarks/plan.py --report          # errors, results/plan/errors.json, the tables of docs/plan.md
+    python benchmarks/plan.py --report          # errors, results/plan/errors.json, the tables of docs/results/plan.md
 
 A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and
-train some steps on random tokens whose documents begin anywhere. The time is that of the shortest step (one thread a
-rank), the memory the highest resident one above what was there before the model was built (with malloc told to give
-every large block back). Measured: results/plan/measured.json. What is there is not measured again, so that the work can
-be cut into pieces.
+train some steps on random tokens whose documents start anywhere. The time is that of the shortest step (one thread per
+rank), the memory the peak resident set above what was used before the model was built (malloc is set to return
+every large block). Measurements go to results/plan/measured.json. Existing ones are not repeated, so that the work can
+be done in pieces.
 
-Times need a machine that does nothing else. More ranks than cores share them; such cases are not calibrated with.
+Times need an otherwise idle machine. Where ranks outnumber cores they share them; such cases don't calibrate.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def measure(missing: list[tuple[str, str]], seconds: float, rates: bool = False)
 def main() -> None:
     """Measures, and reports when all is measured (or with --report)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=280, help="begin no further case after so long")
+    parser.add_argument("--seconds", type=float, default=280, help="start no further case after this many seconds")
     parser.add_argument("--kind", choices=("time", "memory"), action="append", help="measure only this")
     parser.add_argument("--again", action="store_true", help="measure times that are there once more")
     parser.add_argument("--report", action="store_true", help="errors of what is measured, without measuring")

@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "plan"
 
 
 def case(processes: int, hidden: int, layers: int, segment: int, segments: int, **changes: Any) -> dict[str, Any]:
-    """A config with processes beside it; heads of 64 (two for each key-value head) unless `changes` say otherwise."""
+    """A config and its number of processes; heads of 64 (two per key-value head) unless `changes` say otherwise."""
     heads = changes.pop("heads", max(2, hidden // 64))
     parallel = {name: changes.pop(name) for name in list(changes) if name.endswith(("_size", "_stages", "_stage"))}
     kind = {"kind": changes.pop("kind", "infini")}

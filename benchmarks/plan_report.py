@@ -1,6 +1,6 @@
 """How far `infini-train plan` is from what benchmarks/plan.py measured and from published runs, as tables.
 
-Rates are calibrated on some cases and judged on the others. Two simpler forms stand beside: the rates that
+Rates are calibrated on some cases and judged on the others. Two simpler models are compared: the rates that
 `plan --measure` found, without any case, and one rate of useful operations.
 """
 
@@ -8,10 +8,10 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page import ResultPage
 from plan_cases import CALIBRATION, CASES, read, resolve, write
 
 from infini_train.config.files import validate
@@ -22,7 +22,6 @@ from infini_train.plan.parts import find_parts
 from infini_train.plan.search import fullest
 from infini_train.plan.timing import predict
 
-ROOT = Path(__file__).resolve().parent.parent
 PRIOR = 0.1  # weight of what --measure found, against the relative error of a case
 FITTED = ("matmul_efficiency", "attention_efficiency", "memory_gb_s", "launch_us", "node_gb_s", "node_latency_us")
 
@@ -58,7 +57,7 @@ def fit(measured: dict[str, Any], start: Hardware, names: list[str]) -> Hardware
 
 
 def fit_one_rate(measured: dict[str, Any], start: Hardware, names: list[str]) -> float:
-    """Operations a second, if nothing but useful operations took time: the form to do better than."""
+    """Operations a second, if nothing but useful operations took time: the baseline to beat."""
     rates = [useful_flops(resolve(name)) / measured[name]["time"] / CASES[name]["processes"] for name in names]
     return statistics.geometric_mean(rates)
 
@@ -68,7 +67,7 @@ def useful_flops(config: RunConfig) -> float:
 
 
 def find_errors(measured: dict[str, Any]) -> dict[str, Any]:
-    """Every case's measured and predicted values, the calibration behind them, and published runs."""
+    """Every case's measured and predicted values, the calibration used, and published runs."""
     start = validate_hardware(measured["hardware"], "measured.json")
     timed = [name for name in CALIBRATION if "time" in measured.get(name, {})]
     fitted, rate = fit(measured, start, timed), fit_one_rate(measured, start, timed)
@@ -112,14 +111,14 @@ def dense(hidden: int, layers: int, heads: int, vocab: int, window: int, **rest:
 
 
 def published() -> list[dict[str, Any]]:
-    """Tokens a second and device of published runs of other programs, beside what these would take here."""
+    """Tokens per second and device of published runs of other programs, and the prediction for each."""
     return [*_megatron(), *_torchtitan(), *_mpt()]
 
 
 def _megatron() -> Iterator[dict[str, Any]]:
     """arXiv 2104.04473, table 1: TFLOP/s a GPU, recomputation included.
 
-    96 B s l h^2 (1 + s / 6h + V / 16lh) operations a step (equation 3).
+    96 B s l h^2 (1 + s / 6h + V / 16lh) operations per step (equation 3).
     """
     for size, hidden, layers, heads, tensor, gpus, batch, tflops in (
         ("1.7B", 2304, 24, 24, 1, 32, 512, 137),
@@ -248,19 +247,12 @@ def summary(errors: dict[str, Any]) -> str:
     return f"Held out, without the cases that share cores for time: {'; '.join(parts)}."
 
 
-BEGIN, END = "<!-- written by benchmarks/plan.py -->", "<!-- end -->"
-
-
-def fill_page(page: str, errors: dict[str, Any]) -> str:
-    """The page with the tables between its two marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(errors)}\n\n{END}{rest.split(END)[1]}"
-
-
 def report() -> None:
-    """errors.json and the tables."""
+    """Writes errors.json and the tables of docs/results/plan.md."""
     errors = find_errors(read("measured.json"))
     write("errors.json", errors)
-    path = ROOT / "docs" / "plan.md"
-    path.write_text(fill_page(path.read_text(encoding="utf-8"), errors), encoding="utf-8")
+    PAGE.write()
     print(tables(errors))
+
+
+PAGE = ResultPage("plan", "benchmarks/plan.py", {"plan accuracy": lambda: tables(read("errors.json"))})

@@ -1,17 +1,16 @@
 """How many pairs trained models recall: small models of one layer learn key-value recall, each with another memory.
 
-    python benchmarks/recall.py              # trains and tests what has no result yet, minutes of a core each
+    python benchmarks/recall.py              # trains and tests what has no result yet, minutes on one core each
     python benchmarks/recall.py --arms rmt "delta, key size 32" --seeds 1    # these only; other results stay
     python benchmarks/recall.py --report     # table and picture again, without training
 
 Every arm is `infini-train train recall` with something else changed: the same pairs, steps and learning rates. Runs lie
 below runs/recall. A test asks for all pairs of 64 texts with pairs and orders that training did not see; the most
 likely token counts, one of 8 is right by chance. Each run is a file in benchmarks/results/recall/; the table stands in
-docs/results.md, the picture in docs/images/.
+docs/results/recall.md, the picture in docs/images/.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +23,10 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402 (the backend must be chosen first)
 from matplotlib.figure import Figure  # noqa: E402
-from page import as_table, fill_between  # noqa: E402
+from page import IMAGES, RESULTS, ResultPage, as_table, keep_result, load_results  # noqa: E402
 
 from infini_train.statistics import wilson_interval  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "recall", ROOT / "docs" / "images" / "recall.png"
-PAGE, BEGIN, END = ROOT / "docs" / "results.md", "<!-- recall table -->", "<!-- end of the recall table -->"
 RUNS = Path("runs/recall")
 PAIRS, TEXTS, SEED = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 64, 1_000_003
 ENOUGH, CHANCE = 0.9, 1 / 8
@@ -39,7 +35,7 @@ ENOUGH, CHANCE = 0.9, 1 / 8
 def infini(
     update: str, features: str = "elu", key_dim: int = 32, heads: int = 2, conv_tokens: int = 0
 ) -> dict[str, str]:
-    """The settings of an arm with this memory; values have 32 numbers a head throughout."""
+    """The settings of an arm with this memory; values have 32 numbers per head throughout."""
     fields = f"segment_tokens: 16, update: {update}, features: {features}, conv_tokens: {conv_tokens}"
     return {
         "model.attention": f"{{kind: infini, {fields}}}",
@@ -87,21 +83,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the table and the picture")
     options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for arm in [] if options.report else options.arms:
             name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if not (RESULTS / f"{name}.json").is_file():
+            if not (RESULTS / "recall" / f"{name}.json").is_file():
                 result = {"arm": arm, "seed": seed, **train_and_ask(options.runs / name, ARMS[arm], seed)}
-                (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    found = load()
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(fill_page(page, found), encoding="utf-8")
-    draw(found).savefig(PICTURE, dpi=150)
+                keep_result(f"recall/{name}", result)
+    draw(load()).savefig(IMAGES / "recall.png", dpi=150)
+    PAGE.write()
 
 
 def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, Any]:
-    """Trains a model, or goes on with it, and counts its right answers."""
+    """Trains a model, or resumes it, and counts its right answers."""
     train = [sys.executable, "-m", "infini_train.cli", "train", "recall"]
     for name, value in {**settings, "seed": str(seed), "run_dir": str(run)}.items():
         train += ["--set", f"{name}={value}"]
@@ -145,14 +138,13 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
         weights_BT[row, :length] = torch.from_numpy(text.write_weights)
     with torch.no_grad():
         hidden_TBD, _ = model.decode(tokens_BT, model.make_grids(starts_BT, weights_BT, None), None)
-        said_BT = model.logits(hidden_TBD).argmax(-1).t()
-    return {"asked": int(asked_BT.sum()), "right": int(((said_BT == labels_BT) & asked_BT).sum())}
+        predicted_BT = model.logits(hidden_TBD).argmax(-1).t()
+    return {"asked": int(asked_BT.sum()), "right": int(((predicted_BT == labels_BT) & asked_BT).sum())}
 
 
 def load() -> list[dict[str, Any]]:
-    """What was found, in the order of the arms."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
-    return sorted(found, key=lambda result: (list(ARMS).index(result["arm"]), result["seed"]))
+    """All kept runs, in the order of the arms."""
+    return sorted(load_results("recall").values(), key=lambda result: (list(ARMS).index(result["arm"]), result["seed"]))
 
 
 def share(result: dict[str, Any]) -> list[float]:
@@ -166,13 +158,8 @@ def capacity(result: dict[str, Any]) -> int:
     return max((pairs for i, pairs in enumerate(PAIRS) if min(shares[: i + 1]) >= ENOUGH), default=0)
 
 
-def fill_page(page: str, found: list[dict[str, Any]]) -> str:
-    """The page with the table written anew."""
-    return fill_between(page, BEGIN, END, format_table(found))
-
-
 def format_table(found: list[dict[str, Any]]) -> str:
-    """A row an arm: right answers in %, the mean of its seeds; capacity of each seed."""
+    """A row per arm: right answers in %, averaged over seeds; capacity of each seed."""
     names = ["memory", "numbers", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in found):
@@ -214,6 +201,9 @@ def draw_arm(axes: Axes, arm: str, result: dict[str, Any]) -> None:
     (line,) = axes.plot(PAIRS, percent, style, color=colour, marker="o", markersize=3, label=arm)
     low, high = np.multiply(list(zip(*bounds, strict=True)), 100)
     axes.fill_between(PAIRS, low, high, alpha=0.12, color=line.get_color())
+
+
+PAGE = ResultPage("recall", "benchmarks/recall.py", {"recall": lambda: format_table(load())})
 
 
 if __name__ == "__main__":

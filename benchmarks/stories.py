@@ -111,7 +111,7 @@ def draw_talk(random: np.random.Generator) -> str:
 
 
 def draw_story(random: np.random.Generator, words: int) -> dict[str, str]:
-    """A story of about so many words, at least its eight facts, which lie in any order at any places."""
+    """A story of about `words` words, at least its eight facts, in any order and at any place."""
     chosen = {name: str(random.choice(values)) for name, (values, _) in FACTS.items()}
     while chosen["friend"] == chosen["hero"]:
         chosen["friend"] = str(random.choice(PERSONS))

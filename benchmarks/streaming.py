@@ -2,10 +2,11 @@
 
     python benchmarks/streaming.py models/passkey-linear
 
-A process reads the document as `infini-train eval --stream` does and keeps where it stands at 32K tokens and near the
+A process reads the document as `infini-train eval --stream` does and keeps its state at 32K tokens and near the
 end. Then it reads on from both places in turn, forward by forward, so that whatever else the machine does meets both
 alike: speed is the median over these forwards. Resident memory is noted while the document is read through. The tokens
-are random, which costs the same as text. The result is kept in benchmarks/results/streaming.json.
+are random, which costs the same as text. The result is kept in benchmarks/results/streaming.json, the table stands in
+docs/results/streaming.md.
 """
 
 import argparse
@@ -21,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page import RESULTS, ResultPage, as_table, keep_result
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "streaming.json"
 EARLY_TOKENS = 32 * 1024
 LEAST_SPEED, MOST_MEMORY = 0.95, 1.05  # of those at 32K
 
@@ -31,11 +31,17 @@ LEAST_SPEED, MOST_MEMORY = 0.95, 1.05  # of those at 32K
 def main() -> None:
     """Measures in processes of their own, prints and keeps the result; exit code 1 if the goals are missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a run's folder or a checkpoint")
+    parser.add_argument("model", type=Path, nargs="?", help="a run's folder or a checkpoint")
     parser.add_argument("--tokens", type=int, default=1024 * 1024, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process that measures
+    parser.add_argument("--report", action="store_true", help="only write the table")
     options = parser.parse_args()
+    if options.report:
+        PAGE.write()
+        return
+    if options.model is None:
+        parser.error("give the model to measure, or --report")
     if options.alone:
         print(json.dumps(measure(options.model, options.tokens)))
         return
@@ -46,7 +52,8 @@ def main() -> None:
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         print(format_run(runs[-1]), flush=True)
     result = summarise(runs, options.model.name, options.tokens)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep_result("streaming", result)
+    PAGE.write()
     print(f"speed at the end {result['speed_ratio']:.4f} of that at 32K, memory {result['memory_ratio']:.4f}")
     sys.exit(result["speed_ratio"] < LEAST_SPEED or result["memory_ratio"] > MOST_MEMORY)
 
@@ -128,6 +135,28 @@ def format_run(run: dict[str, float]) -> str:
         f"32K: {run['early_tokens_per_s']:9,.0f} tok/s {run['early_resident_mb']:7.1f} MB   end:"
         f" {run['late_tokens_per_s']:9,.0f} tok/s {run['late_resident_mb']:7.1f} MB"
     )
+
+
+def tabulate() -> str:
+    """Speed and memory after 32K tokens and near the end, a row for each run."""
+    found = json.loads((RESULTS / "streaming.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"{run['early_tokens_per_s']:,.0f}",
+            f"{run['late_tokens_per_s']:,.0f}",
+            f"{run['late_tokens_per_s'] / run['early_tokens_per_s']:.3f}",
+            f"{run['early_resident_mb']:.1f}",
+            f"{run['late_resident_mb']:.1f}",
+            f"{run['late_resident_mb'] / run['early_resident_mb']:.3f}",
+        ]
+        for run in found["runs"]
+    ]
+    end = f"{found['tokens'] // 2**20}M"
+    head = ["tokens/s at 32K", f"near {end}", "ratio", "resident MB at 32K", f"near {end}", "ratio"]
+    return as_table(head, rows)
+
+
+PAGE = ResultPage("streaming", "benchmarks/streaming.py", {"streaming": tabulate})
 
 
 if __name__ == "__main__":

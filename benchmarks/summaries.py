@@ -1,10 +1,10 @@
-"""Keeps what summaries of stories were worth, and writes the table and the picture of docs/results.md.
+"""Keeps scores of story summaries, and makes the table and the picture of docs/results/summaries.md.
 
     infini-train eval summarise runs/stories/infini --data runs/stories/test-400.jsonl --temperature 0 --out found
     python benchmarks/summaries.py found --model infini-delta --data runs/stories/test-400.jsonl
 
-ROUGE is what the test found; beside it, how many of a story's eight facts the summary states, read off its form. The
-result becomes a file in benchmarks/results/summaries/. Without a folder only table and picture are made.
+Kept are the ROUGE scores of the test and how many of a story's eight facts each summary states, read off its fixed
+form. The result becomes a file in benchmarks/results/summaries/. Without a folder, only table and picture are made.
 """
 
 import argparse
@@ -19,15 +19,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
-from page import as_table, fill_between  # noqa: E402
+from page import IMAGES, ResultPage, as_table, keep_result, load_results  # noqa: E402
 from stories import FACTS, SUMMARY  # noqa: E402
 
 from infini_train.statistics import bootstrap_ratio, format_share  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES, PAGE = ROOT / "benchmarks" / "results" / "summaries", ROOT / "docs" / "results.md"
-IMAGE = ROOT / "docs" / "images" / "summaries.png"
-BEGIN, END = "<!-- summaries table -->", "<!-- end of the summaries table -->"
 FORM = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(SUMMARY)))
 KEPT = (
     "data_sha256",
@@ -54,12 +50,9 @@ def main() -> None:
         if options.model is None or options.data is None:
             parser.error("give --model and --data with a folder")
         kept = {"name": options.model, "stories": options.data.stem, **collect(options.folder, options.data, parser)}
-        FILES.mkdir(parents=True, exist_ok=True)
-        file = FILES / f"{options.model}-{options.data.stem}.json"
-        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    found = load()
-    draw(found).savefig(IMAGE, dpi=150)
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        keep_result(f"summaries/{options.model}-{options.data.stem}", kept)
+    draw(load()).savefig(IMAGES / "summaries.png", dpi=150)
+    PAGE.write()
 
 
 def collect(folder: Path, stories: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -70,7 +63,7 @@ def collect(folder: Path, stories: Path, parser: argparse.ArgumentParser) -> dic
     if results["data_sha256"] != hashlib.sha256(stories.read_bytes()).hexdigest():
         parser.error(f"--data: {folder} is no test of {stories}")
     wanted = [read_facts(json.loads(line)["summary"]) for line in stories.read_text(encoding="utf-8").splitlines()]
-    lines = (folder / "summaries.jsonl").read_text(encoding="utf-8").splitlines()[1:]  # behind the settings
+    lines = (folder / "summaries.jsonl").read_text(encoding="utf-8").splitlines()[1:]  # after the settings
     right = []
     for line in map(json.loads, lines):
         said, truth = read_facts(line["said"]), wanted[line["number"]]
@@ -88,13 +81,7 @@ def read_facts(summary: str) -> dict[str, str]:
 
 def load() -> list[dict[str, Any]]:
     """All kept results, shorter stories first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FILES.glob("*.json"))]
-    return sorted(found, key=lambda test: (test["name"], test["book_tokens"]["mean"]))
-
-
-def fill_page(page: str, found: list[dict[str, Any]]) -> str:
-    """The page with the table between its marks written anew."""
-    return fill_between(page, BEGIN, END, tabulate(found))
+    return sorted(load_results("summaries").values(), key=lambda test: (test["name"], test["book_tokens"]["mean"]))
 
 
 def facts_of(test: dict[str, Any]) -> tuple[float, tuple[float, float]]:
@@ -104,7 +91,7 @@ def facts_of(test: dict[str, Any]) -> tuple[float, tuple[float, float]]:
 
 
 def tabulate(found: list[dict[str, Any]]) -> str:
-    """A row a model and length; then which facts, the longest stories last."""
+    """A row per model and length, then which facts; the longest stories last."""
     head = ["model", "story (tokens)", "stories", "facts, % (95 %)", "ROUGE-1", "-2", "-L", "of another story", *FACTS]
     rows = []
     for test in found:
@@ -118,7 +105,7 @@ def tabulate(found: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """Right facts against the story's length, a line a model."""
+    """Right facts against the story's length, a line per model."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(test["name"] for test in found):
@@ -133,6 +120,9 @@ def draw(found: list[dict[str, Any]]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+PAGE = ResultPage("summaries", "benchmarks/summaries.py", {"summaries": lambda: tabulate(load())})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Any long documents will do. Encodes them; trains configs/run/table2.yaml with every arm and learning rate; chooses each
 arm's rate by the validation books, and trains it with more seeds, and with other sizes of its memory. Held-out books
 are read whole, streamed. Each run becomes a file in benchmarks/results/table2/; a run whose file is there is not made
-again, so that an interrupted benchmark goes on. The tables and plots of docs/results.md are made of the files; with
---report that is all.
+again, so that an interrupted benchmark resumes. The tables and the plot of docs/results/table2.md are made from the
+files; with --report nothing else is done.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
                 make(options, run)
     from table2_report import write_report  # matplotlib is not needed before
 
-    write_report(FILES)
+    write_report()
 
 
 def parse() -> argparse.Namespace:
@@ -155,7 +155,7 @@ def make(options: argparse.Namespace, run: Run) -> None:
     places = [f"run_dir={run_dir}", f"data.train={options.out / 'data' / 'train'}"]
     sets = [word for setting in [*run.settings, *places] for word in ("--set", setting)]
     tool = [sys.executable, "-m", "infini_train.cli"]
-    was_begun = (run_dir / "metrics.jsonl").exists()  # then the time of the end tells nothing about the whole
+    was_begun = (run_dir / "metrics.jsonl").exists()  # then the final time says nothing about the whole run
     with (options.out / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen([*tool, "train", "table2", *sets], stdout=log, env=one_thread())
         _, status, usage = os.wait4(process.pid, 0)

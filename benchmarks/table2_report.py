@@ -1,6 +1,5 @@
-"""The tables and the plot of docs/results.md from the files of benchmarks/table2.py."""
+"""The tables and the plot of docs/results/table2.md from the files of benchmarks/table2.py."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
-from page import fill_between  # noqa: E402
+from page import IMAGES, ResultPage, as_table, load_results  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = ROOT / "benchmarks" / "results" / "table2"
-PAGE = ROOT / "docs" / "results.md"
-IMAGE = ROOT / "docs" / "images" / "table2_memory.png"
-BEGIN, END = "<!-- table 2: written by benchmarks/table2.py -->", "<!-- end of table 2 -->"
 ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 REFERENCE = "memorizing"  # whose memory the others are compared with, as in the paper
@@ -24,26 +18,17 @@ REFERENCE = "memorizing"  # whose memory the others are compared with, as in the
 Found = dict[str, Any]
 
 
-def write_report(files: Path = FILES) -> None:
-    """Tables into the page, and the plot beside it."""
-    found = load(files)
-    if found:
-        draw(found, IMAGE)
-    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+def write_report() -> None:
+    """Writes the tables into the page, and the plot."""
+    if found := load():
+        draw(found, IMAGES / "table2_memory.png")
+    PAGE.write()
 
 
-def load(files: Path = FILES) -> list[Found]:
+def load() -> list[Found]:
     """All runs, in the order of the arms."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files.glob("*.json"))]
+    found = load_results("table2").values()
     return sorted(found, key=lambda run: (ORDER.index(run["arm"]), run["size"], run["rate"], run["seed"]))
-
-
-def fill_page(page: str, found: list[Found]) -> str:
-    """The page with the tables between its two marks written anew."""
-    plot = "![Perplexity of the test books against the memory's bytes](images/table2_memory.png)"
-    parts = (tabulate_arms(found), plot, tabulate_sizes(found), tabulate_rates(found))
-    body = "\n\n".join(parts) if found else "No run has been finished yet."
-    return fill_between(page, BEGIN, END, body)
 
 
 def best_rate(found: list[Found], arm: str) -> str:
@@ -54,54 +39,61 @@ def best_rate(found: list[Found], arm: str) -> str:
 
 
 def chosen(found: list[Found], arm: str) -> list[Found]:
-    """The runs of an arm with its own memory and its best rate, one a seed."""
+    """The runs of an arm with its own memory size and its best rate, one per seed."""
     rate = best_rate(found, arm)
     return [run for run in found if run["arm"] == arm and not run["size"] and run["rate"] == rate]
 
 
 def arms_of(found: list[Found]) -> list[str]:
-    """Those that have a run, in order."""
+    """The arms that have a run, in order."""
     return [arm for arm in ORDER if any(run["arm"] == arm and not run["size"] for run in found)]
 
 
 def tabulate_arms(found: list[Found]) -> str:
-    """A line an arm: means over its seeds."""
+    """A row per arm: means over its seeds."""
     reference = [run["memory_numbers"] for run in found if run["arm"] == REFERENCE and not run["size"]]
-    lines = [
-        "| arm | seeds | perplexity of the test books | loss (nats a token), its range | memory (numbers) | compression"
-        " | carried (bytes) | tokens a CPU second | peak RSS (MB) | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    head = ["arm", "seeds", "perplexity of the test books", "loss (nats per token), range over seeds"]
+    head += [
+        "memory (numbers)",
+        "compression",
+        "carried (bytes)",
+        "tokens per CPU second",
+        "peak RSS (MB)",
+        "parameters",
     ]
+    rows = []
     for arm in arms_of(found):
         runs = chosen(found, arm)
         losses = [run["test"]["loss"] for run in runs]
-        perplexity = statistics.mean(run["test"]["perplexity"] for run in runs)
         speeds = [run["train_tokens_per_cpu_s"] for run in runs if run["train_tokens_per_cpu_s"]]
         numbers = runs[0]["memory_numbers"]
         spread = f", {min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else ""
-        compression = f"{reference[0] / numbers:.1f}x" if reference and numbers else "-"
-        lines.append(
-            f"| {arm} | {len(runs)} | {perplexity:.2f} | {statistics.mean(losses):.4f}{spread} |"
-            f" {numbers:,} | {compression} | {runs[0]['carried_bytes']:,} |"
-            f" {statistics.mean(speeds) if speeds else float('nan'):,.0f} |"
-            f" {max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f} | {runs[0]['parameters']:,} |"
+        rows.append(
+            [
+                *(arm, str(len(runs)), f"{statistics.mean(run['test']['perplexity'] for run in runs):.2f}"),
+                *(f"{statistics.mean(losses):.4f}{spread}", f"{numbers:,}"),
+                f"{reference[0] / numbers:.1f}x" if reference and numbers else "-",
+                f"{runs[0]['carried_bytes']:,}",
+                f"{statistics.mean(speeds) if speeds else float('nan'):,.0f}",
+                f"{max(run['train_peak_rss_bytes'] for run in runs) / 2**20:,.0f}",
+                f"{runs[0]['parameters']:,}",
+            ]
         )
-    return "\n".join(lines)
+    return as_table(head, rows)
 
 
 def tabulate_sizes(found: list[Found]) -> str:
-    """A line a size of the memory, all with the first seed."""
-    lines = [
-        "| arm | size | memory (numbers) | carried (bytes) | loss of the test books, seed 0 |",
-        "|---|---|---|---|---|",
+    """A row per memory size, all with the first seed."""
+    head = ["arm", "size", "memory (numbers)", "carried (bytes)", "loss of the test books, seed 0"]
+    rows = [
+        [
+            *(arm, run["size"] or "as above", f"{run['memory_numbers']:,}", f"{run['carried_bytes']:,}"),
+            f"{run['test']['loss']:.4f}",
+        ]
+        for arm in arms_of(found)
+        for run in by_size(found, arm)
     ]
-    for arm in arms_of(found):
-        for run in by_size(found, arm):
-            lines.append(
-                f"| {arm} | {run['size'] or 'as above'} | {run['memory_numbers']:,} | {run['carried_bytes']:,} |"
-                f" {run['test']['loss']:.4f} |"
-            )
-    return "\n".join(lines)
+    return as_table(head, rows)
 
 
 def by_size(found: list[Found], arm: str) -> list[Found]:
@@ -113,12 +105,11 @@ def by_size(found: list[Found], arm: str) -> list[Found]:
 def tabulate_rates(found: list[Found]) -> str:
     """The grid of learning rates, the same for all arms; the validation books choose."""
     rates = sorted({run["rate"] for run in found}, key=float)
-    lines = ["| loss of the validation books, seed 0 | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    rows = []
     for arm in arms_of(found):
         tried = {run["rate"]: run for run in found if run["arm"] == arm and not run["size"] and run["seed"] == 0}
-        cells = [f"{tried[rate]['validation']['loss']:.4f}" if rate in tried else "" for rate in rates]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([arm, *(f"{tried[rate]['validation']['loss']:.4f}" if rate in tried else "" for rate in rates)])
+    return as_table(["loss of the validation books, seed 0", *rates], rows)
 
 
 def draw(found: list[Found], path: Path) -> None:
@@ -149,6 +140,17 @@ def draw(found: list[Found], path: Path) -> None:
     figure.legend(fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+PAGE = ResultPage(
+    "table2",
+    "benchmarks/table2.py",
+    {
+        "the arms": lambda: tabulate_arms(load()),
+        "sizes of the memory": lambda: tabulate_sizes(load()),
+        "learning rates": lambda: tabulate_rates(load()),
+    },
+)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The documentation against the code: marked commands run, and every path, option and config field named in it exists.
 
 A shell block with ``<!-- run -->`` on the line above it is run. The blocks of one page run in order in one temporary
-folder, each in a bash of its own. In a ``console`` block every line behind ``$`` is run and must print exactly the
+folder, each in a bash of its own. In a ``console`` block every line after ``$`` is run and must print exactly the
 lines below it.
 """
 
@@ -84,7 +84,7 @@ def inline_code(prose: str) -> list[str]:
 
 
 def runs_of(block: Block) -> Iterator[tuple[str, str | None]]:
-    """Scripts of a block, each with what it must print (None: whatever it likes, but it must succeed)."""
+    """Scripts of a block, each with what it must print (None: anything, but it must succeed)."""
     if block.language != "console":
         yield block.text, None
         return
@@ -126,7 +126,7 @@ def test_the_marked_commands_run(name: str, tmp_path: Path) -> None:
 
 
 def missing_paths(codes: list[str], page: Path) -> list[str]:
-    """Those among the pieces of code that look like a file of this repository and are none."""
+    """Inline code that looks like a file of this repository but is none."""
     missing = []
     for code in codes:
         path = code.split(":")[0]
@@ -153,6 +153,13 @@ def test_a_missing_file_is_found() -> None:
     assert missing_paths(codes, ROOT / "README.md") == ["infini_train/nowhere.py", "ops/nowhere.py"]
 
 
+def test_the_picture_of_the_architecture_names_files_that_exist() -> None:
+    """Redraw it with: python docs/generate_architecture.py."""
+    figure = runpy.run_path(str(ROOT / "docs" / "generate_architecture.py"))["draw"]()
+    named = {path for text in figure.axes[0].texts for path in re.findall(r"[\w/]+\.py", text.get_text())}
+    assert "ops/memory.py" in named and missing_paths(sorted(named), ROOT / "docs" / "architecture.md") == []
+
+
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", split_page(text)[0], flags=re.MULTILINE)
@@ -161,7 +168,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_links_resolve(name: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", read_page(name)[0]):
+    for target in re.findall(r"(?:\]\(|<img src=\")([^)\s\"]+)", read_page(name)[0]):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -260,7 +267,7 @@ SECTIONS = {path.split(".")[0] for path in FIELDS if "." in path}
 
 
 def unknown_fields(codes: list[str]) -> list[str]:
-    """Those among the pieces of code that look like a config field and are none."""
+    """Inline code that looks like a config field but is none."""
     found = []
     for code in codes:
         path = re.fullmatch(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:[=:].*)?", code.removeprefix("--set "))
@@ -282,14 +289,14 @@ def test_an_unknown_field_is_found() -> None:
 
 
 def test_the_configuration_page_is_that_of_the_schema() -> None:
-    """Mend it with: python docs/generate_configuration.py."""
+    """Regenerate with: python docs/generate_configuration.py."""
     generator = runpy.run_path(str(ROOT / "docs" / "generate_configuration.py"))
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == generator["render"]()
     rows = re.findall(r"^\| `(\S+)` \| (.+?) \| (.+?) \| (.*) \|$", page, flags=re.MULTILINE)
     sections = {path for path in FIELDS if any(field.startswith(f"{path}.") for field in FIELDS)}
     assert {path.replace("[]", "") for path, *_ in rows} == FIELDS - sections  # [] marks each of a list
-    assert not [path for path, *_, meaning in rows if not meaning], "a comment behind the field says what it means"
+    assert not [path for path, *_, meaning in rows if not meaning], "a comment after the field says what it means"
 
 
 def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:

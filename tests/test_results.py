@@ -1,14 +1,22 @@
-"""The generated parts of docs/results.md against the files that they come from."""
+"""The generated parts of the pages in docs/results/ against the kept results that they come from."""
 
 import argparse
 import json
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "results"
+PROGRAMS = (
+    *("passkey", "needles", "summaries", "table2_report", "context", "recall", "capacity", "streaming"),
+    *("plan_report", "context_parallel", "data"),
+)
+MARK = re.compile(r"^<!-- (.+): written by (benchmarks/\w+\.py) -->$", flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,28 +28,53 @@ def beside() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def passkey() -> dict[str, object]:
-    return runpy.run_path(str(ROOT / "benchmarks" / "passkey.py"))
+def programs() -> dict[str, dict[str, Any]]:
+    return {name: runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")) for name in PROGRAMS}
 
 
-def test_the_passkey_tables_are_those_of_the_files(passkey):
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), passkey["load"]()
-    assert found and passkey["fill_page"](page, found) == page, "run python benchmarks/passkey.py"
-    assert page.count("\n| passkey") >= len(found)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_tables_are_those_of_the_files(programs, name):
+    page = programs[name]["PAGE"]
+    text = page.path.read_text(encoding="utf-8")
+    assert page.render() == text, f"run python {page.program}, with --report if it has that"
+    assert text.count("\n| ") >= 2 * len(page.blocks)
 
 
-@pytest.fixture(scope="module")
-def table2() -> dict[str, object]:
-    return runpy.run_path(str(ROOT / "benchmarks" / "table2_report.py"))
+def test_every_block_has_its_program(programs):
+    written = {(page.name, block) for page in (each["PAGE"] for each in programs.values()) for block in page.blocks}
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
+    assert {(path.stem, block) for path, text in pages.items() for block, _ in MARK.findall(text)} == written
+    assert all((ROOT / program).is_file() for text in pages.values() for _, program in MARK.findall(text))
 
 
-def test_table_2_is_that_of_the_files(table2):
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), table2["load"]()
-    assert table2["fill_page"](page, found) == page, "run python benchmarks/table2.py --report"
+def test_a_block_is_replaced_and_nothing_else(programs):
+    from page import fill_between
+
+    assert fill_between("before\n<b>\nold\n<e>\nafter\n", "<b>", "<e>", "new") == "before\n<b>\n\nnew\n\n<e>\nafter\n"
+    with pytest.raises(AssertionError, match="needs <b> and <e> once"):
+        fill_between("before\n<b>\nafter\n", "<b>", "<e>", "new")
 
 
-def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
+def test_every_kept_passkey_test_is_in_one_row(programs):
+    passkey = programs["passkey"]
+    found = passkey["load"]()
+    tables = [passkey["tabulate_tests"](found, convolution) for convolution in (True, False)]
+    rows = [row.split(" | ") for table in tables for row in table.splitlines()[2:]]
+    assert sum(int(row[0].removeprefix("| ")) for row in rows) == len(found)
+    exact = sum(length["exact"] for kept in found for length in kept["test"]["lengths"])
+    assert sum(int(row[-1].split("/")[0].replace(",", "")) for row in rows) == exact
+
+
+def test_every_kept_needle_test_is_in_the_table(programs):
+    table = programs["needles"]["tabulate"]()
+    tests = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results" / "needles").glob("*.json")]
+    asked = sum(cell["samples"] for test in tests for cell in test["cells"])
+    assert sum(int(samples) for samples in re.findall(r"\d+/(\d+): ", table)) == asked
+
+
+def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(programs):
     """Not by the test books, and not by other sizes of the memory or other seeds."""
+    table2 = programs["table2_report"]
 
     def run(rate: str, validation: float, test: float, seed: int = 0, size: str = "") -> dict[str, object]:
         losses = {"validation": {"loss": validation}, "test": {"loss": test, "perplexity": 2.0}}
@@ -54,8 +87,6 @@ def test_the_rate_of_an_arm_is_chosen_by_the_validation_books(table2):
     assert [each["test"]["loss"] for each in table2["chosen"](found, "rmt")] == [4.0, 5.0]
     row = table2["tabulate_arms"](found).splitlines()[-1]
     assert "| rmt | 2 |" in row and "4.5000, 4.0000 to 5.0000" in row
-    page = table2["fill_page"](f"before\n{table2['BEGIN']}\n{table2['END']}\nafter\n", found)
-    assert page.startswith("before\n") and page.endswith("\nafter\n") and row in page
 
 
 def test_kept_files_name_no_machine():
@@ -65,30 +96,8 @@ def test_kept_files_name_no_machine():
         assert "/tmp" not in text and "/home" not in text
 
 
-def test_the_tables_of_harder_memory_are_those_of_the_files():
-    needles = runpy.run_path(str(ROOT / "benchmarks" / "needles.py"))
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert needles["fill_page"](page) == page, "run python benchmarks/needles.py"
-    assert page.count(" table -->\n\n| ") >= 2
-
-
-def test_the_recall_table_is_that_of_the_files():
-    recall = runpy.run_path(str(ROOT / "benchmarks" / "recall.py"))
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), recall["load"]()
-    assert found and recall["fill_page"](page, found) == page, "run python benchmarks/recall.py --report"
-
-
-@pytest.fixture(scope="module")
-def context() -> dict[str, object]:
-    return runpy.run_path(str(ROOT / "benchmarks" / "context.py"))
-
-
-def test_the_context_tables_are_those_of_the_files(context):
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), context["load"]()
-    assert found and context["fill_page"](page, found) == page, "run python benchmarks/context.py"
-
-
-def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys):
+def test_context_tests_of_other_books_or_targets_share_no_table(programs, capsys):
+    context = programs["context"]
     plan = dict.fromkeys(context["PLAN"], 1)
     parser = argparse.ArgumentParser()
     context["check_alike"]({"a": plan, "b": dict(plan)}, parser)
@@ -97,10 +106,8 @@ def test_context_tests_of_other_books_or_targets_share_no_table(context, capsys)
     assert "b.json: other targets than a.json; test both alike, or remove one" in capsys.readouterr().err
 
 
-def test_the_table_of_summaries_is_that_of_the_files():
-    summaries = runpy.run_path(str(ROOT / "benchmarks" / "summaries.py"))
-    page, found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), summaries["load"]()
-    assert found and summaries["fill_page"](page, found) == page, "run python benchmarks/summaries.py"
+def test_facts_are_read_off_a_summary(programs):
+    summaries = programs["summaries"]
     said = "Otto, a mason of Basel, set out in Easter with Emil and a dog and found the lost iron map."
     assert list(summaries["read_facts"](said).values()) == [
         "Otto",
@@ -113,3 +120,26 @@ def test_the_table_of_summaries_is_that_of_the_files():
         "map",
     ]
     assert summaries["read_facts"](said.replace("lost ", "")) == {}
+
+
+def test_the_front_page_fits_and_leads_to_every_page():
+    front = (PAGES / "README.md").read_text(encoding="utf-8")
+    assert len(front.splitlines()) < 100
+    assert {path.name for path in PAGES.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", front))
+
+
+def test_headline_numbers_are_those_of_the_files(programs):
+    """Front page and planner page; other numbers in prose are up to whoever changes a result."""
+    front = (PAGES / "README.md").read_text(encoding="utf-8")
+    errors = json.loads((ROOT / "benchmarks" / "results" / "plan" / "errors.json").read_text(encoding="utf-8"))
+    memory, time = re.findall(r"largest ([\d.]+)%", programs["plan_report"]["summary"](errors))[:2]
+    published = max(abs(run["predicted"] / run["published"] - 1) for run in errors["published"])
+    assert f"memory within {memory} %, time within {time} %" in front
+    assert f"off by up to {published:.1%}".replace("%", " %") in front
+    plan = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"within {memory} % and step time within {time} %" in plan.replace("\n", " ")
+    found = [kept for kept in programs["passkey"]["load"]() if kept["run"].get("conv_tokens")]
+    paper = [length for kept in found if kept["test"]["wording"] == "paper" for length in kept["test"]["lengths"]]
+    for name, lengths in (("up to 128K", range(2**17 + 1)), ("at 512K and 1M", range(2**18, 2**20 + 1))):
+        exact, asked = (sum(x[key] for x in paper if x["length_tokens"] in lengths) for key in ("exact", "samples"))
+        assert f"{exact:,} of {asked:,}" in front and name in front

@@ -230,7 +230,7 @@ def test_the_tables_of_the_docs_are_those_of_the_code() -> None:
     page = (root / "docs" / "slurm.md").read_text(encoding="utf-8")
     assert sizes["fill"](page) == page
     errors = json.loads((root / "benchmarks" / "results" / "plan" / "errors.json").read_text(encoding="utf-8"))
-    page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "results" / "plan.md").read_text(encoding="utf-8")
     for name, case in errors["cases"].items():
         assert f"| {name} | {case['set']} | {case['processes']} |" in page
 
