@@ -34,7 +34,7 @@ ROOMS = {
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config"},
+    "data_tools": {"data", "config", "command_line"},
     "launch": {"config"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}

@@ -98,10 +98,10 @@ def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
 
 
 def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
-    return _to_bytes({**note, _CHECKSUM: document_checksum(note, tokens)})
+    return encode_metadata({**note, _CHECKSUM: document_checksum(note, tokens)})
 
 
-def _to_bytes(note: Mapping[str, Any]) -> bytes:
+def encode_metadata(note: Mapping[str, Any]) -> bytes:
     """As JSON, which can hold half a surrogate pair (of a file's name, say); UTF-8 can't."""
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
@@ -109,7 +109,7 @@ def _to_bytes(note: Mapping[str, Any]) -> bytes:
 def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:
     """crc32 over the ids as they are stored and over the metadata, but for its own checksum."""
     note = {key: value for key, value in metadata.items() if key != _CHECKSUM}
-    return zlib.crc32(_to_bytes(note), zlib.crc32(tokens.view(np.uint8).data))
+    return zlib.crc32(encode_metadata(note), zlib.crc32(tokens.view(np.uint8).data))
 
 
 class _Shard:
