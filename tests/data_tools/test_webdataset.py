@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -24,6 +27,7 @@ from data_tools.storage import _expand_braces, find_files
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import hash_file
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [f"Text {i}: grün\n" * (1 + i % 7) for i in range(40)]
 
 
@@ -199,3 +203,32 @@ def test_a_plan_that_names_another_command_is_refused(tmp_path, monkeypatch) -> 
     tasks.write_text(tasks.read_text().replace("cat", "tac"))
     with pytest.raises(ConfigError, match=r"tasks.jsonl: is not the plan of these sources"):
         encode_corpus([source], "byte", tmp_path / "set")
+
+
+@pytest.mark.parametrize(("nodes", "workers", "max_shard_bytes"), [(2, 2, 10_000), (3, 1, 10_000), (2, 2, 10**6)])
+def test_the_documented_pipeline_reads_each_document_once(tmp_path, nodes, workers, max_shard_bytes) -> None:
+    """The script of docs/data.md, in a process for each node with its workers; also with fewer shards than workers."""
+    rows = [{"id": f"k{i}", "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = EncodeOptions(max_shard_bytes=max_shard_bytes)
+    encode_corpus([str(tmp_path / "a.jsonl")], "byte", tmp_path / "shards", options)
+    assert (len(list((tmp_path / "shards").glob("*.tar"))) >= nodes * workers) is (max_shard_bytes == 10_000)
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"cat > read_shards.py <<'EOF'\n(.*?)\nEOF\n", page, flags=re.DOTALL)
+    (tmp_path / "read_shards.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "read_shards.py", str(workers)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(nodes)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(nodes)
+    ]
+    found = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0] * nodes
+    expected = [f"k{i} {len(text.encode())}" for i, text in enumerate(TEXTS)]
+    assert sorted(line for lines in found for line in lines) == sorted(expected)
+    assert max_shard_bytes > 10_000 or all(found)
