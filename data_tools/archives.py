@@ -114,7 +114,7 @@ def _parse_npy(data: bytes) -> np.ndarray:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header, or a missing one, for the end of the archive."""
+    """Raises where plain tarfile takes a damaged or missing header for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

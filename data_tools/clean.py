@@ -38,7 +38,7 @@ class CleanOptions(JobOptions):
 
     filters: FilterOptions = FilterOptions()
     dedup: bool = False  # leave out texts that equal an earlier one
-    near_dedup: float = 0.0  # and texts that share this share of their shingles with an earlier one; 0: don't
+    near_dedup: float = 0.0  # and texts that have this share of shingles in common with an earlier one; 0: keep them
     task_bytes: int = _TASK_BYTES
 
 
@@ -119,7 +119,7 @@ def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str
 
 
 def read_report(out: Path) -> Report:
-    """What the report of a cleaned corpus says."""
+    """The report of a cleaned corpus."""
     tree = json.loads((out / REPORT_FILE).read_bytes())
     left_out = LeftOut.from_json(tree["left_out"])
     return Report(documents=tree["documents"], bytes=tree["bytes"], left_out=left_out, changed=tree["changed"])

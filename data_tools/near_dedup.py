@@ -245,7 +245,7 @@ def _submit(
 
 
 def _job_name(folder: Path, step: str) -> str:
-    """The same for the same work, so that its jobs are found in the queue."""
+    """The name of a step's job: fixed for the same work, so that its jobs are found in the queue."""
     return f"near-dedup-{step}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 

@@ -20,7 +20,7 @@ from data_tools.problems import SettingError
 from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
-_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any part of such a file
+_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any range of such a file
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
 _TASK_RANGES = 10_000  # at most, since a task's list is held in memory
@@ -63,7 +63,7 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
 
 
 class Plan:
-    """The tasks of a command, as they lie in its folder.
+    """The tasks of a command, as stored in its folder.
 
     Attributes:
         sizes: bytes of each task.
@@ -95,7 +95,7 @@ class Plan:
 def make_plan(
     folder: Path, sources: list[str], command: Mapping[str, Any], largest: int, format: str | None = None
 ) -> Plan:
-    """Write the plan into a folder, or check that it is the one that lies there.
+    """Write the plan into a folder, or check that it equals the one there.
 
     Args:
         folder: of unfinished work; it exists.

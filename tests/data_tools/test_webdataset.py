@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from webdataset.shardlists import expand_urls
 
 from data_tools import plan
+from data_tools.clean import CleanOptions, clean_corpus
 from data_tools.documents import ReadOptions
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus
 from data_tools.pipes import split_command
@@ -124,6 +125,16 @@ def test_each_pipe_is_a_task_and_a_stopped_run_repeats_only_what_is_missing(tmp_
     assert log.read_text().split() == ["000", "001", "002", "003"]
     assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
     assert len(list(plan.plan_tasks(find_files([source]), 10**9))) == 4
+
+
+def test_every_reading_runs_the_command_again(tmp_path) -> None:
+    """Cleaning with deduplication reads twice; a pattern gives the same texts."""
+    write_tars(tmp_path / "web")
+    for name, source in (("pipe", f"pipe:cat {tmp_path}/web/corpus-{{000..003}}.tar"), ("files", tmp_path / "web")):
+        report = clean_corpus([str(source)], tmp_path / name, CleanOptions(dedup=True))
+        assert report.documents == len(TEXTS)
+    texts = [[document.text for document in documents([tmp_path / name])] for name in ("pipe", "files")]
+    assert texts[0] == texts[1] == TEXTS
 
 
 @pytest.mark.parametrize("code", ["print('x'); raise SystemExit(3)", "raise SystemExit(3)"])
