@@ -37,6 +37,7 @@ from data_tools.duplicates import NearKeys
 from data_tools.job import JobOptions
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut, SettingError
+from data_tools.progress import elapsed_time
 from data_tools.readers import Reader
 from data_tools.tasks import do_task
 from data_tools.workplace import Workplace
@@ -116,7 +117,7 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
             return _submit(folder, steps, tasks, options.slurm)
         if missing:
             _run_here(folder, steps, tasks, options.workers)
-        with workplace.last_step() as is_mine, explain_disk_errors(out):
+        with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("collect the parts"):
             if is_mine:
                 publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
     return read_report(out)

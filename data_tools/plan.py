@@ -17,6 +17,7 @@ import numpy as np
 from data_tools.documents import FileRange
 from data_tools.pipes import is_pipe
 from data_tools.problems import SettingError
+from data_tools.progress import elapsed_time
 from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
@@ -111,7 +112,8 @@ def make_plan(
     aside = folder / f".plan-{uuid.uuid4().hex[:8]}"
     files, tasks, options = (aside.with_name(aside.name + suffix) for suffix in ("-files", "-tasks", "-command"))
     try:
-        total = _write_lines(files, find_files(sources))
+        with elapsed_time("list the sources"):
+            total = _write_lines(files, find_files(sources))
         tasks_of = plan_tasks(_read_files(files), task_bytes(total, largest), format)
         _write_lines(tasks, tasks_of)
         options.write_text(json.dumps({"sources": sources, **command}, indent=1) + "\n", encoding="utf-8")
