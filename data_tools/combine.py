@@ -42,7 +42,7 @@ def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = F
     for path, manifest in zip(paths, manifests, strict=True):
         for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
             if getattr(manifest, name) != getattr(manifests[0], name):
-                raise ConfigError(f"{path}: has a different {name} from {paths[0]}; encode it with the same tokenizer")
+                raise ConfigError(f"{path}: has another {name} than {paths[0]}; encode it with the same tokenizer")
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
             raise ConfigError(f"{path}: was encoded with another tokenizer than {paths[0]}; encode it again")
     shards: list[ShardEntry] = []
