@@ -2,6 +2,7 @@
 
 import errno
 import io
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ from typing import Any, BinaryIO, cast
 from infini_train.config.errors import ConfigError
 
 PREFIX = "pipe:"
-_OPERATORS = set("();<>|&")
+_OPERATORS = re.compile(r"[();<>|&]+")
+_QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _PATIENCE_S = 5.0  # for a command to end when its output is no longer wanted
 
 
@@ -32,15 +34,18 @@ def split_command(source: str) -> list[str]:
         raise ConfigError(f"{source}: {str(error).lower()}") from error
     if not words:
         raise ConfigError(f"{source}: names no program; write it as in 'pipe:zcat corpus.tar.gz'")
-    scan = shlex.shlex(command, posix=False, punctuation_chars=True)  # quoted words keep their quotes
-    scan.whitespace_split = True
-    operators = [word for word in scan if set(word) <= _OPERATORS]
-    if operators:
-        hint = "put it into a script and run that"
-        raise ConfigError(f"{source}: {operators[0]} needs a shell, and a pipe: source runs one program; {hint}")
+    if operator := _shell_operator(command):
+        hint = "quote it, or put the pipeline into a script"
+        raise ConfigError(f"{source}: {operator} needs a shell, and a pipe: source runs one program; {hint}")
     if shutil.which(words[0]) is None:
         raise ConfigError(f"{source}: no program {words[0]} found")
     return words
+
+
+def _shell_operator(command: str) -> str | None:
+    """The first operator of a shell outside quotations, which would otherwise become an argument unnoticed."""
+    found = _OPERATORS.search(_QUOTED.sub(" ", command))
+    return found[0] if found else None
 
 
 def open_pipe(source: str) -> BinaryIO:

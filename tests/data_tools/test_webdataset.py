@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from data_tools import plan
 from data_tools.clean import CleanOptions, clean_corpus
 from data_tools.documents import ReadOptions
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus
-from data_tools.pipes import split_command
+from data_tools.pipes import _shell_operator, split_command
 from data_tools.problems import LeftOut
 from data_tools.readers import documents
 from data_tools.storage import _expand_braces, find_files
@@ -186,6 +187,28 @@ def test_what_needs_a_shell_is_refused_before_anything_runs(tmp_path, monkeypatc
 def test_quoted_operators_and_substitutions_are_plain_arguments() -> None:
     words = ["echo", "|", "a;b", "$(touch", "x)", "`y`", "$HOME", "*"]
     assert split_command("pipe:echo '|' \"a;b\" '$(touch' 'x)' `y` $HOME *") == words
+    command = 'pipe:echo --opt="a; \'b" c\\;d'
+    assert split_command(command) == ["echo", "--opt=a; 'b", "c;d"]
+
+
+@given(st.text(st.sampled_from("ab \\'\"|;&>"), max_size=12))
+def test_operators_are_seen_exactly_outside_quotations(text) -> None:
+    try:
+        shlex.split(text)
+    except ValueError:
+        return
+    outside, quote = [], ""
+    characters = iter(text)
+    for character in characters:
+        if character == "\\" and quote != "'":
+            next(characters, None)
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            outside.append(character)
+    assert (_shell_operator(text) is not None) == any(c in "|;&>" for c in outside)
 
 
 def test_a_file_that_is_named_like_a_command_is_never_run(tmp_path, monkeypatch) -> None:
