@@ -1,20 +1,24 @@
-"""Documents from WebDataset tars, and from the token files of Megatron's preprocess_data."""
+"""Documents from WebDataset tars (of text or of token ids), and from the token files of Megatron's preprocess_data."""
 
+import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from data_tools.readers import Document, Meter, Piece, Reader
+from data_tools.documents import Document, FileRange, Meter, Records
+from data_tools.pipes import is_pipe
 from data_tools.storage import decompress, index_of, open_raw
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _MEGATRON_HEADER_BYTES = 34
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class _Member(NamedTuple):
@@ -23,99 +27,157 @@ class _Member(NamedTuple):
     data: bytes
 
 
-def tar_documents(reader: Reader, piece: Piece) -> Iterator[Document]:
-    """The samples of a WebDataset tar: members of one name up to the first dot, one behind the other.
+def tar_documents(records: Records, part: FileRange) -> Iterator[Document]:
+    """The samples of a WebDataset tar: consecutive members whose names agree up to the first dot.
 
-    The text is the member .txt, or the text field of the member .json; other fields and the id come from .json.
-    Nothing is unpacked to the disk.
+    The text is the member .txt, or the text field of the member .json. A sample without text is one of token ids: the
+    member .npy (integers, 1-D), or a .json that is a list of integers. Other fields and the id come from .json.
+    Nothing is unpacked to the disk, and nothing is unpickled.
     """
-    for key, group in groupby(_members(reader, piece), key=lambda member: member.key):
-        members = {member.extension: member.data for member in group}
-        where = f"{piece.path}: {key}"
-        row: Any = {}
-        if "json" in members:
-            text = reader.decode(members["json"], where)
-            if text is None:
-                continue
+    for key, members in _samples(records, part):
+        where = f"{part.path}: {key}"
+        if "json" not in members:
+            row: Any = {}
+        elif (text := records.decode(members["json"], where)) is None:
+            continue
+        else:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
-                reader.left_out.bad(where, f"the .json member is not valid JSON: {error}", "mend it")
+                records.left_out.bad(where, f"the .json member is not valid JSON: {error}", "fix it")
                 continue
-        if "txt" in members:
-            text = reader.decode(members["txt"], where)
-            if text is None:
-                continue
-            row = {**(row if isinstance(row, dict) else {}), reader.options.text_field: text}
-        elif "json" not in members:
-            reader.left_out.bad(where, f"has no .txt or .json member but {' '.join(sorted(members))}", "mend it")
-            continue
-        document = reader.row_document(row, where, f"{piece.id}:{key}", piece.source)
+        document = _sample_document(records, members, row, (where, f"{part.id}:{key}", part.source))
         if document is not None:
             yield document
 
 
+def _samples(records: Records, part: FileRange) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members (by their lower-case extensions) of each sample."""
+    key, members = None, dict[str, bytes]()
+    for member in _members(records, part):
+        if member.key != key:
+            if key is not None:
+                yield key, members
+            key, members = member.key, {}
+        if member.extension in members:
+            problem = f"two members .{member.extension} follow each other"
+            records.left_out.bad(f"{part.path}: {key}", problem, "name each sample differently")
+            continue
+        members[member.extension] = member.data
+    if key is not None:
+        yield key, members
+
+
+def _sample_document(
+    records: Records, members: dict[str, bytes], row: Any, place: tuple[str, str, str]
+) -> Document | None:
+    """The document of a sample; None if it is bad. `place` is where it lies, its id by place, and its source."""
+    where, place_id, source = place
+    fields = row if isinstance(row, dict) else {}
+    if "txt" in members:
+        text = records.decode(members["txt"], where)
+        if text is None:
+            return None
+        return records.row_document({**fields, records.options.text_field: text}, where, place_id, source)
+    has_npy = "npy" in members and records.options.text_field not in fields
+    if has_npy or (isinstance(row, list) and row and all(type(item) is int for item in row)):
+        try:
+            tokens = _parse_npy(members["npy"]) if has_npy else np.array(row, np.int64)
+        except (ValueError, OverflowError) as error:
+            kind = ".npy" if has_npy else ".json"
+            records.left_out.bad(where, f"the {kind} member holds no token ids: {error}", "fix it")
+            return None
+        return Document(records.name_of(fields, place_id), "", source, records.metadata_of(fields), tokens)
+    if "json" not in members:
+        problem = f"has no .txt, .json or .npy member but {' '.join(sorted(members))}"
+        records.left_out.bad(where, problem, "write text as .txt or .json, token ids as .npy or .json")
+        return None
+    return records.row_document(row, where, place_id, source)
+
+
+def _parse_npy(data: bytes) -> np.ndarray:
+    """The integers, 1-D, of a .npy file; nothing is unpickled, and no more memory is taken than `data` has.
+
+    Raises:
+        ValueError: it is something else, or not whole.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f"version {version[0]}.{version[1]} of the format")
+    shape, _, dtype = _NPY_HEADERS[version](file)
+    if dtype.kind not in "iu" or len(shape) != 1:
+        raise ValueError(f"an array {shape} of {dtype}, not integers in one dimension")
+    if len(data) - file.tell() != shape[0] * dtype.itemsize:
+        raise ValueError("its size differs from its header's")
+    return np.frombuffer(data, dtype, shape[0], file.tell())
+
+
 class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header, or none where one is due, for the end of the archive."""
+    """Raises where plain tarfile takes a damaged or missing header for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark of the end
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the true end
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
 
-def _members(reader: Reader, piece: Piece) -> Iterator[_Member]:
-    with open_raw(piece.path) as raw:
-        meter = Meter(raw, reader.advance)
+def _members(records: Records, part: FileRange) -> Iterator[_Member]:
+    with open_raw(part.path) as raw:
+        meter = Meter(raw, records.advance)
         try:
-            with tarfile.open(fileobj=decompress(raw, piece.path), mode="r|", tarinfo=_StrictHeader) as tar:
+            with tarfile.open(fileobj=decompress(raw, part.path), mode="r|", tarinfo=_StrictHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                    meter.tell()
+                    meter.update(member.size)
                     path = PurePosixPath(member.name)
-                    where = f"{piece.path}: {member.name!r}"
+                    where = f"{part.path}: {member.name!r}"
                     if path.is_absolute() or ".." in path.parts:
-                        reader.left_out.bad(where, "leads out of the archive", "remove it")
+                        records.left_out.bad(where, "leads out of the archive", "remove it")
                     elif not member.isfile():
                         if not member.isdir():
-                            reader.left_out.bad(where, "is a link or device, not a file", "remove it")
-                    elif member.size > reader.options.max_record_bytes:
-                        reader.too_long(where)
-                    elif not path.name.startswith("."):
+                            records.left_out.bad(where, "is a link or device, not a file", "remove it")
+                    elif member.size > records.options.max_record_bytes:
+                        records.too_long(where)
+                    elif not path.name.startswith(".") and not _META_MEMBER.match(member.name):
                         file = tar.extractfile(member)
                         assert file is not None  # it is a file
                         base, _, extension = path.name.partition(".")
-                        yield _Member(str(path.with_name(base)), extension, file.read())
+                        yield _Member(str(path.with_name(base)), extension.lower(), file.read())
         except tarfile.TarError as error:
-            reader.left_out.bad(piece.path, f"is not a whole tar file: {error}", "copy it again")
+            records.left_out.bad(part.path, f"is not a whole tar file: {error}", "copy it again")
+            return
+        if is_pipe(part.path):  # its exit status comes after its last byte
+            while raw.read(1 << 20):
+                pass
 
 
-def megatron_documents(reader: Reader, piece: Piece) -> Iterator[Document]:
+def megatron_documents(records: Records, part: FileRange) -> Iterator[Document]:
     """The documents of a .bin and its .idx as token ids; their text is empty."""
-    index_path = index_of(piece.path)
+    index_path = index_of(part.path)
     with open_raw(index_path) as file:
         data = file.read()
     try:
         dtype, starts, lengths, bounds = _parse_index(data)
     except ValueError as error:
-        reader.left_out.bad(index_path, f"is not a whole index of Megatron's: {error}", "copy it again")
+        records.left_out.bad(index_path, f"is not a whole index of Megatron's: {error}", "copy it again")
         return
-    with open_raw(piece.path) as tokens:
+    with open_raw(part.path) as tokens:
         for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            parts = []
+            chunks = []
             for start, length in zip(starts[first:last], lengths[first:last], strict=True):
                 tokens.seek(int(start))
-                parts.append(tokens.read(int(length) * dtype.itemsize))
-            data = b"".join(parts)
-            reader.advance(len(data))
+                chunks.append(tokens.read(int(length) * dtype.itemsize))
+            data = b"".join(chunks)
+            records.advance(len(data))
             if len(data) != lengths[first:last].sum() * dtype.itemsize:
-                reader.left_out.bad(piece.path, f"ends in document {number}", "copy it again")
+                records.left_out.bad(part.path, f"ends in document {number}", "copy it again")
                 return
-            yield Document(f"{piece.id}:{number}", "", piece.source, {}, np.frombuffer(data, dtype))
+            yield Document(f"{part.id}:{number}", "", part.source, {}, np.frombuffer(data, dtype))
 
 
 def _parse_index(data: bytes) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.ndarray]:

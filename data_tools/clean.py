@@ -1,4 +1,4 @@
-"""Clean a corpus: JSON lines of the texts that stay, for the tokenizer and for encoding; every change is counted."""
+"""Clean a corpus: the texts that stay, as JSON lines for the tokenizer and for encoding; every change is counted."""
 
 import dataclasses
 import json
@@ -12,19 +12,21 @@ from typing import Any
 
 import zstandard
 
+from data_tools.documents import Document
 from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
 from data_tools.filters import FilterOptions, Filters
 from data_tools.job import JobOptions, all_older
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut
-from data_tools.readers import Document, Reader
+from data_tools.progress import elapsed_time
+from data_tools.readers import Reader
 from data_tools.storage import find_files
 from data_tools.tasks import finished_tasks, run_tasks, task_folder
 from data_tools.workplace import Workplace
 from infini_train import __version__
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
-from infini_train.data.writer import explain_disk_errors
+from infini_train.data.writer import TargetExistsError, explain_disk_errors
 
 REPORT_FILE = "report.json"
 _RECORD_FILE, _PART_FILE = "record.json", "part.jsonl.zst"
@@ -36,14 +38,14 @@ class CleanOptions(JobOptions):
     """How to clean; the results depend on `read` and the first four alone."""
 
     filters: FilterOptions = FilterOptions()
-    dedup: bool = False  # leave out texts that were there before
-    near_dedup: float = 0.0  # and texts that share so many of their shingles with one before; 0: don't
+    dedup: bool = False  # leave out texts that equal an earlier one
+    near_dedup: float = 0.0  # and texts that have this share of shingles in common with an earlier one; 0: keep them
     task_bytes: int = _TASK_BYTES
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """This part is done, and others are not: with looking for duplicates, or with writing."""
+    """This part is done and others are not: with looking for duplicates, or with writing."""
 
     for_duplicates: bool
 
@@ -59,10 +61,10 @@ class Report:
 
 
 def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions) -> Report | Waiting:
-    """Write the cleaned documents to `out` as part-00000.jsonl.zst and so on, in their order, with a report.
+    """Write the cleaned documents to `out` as part-00000.jsonl.zst and so on, in order, with a report.
 
-    What is unfinished goes on in the next call, as in encoding. Looking for duplicates reads the corpus twice; then
-    parts are called twice, too: the last one to finish its first reading goes on by itself.
+    The next call resumes unfinished work, as in encoding. Looking for duplicates reads the corpus twice; then parts are
+    called twice, too: the last one to finish its first reading goes on by itself.
 
     Returns:
         The report, or what other parts have to do.
@@ -80,14 +82,14 @@ def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions)
     try:
         return _clean(sources, out, command, options)
     except (ConfigError, FileNotFoundError):
-        # The other parts have finished without this one: it has no task, or was started again behind its last.
+        # The other parts have finished without this one: it has no task, or was restarted after its last one.
         if options.part is None or options.overwrite or not _is_there(out, sources, command):
             raise
         return read_report(out)
 
 
 def _clean(sources: list[str], out: Path, command: dict[str, Any], options: CleanOptions) -> Report | Waiting:
-    Filters(options.filters)  # complains now of what is not installed
+    Filters(options.filters)  # raises now if something is not installed
     near = NearKeys(options.near_dedup) if options.near_dedup else None
     check_clean_target(out, options.overwrite)
     workplace = Workplace(out, restart=options.restart, part=options.part)
@@ -98,14 +100,14 @@ def _clean(sources: list[str], out: Path, command: dict[str, Any], options: Clea
         run_tasks(folder, plan, CleanWork(folder, options), workers=options.workers, part=options.part, label="clean")
         if len(finished_tasks(folder)) < len(plan):
             return Waiting(for_duplicates=False)
-        with workplace.last_step() as is_mine, explain_disk_errors(out):
+        with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("collect the parts"):
             if is_mine:
                 publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
     return read_report(out)
 
 
 def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str, Any]) -> None:
-    """The parts of all tasks become the result, with a report that also tells `about` it.
+    """The parts of all tasks become the result, with a report that includes `about`.
 
     Raises:
         ConfigError: no document stays, or too many records are bad.
@@ -118,14 +120,14 @@ def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str
 
 
 def read_report(out: Path) -> Report:
-    """What the report of a cleaned corpus says."""
+    """The report of a cleaned corpus."""
     tree = json.loads((out / REPORT_FILE).read_bytes())
     left_out = LeftOut.from_json(tree["left_out"])
     return Report(documents=tree["documents"], bytes=tree["bytes"], left_out=left_out, changed=tree["changed"])
 
 
 def _is_there(out: Path, sources: list[str], command: dict[str, Any]) -> bool:
-    """Whether this very command has cleaned these sources as they are now."""
+    """Whether this same command has cleaned these sources as they are now."""
     path = out / REPORT_FILE
     if not path.is_file():
         return False
@@ -138,6 +140,7 @@ def check_clean_target(out: Path, overwrite: bool) -> None:
     """The folder may become a cleaned corpus.
 
     Raises:
+        TargetExistsError: it holds one, and `overwrite` is off.
         ConfigError: it holds something else.
     """
     if out.exists() and not out.is_dir():
@@ -147,11 +150,11 @@ def check_clean_target(out: Path, overwrite: bool) -> None:
     if not (out / REPORT_FILE).is_file():
         raise ConfigError(f"{out}: is not empty and not a cleaned corpus; choose another folder")
     if not overwrite:
-        raise ConfigError(f"{out}: a cleaned corpus is there already; choose another folder, or pass --overwrite")
+        raise TargetExistsError(f"{out}: a cleaned corpus is there already; choose another folder")
 
 
 def _look_for_duplicates(workplace: Workplace, plan: Plan, options: CleanOptions, near: NearKeys | None) -> bool:
-    """Whether all is known: parts that are not done yet leave it open."""
+    """Whether all duplicates are found: not while other parts are at work."""
     folder = workplace.folder
     keys = folder / "keys"
     keys.mkdir(exist_ok=True)
@@ -160,7 +163,7 @@ def _look_for_duplicates(workplace: Workplace, plan: Plan, options: CleanOptions
     if len(finished_tasks(keys)) < len(plan):
         return False
     places = [task_folder(keys, task) for task in range(len(plan))]
-    with workplace.last_step() as is_mine, explain_disk_errors(folder):
+    with workplace.last_step() as is_mine, explain_disk_errors(folder), elapsed_time("sort the keys"):
         if is_mine and options.dedup:
             find_duplicates([place / "exact" for place in places], folder / "exact")
         if is_mine and near:
@@ -185,7 +188,7 @@ class _Work:
     ) -> Iterator[Document]:
         """The documents that the filters let through, as they have changed them."""
         reader = Reader(self.options.read, left_out, advance)
-        for document in chain.from_iterable(reader.documents(piece) for piece in self.plan.pieces(task)):
+        for document in chain.from_iterable(reader.documents(part) for part in self.plan.ranges(task)):
             if document.tokens is not None:
                 raise ConfigError(f"{document.id}: holds token ids, not text")
             text = filters.change(document.text)

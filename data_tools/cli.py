@@ -4,22 +4,25 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_tools import combine, fertility, inspect, lengths
 from data_tools.clean import CleanOptions, Waiting, clean_corpus
+from data_tools.documents import ReadOptions
 from data_tools.duplicates import NearKeys, disk_bytes
 from data_tools.encode import EncodeOptions, encode_corpus
 from data_tools.filters import FilterOptions
-from data_tools.options import build_parser
-from data_tools.problems import LeftOut
-from data_tools.readers import ReadOptions, documents, texts
+from data_tools.options import build_parser, flag_of
+from data_tools.problems import LeftOut, SettingError
+from data_tools.progress import byte_bar, elapsed_time
+from data_tools.readers import documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
 from infini_train.data.pairs import PairForm
+from infini_train.data.writer import TargetExistsError
 
 
 def _read_options(options: argparse.Namespace) -> ReadOptions:
@@ -66,8 +69,12 @@ def _run_tokenizer(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     left_out = _left_out(options)
-    found = texts(options.sources, _read_options(options), left_out)
-    size = train_tokenizer(found, options.out, settings, overwrite=options.overwrite)
+
+    def found() -> Iterator[str]:  # the bar ends with the last text
+        with byte_bar("read") as advance:
+            yield from texts(options.sources, _read_options(options), left_out, advance)
+
+    size = train_tokenizer(found(), options.out, settings, overwrite=options.overwrite)
     _report(left_out)
     print(f"{options.out}: {settings.vocab_size:,} tokens ({settings.kind}), trained on {size:,} bytes of text")
     return 0
@@ -75,8 +82,10 @@ def _run_tokenizer(options: argparse.Namespace) -> int:
 
 def _run_fertility(options: argparse.Namespace) -> int:
     left_out = _left_out(options)
-    found = documents(options.sources, _read_options(options), left_out)
-    print(fertility.describe(fertility.measure(found, options.tokenizer, int(options.sample_mb * 1e6))))
+    found, limit_bytes = documents(options.sources, _read_options(options), left_out), int(options.sample_mb * 1e6)
+    with byte_bar("measure", limit_bytes) as advance:
+        counts = fertility.measure(found, options.tokenizer, limit_bytes, advance)
+    print(fertility.describe(counts))
     _report(left_out)
     return 0
 
@@ -102,7 +111,7 @@ def _run_clean(options: argparse.Namespace) -> int:
     report = clean_corpus(options.sources, options.out, settings)
     if isinstance(report, Waiting):
         if report.for_duplicates:
-            print(f"part {options.part} has looked for duplicates; when every part has, give each its command again")
+            print(f"part {options.part} has looked for duplicates; when all parts have, rerun the command of each")
         else:
             print(f"part {options.part} is done; {options.out} appears when the last part is")
         return 0
@@ -130,7 +139,7 @@ def _run_near_dedup(options: argparse.Namespace) -> int:
     )
     report = near_dedup(options.sources, options.out, settings)
     if isinstance(report, list):
-        print(f"submitted jobs {' '.join(report)}; when they have ended, give the same command again")
+        print(f"submitted jobs {' '.join(report)}; rerun the command when they have ended")
         return 0
     _report(report.left_out)
     print(f"{options.out}: {report.documents:,} documents, {report.bytes:,} bytes of text")
@@ -165,13 +174,15 @@ def _cores() -> int:
 
 def _run_inspect(options: argparse.Namespace) -> int:
     if options.shard is not None and options.document is None:
-        raise ConfigError("--shard: give --document, too")
-    if options.json:
-        print(inspect.to_json(options.folder))
-    elif options.document is not None:
-        print(inspect.show_document(options.folder, options.document, options.shard))
-    else:
-        print(inspect.summarise(options.folder))
+        raise SettingError("{shard}: give {document}, too")
+    with elapsed_time("open the dataset"):
+        if options.json:
+            shown = inspect.to_json(options.folder)
+        elif options.document is not None:
+            shown = inspect.show_document(options.folder, options.document, options.shard)
+        else:
+            shown = inspect.summarise(options.folder)
+    print(shown)
     return 0
 
 
@@ -189,7 +200,8 @@ def _run_verify(options: argparse.Namespace) -> int:
 
 
 def _run_stats(options: argparse.Namespace) -> int:
-    found = lengths.read_lengths(options.folders)
+    with elapsed_time("read the lengths"):
+        found = lengths.read_lengths(options.folders)
     print(lengths.describe_lengths(found))
     if options.png:
         lengths.plot_lengths(found, options.png)
@@ -226,6 +238,15 @@ _COMMANDS = {
 }
 
 
+def explain(error: ConfigError, command: str) -> str:
+    """The message, with the command's flags for the settings that the code below names."""
+    if isinstance(error, SettingError):
+        return error.named(lambda setting: flag_of(command, setting))
+    if isinstance(error, TargetExistsError):
+        return f"{error}, or pass {flag_of(command, 'overwrite')}"
+    return str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for damage found, 2 for a mistake of the user, 130 for Ctrl-C."""
     options = build_parser().parse_args(arguments)
@@ -234,10 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error, options.command)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what is finished stays, and the same command goes on with it", file=sys.stderr)
+        print("interrupted; rerun the command to resume from what is finished", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Datasets made of datasets, without encoding anything again: several as one, or one as two."""
+"""Datasets made from datasets, without encoding anything again: several merged, or one split in two."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from data_tools.encode import is_held_out
 from data_tools.join import StoredDocument, add_documents, add_sources
+from data_tools.problems import SettingError
+from data_tools.progress import byte_bar, elapsed_time
 from data_tools.tasks import finished_tasks
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train.atomic_files import sync_path
@@ -23,20 +25,20 @@ from infini_train.data.writer import explain_disk_errors, finish_dataset, write_
 
 
 def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = False, link: bool = False) -> Manifest:
-    """Write the documents of several datasets, one behind the other, as one; its shards are copies of theirs.
+    """Write the documents of several datasets, one after the other, as one; its shards are copies of theirs.
 
     Args:
         folders: two datasets or more, of the same tokenizer.
         out: the folder to write.
         overwrite: replace a dataset that is there.
-        link: hard links instead of copies: instant, and on the same file system only.
+        link: make hard links instead of copies: instant, but on the same file system only.
 
     Raises:
         ConfigError: other tokenizers, damaged data, or `out` can't be written.
     """
     paths, out = [Path(folder) for folder in folders], Path(out)
     if len(paths) < 2:
-        raise ConfigError("merge: give two datasets or more")
+        raise ConfigError("give two datasets or more to merge")
     manifests = [read_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
         for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
@@ -50,7 +52,7 @@ def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = F
     total = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
     with (
         write_aside(out, overwrite=overwrite) as (aside, index),
-        tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None) as bar,
+        byte_bar("merge", total) as advance,
         explain_disk_errors(out),
     ):
         for path, manifest in zip(paths, manifests, strict=True):
@@ -64,7 +66,7 @@ def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = F
                 entry = dataclasses.replace(shard, file=f"shard-{len(shards):05d}.tar")
                 _copy(path / shard.file, aside / entry.file, entry, link)
                 shards.append(entry)
-                bar.update(shard.bytes)
+                advance(shard.bytes)
         return finish_dataset(aside, index, tokenizer_of(paths[0]), shards, sources.values(), left_out)
 
 
@@ -87,7 +89,7 @@ def split(
         ConfigError: damaged data; one of the two would be empty; or a folder can't be written.
     """
     if not 0 < share < 1:
-        raise ConfigError(f"--holdout: {share} is not a share between 0 and 1")
+        raise SettingError("{holdout}: {given} is not a share between 0 and 1", given=share)
     dataset, tokenizer, out = Dataset.open(folder), tokenizer_of(folder), Path(out)
     check_pair_target(out, overwrite)
     workplace = Workplace(out)
@@ -109,7 +111,8 @@ def split(
             add_documents(writer, [stored])
         if not train.documents or not validation.documents:
             empty = "training" if not train.documents else "validation"
-            raise ConfigError(f"--holdout: no document falls to {empty}; give another share")
-        stack.close()
-        workplace.publish()
+            raise SettingError("{holdout}: no document falls to {empty}; give another share", empty=empty)
+        with elapsed_time("sync"):
+            stack.close()
+            workplace.publish()
     return read_manifest(out / "train"), read_manifest(out / "validation")

@@ -1,7 +1,7 @@
 """Duplicates in a corpus of any size: keys of documents are sorted on disk, so that equal ones lie side by side.
 
-A document's keys are the hash of its text, or those of the bands of its MinHash signature. Documents that share a key
-are alike, and all but the first in the corpus are left out. Memory holds one bucket of keys at a time.
+A document's keys are the hash of its text, or the hashes of the bands of its MinHash signature. Documents that share a
+key are duplicates, and all but the first in the corpus are left out. Memory holds one bucket of keys at a time.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.config.errors import ConfigError
+from data_tools.problems import SettingError
 
 KEY_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("task", "<u4"), ("number", "<u4")])
 _KEY, _KEY_HALVES = struct.Struct("<QQII"), struct.Struct(">QQ")
@@ -29,29 +29,32 @@ _SPACE = re.compile(r"\s")
 
 
 def exact_key(text: str) -> bytes:
-    """16 bytes that equal texts share."""
+    """16 bytes, the same for equal texts."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
 class NearKeys:
-    """The keys that texts alike share: one for each band of their MinHash signature over shingles of 5 words.
+    """The keys that similar texts share: one for each band of their MinHash signature over shingles of 5 words.
 
     Two texts share a key with probability 1 - (1 - s^rows)^bands, where s is the share of shingles that they have in
-    common: half of the pairs at about the threshold.
+    common: about half of the pairs do at the threshold.
+
+    Args:
+        threshold: that share, from 0.1 up to 1.
 
     Raises:
-        ConfigError: the threshold is no share, or rensa is not installed.
+        SettingError: the threshold is not such a share, or rensa is not installed.
     """
 
     def __init__(self, threshold: float) -> None:
         if not 0.1 <= threshold < 1:
-            raise ConfigError(f"--near-dedup: {threshold} is not a share from 0.1 up to (not including) 1")
+            template = "{threshold}: {given} is not a share from 0.1 up to (not including) 1"
+            raise SettingError(template, given=threshold)
         try:
             import rensa
         except ImportError as error:
-            raise ConfigError(
-                "--near-dedup: needs rensa; install it with: pip install 'infini-train[clean]'"
-            ) from error
+            template = "{threshold}: needs rensa; install it with: pip install 'infini-train[clean]'"
+            raise SettingError(template) from error
         self._rensa = rensa
         choices = [(_PERMUTATIONS // rows, rows) for rows in range(1, _PERMUTATIONS + 1)]
         self.bands, self.rows = min(choices, key=lambda c: abs((1 / c[0]) ** (1 / c[1]) - threshold))
@@ -71,7 +74,7 @@ class NearKeys:
 
 
 def _shingles(text: str) -> Iterator[list[str]]:
-    """All runs of 5 words, some at a time; of fewer words all together."""
+    """All runs of 5 words, some at a time; a text of fewer words is one shingle."""
     words: list[str] = []
     start, has_runs = 0, False
     while start < len(text) or not start:
@@ -104,7 +107,7 @@ class KeyFile:
 
 
 def disk_bytes(bands: int) -> int:
-    """What the keys of a document, and finding it a duplicate, take on the disk at most."""
+    """Bytes on the disk, at most, for a document's keys and for marking it as a duplicate."""
     return bands * (KEY_RECORD.itemsize + _PLACE.itemsize)
 
 

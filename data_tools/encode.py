@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.documents import Document
 from data_tools.job import JobOptions, all_older
 from data_tools.join import RECORD_FILE, Joiner, join_split
 from data_tools.plan import Plan, make_plan
-from data_tools.problems import LeftOut
-from data_tools.readers import Document, Reader
+from data_tools.problems import LeftOut, SettingError
+from data_tools.progress import elapsed_time
+from data_tools.readers import Reader
 from data_tools.storage import find_files, suffixes
 from data_tools.tasks import finished_tasks, run_tasks
 from data_tools.workplace import Workplace, check_pair_target
@@ -30,7 +32,7 @@ from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
 
 _BATCH_CHARS = 1_000_000  # encoded at once
-_DOCUMENT_CHARS = 100  # what a document counts beside its text: tiny ones take memory too
+_DOCUMENT_CHARS = 100  # added for each document: tiny ones take memory too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,12 @@ class EncodeOptions(JobOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.holdout < 1:
-            raise ConfigError(f"--holdout: {self.holdout} is not a share; give a number from 0 up to (not including) 1")
+            template = "{holdout}: {given} is not a share; give a number from 0 up to (not including) 1"
+            raise SettingError(template, given=self.holdout)
         if self.max_shard_bytes < 1:
-            raise ConfigError("--shard-mb: must be positive")
+            raise SettingError("{max_shard_bytes}: must be positive")
         if self.read.summary_field is None and (self.form != PairForm() or self.max_tokens is not None):
-            raise ConfigError("--prompt, --separator and --max-tokens: are for pairs; name their --summary-field")
+            raise SettingError("{prompt}, {separator} and {max_tokens}: are for pairs; name their {summary_field}")
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -66,7 +69,7 @@ def encode_corpus(
     run that was stopped, or killed at any moment, leaves its finished tasks there, and the same call does the rest.
 
     Args:
-        sources: files, folders, patterns, URLs, or - for standard input.
+        sources: as in `find_files`.
         tokenizer: as in `load_tokenizer`.
         out: the folder to write.
         options: how.
@@ -76,7 +79,7 @@ def encode_corpus(
 
     Raises:
         ConfigError: `out` holds something else, the disk is full, the documents can't be read, or the unfinished work
-            is that of another command.
+            is another command's.
     """
     options, out, sources = options or EncodeOptions(), Path(out), [str(source) for source in sources]
     model = load_tokenizer(tokenizer)
@@ -84,7 +87,7 @@ def encode_corpus(
     try:
         left_out = _encode(sources, tokenizer, model, out, options)
     except (ConfigError, FileNotFoundError):
-        # The other parts have finished without this one: it has no task, or was started again behind its last.
+        # The other parts have finished without this one: it has no task, or was restarted after its last one.
         if options.part is None or options.overwrite or not _is_there(folders, sources, model):
             raise
         left_out = LeftOut()
@@ -113,7 +116,7 @@ def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, opt
         if len(finished_tasks(folder)) < len(plan):
             return None
         left_out = options.new_left_out()
-        with workplace.last_step() as is_mine, explain_disk_errors(out):
+        with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("join the shards"):
             if is_mine:
                 joiner = Joiner(folder, len(plan), model, options.max_shard_bytes)
                 joiner.add_left_out(left_out)
@@ -127,7 +130,7 @@ def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, opt
 
 
 def _is_there(folders: list[Path], sources: list[str], tokenizer: Tokenizer) -> bool:
-    """Whether the datasets are there, made of these sources as they are now, with this tokenizer."""
+    """Whether the datasets exist, made from these sources as they are now, with this tokenizer."""
     if not all((folder / MANIFEST_FILE).is_file() for folder in folders):
         return False
     manifests = [read_manifest(folder) for folder in folders]
@@ -139,13 +142,13 @@ def _is_there(folders: list[Path], sources: list[str], tokenizer: Tokenizer) -> 
 
 
 def _check_documents(joiner: Joiner, workplace: Workplace, options: EncodeOptions, left_out: LeftOut) -> None:
-    """There are enough of them; else what was done is of no use."""
+    """Raises unless there are enough documents; what was done is then of no use."""
     documents = sum(joiner.count(name) for name in set_names(options.holdout))
     if documents > bool(options.holdout):
         return
     workplace.discard()
     if documents:
-        raise ConfigError("--holdout: needs two documents or more; give more text, or leave it out")
+        raise SettingError("{holdout}: needs two documents or more; give more text, or leave it out")
     found = "; ".join(left_out.lines())
     raise ConfigError(f"no documents found{f' ({found})' if found else ''}; a folder is searched for {suffixes()}")
 
@@ -176,7 +179,7 @@ class EncodeWork:
     def __call__(self, task: int, folder: Path, threads: int, advance: Callable[[int], None]) -> None:
         options, left_out = self.options, self.options.new_left_out()
         reader = Reader(options.read, left_out, advance)
-        found = chain.from_iterable(reader.documents(piece) for piece in self.plan.pieces(task))
+        found = chain.from_iterable(reader.documents(part) for part in self.plan.ranges(task))
         with contextlib.ExitStack() as stack:
             runs = {}
             for name in set_names(options.holdout):
@@ -223,7 +226,7 @@ def encode_documents(
 def encode_pairs(
     documents: Iterable[Document], tokenizer: Tokenizer, options: EncodeOptions
 ) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """The documents with the ids of book and summary in one, and in their metadata where the summary begins."""
+    """The documents with the ids of book and summary together; the metadata say where the summary begins."""
     for document in documents:
         if document.summary is None:
             raise ConfigError(f"{document.id}: has no fields, so no {options.read.summary_field!r}; give JSON lines")
@@ -252,7 +255,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _check_tokens(
     document: Document, tokenizer: Tokenizer, left_out: LeftOut
 ) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """The stored ids without the end of text that Megatron puts behind them; the text is known from decoding them."""
+    """The stored ids without the end-of-text id that Megatron appends; decoding them gives the size of the text."""
     tokens = document.tokens
     assert tokens is not None
     if tokens.size and tokens[-1] == tokenizer.eos_id:
@@ -260,7 +263,8 @@ def _check_tokens(
     if not tokens.size:
         left_out.documents["empty documents"] += 1
     elif int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
-        problem = f"holds id {int(tokens.max())}, outside of the tokenizer's vocabulary of {tokenizer.vocab_size}"
+        wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+        problem = f"holds id {wrong}, outside of the tokenizer's vocabulary of {tokenizer.vocab_size}"
         left_out.bad(document.id, problem, "give the tokenizer of these ids")
     else:
         yield document, tokens, _utf8_bytes(tokenizer.decode(tokens))

@@ -1,11 +1,11 @@
 """How many bytes of text a token stands for, by tokenizer and source."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.readers import Document
+from data_tools.documents import Document
 from data_tools.tokenizer import cut_text
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -13,7 +13,7 @@ from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class Fertility:
-    """Counts over a text. `exact` is whether decoding gave all of it back."""
+    """Counts over a text; `exact`: decoding gives all of it back."""
 
     bytes: int = 0
     words: int = 0
@@ -30,9 +30,18 @@ class Fertility:
 
 
 def measure(
-    documents: Iterable[Document], tokenizers: Sequence[str], limit_bytes: int
+    documents: Iterable[Document],
+    tokenizers: Sequence[str],
+    limit_bytes: int,
+    advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> dict[str, dict[str, Fertility]]:
     """Counts by tokenizer and source, over at most `limit_bytes` from the beginning of the documents.
+
+    Args:
+        documents: to read from.
+        tokenizers: as in `load_tokenizer`.
+        limit_bytes: of text.
+        advance: is called with the bytes of text that were measured.
 
     Raises:
         ConfigError: as `load_tokenizer`; a document is stored as token ids.
@@ -46,14 +55,16 @@ def measure(
         for piece in cut_text(document.text, 1_000_000):
             for name, model in models.items():
                 found[name][document.source].add(piece, model)
-            room -= len(piece.encode("utf-8"))
+            n_bytes = len(piece.encode("utf-8"))
+            advance(n_bytes)
+            room -= n_bytes
             if room <= 0:
                 return found
     return found
 
 
 def describe(found: dict[str, dict[str, Fertility]]) -> str:
-    """A table."""
+    """The counts as a table."""
     lines = [f"{'bytes a token':>13} {'tokens a word':>13} {'exact':>5}  {'bytes':>14}  tokenizer, source"]
     for tokenizer, sources in found.items():
         for source, counts in sources.items():

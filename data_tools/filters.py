@@ -1,4 +1,4 @@
-"""Cleaning of single documents: what is changed in a text, and which texts are left out. Each step is counted."""
+"""Cleaning one document at a time: what is changed in a text, and which texts are left out. Each step is counted."""
 
 import re
 import unicodedata
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from infini_train.config.errors import ConfigError
+from data_tools.problems import SettingError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
 _SYMBOLS = re.compile(r"[^\w\s]")
 _SPACES = re.compile(r"\s")
-_LANGUAGE_CHARS = 20_000  # of a text that tell its language
+_LANGUAGE_CHARS = 20_000  # of a text, from which its language is detected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,17 @@ class FilterOptions:
     strip_controls: bool = False  # all but tab and line end
     min_chars: int = 0
     max_chars: int = 0  # 0: no limit
-    max_repeated_lines: float = 1.0  # share of the characters that stand in lines that were there before
-    max_symbols: float = 1.0  # share of the characters (spaces apart) that are neither letters nor digits
+    max_repeated_lines: float = 1.0  # share of the characters in lines that repeat an earlier one
+    max_symbols: float = 1.0  # share of the characters (without spaces) that are neither letters nor digits
     languages: tuple[str, ...] = ()  # ISO 639-1 codes; empty: all
 
     def __post_init__(self) -> None:
         for name in ("max_repeated_lines", "max_symbols"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: must be a share from 0 to 1")
-        if min(self.min_chars, self.max_chars) < 0:
-            raise ConfigError("--min-chars and --max-chars: must not be negative")
+                raise SettingError(f"{{{name}}}: must be a share from 0 to 1")
+        for name in ("min_chars", "max_chars"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{{{name}}}: must not be negative")
 
 
 class Filters:
@@ -42,7 +43,7 @@ class Filters:
         changed: how many documents each change has touched.
 
     Raises:
-        ConfigError: a language is wanted, and the library that tells it is not installed or does not know it.
+        SettingError: languages are given, and py3langid is not installed or does not know them.
     """
 
     def __init__(self, options: FilterOptions) -> None:
@@ -51,7 +52,7 @@ class Filters:
         if options.languages:
             unknown = set(options.languages) - {name for name, _ in self._langid.rank("any text ranks them all")}
             if unknown:
-                raise ConfigError(f"--language: {', '.join(sorted(unknown))} is not known to py3langid")
+                raise SettingError("{languages}: {names} is not known to py3langid", names=", ".join(sorted(unknown)))
 
     def change(self, text: str) -> str:
         """The text as it is kept."""
@@ -87,20 +88,19 @@ class Filters:
         try:
             import py3langid
         except ImportError as error:
-            raise ConfigError(
-                "--language: needs py3langid; install it with: pip install 'infini-train[clean]'"
-            ) from error
+            template = "{languages}: needs py3langid; install it with: pip install 'infini-train[clean]'"
+            raise SettingError(template) from error
         return py3langid
 
 
 def symbol_share(text: str) -> float:
-    """Share of the characters, spaces apart, that are neither letters, digits nor underscores."""
+    """Share of the characters, without spaces, that are neither letters, digits nor underscores."""
     visible = len(text) - len(_SPACES.findall(text))
     return len(_SYMBOLS.findall(text)) / max(visible, 1)
 
 
 def repeated_share(text: str) -> float:
-    """Share of the characters of all lines that stand in a line that was there before; empty lines apart."""
+    """Share of the characters of all non-empty lines that are in a repeat of an earlier line."""
     lines = Counter(line for line in map(str.strip, text.splitlines()) if line)
     total = sum(len(line) * number for line, number in lines.items())
     return sum(len(line) * (number - 1) for line, number in lines.items()) / max(total, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.problems import SettingError
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import TokenizerEntry
 from infini_train.data.shards import CorruptDocumentError, Dataset
@@ -52,18 +53,21 @@ def show_document(folder: Path | str, document: int, shard: int | None = None) -
     """The metadata and the beginning of the text of a document, numbered in the dataset or in one of its shards.
 
     Raises:
-        ConfigError: as `Dataset.open`; no such document; its data is damaged.
+        SettingError: no such document or shard.
+        ConfigError: as `Dataset.open`; the document's data is damaged.
     """
     dataset = Dataset.open(folder)
     number, place, first = len(dataset), str(folder), 0
     if shard is not None:
         shards = dataset.manifest.shards
         if not 0 <= shard < len(shards):
-            raise ConfigError(f"--shard: {shard} is not there; {folder} holds shards 0 to {len(shards) - 1}")
+            template = "{shard}: {given} is not there; {folder} holds shards 0 to {last}"
+            raise SettingError(template, given=shard, folder=folder, last=len(shards) - 1)
         number, place = shards[shard].documents, shards[shard].file
         first = sum(before.documents for before in shards[:shard])
     if not 0 <= document < number:
-        raise ConfigError(f"--document: {document} is not there; {place} holds documents 0 to {number - 1}")
+        template = "{document}: {given} is not there; {place} holds documents 0 to {last}"
+        raise SettingError(template, given=document, place=place, last=number - 1)
     document += first
     n_tokens = int(dataset.lengths_tokens[document])
     try:

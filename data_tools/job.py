@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from data_tools.problems import LeftOut
-from data_tools.readers import ReadOptions
+from data_tools.documents import ReadOptions
+from data_tools.pipes import is_pipe
+from data_tools.problems import LeftOut, SettingError
 from data_tools.storage import STDIN, SourceFile
 from data_tools.tasks import share
-from infini_train.config.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,15 @@ class JobOptions:
     on_bad_record: Literal["error", "skip"] = "error"
     max_bad_records: int = 1000
     overwrite: bool = False
-    restart: bool = False  # throw away what an unfinished run has done
+    restart: bool = False  # discard what an unfinished run has done
     workers: int = 1
     part: str | None = None  # I/N: do the I-th of N parts of the work
 
     def __post_init__(self) -> None:
-        if min(self.workers, self.read.max_record_bytes) < 1:
-            raise ConfigError("--workers and --max-record-mb: must be positive")
+        if self.workers < 1:
+            raise SettingError("{workers}: must be positive")
+        if self.read.max_record_bytes < 1:
+            raise SettingError("{max_record_bytes}: must be positive")
         share(self.part, 0)
 
     def new_left_out(self) -> LeftOut:
@@ -35,6 +37,7 @@ class JobOptions:
 
 
 def all_older(files: Iterable[SourceFile], made_ns: int) -> bool:
-    """Whether all these files are older than what was made of them; files at URLs count as older."""
-    local = (file.path for file in files if file.path != STDIN and "://" not in file.path)
+    """Whether all these files are older than what was made of them; URLs and pipes count as older."""
+    paths = (file.path for file in files)
+    local = (path for path in paths if path != STDIN and "://" not in path and not is_pipe(path))
     return all(os.stat(path).st_mtime_ns < made_ns for path in local)

@@ -1,4 +1,4 @@
-"""The last step of encoding: the shards of all tasks become a dataset. Repeating it after a kill gives the same."""
+"""The last step of encoding: the shards of all tasks become a dataset. Repeated after a kill, it gives the same."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def add_sources(total: dict[str, SourceEntry], more: Iterable[SourceEntry], sign
 
 
 def add_documents(run: ShardRun | ShardWriter, documents: Iterable[StoredDocument]) -> None:
-    """Write stored documents once more."""
+    """Append documents that another shard holds."""
     for tokens, metadata in documents:
         rest = {key: value for key, value in metadata.items() if key not in OWN_METADATA}
         own = {key: metadata[key] for key in ("id", "source", "n_bytes")}
@@ -54,13 +54,13 @@ def add_documents(run: ShardRun | ShardWriter, documents: Iterable[StoredDocumen
 
 
 class Joiner:
-    """Makes datasets of the finished tasks in a folder.
+    """Makes datasets from the finished tasks in a folder.
 
     Args:
-        folder: where the tasks lie.
+        folder: holds the tasks.
         tasks: their number.
-        tokenizer: that made the ids.
-        max_shard_bytes: of shards that are written again.
+        tokenizer: made the ids.
+        max_shard_bytes: of shards that are rewritten.
     """
 
     def __init__(self, folder: Path, tasks: int, tokenizer: Tokenizer, max_shard_bytes: int) -> None:
@@ -71,7 +71,7 @@ class Joiner:
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def add_left_out(self, total: LeftOut) -> None:
-        """Add up what the tasks have left out.
+        """Add up what the tasks left out.
 
         Raises:
             ConfigError: together there are too many bad records.
@@ -80,7 +80,7 @@ class Joiner:
             total.add(LeftOut.from_json(record["left_out"]))
 
     def count(self, name: str) -> int:
-        """The documents of all tasks' shards of a name."""
+        """Number of documents in all tasks' shards of this name."""
         return sum(shard["documents"] for record in self._records() for shard in record[name]["shards"])
 
     def documents(self, name: str) -> Iterator[StoredDocument]:
@@ -101,7 +101,7 @@ class Joiner:
             finish_dataset(out, index, self.tokenizer, run.shards, run.sources.values())
 
     def move(self, name: str, out: Path, left_out: LeftOut, *, without_first: bool = False) -> None:
-        """A dataset of the tasks' shards, renamed; one of them is written again if its first document is not wanted.
+        """A dataset of the tasks' shards, renamed; one of them is rewritten if its first document is not wanted.
 
         Raises:
             OSError: the disk is full, say.

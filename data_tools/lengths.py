@@ -1,4 +1,4 @@
-"""How long the documents of datasets are: a table, and a plot."""
+"""Document lengths of datasets: a table, and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def read_lengths(folders: Sequence[Path | str]) -> np.ndarray:
 
 
 def token_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Documents, and their tokens, by powers of two: entry k is for lengths of 2^(k-1) to 2^k - 1; k = 0 for none."""
+    """Number of documents, and of their tokens, by length: entry k for 2^(k-1) to 2^k - 1 tokens, entry 0 for none."""
     exponents = np.frexp(lengths.astype(np.float64))[1]
     return np.bincount(exponents), np.bincount(exponents, lengths).astype(np.int64)
 

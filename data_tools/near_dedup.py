@@ -32,11 +32,13 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from data_tools.clean import Report, check_clean_target, publish, read_report, write_part
+from data_tools.documents import Document
 from data_tools.duplicates import NearKeys
 from data_tools.job import JobOptions
 from data_tools.plan import Plan, make_plan
-from data_tools.problems import LeftOut
-from data_tools.readers import Document, Reader
+from data_tools.problems import LeftOut, SettingError
+from data_tools.progress import elapsed_time
+from data_tools.readers import Reader
 from data_tools.tasks import do_task
 from data_tools.workplace import Workplace
 from infini_train import __version__
@@ -49,7 +51,7 @@ _SUBMITTED = "launch_script.slurm"  # of datatrove: from then on the work belong
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """Where the tasks run, if not on this machine."""
+    """Slurm's partition and limits for the tasks."""
 
     partition: str
     time_limit: str = "24:00:00"
@@ -59,31 +61,31 @@ class SlurmOptions:
     def __post_init__(self) -> None:
         for value in (self.partition, self.time_limit, *self.arguments):
             if not re.fullmatch(r"[\w.,:=@/+-]+", value):  # they become lines of a batch script
-                raise ConfigError(f"--slurm: {value!r} holds characters that no option of sbatch needs")
+                raise ConfigError(f"Slurm: {value!r} holds characters that no option of sbatch needs")
         for argument in self.arguments:
             if "=" not in argument:
-                raise ConfigError(f"--sbatch: {argument!r} is not NAME=VALUE")
+                raise SettingError("{arguments}: {given} is not NAME=VALUE", given=repr(argument))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearDedupOptions(JobOptions):
     """How to look for near duplicates; the results depend on `read`, `threshold` and `task_bytes` alone."""
 
-    threshold: float = 0.8  # texts that share so many of their shingles are alike
+    threshold: float = 0.8  # texts with this share of common shingles are near duplicates
     task_bytes: int = _TASK_BYTES
     slurm: SlurmOptions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.part is not None:
-            raise ConfigError("--part: the tasks are divided by datatrove; leave it out")
+            raise SettingError("{part}: datatrove divides the tasks; leave it out")
 
 
 def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOptions) -> Report | list[str]:
-    """Write the documents but for near duplicates to `out`, as `clean` does.
+    """Write the documents without near duplicates to `out`, as `clean` does.
 
-    What is unfinished goes on in the next call. On Slurm the first call submits the jobs and the next one, when they
-    are done, puts their results together.
+    The next call resumes unfinished work. On Slurm the first call submits the jobs, and the next one, when they are
+    done, puts their results together.
 
     Returns:
         The report; or the ids of the jobs that were submitted.
@@ -115,7 +117,7 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
             return _submit(folder, steps, tasks, options.slurm)
         if missing:
             _run_here(folder, steps, tasks, options.workers)
-        with workplace.last_step() as is_mine, explain_disk_errors(out):
+        with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("collect the parts"):
             if is_mine:
                 publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
     return read_report(out)
@@ -149,8 +151,8 @@ class CorpusReader(PipelineStep):  # type: ignore[misc]
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[TroveDocument]:
         self.left_out, self.documents = self.options.new_left_out(), 0
         reader = Reader(self.options.read, self.left_out)
-        for piece in Plan(self.folder).pieces(rank):
-            for document in reader.documents(piece):
+        for part in Plan(self.folder).ranges(rank):
+            for document in reader.documents(part):
                 if document.tokens is not None:
                     raise ConfigError(f"{document.id}: holds token ids, not text")
                 metadata = {"source": document.source, "metadata": dict(document.metadata)}
@@ -159,7 +161,7 @@ class CorpusReader(PipelineStep):  # type: ignore[misc]
 
 
 class Signatures(MinhashDedupSignature):  # type: ignore[misc]
-    """datatrove's first block with the signature of `NearKeys`, which takes a long document piece by piece."""
+    """datatrove's first block with the signature of `NearKeys`, which reads a long document in slabs."""
 
     def __init__(self, output_folder: str, config: MinhashConfig, threshold: float) -> None:
         super().__init__(output_folder, config, language=WhitespaceTokenizer())
@@ -173,7 +175,7 @@ class Signatures(MinhashDedupSignature):  # type: ignore[misc]
 
 
 class PartWriter(PipelineStep):  # type: ignore[misc]
-    """A task's documents, in the form that `clean` gives them; whole or not at all."""
+    """A task's documents, in the format of `clean`; whole or not at all."""
 
     type, name = "WRITER", "infini-data"
 
@@ -237,19 +239,19 @@ def _submit(
         try:
             before.run()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ConfigError(f"--slurm: sbatch could not submit {name}: {error}") from error
+            raise ConfigError(f"Slurm: sbatch could not submit {name}: {error}") from error
         if before.job_id != -1:
             jobs.append(str(before.job_id))
     return jobs
 
 
 def _job_name(folder: Path, step: str) -> str:
-    """The same for the same work, so that its jobs are found in the queue."""
+    """The name of a step's job: fixed for the same work, so that its jobs are found in the queue."""
     return f"near-dedup-{step}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 
 def _check_queue(folder: Path, steps: Iterable[str]) -> None:
-    """No job of this work is queued, nor one that sums up its statistics.
+    """Checks that no job of this work is queued, nor one that sums up its statistics.
 
     Raises:
         ConfigError: some are; or Slurm does not answer.
@@ -260,6 +262,6 @@ def _check_queue(folder: Path, steps: Iterable[str]) -> None:
             ["squeue", "--noheader", f"--name={names}"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"--slurm: squeue can't tell what is queued: {error}") from error
+        raise ConfigError(f"Slurm: squeue can't list what is queued: {error}") from error
     if shown.strip():
-        raise ConfigError("--slurm: jobs of it are queued or running; give the command again when they have ended")
+        raise ConfigError("Slurm: its jobs are queued or running; rerun the command when they have ended")

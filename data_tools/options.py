@@ -1,9 +1,22 @@
-"""The command line of infini-data: its commands, their options and their help."""
+"""The command line of infini-data: its commands, their options, their help, and the flag of each setting."""
 
 import argparse
 
 from data_tools.storage import FORMATS
+from infini_train.command_line import positive
 from infini_train.data.pairs import SEPARATOR
+
+# The flags of settings whose field has another name.
+_FLAGS = {
+    "arguments": "--sbatch",
+    "keep_fields": "--keep-field",
+    "languages": "--language",
+    "max_record_bytes": "--max-record-mb",
+    "max_shard_bytes": "--shard-mb",
+    "sample_bytes": "--sample-mb",
+    "task_bytes": "--task-mb",
+}
+_FLAGS_OF_COMMAND = {("clean", "threshold"): "--near-dedup"}
 
 _ABOUT = """\
 Turn text into the shards that infini-train reads.
@@ -14,22 +27,23 @@ Turn text into the shards that infini-train reads.
 
 Then infini-train train CONFIG, where data.train and data.validation name the two folders and model.vocab_size is 16000.
 
-Sources are text files, JSON lines, Parquet files, WebDataset tars, the .bin files of Megatron's preprocess_data;
-folders (searched for all of these but .bin; hidden files are left out), patterns such as 'web/*.jsonl.zst', URLs that
-fsspec opens (s3://...), and - for standard input. A text file is one document; so is a line, a row, a sample of a tar.
+Sources are text files, JSON lines, Parquet files, WebDataset tars (of text or of token ids), the .bin files of
+Megatron's preprocess_data; folders (searched for all of these except .bin and hidden files); patterns such as
+'web/*.jsonl.zst' and 'web/corpus-{000..999}.tar'; URLs that fsspec opens (s3://...); 'pipe:PROGRAM ARGUMENTS', whose
+output is read as a tar; and - for standard input. A text file is one document; so is a line, a row, a sample of a tar.
 Text, JSON lines and tars may be compressed: .gz .zst .xz .bz2."""
 
 _TOKENIZER = """\
-Train a SentencePiece tokenizer on a sample of the sources. It gives every text back exactly: nothing is normalised,
-white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3."""
+Train a SentencePiece tokenizer on a sample of the sources. It decodes to exactly the text it encoded: nothing is
+normalised, white space is kept, and unknown characters are spelled in bytes. Ids: unk 0, bos 1, eos 2, pad 3."""
 _TOKENIZER_EXAMPLES = """\
 examples:
   infini-data tokenizer books/ --out tokenizer.model --vocab-size 16000
   infini-data tokenizer wiki.jsonl.zst code/ --out t.model --kind unigram --sample-mb 500"""
 
 _CLEAN = """\
-Write the documents that stay, as JSON lines, in their order, with a report of what was changed and left out. Long
-documents stay whole. What was stopped or killed goes on when the same command is given again."""
+Write the documents that pass, as JSON lines, in order, with a report of what was changed and left out. Long documents
+stay whole. Rerun the command to resume a run that was stopped or killed."""
 _CLEAN_EXAMPLES = """\
 examples:
   infini-data clean web/ --out clean --nfc --strip-controls --min-chars 200 --max-symbols 0.3 --dedup
@@ -37,33 +51,36 @@ examples:
 
 _NEAR_DEDUP = """\
 Leave out near duplicates of a corpus that outgrows one machine: the MinHash steps of datatrove, on this machine or as
-jobs of Slurm. Texts that share --threshold of their 5-word shingles are one cluster, of which one stays. Filter with
-clean first; clean --near-dedup does the same for what one machine can read. On Slurm the first call submits the jobs,
-and the same command, given when they have ended, puts their results together."""
+Slurm jobs. Texts that share --threshold of their 5-word shingles are one cluster, of which one stays. Filter with
+clean first; clean --near-dedup does the same for what one machine can read. On Slurm the first call submits the jobs;
+rerun the command when they have ended to put their results together."""
 _NEAR_DEDUP_EXAMPLES = """\
 examples:
   infini-data near-dedup clean/ --out unique --workers 8
   infini-data near-dedup clean/ --out unique --slurm cpu --time 4:00:00 --sbatch account=text"""
 
 _FERTILITY = """\
-Print how many bytes of text a token stands for, and whether decoding gives the text back. Give text that the tokenizer
-was not trained on."""
+Print how many bytes of text a token stands for, and whether decoding returns the text. Use text that the tokenizer was
+not trained on."""
 _FERTILITY_EXAMPLES = """\
 examples:
   infini-data fertility held-out/ --tokenizer tokenizer.model --tokenizer llama/tokenizer.json"""
 
 _ENCODE = """\
 Encode the sources into a folder of WebDataset shards with an index, a manifest, and the tokenizer. The folder appears
-whole at the end. A run that was stopped or killed goes on when the same command is given again. The result does not
-depend on the number of workers or parts."""
+whole at the end. Rerun the command to resume a run that was stopped or killed. The result does not depend on the number
+of workers or parts."""
 _ENCODE_EXAMPLES = """\
 examples:
   infini-data encode books/ --tokenizer tokenizer.model --out data/books --holdout 0.05
       writes data/books/train and data/books/validation (whole documents, chosen by their ids)
   infini-data encode notes.txt --tokenizer byte --out data/notes
-      needs no trained tokenizer: one token a byte
+      needs no trained tokenizer: one token per byte
   infini-data encode dump.parquet --text-field content --id-field url --tokenizer t.model --out data/dump
   infini-data encode booksum.jsonl --text-field book --summary-field summary --tokenizer t.model --out data/booksum
+  infini-data encode 's3://bucket/corpus-{000000..000999}.tar' --tokenizer t.model --out data/corpus
+  infini-data encode 'pipe:aws s3 cp s3://bucket/corpus-{000..099}.tar -' --tokenizer t.model --out data/corpus
+      WebDataset tars; each pipe: is one program, run without a shell
   infini-data encode 'web/*.jsonl.zst' --tokenizer t.model --out data/web --part $SLURM_ARRAY_TASK_ID/8
       one job of a Slurm array 1-8; the one that finishes last puts everything together"""
 
@@ -75,14 +92,14 @@ examples:
   infini-data inspect data/books/train --shard 3 --document 17"""
 
 _VERIFY = """\
-Compare every file with its hash, and check every document. Names the shard and the document that is damaged; then the
-exit status is 1."""
+Compare every file with its hash, and check every document. If something is damaged, name the shard and the document,
+and exit with status 1."""
 _VERIFY_EXAMPLES = """\
 examples:
   infini-data verify data/books/train data/books/validation"""
 
 _STATS = """\
-Print how long the documents are, and the share of the tokens in documents longer than 4K, 32K and 128K."""
+Print the distribution of document lengths, and the share of the tokens in documents longer than 4K, 32K and 128K."""
 _STATS_EXAMPLES = """\
 examples:
   infini-data stats data/books/train --png lengths.png"""
@@ -101,18 +118,40 @@ examples:
   infini-data split data/all --holdout 0.001 --out data/split"""
 
 
+def flag_of(command: str, setting: str) -> str:
+    """The flag of a command that fills the field or argument `setting` of the code below."""
+    flag = _FLAGS_OF_COMMAND.get((command, setting)) or _FLAGS.get(setting)
+    return flag or f"--{setting.replace('_', '-')}"
+
+
+def not_negative(text: str) -> int:
+    """An option's value that must be a whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An option's value that must be a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, or - for standard input"
+        "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, pipe:..., or - for stdin"
     )
-    parser.add_argument("--format", choices=tuple(FORMATS), help="of all sources (default: what their names tell)")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of all sources (default: by their names)")
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="JSON key or column that holds the text (default: text)"
     )
     parser.add_argument(
         "--id-field",
         metavar="NAME",
-        help="JSON key or column that names a document (default: id if there, else file and place)",
+        help="JSON key or column that names a document (default: id if present, else file and place)",
     )
     parser.add_argument(
         "--on-bad-record",
@@ -121,40 +160,50 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
         help="what to do with a record or file that can't be read (default: error)",
     )
     parser.add_argument(
-        "--max-bad-records", type=int, default=1000, metavar="N", help="more than so many skipped are an error: 1000"
+        "--max-bad-records",
+        type=not_negative,
+        default=1000,
+        metavar="N",
+        help="more skipped records are an error (default: 1000)",
     )
     parser.add_argument(
-        "--max-record-mb", type=float, default=1000.0, metavar="MB", help="a larger record is a bad one (default: 1000)"
+        "--max-record-mb",
+        type=positive_number,
+        default=1000.0,
+        metavar="MB",
+        help="a larger record is a bad one (default: 1000)",
     )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse to)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse)")
 
 
 def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
     _add_overwrite(tokenizer)
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
-    tokenizer.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="tokens (default: 32000)")
+    tokenizer.add_argument("--vocab-size", type=positive, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
         "--kind", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (default: bpe)"
     )
     tokenizer.add_argument(
         "--sample-mb",
-        type=float,
+        type=positive_number,
         default=100.0,
         metavar="MB",
-        help="text to train on, drawn evenly from all of it (default: 100)",
+        help="text to train on, drawn evenly from all sources (default: 100)",
     )
     tokenizer.add_argument(
         "--character-coverage",
         type=float,
         default=0.9995,
         metavar="SHARE",
-        help="share of the text's characters that get a token; the rest is spelled in bytes (default: 0.9995)",
+        help="share of the text's characters that get a token; others are spelled in bytes (default: 0.9995)",
     )
-    tokenizer.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    tokenizer.add_argument(
+        "--threads", type=not_negative, default=0, metavar="N", help="for training (default: one per core)"
+    )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: 0)")
 
 
@@ -171,33 +220,45 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
-    encode.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
     encode.add_argument(
-        "--keep-field",
-        action="append",
-        metavar="NAME",
-        help="field to keep in a document's metadata; may be given several times (default: title)",
+        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="largest shard (default: 512)"
     )
+    _add_keep_field(encode)
     pairs = encode.add_argument_group("pairs of a book and its summary (docs/summarisation.md)")
-    pairs.add_argument("--summary-field", metavar="NAME", help="JSON key or column of the summary; only it is learned")
+    pairs.add_argument(
+        "--summary-field", metavar="NAME", help="JSON key or column of the summary; the loss is on it alone"
+    )
     pairs.add_argument("--prompt", default="", metavar="TEXT", help="before the book (default: nothing)")
     pairs.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="before the summary (default: Summary:)")
     pairs.add_argument(
-        "--max-tokens", type=int, metavar="N", help="of a pair; a longer book is cut at its end (default: none is cut)"
+        "--max-tokens", type=positive, metavar="N", help="of a pair; a longer book is truncated (default: none is)"
     )
     _add_part(encode)
     _add_run_options(encode)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--restart", action="store_true", help="throw away what an unfinished run has done")
+    parser.add_argument(
+        "--workers", type=not_negative, default=0, metavar="N", help="processes (default: one per core)"
+    )
+    parser.add_argument("--restart", action="store_true", help="discard what an unfinished run has done")
     _add_overwrite(parser)
+
+
+def _add_keep_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-field",
+        action="append",
+        metavar="NAME",
+        help="field to keep as metadata; may be repeated (default: title)",
+    )
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--part", metavar="I/N", help="do part I of N, beside other runs of this command on the same disk"
+        "--part",
+        metavar="I/N",
+        help="do part I of N, beside other runs of this command on one file system (default: all)",
     )
 
 
@@ -205,28 +266,34 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
     _add_read_options(near)
     near.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
     near.add_argument(
-        "--threshold", type=float, default=0.8, metavar="SHARE", help="shingles that texts alike share (default: 0.8)"
+        "--threshold", type=float, default=0.8, metavar="SHARE", help="of shingles in common (default: 0.8)"
     )
-    near.add_argument("--task-mb", type=float, default=512.0, metavar="MB", help="sources of a task (default: 512)")
-    near.add_argument("--keep-field", action="append", metavar="NAME", help="field to keep; several times (title)")
+    near.add_argument(
+        "--task-mb", type=positive_number, default=512.0, metavar="MB", help="sources of a task (default: 512)"
+    )
+    _add_keep_field(near)
     near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
     near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="of a job (default: 24:00:00)")
-    near.add_argument("--memory-gb", type=int, default=4, metavar="GB", help="of a task of a job (default: 4)")
-    near.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch")
+    near.add_argument("--memory-gb", type=positive, default=4, metavar="GB", help="of each task of a job (default: 4)")
+    near.add_argument(
+        "--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch; may be repeated"
+    )
     _add_run_options(near)
 
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
     look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
-    look.add_argument("--shard", type=int, metavar="S", help="--document counts in this shard, from 0")
+    look.add_argument("--shard", type=not_negative, metavar="S", help="the shard in which --document counts, from 0")
     what = look.add_mutually_exclusive_group()
-    what.add_argument("--document", type=int, metavar="N", help="show one document, by its number from 0")
+    what.add_argument("--document", type=not_negative, metavar="N", help="show one document, by its number from 0")
     what.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
 
 def _add_verify_options(check: argparse.ArgumentParser) -> None:
     check.add_argument("folders", nargs="+", metavar="DIR", help="datasets")
-    check.add_argument("--workers", type=int, default=0, metavar="N", help="shards read at once (default: one a core)")
+    check.add_argument(
+        "--workers", type=not_negative, default=0, metavar="N", help="shards read at once (default: one per core)"
+    )
 
 
 def _add_stats_options(stats: argparse.ArgumentParser) -> None:
@@ -235,7 +302,7 @@ def _add_stats_options(stats: argparse.ArgumentParser) -> None:
 
 
 def _add_merge_options(merge: argparse.ArgumentParser) -> None:
-    merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of the same tokenizer, in this order")
+    merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of one tokenizer, in this order")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     merge.add_argument("--link", action="store_true", help="hard links instead of copies (same file system)")
     _add_overwrite(merge)
@@ -245,7 +312,9 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
     split.add_argument("folder", metavar="DIR", help="a dataset")
     split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
-    split.add_argument("--shard-mb", type=float, default=512.0, metavar="MB", help="largest shard (default: 512)")
+    split.add_argument(
+        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="largest shard (default: 512)"
+    )
     _add_overwrite(split)
 
 
@@ -253,35 +322,41 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
     _add_read_options(clean)
     clean.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
     clean.add_argument("--nfc", action="store_true", help="compose characters (Unicode NFC)")
-    clean.add_argument("--strip-controls", action="store_true", help="remove control characters, but tab and line end")
-    clean.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
-    clean.add_argument("--max-chars", type=int, default=0, metavar="N", help="leave out longer documents")
+    clean.add_argument(
+        "--strip-controls", action="store_true", help="remove control characters except tab and line end"
+    )
+    clean.add_argument(
+        "--min-chars", type=not_negative, default=0, metavar="N", help="leave out shorter documents (default: 0)"
+    )
+    clean.add_argument(
+        "--max-chars", type=not_negative, default=0, metavar="N", help="leave out longer documents (default: no limit)"
+    )
     clean.add_argument(
         "--max-repeated-lines",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="leave out documents with more of their characters in lines that were there before",
+        help="leave out documents with more of their characters in repeated lines (default: 1, none)",
     )
     clean.add_argument(
         "--max-symbols",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="leave out documents with more characters that are neither letters nor digits",
+        help="leave out documents with more characters that are neither letters nor digits (default: 1, none)",
     )
-    clean.add_argument("--language", metavar="CODES", help="leave out other languages, as told by py3langid: en,de")
-    clean.add_argument("--dedup", action="store_true", help="leave out texts that were there before")
+    clean.add_argument(
+        "--language", metavar="CODES", help="leave out other languages, by py3langid: en,de (default: keep all)"
+    )
+    clean.add_argument("--dedup", action="store_true", help="leave out texts that equal an earlier one")
     clean.add_argument(
         "--near-dedup",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="leave out texts that have about this share of their 5-word shingles in common with one before (MinHash)",
+        help="leave out near duplicates: with this share of 5-word shingles in an earlier text (default: 0, none)",
     )
-    clean.add_argument(
-        "--keep-field", action="append", metavar="NAME", help="field to keep; may be given several times (title)"
-    )
+    _add_keep_field(clean)
     _add_part(clean)
     _add_run_options(clean)
 
@@ -289,10 +364,10 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
 def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
     _add_read_options(fertility)
     fertility.add_argument(
-        "--tokenizer", action="append", required=True, metavar="FILE", help="may be given several times, to compare"
+        "--tokenizer", action="append", required=True, metavar="FILE", help="as in encode; repeat it to compare"
     )
     fertility.add_argument(
-        "--sample-mb", type=float, default=20.0, metavar="MB", help="so much of the text is enough (default: 20)"
+        "--sample-mb", type=positive_number, default=20.0, metavar="MB", help="text to measure on (default: 20)"
     )
 
 
@@ -305,11 +380,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("clean", _add_clean_options, "filter and deduplicate text", _CLEAN, _CLEAN_EXAMPLES),
         ("near-dedup", _add_near_dedup_options, "near duplicates on a cluster", _NEAR_DEDUP, _NEAR_DEDUP_EXAMPLES),
         ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
-        ("fertility", _add_fertility_options, "bytes a token, of any tokenizer", _FERTILITY, _FERTILITY_EXAMPLES),
+        ("fertility", _add_fertility_options, "bytes per token, of any tokenizer", _FERTILITY, _FERTILITY_EXAMPLES),
         ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
         ("inspect", _add_inspect_options, "show what a dataset holds", _INSPECT, _INSPECT_EXAMPLES),
         ("verify", _add_verify_options, "check every hash and every document", _VERIFY, _VERIFY_EXAMPLES),
-        ("stats", _add_stats_options, "show how long the documents are", _STATS, _STATS_EXAMPLES),
+        ("stats", _add_stats_options, "show the distribution of document lengths", _STATS, _STATS_EXAMPLES),
         ("merge", _add_merge_options, "several datasets as one", _MERGE, _MERGE_EXAMPLES),
         ("split", _add_split_options, "hold out whole documents of a dataset", _SPLIT, _SPLIT_EXAMPLES),
     ):

@@ -1,7 +1,7 @@
 """Which part of the sources each task reads: a pure function of the files' names and sizes and of the task size.
 
-The plan is written down before any work begins. A later run of the same command makes it again and compares: only if
-nothing has changed does it go on with what is there. Memory stays constant, whatever the number of files.
+The plan is written before any work begins. A later run of the same command plans again and compares: it resumes only if
+nothing has changed. Memory stays constant, whatever the number of files.
 """
 
 import filecmp
@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.readers import Piece
+from data_tools.documents import FileRange
+from data_tools.pipes import is_pipe
+from data_tools.problems import SettingError
+from data_tools.progress import elapsed_time
 from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
-from infini_train.config.errors import ConfigError
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
-_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any part of such a file
+_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any range of such a file
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
-_TASK_PIECES = 10_000  # at most, since a task's list is held in memory
+_TASK_RANGES = 10_000  # at most, since a task's list is held in memory
 
 
 def task_bytes(total_bytes: int, largest: int) -> int:
@@ -30,14 +32,20 @@ def task_bytes(total_bytes: int, largest: int) -> int:
     return max(1, min(largest, max(_MIN_TASK_BYTES, total_bytes // _TASKS_WANTED)))
 
 
-def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None) -> Iterator[list[Piece]]:
-    """The pieces of each task, in the order of the files: about `size` bytes, more only for what can't be cut.
+def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None) -> Iterator[list[FileRange]]:
+    """The file ranges of each task, in the order of the files: about `size` bytes, more only for what can't be cut.
 
-    Many small files make a smaller task.
+    Many small files make a smaller task. A pipe is a task of its own, since nobody knows what it will print.
     """
-    task: list[Piece] = []
+    task: list[FileRange] = []
     room = size
     for file in files:
+        if is_pipe(file.path):
+            if task:
+                yield task
+            yield [FileRange(file.path, file.id, file.source, 0, 0)]
+            task, room = [], size
+            continue
         whole = compression_of(file.path) or (format or format_of(file.path)) not in _CUT_FORMATS
         start = 0
         while start < file.bytes or not start:
@@ -46,9 +54,9 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
                 yield task
                 task, room = [], size
                 continue
-            task.append(Piece(file.path, file.id, file.source, start, start + length))
+            task.append(FileRange(file.path, file.id, file.source, start, start + length))
             start, room = start + max(length, 1), room - length
-            if room <= 0 or len(task) == _TASK_PIECES:
+            if room <= 0 or len(task) == _TASK_RANGES:
                 yield task
                 task, room = [], size
     if task:
@@ -56,7 +64,7 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
 
 
 class Plan:
-    """The tasks of a command, as they lie in its folder.
+    """The tasks of a command, as stored in its folder.
 
     Attributes:
         sizes: bytes of each task.
@@ -70,45 +78,47 @@ class Plan:
         with self._path.open("rb") as file:
             for line in file:
                 starts.append(starts[-1] + len(line))
-                pieces = [Piece(*row) for row in json.loads(line)]
-                sizes.append(sum(piece.stop - piece.start for piece in pieces))
-                self.in_process |= any(piece.path == STDIN for piece in pieces)
+                ranges = [FileRange(*row) for row in json.loads(line)]
+                sizes.append(sum(each.stop - each.start for each in ranges))
+                self.in_process |= any(each.path == STDIN for each in ranges)
         self._starts, self.sizes = np.array(starts), np.array(sizes, np.int64)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def pieces(self, task: int) -> list[Piece]:
+    def ranges(self, task: int) -> list[FileRange]:
         """What a task reads."""
         with self._path.open("rb") as file:
             file.seek(int(self._starts[task]))
-            return [Piece(*row) for row in json.loads(file.readline())]
+            return [FileRange(*row) for row in json.loads(file.readline())]
 
 
 def make_plan(
     folder: Path, sources: list[str], command: Mapping[str, Any], largest: int, format: str | None = None
 ) -> Plan:
-    """Write the plan into a folder, or check that it is the one that lies there.
+    """Write the plan into a folder, or check that it equals the one there.
 
     Args:
         folder: of unfinished work; it exists.
-        sources: files, folders, patterns, URLs.
-        command: whatever else the results depend on, by the name of its option; JSON values.
+        sources: as in `find_files`.
+        command: whatever else the results depend on, by the name of its setting; JSON values.
         largest: source bytes of a task, at most.
         format: of all files, if given.
 
     Raises:
-        ConfigError: the sources can't be found; or the folder holds work of another command or of other sources.
+        ConfigError: the sources can't be found.
+        SettingError: the folder holds work of another command or of other sources.
     """
     aside = folder / f".plan-{uuid.uuid4().hex[:8]}"
     files, tasks, options = (aside.with_name(aside.name + suffix) for suffix in ("-files", "-tasks", "-command"))
     try:
-        total = _write_lines(files, find_files(sources))
+        with elapsed_time("list the sources"):
+            total = _write_lines(files, find_files(sources))
         tasks_of = plan_tasks(_read_files(files), task_bytes(total, largest), format)
         _write_lines(tasks, tasks_of)
         options.write_text(json.dumps({"sources": sources, **command}, indent=1) + "\n", encoding="utf-8")
         if (folder / _COMMAND).exists():
-            _compare(folder, options, files)
+            _compare(folder, options, files, tasks)
         else:
             for path, name in ((files, _FILES), (tasks, _TASKS), (options, _COMMAND)):  # the last one makes it valid
                 os.replace(path, folder / name)
@@ -136,23 +146,25 @@ def _read_files(path: Path) -> Iterator[SourceFile]:
             yield SourceFile(*json.loads(line))
 
 
-def _compare(folder: Path, options: Path, files: Path) -> None:
-    """Whether the folder's plan is the same."""
+def _compare(folder: Path, options: Path, files: Path, tasks: Path) -> None:
+    """Raises unless the folder's plan is the same, its tasks included: what they name may be run as a command."""
     old, new = (json.loads(path.read_bytes()) for path in (folder / _COMMAND, options))
-    end = "give the same command to go on with it, or pass --restart to begin again"
+    end = "rerun the original command to resume it, or pass {restart} to begin again"
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
-            raise ConfigError(f"{folder}: holds unfinished work of another command ({_option(name)} differs); {end}")
+            # The sources are arguments, and the version belongs to no setting.
+            shown = "{changed}" if name == "sources" or " " in name else f"{{{name}}}"
+            template = f"{{folder}}: holds unfinished work of another command ({shown} differs); {end}"
+            raise SettingError(template, folder=folder, changed=name)
     if filecmp.cmp(folder / _FILES, files, shallow=False):
-        return
+        if filecmp.cmp(folder / _TASKS, tasks, shallow=False):
+            return
+        raise SettingError(f"{{path}}: is not the plan of these sources; {end}", path=folder / _TASKS)
     for before, now in zip(_read_files(folder / _FILES), _read_files(files), strict=False):
         if before != now:
-            path = before.path if before.path == now.path else f"{before.path} or {now.path}"
+            changed = before.path if before.path == now.path else f"{before.path} or {now.path}"
             break
     else:
-        path = "the number of files"
-    raise ConfigError(f"{folder}: holds unfinished work, but the sources have changed since ({path}); {end}")
-
-
-def _option(name: str) -> str:
-    return name if name == "sources" else f"--{name.replace('_', '-')}"
+        changed = "the number of files"
+    template = f"{{folder}}: holds unfinished work, but the sources have changed since ({{changed}}); {end}"
+    raise SettingError(template, folder=folder, changed=changed)

@@ -1,4 +1,4 @@
-"""Files of a corpus: local paths, folders, patterns, URLs that fsspec opens, standard input; plain or compressed."""
+"""Files of a corpus: local paths, folders, patterns, URLs that fsspec opens, pipes, standard input; also compressed."""
 
 import bz2
 import contextlib
@@ -16,13 +16,15 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 import zstandard
+from braceexpand import braceexpand
 
+from data_tools.pipes import is_pipe, open_pipe, split_command
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import transport_errors
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-FORMATS = {  # the suffixes of each, without a compression's
+FORMATS = {  # the suffixes of each, without that of a compression
     "text": (".txt", ".md", ".py", ".rst"),
     "jsonl": (".jsonl", ".ndjson"),
     "parquet": (".parquet",),
@@ -35,32 +37,37 @@ _VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified", "Last-Modified"),
     *("updated", "mtime", "created"),
 )
+_MAGIC_BYTES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"BZh": ".bz2"}
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class SourceFile(NamedTuple):
-    """A file to read. `id` names it in the corpus, `source` is the name of the argument it was found by."""
+    """A file to read. `id` names it in the corpus; `source` names the argument that it was found by."""
 
     path: str
     id: str
     source: str
     bytes: int  # 0: unknown
-    version: str  # other contents have another one, where the storage tells one; else empty
+    version: str  # differs for different contents; empty where the storage has none
 
 
 def suffixes() -> str:
-    """What a folder is searched for."""
+    """The names that a folder is searched for."""
     endings = " ".join(suffix for name in _SEARCHED for suffix in FORMATS[name])
     return f"{endings}, each but .parquet also with {' '.join(COMPRESSIONS)}"
 
 
 def compression_of(path: str) -> str | None:
-    """The suffix of its compression."""
+    """The suffix of its compression; None: not compressed, or a pipe, whose first bytes show it."""
+    if is_pipe(path):
+        return None
     return next((suffix for suffix in COMPRESSIONS if path.endswith(suffix)), None)
 
 
 def format_of(path: str) -> str | None:
-    """The format that a file's name tells; None: none of those known."""
+    """The format, by the file's name; None: none of those known."""
+    if is_pipe(path):
+        return "tar"  # as in webdataset
     name = PurePosixPath(path).name
     compression = compression_of(name) or ""
     plain = name.removesuffix(compression)
@@ -73,12 +80,21 @@ def format_of(path: str) -> str | None:
 def find_files(sources: Iterable[str]) -> Iterator[SourceFile]:
     """The files of the sources, in order; within a folder or pattern sorted by name.
 
+    Args:
+        sources: files, folders, patterns of `glob` and of webdataset (`corpus-{000..999}.tar`), URLs, `pipe:COMMAND`,
+            or - for standard input.
+
     Raises:
-        ConfigError: no such file, folder or match.
+        ConfigError: no such file, folder, match or program.
     """
     for source in sources:
         if source == STDIN:
             yield SourceFile(STDIN, "stdin", "stdin", 0, "")
+        elif "{" in source and not os.path.exists(source) and (names := _expand_braces(source)) != [source]:
+            yield from _find_each(source, names)
+        elif is_pipe(source):
+            split_command(source)  # raises now what would stop the first task
+            yield SourceFile(source, source, source, 0, "")
         elif "://" in source:
             yield from _find_remote(source)
         elif os.path.exists(source):
@@ -87,6 +103,33 @@ def find_files(sources: Iterable[str]) -> Iterator[SourceFile]:
             yield from _find_pattern(source)
         else:
             raise ConfigError(f"{source}: no such file or folder")
+
+
+def _expand_braces(source: str) -> list[str]:
+    """The sources of a name in webdataset's notation, in order; the name alone if there is nothing to expand.
+
+    By the package that webdataset itself uses: to import webdataset would load torch, too.
+    """
+    try:
+        names = list(braceexpand(source))
+    except ValueError:  # unbalanced braces
+        return [source]
+    return names if len(names) > 1 else [source]
+
+
+def _find_each(pattern: str, names: Iterable[str]) -> Iterator[SourceFile]:
+    """The files of an expanded pattern; single files are named from the folder where its braces begin, as in glob."""
+    if is_pipe(pattern):
+        yield from (file._replace(source=pattern) for file in find_files(names))
+        return
+    base = pattern[: pattern.index("{")].rpartition("/")[0]
+    folder = PurePosixPath(base).name or Path(base).resolve().name or "/"
+    for name in names:
+        for file in find_files([name]):
+            if file.id == file.source:  # a file of its own, not one of a folder or pattern
+                inner = name.removeprefix(base).lstrip("/")
+                file = file._replace(id=f"{folder}/{inner}", source=folder)
+            yield file
 
 
 def _find_local(path: Path) -> Iterator[SourceFile]:
@@ -138,7 +181,7 @@ def _find_remote(url: str) -> Iterator[SourceFile]:
 
 
 def _list_remote(system: Any, path: str, pattern: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
-    """The files with what their file system tells of them, and the folder that they are named from."""
+    """The files with what their file system knows of them, and the folder that they are named from."""
     if glob.has_magic(pattern):
         found = sorted(system.glob(path, detail=True).items())
         return found, path[: path.index(next(c for c in path if c in "*?["))].rpartition("/")[0]
@@ -151,12 +194,12 @@ def _list_remote(system: Any, path: str, pattern: str) -> tuple[list[tuple[str, 
 
 
 def _version_of(info: Mapping[str, Any]) -> str:
-    """What a file system of fsspec tells of a file's version; each has its own word for it."""
+    """The version of a file, as its fsspec file system gives it; each has its own key for it."""
     return " ".join(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)
 
 
 def index_of(path: str) -> str:
-    """The index beside a .bin file of Megatron's."""
+    """The index beside one of Megatron's .bin files."""
     return path.removesuffix(".bin") + ".idx"
 
 
@@ -169,7 +212,9 @@ def _local(path: str, file_id: str, source: str) -> SourceFile:
         info = os.stat(path)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
-    if not stat.S_ISREG(info.st_mode):  # a pipe: its size is known when it has been read
+    if is_pipe(path) or path == STDIN:  # a file of this name, found in the working folder: it must not be run
+        path = f"./{path}"
+    if not stat.S_ISREG(info.st_mode):  # a named pipe: its size is known when it has been read
         return SourceFile(path, file_id, source, 0, "")
     version = str(info.st_mtime_ns)
     if path.endswith(".bin"):
@@ -183,10 +228,13 @@ def open_raw(path: str) -> BinaryIO:
     """The bytes of a file as they are stored.
 
     Raises:
+        ConfigError: a pipe's command can't be run.
         OSError: it can't be opened.
     """
     if path == STDIN:
         return sys.stdin.buffer
+    if is_pipe(path):
+        return open_pipe(path)
     if "://" in path:
         system, inner = fsspec.core.url_to_fs(path)
         # Lines of limited length are read, which fsspec's own files don't offer.
@@ -197,7 +245,12 @@ def open_raw(path: str) -> BinaryIO:
 def decompress(raw: BinaryIO, path: str) -> BinaryIO:
     """What a file holds, given its stored bytes and its name; reading it may raise any of READ_ERRORS."""
     reader: Any
-    match ".gz" if path.endswith(".tgz") else compression_of(path):
+    if is_pipe(path):
+        first = cast(io.BufferedReader, raw).peek(max(map(len, _MAGIC_BYTES)))
+        suffix = next((suffix for magic, suffix in _MAGIC_BYTES.items() if first.startswith(magic)), None)
+    else:
+        suffix = ".gz" if path.endswith(".tgz") else compression_of(path)
+    match suffix:
         case ".gz":
             reader = gzip.GzipFile(fileobj=raw, mode="rb")
         case ".xz":
@@ -212,7 +265,7 @@ def decompress(raw: BinaryIO, path: str) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The frames of a zstd file. The library's own stream takes a file that was cut for one that ends."""
+    """The frames of a zstd file. The library's own stream reads a truncated file as if it were whole."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw

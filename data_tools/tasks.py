@@ -1,7 +1,7 @@
 """The tasks of a plan on all cores: each is done whole or not at all, and a later run does those that are missing.
 
 A task writes into a folder of its own, which gets its name by one rename when all of it is on the disk. Worker
-processes are told the numbers of tasks over pipes; a broken pipe tells each side that the other has died.
+processes get task numbers over pipes; a broken pipe shows each side that the other has died.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_tools.plan import Plan
+from data_tools.problems import SettingError
+from data_tools.progress import byte_bar
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
 
-# Called with the number of a task, the empty folder to write into, the threads to use, and a function that is told of
-# source bytes that were read.
+# Called with the number of a task, the empty folder to write into, the number of threads, and a function to call with
+# the source bytes that were read.
 Work = Callable[[int, Path, int, Callable[[int], None]], None]
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_SAID_BYTES = 1_000_000  # a worker tells of its progress after so many
+_REPORT_BYTES = 1_000_000  # a worker reports its progress each time it has read this many
 
 
 def finished_tasks(folder: Path) -> set[int]:
@@ -47,13 +47,13 @@ def share(part: str | None, tasks: int) -> range:
     """The tasks of part I of N, written I/N with I from 1; all without a part.
 
     Raises:
-        ConfigError: it is not such a part.
+        SettingError: it is not such a part.
     """
     if part is None:
         return range(tasks)
     first, _, number = part.partition("/")
     if not (first.isdecimal() and number.isdecimal() and 1 <= int(first) <= int(number)):
-        raise ConfigError(f"--part: {part!r} is not I/N with I from 1 to N, as in 3/8")
+        raise SettingError("{part}: {given} is not I/N with I from 1 to N, as in 3/8", given=repr(part))
     return range(int(first) - 1, tasks, int(number))
 
 
@@ -67,13 +67,7 @@ def run_tasks(folder: Path, plan: Plan, work: Work, *, workers: int, part: str |
     missing = [task for task in mine if task not in finished]
     done_bytes = sum(int(plan.sizes[task]) for task in mine if task in finished)
     total = sum(int(plan.sizes[task]) for task in mine)
-    bar = tqdm(total=total or None, initial=done_bytes, unit="B", unit_scale=True, desc=label, disable=None)
-
-    def advance(n_bytes: int) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone; to a reader that would look like a broken file
-            bar.update(n_bytes)
-
-    with bar:
+    with byte_bar(label, total, done_bytes) as advance:
         if plan.in_process or min(workers, len(missing)) <= 1:
             for task in missing:
                 do_task(folder, work, task, workers, advance)
@@ -104,7 +98,7 @@ def do_task(folder: Path, work: Work, task: int, threads: int, advance: Callable
 
 
 class _Pool:
-    """Worker processes, each with a pipe: it takes task numbers and gives back bytes read, then None or an error."""
+    """Worker processes, each with a pipe: task numbers go in; bytes read come out, then None or an error."""
 
     def __init__(self, folder: Path, work: Work, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -142,12 +136,12 @@ class _Pool:
         elif message is None:
             self._give(ready, waiting)
         else:
-            raise ConfigError(message)
+            raise message
 
     def _give(self, connection: "Connection[Any, Any]", waiting: Iterator[int]) -> None:
         """The next task, or the end."""
         task = next(waiting, None)
-        with contextlib.suppress(BrokenPipeError):  # it has died; that is told where its answer is waited for
+        with contextlib.suppress(BrokenPipeError):  # it has died, which shows where its answer is awaited
             connection.send(task)
         if task is None:
             process = self._processes.pop(connection)
@@ -158,9 +152,9 @@ class _Pool:
 def _explain_death(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = ": perhaps memory ran out; take fewer --workers" if name == "SIGKILL" else ""
-        return f"a worker process was ended by {name}{hint}; the same command goes on with what is finished"
-    return f"a worker process has ended with status {code}; the same command goes on with what is finished"
+        hint = ": perhaps memory ran out; run fewer workers" if name == "SIGKILL" else ""
+        return f"a worker process was ended by {name}{hint}; rerun the command to resume"
+    return f"a worker process ended with status {code}; rerun the command to resume"
 
 
 def _start(parent: int, connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
@@ -174,20 +168,20 @@ def _start(parent: int, connection: "Connection[Any, Any]", folder: Path, work: 
 
 
 def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
-    """A worker's life. Ctrl-C reaches the whole group of processes: the parent deals with it."""
+    """A worker's main loop. Ctrl-C reaches the whole group of processes: the parent deals with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    unsaid = 0
+    unreported = 0
 
     def advance(n_bytes: int) -> None:
-        nonlocal unsaid
-        unsaid += n_bytes
-        if unsaid >= _SAID_BYTES:
+        nonlocal unreported
+        unreported += n_bytes
+        if unreported >= _REPORT_BYTES:
             try:
-                connection.send(unsaid)
+                connection.send(unreported)
             except OSError:  # the parent has died; to a reader this would look like a broken file
                 sys.exit(1)
-            unsaid = 0
+            unreported = 0
 
     try:
         while (task := connection.recv()) is not None:
@@ -195,6 +189,6 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
                 do_task(folder, work, task, 1, advance)
                 connection.send(None)
             except ConfigError as error:
-                connection.send(str(error))
+                connection.send(error)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         sys.exit(1)  # the parent has died

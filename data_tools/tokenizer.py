@@ -15,12 +15,14 @@ from typing import Literal
 
 import sentencepiece
 
+from data_tools.problems import SettingError
+from data_tools.progress import elapsed_time
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
-from infini_train.data.writer import explain_disk_errors
+from infini_train.data.writer import TargetExistsError, explain_disk_errors
 
 PIECE_BYTES = 4000  # SentencePiece leaves out longer "sentences"
-META_PIECES = 260  # unk, bos, eos, pad and one a byte
+META_PIECES = 260  # unk, bos, eos, pad and one for each byte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +32,24 @@ class TokenizerOptions:
     vocab_size: int = 32_000
     kind: Literal["bpe", "unigram"] = "bpe"
     sample_bytes: int = 100_000_000  # of text, drawn evenly from all of it
-    character_coverage: float = 0.9995  # characters outside of it are spelled in bytes
-    threads: int = 0  # 0: one a core
+    character_coverage: float = 0.9995  # characters outside it are spelled in bytes
+    threads: int = 0  # 0: one per core
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.vocab_size <= META_PIECES:
-            raise ConfigError(
-                f"--vocab-size: {self.vocab_size} is too small; {META_PIECES} are taken by bytes and specials"
-            )
+            template = "{vocab_size}: {given} is too small; {reserved} are taken by bytes and special tokens"
+            raise SettingError(template, given=self.vocab_size, reserved=META_PIECES)
         if not 0.9 <= self.character_coverage <= 1:
-            raise ConfigError("--character-coverage: must lie between 0.9 and 1")
-        if self.sample_bytes < 1 or self.threads < 0:
-            raise ConfigError("--sample-mb and --threads: must be positive")
+            raise SettingError("{character_coverage}: must lie between 0.9 and 1")
+        if self.sample_bytes < 1:
+            raise SettingError("{sample_bytes}: must be positive")
+        if self.threads < 0:
+            raise SettingError("{threads}: must not be negative")
 
 
 def cut_text(text: str, limit_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """Pieces of at most `limit_bytes`, cut behind line ends where possible; joined they are the text."""
+    """Pieces of at most `limit_bytes`, cut after line ends where possible; joined they are the text."""
     start = 0
     while start < len(text):
         piece = text[start : start + limit_bytes]
@@ -63,7 +66,7 @@ def sample_pieces(texts: Iterable[str], sample_bytes: int, seed: int) -> list[st
     """An even sample of the texts' pieces, in order, of at most `sample_bytes`: those with the smallest random keys."""
     draw = random.Random(seed)
     kept: list[tuple[float, int, str]] = []  # a heap, largest key first
-    size, number, limit = 0, 0, 1.0  # no key from `limit` on is taken: a piece of this key was let go already
+    size, number, limit = 0, 0, 1.0  # keys of `limit` and above are skipped: a piece with that key was dropped already
     for text in texts:
         for piece in cut_text(text):
             number += 1
@@ -81,20 +84,22 @@ def sample_pieces(texts: Iterable[str], sample_bytes: int, seed: int) -> list[st
 def train_tokenizer(
     texts: Iterable[str], out: Path | str, options: TokenizerOptions, *, overwrite: bool = False
 ) -> int:
-    """Train on a sample of the texts and write the .model; returns the bytes of text it was trained on.
+    """Train on a sample of the texts and write the .model; returns the number of bytes it was trained on.
 
     The model is lossless: no normalisation, no added space, white space kept, unknown characters spelled in bytes.
 
     Raises:
-        ConfigError: `out` is there already, too little text for the vocabulary, or the disk is full.
+        TargetExistsError: `out` is there already, and `overwrite` is off.
+        ConfigError: too little text for the vocabulary, or the disk is full.
     """
     out = Path(out)
     if out.suffix != ".model":
         raise ConfigError(f"{out}: name the tokenizer's file *.model")
     if out.exists() and not overwrite:
-        raise ConfigError(f"{out}: is there already; choose another name, or pass --overwrite")
+        raise TargetExistsError(f"{out}: is there already; choose another name")
     sample = sample_pieces(texts, options.sample_bytes, options.seed)
-    model = _train(sample, options)
+    with elapsed_time(f"train on {sum(map(len, sample)) / 1e6:,.0f} million characters"):
+        model = _train(sample, options)
     with explain_disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, model)
@@ -128,24 +133,25 @@ def _train(sample: list[str], options: TokenizerOptions) -> bytes:
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise ConfigError(_explain(str(error), options)) from error
+        raise _explain(str(error), options) from error
     return result.getvalue()
 
 
-def _explain(message: str, options: TokenizerOptions) -> str:
-    """What SentencePiece complained about, in the user's terms."""
+def _explain(message: str, options: TokenizerOptions) -> ConfigError:
+    """SentencePiece's complaint, in the user's terms."""
     if largest := re.search(r"too high .*<= (\d+)", message):
-        hint = f"use {largest[1]} or fewer, or give more text"
-        return f"--vocab-size: too little text for {options.vocab_size} tokens; {hint}"
+        template = "{vocab_size}: too little text for {given} tokens; use {largest} or fewer, or give more text"
+        return SettingError(template, given=options.vocab_size, largest=largest[1])
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        hint = f"use more than {needed[1]}, or lower --character-coverage"
-        return f"--vocab-size: {options.vocab_size} can't hold the text's characters; {hint}"
-    return f"SentencePiece could not train on this text: {message.splitlines()[0]}"
+        hint = "use more than {needed}, or lower {character_coverage}"
+        template = f"{{vocab_size}}: {{given}} can't hold the text's characters; {hint}"
+        return SettingError(template, given=options.vocab_size, needed=needed[1])
+    return ConfigError(f"SentencePiece could not train on this text: {message.splitlines()[0]}")
 
 
 @contextlib.contextmanager
 def _default_signals() -> Iterator[None]:
-    """Ctrl-C ends the process at once: Python would act on it only after the C++ training. Nothing is written yet."""
+    """Ctrl-C ends the process at once: Python would react only after the C++ training. Nothing is written yet."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

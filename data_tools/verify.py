@@ -1,4 +1,4 @@
-"""Whether a dataset is what was written: every hash, and every document of every shard."""
+"""Checks that a dataset is what was written: every hash, and every document of every shard."""
 
 import json
 import tarfile
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from data_tools.progress import byte_bar
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import (
     INDEX_FILE,
@@ -30,7 +30,7 @@ def verify(folder: Path | str, workers: int = 1) -> list[str]:
     """What is wrong with a dataset, a line each, with the shard and the document; nothing if all is well.
 
     Raises:
-        ConfigError: it can't even be opened: no manifest, or index, tokenizer or a file's size don't fit it.
+        ConfigError: it can't even be opened: no manifest, or the index, the tokenizer or a file's size doesn't match.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -44,7 +44,7 @@ def verify(folder: Path | str, workers: int = 1) -> list[str]:
     total = sum(shard.bytes for shard in manifest.shards)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar,
+        byte_bar("verify", total) as advance,
     ):
         checks = [
             pool.submit(_check_shard, folder, manifest, number, index[first:last], int(first))
@@ -52,7 +52,7 @@ def verify(folder: Path | str, workers: int = 1) -> list[str]:
         ]
         for check, shard in zip(checks, manifest.shards, strict=True):
             problems += check.result()
-            bar.update(shard.bytes)
+            advance(shard.bytes)
     return problems
 
 
@@ -105,7 +105,7 @@ def _check_document(file: BinaryIO, row: np.ndarray, manifest: Manifest) -> str 
         except tarfile.HeaderError as error:
             return f"a header of the tar is damaged ({error})"
         if member.size != size:
-            return "a header of the tar tells another size"
+            return "a header of the tar gives another size"
     if header != npy_header(dtype, n_tokens):
         return "the header of its ids is damaged"
     if n_tokens and int(tokens.max()) >= manifest.vocab_size:

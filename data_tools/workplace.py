@@ -1,4 +1,4 @@
-"""The hidden folder beside a result in which its parts come together; it outlives a run that was stopped or killed."""
+"""The hidden folder beside a result in which its parts are collected; it outlives a run that was stopped or killed."""
 
 import contextlib
 import fcntl
@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_tools.problems import SettingError
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE
-from infini_train.data.writer import explain_disk_errors, replace_folder
+from infini_train.data.writer import TargetExistsError, explain_disk_errors, replace_folder
 
 _RESULT = "result"
 _PUBLISHING = "publishing"  # from here on the result may have left the folder
@@ -28,23 +29,23 @@ def check_pair_target(folder: Path, overwrite: bool) -> None:
             raise ConfigError(f"{folder}: is a file; give a folder")
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if MANIFEST_FILE in names:
-        raise ConfigError(f"{folder}: is itself a dataset; choose another folder for the two of --holdout")
+        raise ConfigError(f"{folder}: is itself a dataset; choose another folder for train and validation")
     if names - {"train", "validation"}:
         raise ConfigError(f"{folder}: is not empty; choose another folder")
     if names and not overwrite:
-        raise ConfigError(f"{folder}: datasets are there already; choose another folder, or pass --overwrite")
+        raise TargetExistsError(f"{folder}: datasets are there already; choose another folder")
 
 
 class Workplace:
     """A context manager that gives the folder `.NAME.partial` beside the result NAME.
 
-    An error leaves the folder if it holds finished tasks, or if other parts may be at work in it.
+    After an error the folder stays if it holds finished tasks, or if other parts may be at work in it.
 
     Args:
         target: what will be written.
         restart: begin with an empty folder.
         part: this run's part of the work, if there are others.
-        finished: patterns of what an error leaves.
+        finished: patterns of files worth keeping after an error.
 
     Raises:
         ConfigError: another process is at the same work, or the folder can't be written.
@@ -59,7 +60,8 @@ class Workplace:
         self.result = self.folder / _RESULT
         self._part = part
         if restart and part:
-            raise ConfigError(f"--restart: other parts may be at work; remove {self.folder} by hand when none is")
+            template = "{restart}: other parts may be at work; remove {folder} by hand when none is"
+            raise SettingError(template, folder=self.folder)
         self._restart = restart
         self._finished = finished
 
@@ -67,7 +69,7 @@ class Workplace:
         with explain_disk_errors(self._shown):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            # Never what another part has made just now: a folder that is not there is not removed.
+            # Never remove what another part has just made: a folder that was not there is left alone.
             if self.folder.exists() and (self._restart or not self._is_unfinished()):
                 os.close(self._take_lock())  # nobody is at work there
                 self.discard()
@@ -94,7 +96,7 @@ class Workplace:
 
     @contextlib.contextmanager
     def last_step(self) -> Iterator[bool]:
-        """Only one part at a time is in here; gives whether the result is still to be made."""
+        """One part at a time may enter; gives whether the result is still to be made."""
         if not self.folder.exists():
             yield False
             return
@@ -118,9 +120,9 @@ class Workplace:
             self.discard()
 
     def discard(self) -> None:
-        """Remove the folder: nothing more will come of it.
+        """Remove the folder, since nothing more will come of it.
 
-        By a rename first: what a kill leaves of a half deleted folder must not look like unfinished work.
+        It is renamed first: what a kill leaves of a half-deleted folder must not look like unfinished work.
         """
         aside = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}{_REMOVED}")
         with contextlib.suppress(OSError):  # another part was faster
@@ -128,7 +130,7 @@ class Workplace:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _remove_stale(self) -> None:
-        """Delete what runs that were killed in the midst of deleting have left."""
+        """Delete what runs left that were killed while deleting."""
         for path in list(self.folder.parent.iterdir()):
             if path.name.startswith(f"{self.folder.name}-") and path.name.endswith(_REMOVED):
                 shutil.rmtree(path, ignore_errors=True)

@@ -179,6 +179,23 @@ def has_code(tree: ast.Module, name: str) -> bool:
     return bool(body)
 
 
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """One circle for each edge that closes one, in a depth-first walk."""
+    done: set[str] = set()
+
+    def visit(path: list[str]) -> Iterator[list[str]]:
+        for following in sorted(graph[path[-1]]):
+            if following in path:
+                yield [*path[path.index(following) :], following]
+            elif following not in done:
+                yield from visit([*path, following])
+        done.add(path[-1])
+
+    for start in sorted(graph):
+        if start not in done:
+            yield from visit([start])
+
+
 def tracked_files() -> list[Path]:
     """What is, or could be, committed."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
@@ -218,6 +235,17 @@ def test_general_readers_do_not_know_the_synthetic_texts() -> None:
             if target.startswith("infini_train.data.synthetic")
         ]
     )
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Late imports count, too."""
+    modules = {name.removesuffix(".py").replace("/", "."): name for name in sources(*PACKAGES)}
+    graph = {}
+    for module, name in modules.items():
+        targets = {target for _, target in imports(parse(name), name)}
+        targets |= {target.rpartition(".")[0] for target in targets}
+        graph[module] = (targets & set(modules)) - {module}
+    report([" -> ".join(circle) for circle in circles(graph)])
 
 
 def test_nothing_runs_code_hidden_in_data() -> None:
@@ -328,6 +356,11 @@ def test_a_right_import_passes(name: str, code: str) -> None:
 )
 def test_an_unsafe_use_is_seen(code: str) -> None:
     assert len(unsafe_uses(ast.parse(code), "a.py")) == 1
+
+
+def test_a_circle_is_seen() -> None:
+    assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}})) == [["b", "c", "b"]]
+    assert list(circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})) == []
 
 
 def test_safe_uses_pass() -> None:

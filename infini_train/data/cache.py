@@ -1,7 +1,7 @@
-"""Datasets that lie elsewhere (s3://, gs://, https://, ...): their files in a folder of this machine. Imports no torch.
+"""Remote datasets (s3://, gs://, https://, ...) and the local folder that caches their files. Imports no torch.
 
-Shuffled documents are read from everywhere, so whole shards are fetched, each when it is first needed, and stay: the
-folder needs room for the dataset. Processes of a machine share it.
+Shuffled documents come from all shards, so whole shards are fetched, each when it is first needed, and kept: the folder
+needs room for the dataset. Processes of a machine share it.
 """
 
 import contextlib
@@ -24,36 +24,31 @@ _REFUSALS = (
     ("botocore.exceptions", "BotoCoreError"),  # s3
     ("botocore.exceptions", "ClientError"),
 )
-RETRY_AFTER_S = (1.0, 4.0, 16.0)  # a store that is busy, or a network that is away for a moment
+RETRY_AFTER_S = (1.0, 4.0, 16.0)  # for a busy store, or a network that is down for a moment
 
 
 def is_url(location: str) -> bool:
-    """Whether a dataset's location is not a folder of this machine."""
+    """Whether a dataset's location is a URL and not a local folder."""
     return "://" in location
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What the packages behind fsspec raise when a server refuses, where it is no OSError; of those in use."""
-    names = (
-        ("aiohttp", "ClientError"),
-        ("botocore.exceptions", "BotoCoreError"),
-        ("botocore.exceptions", "ClientError"),
-    )
-    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    """The exceptions, other than OSErrors, by which fsspec's packages report a server's refusal; of loaded packages."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _REFUSALS)
     return tuple(error for error in found if error is not None)
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """All that reading from elsewhere may raise."""
+    """All that reading from a URL may raise."""
     return (OSError, *refusals())
 
 
 class RemoteFolder:
-    """A dataset's folder at a URL of fsspec, and its copy below `cache_dir`, named after the manifest's hash.
+    """A dataset's folder at an fsspec URL, and its copy below `cache_dir`, named after the manifest's hash.
 
     Args:
         url: of the folder that holds manifest.json.
-        cache_dir: on this machine; made if need be.
+        cache_dir: a local folder; created if needed.
 
     Raises:
         ConfigError: no such protocol or folder, or no access to it.
@@ -83,7 +78,7 @@ class RemoteFolder:
             raise ConfigError(f"data.cache_dir: {cache_dir} can't be written: {error.strerror}") from error
 
     def fetch_tokenizer(self, entry: TokenizerEntry) -> None:
-        """Copies it, if it is a file; whoever opens it compares its hash.
+        """Copy the tokenizer's file, if it has one; opening it checks its hash.
 
         Raises:
             OSError: it can't be read.
@@ -93,10 +88,10 @@ class RemoteFolder:
                 self._copy(entry.file).rename(self.folder / entry.file)
 
     def fetch(self, entry: FileEntry) -> Path:
-        """The copy of a file, fetched and compared with its hash if it is not there yet.
+        """The copy of a file, fetched and checked against its hash if it is not there yet.
 
         Raises:
-            OSError: it can't be read, also after some waiting; starting again may help.
+            OSError: it can't be read, even after retries; starting again may help.
             ConfigError: it is not the file of the manifest.
         """
         path = self.folder / entry.file
@@ -112,7 +107,7 @@ class RemoteFolder:
             return partial.rename(path)
 
     def missing_bytes(self, entries: Iterable[FileEntry]) -> int:
-        """What is still to be fetched of these."""
+        """Bytes of these files that are still to be fetched."""
         return sum(entry.bytes for entry in entries if not self._is_there(entry))
 
     def _is_there(self, entry: FileEntry) -> bool:
@@ -128,7 +123,7 @@ class RemoteFolder:
             yield
 
     def _copy(self, name: str) -> Path:
-        """The file beside its place, whole and on disk."""
+        """Copy a file whole, synced to the disk, beside its final place."""
         target = self.folder / f".{name}.partial"
         for wait_s in (*RETRY_AFTER_S, None):
             try:
@@ -149,14 +144,14 @@ class RemoteFolder:
 
 
 def check_space(cache_dir: Path, missing: Mapping[str, int]) -> None:
-    """Finds out at the start that the disk can't take all that is missing, of one dataset or of a mixture's parts.
+    """Check at the start that the disk has room for all that is missing, of one dataset or of a mixture's parts.
 
     Args:
-        cache_dir: where all of them are kept.
-        missing: bytes, by the dataset's URL.
+        cache_dir: the folder that keeps all of them.
+        missing: bytes still to be fetched, by the dataset's URL.
 
     Raises:
-        ConfigError: tells how much is needed.
+        ConfigError: there is not enough room; says how much is needed.
     """
     needed = sum(missing.values())
     if not needed:

@@ -26,7 +26,7 @@ INDEX_RECORD = np.dtype(
         ("shard", "<u4"),
     ]
 )
-LOSS_START = "loss_start"  # in a document's metadata: the loss begins with this content token; the rest is only read
+LOSS_START = "loss_start"  # in a document's metadata: the first content token that counts in the loss
 NPY_HEADER_BYTES = 128  # numpy pads the header of a 1-D array to this size, whatever its length
 
 
@@ -41,7 +41,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry(FileEntry):
-    """A shard. `pairs` counts the documents whose loss lies on their end alone (see `LOSS_START`)."""
+    """A shard. `pairs` counts the documents whose loss is on their end alone (see `LOSS_START`)."""
 
     documents: int
     tokens: int
@@ -50,7 +50,7 @@ class ShardEntry(FileEntry):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerEntry:
-    """The tokenizer; `file` lies in the dataset's folder (null for kind byte)."""
+    """The tokenizer; `file` is in the dataset's folder (null for kind byte)."""
 
     kind: str
     file: str | None
@@ -59,7 +59,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEntry:
-    """What one source gave."""
+    """Totals of one source."""
 
     name: str
     documents: int
@@ -69,10 +69,10 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset holds. `tokens` counts content tokens (no bos, eos), `bytes` the UTF-8 bytes of the text.
+    """The contents of a dataset. `tokens` counts content tokens (no bos, eos), `bytes` the UTF-8 bytes of the text.
 
-    `length_histogram[k]` counts the documents of 2^(k-1) to 2^k - 1 tokens (k = 0: none), and `left_out` by reason what
-    of the sources is not here; both are empty in datasets of earlier versions.
+    `length_histogram[k]` counts the documents of 2^(k-1) to 2^k - 1 tokens (k = 0: none). `left_out` counts, by reason,
+    documents of the sources that were left out. Both are empty in datasets of earlier versions.
     """
 
     format_version: int
@@ -110,10 +110,10 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a dataset's folder.
+    """The manifest in a dataset's folder.
 
     Raises:
-        ConfigError: no such folder, no manifest, or one of another version or shape.
+        ConfigError: no such folder, no manifest, or one of another version or form.
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
@@ -148,10 +148,10 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is there at its full size.
+    """Check that every file of the manifest is there at its full size.
 
     Raises:
-        ConfigError: names the first file that is missing or truncated.
+        ConfigError: a file is missing or truncated; names the first.
     """
     for entry in manifest.files:
         path = folder / entry.file

@@ -1,4 +1,4 @@
-"""Shards: tar files (WebDataset) with two members a document, and the records of an index. Imports no torch."""
+"""Shards: tar files (WebDataset) with two members per document, and the records of an index. Imports no torch."""
 
 import contextlib
 import functools
@@ -18,18 +18,18 @@ from infini_train.data.manifest import INDEX_RECORD, LOSS_START, NPY_HEADER_BYTE
 
 OWN_METADATA = ("id", "source", "n_bytes", "n_tokens", "crc32")  # written for each document
 _CHECKSUM = "crc32"
-_END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, then more up to whole records
+_END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, then padding to whole records
 
 
 class ShardRun:
     """Writes documents into shards PREFIX-00000.tar, PREFIX-00001.tar, ... and counts them by source.
 
     Args:
-        folder: where the shards go.
+        folder: to write the shards to.
         prefix: of their names.
-        index: gets a record of each document; its field shard counts from 0.
+        index: receives a record (INDEX_RECORD) for each document; its field shard counts from 0.
         dtype: stored type of the ids.
-        max_shard_bytes: a shard is closed before it grows over this size (one larger document gets its own).
+        max_shard_bytes: a shard is closed before it exceeds this size (a larger document gets its own).
     """
 
     def __init__(self, folder: Path, prefix: str, index: BinaryIO, dtype: np.dtype[Any], max_shard_bytes: int) -> None:
@@ -53,7 +53,7 @@ class ShardRun:
             n_bytes: UTF-8 bytes of its text.
             id: names the document in its source.
             source: names the source.
-            metadata: more JSON values to keep (a title, say); with `LOSS_START` the document is one of a pair.
+            metadata: other JSON values to keep (a title, say); with `LOSS_START` the document is one of a pair.
 
         Raises:
             OSError: the disk is full, say.
@@ -76,7 +76,7 @@ class ShardRun:
         )
 
     def close_shard(self) -> None:
-        """Finish the open shard, if there is one; a further document goes to the next."""
+        """Finish the open shard, if there is one; the next document goes to a new one."""
         if self._open is not None:
             self.shards.append(self._open.close())
             self._open = None
@@ -90,7 +90,7 @@ class ShardRun:
 
 @functools.lru_cache(maxsize=1 << 14)
 def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
-    """What stands before the ids in a .npy file."""
+    """The header before the ids in a .npy file."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (size,)})
     assert len(header.getvalue()) == NPY_HEADER_BYTES
@@ -98,18 +98,18 @@ def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
 
 
 def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
-    return _to_bytes({**note, _CHECKSUM: document_checksum(note, tokens)})
+    return encode_metadata({**note, _CHECKSUM: document_checksum(note, tokens)})
 
 
-def _to_bytes(note: Mapping[str, Any]) -> bytes:
-    """As JSON, which can hold half a surrogate pair (of a file's name, say); UTF-8 can't."""
+def encode_metadata(note: Mapping[str, Any]) -> bytes:
+    """As JSON, which can hold half a surrogate pair (from a file's name, say), as UTF-8 can't."""
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:
-    """crc32 over the ids as they are stored and over the metadata, but for its own checksum."""
+    """crc32 of the ids as they are stored and of the metadata without the checksum itself."""
     note = {key: value for key, value in metadata.items() if key != _CHECKSUM}
-    return zlib.crc32(_to_bytes(note), zlib.crc32(tokens.view(np.uint8).data))
+    return zlib.crc32(encode_metadata(note), zlib.crc32(tokens.view(np.uint8).data))
 
 
 class _Shard:
@@ -123,7 +123,7 @@ class _Shard:
         self._documents = self._tokens = self._pairs = 0
 
     def add(self, tokens: np.ndarray, note: bytes, *, is_pair: bool) -> tuple[int, int]:
-        """Append the members of a document; the offsets of its first token id and of its metadata."""
+        """Append a document's members; returns the offsets of its first token id and of its metadata."""
         key = f"{self._documents:010d}"
         header = npy_header(tokens.dtype, tokens.size)
         data_offset = self._add_member(f"{key}.npy", header, tokens.view(np.uint8).data)
@@ -149,7 +149,7 @@ class _Shard:
         )
 
     def _add_member(self, name: str, *chunks: bytes | memoryview) -> int:
-        """Append a file of these bytes; the offset of the first."""
+        """Append a file of these bytes; returns the offset of the first."""
         member = tarfile.TarInfo(name)
         member.size = sum(len(chunk) for chunk in chunks)
         self._write(member.tobuf(tarfile.GNU_FORMAT))

@@ -1,7 +1,7 @@
 """A dataset on disk: tar shards of token ids (WebDataset), an index of documents, and a manifest. Imports no torch.
 
-A shard holds two members a document: ``<key>.npy`` (1-D token ids without bos and eos) and ``<key>.json`` (metadata).
-``documents.idx`` tells where each document's ids begin, so any window of any document is one read of the file.
+A shard holds two members per document: ``<key>.npy`` (1-D token ids without bos and eos) and ``<key>.json`` (metadata).
+``documents.idx`` records where each document's ids begin, so any window of any document is one read of the file.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ class Dataset:
     """A dataset opened for reading; memory stays constant, whatever is read. Safe to share between threads.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it holds.
+        folder: the local folder.
+        manifest: its contents.
         identity: hash of the tokenizer's and the shards' hashes; the same for the same documents in the same order.
-        lengths_tokens: int64, content tokens of each document.
-        lengths_bytes: int64, bytes of each document's text.
+        lengths_tokens: int64 (documents,), content tokens of each document.
+        lengths_bytes: int64 (documents,), bytes of each document's text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray, remote: RemoteFolder | None = None) -> None:
@@ -69,7 +69,7 @@ class Dataset:
 
         Args:
             location: its folder, or the folder's URL.
-            cache_dir: where files of a URL are kept; each shard comes when it is first read.
+            cache_dir: keeps the files of a URL; each shard is fetched when it is first read.
 
         Raises:
             ConfigError: what is missing, truncated, or of another version, in one line.
@@ -95,7 +95,7 @@ class Dataset:
         return self.manifest.documents
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Content tokens [start, stop) of a document, in the stored type; reads nothing else of it.
+        """Content tokens [start, stop) of a document, 1-D in the stored type; reads nothing else of it.
 
         Raises:
             CorruptDocumentError: the stored array is damaged, or holds ids outside of the vocabulary.
@@ -118,7 +118,7 @@ class Dataset:
         return tokens
 
     def metadata(self, document: int) -> dict[str, Any]:
-        """id, source, n_bytes, n_tokens of a document, and what else its source said.
+        """id, source, n_bytes, n_tokens of a document, and the other metadata from its source.
 
         Raises:
             CorruptDocumentError: the stored metadata is damaged.
@@ -134,7 +134,7 @@ class Dataset:
         return metadata
 
     def loss_start(self, document: int) -> int:
-        """The content token with which the loss begins: 0, or of a (book, summary) pair the summary's first one.
+        """The first content token that counts in the loss: 0, or in a (book, summary) pair the summary's first.
 
         Raises:
             CorruptDocumentError: the metadata of a document that may be a pair are damaged.
@@ -147,7 +147,7 @@ class Dataset:
         return start
 
     def name(self, document: int) -> str:
-        """Its id, or its number where that can't be read, or not from this machine."""
+        """Its id, or its number if the id can't be read or is not on this machine."""
         shard = self.manifest.shards[int(self._index[document]["shard"])]
         with contextlib.suppress(CorruptDocumentError, OSError):
             if (self.folder / shard.file).exists():
@@ -155,7 +155,7 @@ class Dataset:
         return str(document)
 
     def missing_bytes(self) -> int:
-        """What is still to be fetched, if it lies at a URL."""
+        """Bytes still to be fetched, if the dataset is at a URL."""
         return self._remote.missing_bytes(self.manifest.files) if self._remote is not None else 0
 
     def _path(self, entry: FileEntry) -> Path:

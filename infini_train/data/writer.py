@@ -1,4 +1,4 @@
-"""Writing a dataset: aside first, renamed at the end, the same bytes for the same input. Imports no torch."""
+"""Writes a dataset into a hidden folder that is renamed at the end; same input, same bytes. Imports no torch."""
 
 import contextlib
 import dataclasses
@@ -40,6 +40,10 @@ _ROWS_AT_ONCE = 1 << 16  # of an index
 _OLD = "-old"  # and at its end: what is being replaced
 
 
+class TargetExistsError(ConfigError):
+    """A result is there already, and the caller has not asked to overwrite it."""
+
+
 @contextlib.contextmanager
 def explain_disk_errors(folder: Path) -> Iterator[None]:
     """An OSError becomes a ConfigError that names the folder."""
@@ -55,6 +59,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
     """The folder may be written: it is new, empty, or a dataset that may be overwritten.
 
     Raises:
+        TargetExistsError: it holds a dataset, and `overwrite` is off.
         ConfigError: it holds something else.
     """
     with explain_disk_errors(folder):
@@ -67,14 +72,14 @@ def check_target(folder: Path, overwrite: bool) -> None:
     if not (folder / MANIFEST_FILE).is_file():
         raise ConfigError(f"{folder}: is not empty and not a dataset; choose another folder")
     if not overwrite:
-        raise ConfigError(f"{folder}: a dataset is there already; choose another folder, or pass --overwrite")
+        raise TargetExistsError(f"{folder}: a dataset is there already; choose another folder")
 
 
 def remove_stale(folder: Path | str) -> None:
-    """Deletes what killed writers of this dataset have left beside it.
+    """Delete what killed writers of this dataset have left beside it.
 
-    A writer holds a lock on its index as long as it lives. A folder whose lock can't be asked for (a file system
-    without locks) stays. So does a dataset moved aside, unless its successor is in its place.
+    A writer holds a lock on its index as long as it lives. A folder whose lock can't be tested (a file system without
+    locks) stays. So does a dataset that was moved aside, unless its successor is in its place.
     """
     folder = Path(os.path.abspath(folder))
     with contextlib.suppress(OSError):
@@ -106,9 +111,9 @@ def open_index(folder: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def write_aside(folder: Path, *, overwrite: bool) -> Iterator[tuple[Path, BinaryIO]]:
-    """An empty folder and, in it, the open index of a dataset; the block ends by `finish_dataset`.
+    """An empty folder and, in it, the open index of a dataset; the block ends with `finish_dataset`.
 
-    If it ends well, the folder takes its place; else nothing is left of it.
+    If the block succeeds, the folder is renamed to its place; otherwise it is removed.
 
     Raises:
         ConfigError: the place holds something else, or can't be written.
@@ -143,7 +148,7 @@ def finish_dataset(
     sources: Iterable[SourceEntry],
     left_out: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Add tokenizer and manifest to a folder that holds shards, end its index, and have all of it written to the disk.
+    """Add tokenizer and manifest to a folder that holds shards, complete its index, and sync all of it to the disk.
 
     Raises:
         OSError: the disk is full, say.
@@ -192,7 +197,7 @@ def _length_histogram(index: Path) -> tuple[int, ...]:
 
 
 def replace_folder(finished: Path, target: Path) -> None:
-    """Rename a finished folder into its place; what is there is moved aside first, then deleted."""
+    """Rename a finished folder to its place; what is there is moved aside first, then deleted."""
     old = target.with_name(f".{target.name}{_ASIDE}{uuid.uuid4().hex[:8]}{_OLD}")
     if target.exists():
         target.rename(old)
@@ -206,11 +211,11 @@ def replace_folder(finished: Path, target: Path) -> None:
 
 
 class ShardWriter:
-    """Writes a dataset: a context manager. The folder appears whole when the block ends well, and not at all otherwise.
+    """A context manager that writes a dataset. The folder appears whole if the block succeeds, otherwise not at all.
 
     Args:
         folder: the dataset to write; new, empty, or (with `overwrite`) a dataset to replace.
-        tokenizer: the one that made the ids; its model is copied beside the shards.
+        tokenizer: made the ids; its model is copied beside the shards.
         max_shard_bytes: a shard is closed before it grows over this size (one larger document gets its own).
         overwrite: replace a dataset that is there.
 

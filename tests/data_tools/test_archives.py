@@ -64,11 +64,85 @@ def test_webdataset_samples_are_documents(tmp_path, kind) -> None:
         assert [d.text for d in documents([tmp_path / name])] == TEXTS
 
 
-def test_our_own_shards_are_named_as_what_they_are(tmp_path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    encode_corpus([str(tmp_path / "a.txt")], "byte", tmp_path / "set")
-    with pytest.raises(ConfigError, match="shard-00000.tar: 0000000000: no field 'text'"):
-        list(documents([tmp_path / "set" / "shard-00000.tar"]))
+def test_our_own_shards_are_sources_of_token_ids(tmp_path) -> None:
+    rows = [{"id": f"k{i}", "title": f"T{i}", "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode_corpus([str(tmp_path / "a.jsonl")], "byte", tmp_path / "set")
+    encode_corpus([str(tmp_path / "set" / "shard-00000.tar")], "byte", tmp_path / "again")
+    assert texts_of(tmp_path / "again") == TEXTS and verify(tmp_path / "again") == []
+    first, again = (Dataset.open(tmp_path / name).metadata(7) for name in ("set", "again"))
+    for metadata in (first, again):  # the name of the source differs, and with it the checksum
+        del metadata["source"], metadata["crc32"]
+    assert first == again
+
+
+@pytest.mark.parametrize("kind", ["npy", "npy and json", "json"])
+def test_tars_of_token_ids_are_encoded_as_they_are(tmp_path, kind) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i, text in enumerate(TEXTS):
+            ids = [*text.encode(), 257]  # 257: the end of text
+            parts = {"json": {"json": ids}, "npy": {"npy": np.array(ids, ("<u2", "<i8", ">u4")[i % 3])}}
+            parts["npy and json"] = {**parts["npy"], "json": {"title": f"T{i}", "id": f"k{i}"}}
+            writer.write({"__key__": f"x/{i:03d}", **parts[kind]})
+    encode_corpus([str(tmp_path / "a.tar")], "byte", tmp_path / "set")
+    assert texts_of(tmp_path / "set") == TEXTS and verify(tmp_path / "set") == []
+    metadata = Dataset.open(tmp_path / "set").metadata(3)
+    assert metadata["id"] == ("k3" if kind == "npy and json" else "a.tar:x/003")
+    assert metadata.get("title") == ("T3" if kind == "npy and json" else None)
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+class Bomb:
+    """Unpickled, it would leave a file."""
+
+    def __reduce__(self):
+        return Path("exploded").touch, ()
+
+
+def test_what_holds_no_token_ids_is_named_and_nothing_is_unpickled(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = npy(np.arange(9))
+    huge = whole.replace(b"(9,)", b"(9" + b"0" * 12 + b",)")[: len(whole)]
+    bad = {
+        "0.npy": npy(np.array([Bomb()], object), allow_pickle=True),
+        "1.pyd": b"pickled",
+        "2.npy": whole[:-1],
+        "3.npy": huge,
+        "4.npy": npy(np.ones(3)),
+        "5.npy": npy(np.ones((2, 2), int)),
+        "6.npy": b"no array",
+        "7.json": json.dumps([2**70]).encode(),
+        "8.json": json.dumps([1, 2.5]).encode(),
+    }
+    path = write_tar(tmp_path / "a.tar", [*bad.items(), ("9.npy", whole)])
+    left_out = LeftOut(on_bad_record="skip", max_bad_records=9)
+    (found,) = documents([str(path)], left_out=left_out)
+    assert found.tokens is not None and found.tokens.tolist() == list(range(9))
+    assert left_out.documents == {"bad records": 9} and not Path("exploded").exists()
+    assert "a.tar: 0: the .npy member holds no token ids: an array (1,) of object" in left_out.places[0]
+    assert left_out.places[1].endswith("1: has no .txt, .json or .npy member but pyd")
+    with pytest.raises(ConfigError, match=r"holds id -1, outside of the tokenizer's vocabulary of 259"):
+        encode_corpus([str(write_tar(tmp_path / "b.tar", [("0.json", b"[-1]")]))], "byte", tmp_path / "set")
+
+
+def test_names_are_read_as_webdataset_reads_them(tmp_path) -> None:
+    """Lower-case extensions, no members of webdataset's own, and no second member of one name."""
+    members = [("__meta__", b"x"), ("a.b/c.TXT", b"one"), ("d.txt", b"two"), ("__x__/e.txt", b"three")]
+    path = write_tar(tmp_path / "a.tar", members)
+    theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    found = list(documents([path]))
+    assert [(d.id.partition(":")[2], d.text.encode()) for d in found] == [(s["__key__"], s["txt"]) for s in theirs]
+    assert [d.text for d in found] == ["one", "two"]
+    path = write_tar(tmp_path / "b.tar", [("a.txt", b"one"), ("a.txt", b"two")])
+    with pytest.raises(ConfigError, match="b.tar: a: two members .txt follow each other; name each sample differently"):
+        list(documents([path]))
+    with pytest.raises(ValueError, match="duplicate file name"):
+        list(webdataset.WebDataset(str(path), shardshuffle=False))
 
 
 def test_tars_that_lead_elsewhere_are_told_and_left_out(tmp_path) -> None:
@@ -84,7 +158,7 @@ def test_tars_that_lead_elsewhere_are_told_and_left_out(tmp_path) -> None:
         "'../evil.txt': leads out of the archive",
         "'/etc/evil.txt': leads out of the archive",
         "'link.txt': is a link or device, not a file",
-        "b: has no .txt or .json member but png",
+        "b: has no .txt, .json or .npy member but png",
     ]
     with pytest.raises(ConfigError, match=r"a.tar: '../evil.txt': leads out of the archive; remove it, or pass"):
         list(documents([path]))
@@ -137,7 +211,7 @@ def test_megatron_files_of_another_tokenizer_or_cut_are_told(tmp_path) -> None:
 
 
 def test_json_members_that_are_bad_are_named(tmp_path) -> None:
-    rows = [b"{", json.dumps([1]).encode(), b'{"body": "x"}', b"\xff", b'{"text": 1}', b'{"text": "fine"}']
+    rows = [b"{", json.dumps([1.5]).encode(), b'{"body": "x"}', b"\xff", b'{"text": 1}', b'{"text": "fine"}']
     path = write_tar(tmp_path / "a.tar", [(f"{i}.json", row) for i, row in enumerate(rows)])
     left_out = LeftOut(on_bad_record="skip")
     assert [d.text for d in documents([path], left_out=left_out)] == ["fine"]

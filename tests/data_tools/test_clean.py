@@ -86,7 +86,7 @@ def test_languages(tmp_path) -> None:
     report = clean(write(tmp_path, [english, german]), tmp_path / "out", languages=("en",))
     assert [d.text for d in documents([tmp_path / "out"])] == [english]
     assert report.left_out.documents == {"documents of other languages": 1}
-    with pytest.raises(ConfigError, match="--language: xx is not known"):
+    with pytest.raises(ConfigError, match="languages: xx is not known"):
         Filters(FilterOptions(languages=("en", "xx")))
 
 
@@ -185,9 +185,9 @@ def test_shingles_do_not_depend_on_how_a_text_is_read(slab, text) -> None:
 
 def test_refusals(tmp_path) -> None:
     source = write(tmp_path, ["text"])
-    with pytest.raises(ConfigError, match="--near-dedup: 2 is not a share"):
+    with pytest.raises(ConfigError, match="threshold: 2 is not a share"):
         clean(source, tmp_path / "out", near_dedup=2)
-    with pytest.raises(ConfigError, match="--max-symbols: must be a share"):
+    with pytest.raises(ConfigError, match="max_symbols: must be a share"):
         FilterOptions(max_symbols=-1)
     with pytest.raises(ConfigError, match=r"nothing stays of the sources: left out 1 too short documents"):
         clean(source, tmp_path / "out", min_chars=10)

@@ -43,11 +43,11 @@ def test_inspect_tells_counts_and_documents(tmp_path) -> None:
     assert '"title": "T20"' in shown and shown.count("Text 20: grün\n") == 7
     first = Dataset.open(folder).manifest.shards[0].documents
     assert inspect.show_document(folder, 2, shard=1) == inspect.show_document(folder, first + 2)
-    with pytest.raises(ConfigError, match="--document: 40 is not there; .* holds documents 0 to 39"):
+    with pytest.raises(ConfigError, match="document: 40 is not there; .* holds documents 0 to 39"):
         inspect.show_document(folder, 40)
     with pytest.raises(ConfigError, match=f"shard-00000.tar holds documents 0 to {first - 1}"):
         inspect.show_document(folder, first, shard=0)
-    with pytest.raises(ConfigError, match="--shard: 9 is not there; .* holds shards 0 to"):
+    with pytest.raises(ConfigError, match="shard: 9 is not there; .* holds shards 0 to"):
         inspect.show_document(folder, 0, shard=9)
 
 

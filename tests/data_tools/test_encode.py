@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from data_tools import encode, plan
 from data_tools.combine import merge
+from data_tools.documents import ReadOptions
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
-from data_tools.readers import ReadOptions
 from data_tools.storage import find_files
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
@@ -154,12 +154,12 @@ def test_a_stopped_run_goes_on_and_does_nothing_twice(tmp_path, small_tasks, mon
 def test_unfinished_work_of_another_command_is_refused(tmp_path, small_tasks, monkeypatch) -> None:
     source = write(tmp_path, corpus(100))
     stopped_run(source, tmp_path / "set", monkeypatch, 1)
-    with pytest.raises(ConfigError, match=r"unfinished work of another command \(--holdout differs\).*--restart"):
+    with pytest.raises(ConfigError, match=r"unfinished work of another command \(holdout differs\).*restart"):
         run(source, tmp_path / "set", holdout=0.5)
     write(tmp_path, corpus(101))
     with pytest.raises(ConfigError, match=r"the sources have changed since \(.*c.jsonl\)"):
         run(source, tmp_path / "set")
-    with pytest.raises(ConfigError, match="--restart: other parts may be at work"):
+    with pytest.raises(ConfigError, match="restart: other parts may be at work"):
         run(source, tmp_path / "set", restart=True, part="1/2")
     run(source, tmp_path / "set", restart=True)
     assert len(read(tmp_path / "set")) == 101
@@ -246,11 +246,11 @@ class KilledOptions(EncodeOptions):
 
 def test_refusals(tmp_path) -> None:
     source = write(tmp_path, corpus(3))
-    with pytest.raises(ConfigError, match="--holdout: needs two documents"):
+    with pytest.raises(ConfigError, match="holdout: needs two documents"):
         run(write(tmp_path, corpus(1), "one.jsonl"), tmp_path / "one", holdout=0.5)
-    with pytest.raises(ConfigError, match="--holdout: 1.5 is not a share"):
+    with pytest.raises(ConfigError, match="holdout: 1.5 is not a share"):
         EncodeOptions(holdout=1.5)
-    with pytest.raises(ConfigError, match="--part: '0/3' is not I/N"):
+    with pytest.raises(ConfigError, match="part: '0/3' is not I/N"):
         run(source, tmp_path / "part", part="0/3")
     with pytest.raises(ConfigError, match=r"no documents found \(left out 1 empty documents\)"):
         run(write(tmp_path, [{"text": ""}], "empty.jsonl"), tmp_path / "empty")
@@ -309,7 +309,7 @@ def test_a_long_book_is_cut_and_its_summary_is_not(tmp_path) -> None:
 
 
 def test_options_of_pairs_need_a_summary_field(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="^--prompt, --separator and --max-tokens: are for pairs"):
+    with pytest.raises(ConfigError, match="^prompt, separator and max_tokens: are for pairs"):
         EncodeOptions(max_tokens=40)
     (tmp_path / "a.txt").write_text("no fields")
     with pytest.raises(ConfigError, match="has no fields, so no 'summary'; give JSON lines"):

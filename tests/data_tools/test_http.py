@@ -79,6 +79,11 @@ def test_sources_are_read_as_if_they_lay_here(server, tmp_path, monkeypatch) -> 
     assert hashes(tmp_path / "here") == hashes(tmp_path / "there")
     (tmp_path / "web" / "d.txt").write_text("another")
     assert len(list(documents([f"{server.url}/"]))) == 401
+    for number in range(3):
+        (tmp_path / "web" / f"part-{number}.jsonl").write_text(f'{{"text": "part {number}"}}\n')
+    found = list(documents([f"{server.url}/part-{{0..2}}.jsonl"]))
+    assert [document.text for document in found] == ["part 0", "part 1", "part 2"]
+    assert found[1].id == f"{found[1].source}/part-1.jsonl@0" and server.url.endswith(found[1].source)
     with pytest.raises(ConfigError, match=r"none.jsonl: can't be found"):
         list(documents([f"{server.url}/none.jsonl"]))
 

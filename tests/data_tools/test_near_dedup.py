@@ -65,15 +65,15 @@ def test_a_stopped_run_goes_on(corpus, tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_refusals(corpus, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="--part: the tasks are divided by datatrove"):
+    with pytest.raises(ConfigError, match="part: datatrove divides the tasks"):
         NearDedupOptions(part="1/2")
-    with pytest.raises(ConfigError, match="--near-dedup: 2 is not a share"):
+    with pytest.raises(ConfigError, match="threshold: 2 is not a share"):
         near_dedup.near_dedup([str(corpus)], tmp_path / "out", NearDedupOptions(threshold=2))
     with pytest.raises(ConfigError, match="standard input can't be read by several tasks"):
         near_dedup.near_dedup(["-"], tmp_path / "out", NearDedupOptions())
     for wrong in ({"partition": "cpu\n#SBATCH --x"}, {"partition": "cpu", "arguments": ("a=$(b)",)}):
         with pytest.raises(ConfigError, match="holds characters that no option of sbatch needs"):
             SlurmOptions(**wrong)
-    with pytest.raises(ConfigError, match="--sbatch: 'exclusive' is not NAME=VALUE"):
+    with pytest.raises(ConfigError, match="arguments: 'exclusive' is not NAME=VALUE"):
         SlurmOptions(partition="cpu", arguments=("exclusive",))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl"]

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import readers
+from data_tools.documents import FileRange, ReadOptions
 from data_tools.encode import encode_corpus
 from data_tools.problems import LeftOut
-from data_tools.readers import Piece, Reader, ReadOptions, documents
+from data_tools.readers import Reader, documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
 
@@ -53,7 +54,7 @@ def test_a_summary_is_read_beside_its_text(tmp_path, name) -> None:
     options = ReadOptions(summary_field="title", keep_fields=())
     found = list(documents([write(tmp_path, name)], options))
     assert [(d.text, d.summary) for d in found] == [(r["text"], r["title"]) for r in ROWS]
-    with pytest.raises(ConfigError, match="no field 'abstract'; .*; choose with --summary-field"):
+    with pytest.raises(ConfigError, match="no field 'abstract'; .*; choose with summary_field"):
         list(documents([tmp_path / name], ReadOptions(summary_field="abstract")))
 
 
@@ -85,7 +86,7 @@ def test_rows_without_id_are_named_by_place(tmp_path) -> None:
 BROKEN = {
     "a.txt:2: byte 4 is not valid UTF-8; re-encode it": b"abc\n\xff\xfe",
     "a.jsonl:2: is not valid JSON": b'{"text": "x"}\n{"text": \n',
-    "a.jsonl:1: no field 'text'; the fields here are: body, url; choose with --text-field": b'{"body": "", "url": 1}',
+    "a.jsonl:1: no field 'text'; the fields here are: body, url; choose with text_field": b'{"body": "", "url": 1}',
     "a.jsonl:2: byte 10 is not valid UTF-8": b'{"text": "x"}\n{"text": "\xff"}\n',
     "a.jsonl:1: field 'text' holds NoneType, not text": b'{"text": null}\n',
     "a.jsonl:1: is not a JSON object": b"[1]\n",
@@ -93,7 +94,7 @@ BROKEN = {
     "a.jsonl.gz: can't be read": b"no gzip",
     "a.jsonl.zst: can't be read": b"no zstd",
     "a.parquet: is not a readable Parquet file": b"no parquet",
-    "a.zip: can't read this format; name it with --format": b"PK",
+    "a.zip: can't read this format; name it with format": b"PK",
     "no documents found": b"",
 }
 
@@ -121,7 +122,7 @@ def test_broken_compressed_files_are_told_and_the_rest_is_read(tmp_path, suffix,
     half = len(data) // 2
     path.write_bytes(data[:half] if damage == "cut" else data[:half] + bytes(99) + data[half + 99 :])
     (tmp_path / "b.txt").write_text("good")
-    with pytest.raises(ConfigError, match=rf"a.jsonl{suffix}.*--on-bad-record skip"):
+    with pytest.raises(ConfigError, match=rf"a.jsonl{suffix}.*on_bad_record skip"):
         list(documents([path]))
     left_out = LeftOut(on_bad_record="skip", max_bad_records=10)
     found = list(documents([path, tmp_path / "b.txt"], left_out=left_out))
@@ -151,13 +152,13 @@ def test_records_over_the_limit_are_told(tmp_path) -> None:
         "a.jsonl:1: has more than 1 MB",
         "b.txt: has more than 1 MB",
     ]
-    with pytest.raises(ConfigError, match=r"a.jsonl:1: has more than 1 MB; cut it, or raise --max-record-mb"):
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: has more than 1 MB; cut it, or raise max_record_bytes"):
         list(documents([tmp_path], options))
 
 
 def read_in_pieces(path: Path, bounds: list[int]) -> list[str]:
     reader = Reader(ReadOptions(), LeftOut())
-    pieces = [Piece(str(path), path.name, "s", a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    pieces = [FileRange(str(path), path.name, "s", a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     return [document.id for piece in pieces for document in reader.documents(piece)]
 
 
@@ -225,7 +226,7 @@ def test_missing_things_are_named(tmp_path) -> None:
         list(documents([tmp_path]))
     path = write(tmp_path, "a.parquet")
     with pytest.raises(
-        ConfigError, match="no field 'key'; the fields here are: text, id, title, n; choose with --id-field"
+        ConfigError, match="no field 'key'; the fields here are: text, id, title, n; choose with id_field"
     ):
         list(documents([path], ReadOptions(id_field="key")))
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import tasks
+from data_tools.documents import FileRange
 from data_tools.plan import plan_tasks, task_bytes
-from data_tools.readers import Piece
 from data_tools.storage import SourceFile
 from infini_train.config.errors import ConfigError
 
@@ -24,7 +24,7 @@ def test_parts_share_the_tasks(number, n_tasks) -> None:
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", ""])
 def test_what_is_no_part_is_refused(part) -> None:
-    with pytest.raises(ConfigError, match="--part"):
+    with pytest.raises(ConfigError, match="part"):
         tasks.share(part, 10)
 
 
@@ -54,7 +54,8 @@ def test_the_size_of_tasks() -> None:
     assert task_bytes(10**13, 512_000_000) == 512_000_000 and task_bytes(10**13, 1000) == 1000
     tiny = [SourceFile(f"{i}.txt", str(i), "s", 1, "") for i in range(25_000)]
     assert [len(task) for task in plan_tasks(tiny, 10**9)] == [10_000, 10_000, 5_000]  # held in memory
-    assert list(plan_tasks([SourceFile("-", "stdin", "stdin", 0, "")], 10)) == [[Piece("-", "stdin", "stdin", 0, 0)]]
+    stdin = plan_tasks([SourceFile("-", "stdin", "stdin", 0, "")], 10)
+    assert list(stdin) == [[FileRange("-", "stdin", "stdin", 0, 0)]]
 
 
 def test_a_worker_without_its_parent_finishes_nothing(tmp_path) -> None:
