@@ -17,7 +17,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.model.flops import forward_flops_per_token
-from infini_train.model.layers import HeadLinear, parallel_config
+from infini_train.model.layers import HeadLinear
 from infini_train.model.mixer import Projections
 from infini_train.model.slices import find_slice
 from infini_train.model.stages import Stage
@@ -29,7 +29,14 @@ from infini_train.parallel.pipeline import Carried
 from infini_train.plan.hardware import Hardware, load_hardware
 from infini_train.plan.parts import Part, count_state_bytes, find_parts
 from infini_train.plan.peak import PeakBytes, find_peak
-from infini_train.plan.rehearsal import build_stages, distinct_layers, find_costs, pretending, training_dtype
+from infini_train.plan.rehearsal import (
+    build_stages,
+    build_transformer,
+    distinct_layers,
+    find_costs,
+    pretending,
+    training_dtype,
+)
 from infini_train.plan.states import FP32_BYTES, STATES, StateBytes, count_bytes, divide_states, effective_stage
 from infini_train.plan.timing import Prediction, predict
 from infini_train.plan.tracing import on_meta
@@ -258,7 +265,7 @@ def _count_sent(config: RunConfig, place: Place, stage: Stage) -> Span:
     tokens, dtype = config.train.window_tokens, training_dtype(config.train.precision)
     with on_meta():
         inner = stage._replace(embeds=False, predicts=False)
-        transformer = Transformer(config.model, parallel_config(dtype), stage=inner, ranks=ranks)
+        transformer = build_transformer(config.model, inner, config.train.precision, ranks=ranks)
         marks = torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens)
         grid = transformer.make_grid(*marks, None, ranks.shard)
         sent = []

@@ -16,20 +16,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
+from infini_train.model.layers import parallel_config
 from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
+from infini_train.ops.memory import Ranks
 from infini_train.parallel import mesh
+from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.pipeline import Stages
 from infini_train.plan.costs import Cost, Costs
 from infini_train.plan.tracing import Sink, Source, on_meta, tracing
 
-LANES = (1, 2)  # that are run. More are extrapolated: a cost is a constant and an amount per lane
+# Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane is a case of its own,
+# since transposed activations are contiguous there and are not copied.
+LANES = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +77,10 @@ def find_costs(config: RunConfig, on_cuda: bool) -> Costs:
 
 @functools.lru_cache(maxsize=4096)
 def _extrapolate(shape: _Shape, lanes: int) -> Costs:
-    few, more = _rehearse(shape)
+    if lanes <= LANES[0]:
+        return _rehearse(shape, lanes)
+    few, more = (_rehearse(shape, each) for each in LANES)
     share = (lanes - LANES[0]) / (LANES[1] - LANES[0])
-    if share in (0, 1):
-        return (few, more)[int(share)]
     known: dict[tuple[int, int], Cost] = {}
 
     def extend(one: Cost, two: Cost) -> Cost:
@@ -93,19 +99,28 @@ def _extrapolate(shape: _Shape, lanes: int) -> Costs:
 
 
 @functools.lru_cache(maxsize=1024)
-def _rehearse(shape: _Shape) -> tuple[Costs, ...]:
-    """The costs of each of `LANES`."""
+def _rehearse(shape: _Shape, lanes: int) -> Costs:
     parallel = ParallelConfig(
         tensor_size=shape.tensor_size,
         sequence_parallel=shape.sequence_parallel,
         context_size=shape.context_size,
         data_size=1,
     )
-    with pretending(parallel) as place, on_meta():
-        model = build_stages(shape.model, parallel, place, shape.precision).transformers()[0]
-        kinds = find_kinds(model)
-        model.layers = nn.ModuleDict({str(kinds.index(kind)): layer for kind, layer in distinct_layers(model).items()})
-        return tuple(_Rehearsal(model, shape, lanes).run(kinds) for lanes in LANES)
+    alike = _find_alike(shape.model)
+    stage = Stage(0, max(alike) + 1)
+    with pretending(parallel), on_meta():
+        model = build_transformer(shape.model, stage, shape.precision, shape.sequence_parallel)
+        model.layers = nn.ModuleDict({str(number): model.layers[str(number)] for number in dict.fromkeys(alike)})
+        return _Rehearsal(model, shape, lanes).run(alike)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_alike(model: ModelConfig) -> tuple[int, ...]:
+    """For each layer the number of the first one that does the same work."""
+    with pretending(ParallelConfig(data_size=1)), on_meta():
+        transformer = build_transformer(model, Stage(0, model.num_layers), "fp32")
+        kinds = _find_kinds(transformer)
+    return tuple(kinds.index(kind) for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -126,12 +141,22 @@ def build_stages(model: ModelConfig, parallel: ParallelConfig, place: mesh.Place
     return stages.to(dtype)  # as the engine does
 
 
+def build_transformer(
+    model: ModelConfig, stage: Stage, precision: str, sequence_parallel: bool = False, ranks: Ranks | None = None
+) -> Transformer:
+    """One stage of this rank, inside `on_meta`; `ranks` stand in for those of its context-parallel group."""
+    if ranks is None and parallel_state.get_context_parallel_world_size() > 1:
+        ranks = ContextRanks(parallel_state.get_context_parallel_group())
+    parallel = parallel_config(sequence_parallel=sequence_parallel)
+    return Transformer(model, parallel, stage=stage, ranks=ranks).to(training_dtype(precision))
+
+
 def training_dtype(precision: str) -> torch.dtype:
     """The dtype of weights and activations."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def find_kinds(model: Transformer) -> list[Any]:
+def _find_kinds(model: Transformer) -> list[Any]:
     """A value per layer, equal for layers that do the same work."""
     state = model.initial_state(1)
     states = [None] * len(model.layers) if state is None else list(state)
@@ -141,7 +166,7 @@ def find_kinds(model: Transformer) -> list[Any]:
 def distinct_layers(model: Transformer) -> dict[Any, nn.Module]:
     """The first layer of each kind."""
     found: dict[Any, nn.Module] = {}
-    for kind, layer in zip(find_kinds(model), model.layers.values(), strict=True):
+    for kind, layer in zip(_find_kinds(model), model.layers.values(), strict=True):
         found.setdefault(kind, layer)
     return found
 
@@ -212,11 +237,11 @@ class _Rehearsal:
         self.ids_BT = torch.empty(lanes, tokens, dtype=torch.int64)
         self.hidden_TBD = torch.empty(rows, lanes, shape.model.hidden_size, dtype=dtype, requires_grad=True)
 
-    def run(self, kinds: list[Any]) -> Costs:
-        """The costs of a model whose layers are of these kinds."""
+    def run(self, alike: tuple[int, ...]) -> Costs:
+        """The costs of a model each of whose layers does the same work as the one of this number."""
         model, whole = self.model, self.model.stage
         calls = self._run_layers()
-        layers = {kind: of_layer.cost for kind, of_layer in zip(dict.fromkeys(kinds), calls, strict=True)}
+        layers = {number: of_layer.cost for number, of_layer in zip(dict.fromkeys(alike), calls, strict=True)}
         for layer, of_layer in zip(model.layers.values(), calls, strict=True):
             states = [_make(of_layer.known[key][1][1]) for key in of_layer.order]
             layer.forward = functools.partial(_pass_on, states, [])
@@ -227,7 +252,7 @@ class _Rehearsal:
         for layer in model.layers.values():
             del layer.forward
         return Costs(
-            layers=tuple(layers[kind] for kind in kinds),
+            layers=tuple(layers[number] for number in alike),
             embedding=embedding.without(stack),
             head=head.without(stack),
             stack=stack,

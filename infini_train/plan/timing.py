@@ -44,7 +44,7 @@ class Prediction:
 
 
 def work_seconds(work: Work, hardware: Hardware, precision: str) -> dict[str, float]:
-    """By kind of work, exchanges aside; on CUDA launches run ahead, and count as far as they are slower than all else."""
+    """By kind of work, exchanges aside. On CUDA launches run ahead: only what exceeds the rest counts."""
     attention = (flops / hardware.attention_flops(precision, keys) for keys, flops in work.attention_flops.items())
     found = {
         "matrix products": work.matmul_flops / (hardware.peak_flops(precision) * hardware.matmul_efficiency),

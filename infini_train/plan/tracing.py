@@ -10,6 +10,7 @@ mask.
 """
 
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,14 +23,14 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from infini_train.plan.work import Exchange, Work
 
 FLASH_BACKWARD = 2.5  # five products for the forward's two, since the scores are computed again
 FP32_BYTES = 4
-UNMOVED = ("_unsafe_view", "mm", "t", "detach")  # products count as FLOPs; the others move nothing
+UNCOUNTED = ("_unsafe_view", "detach")  # views in all but name
+UNMOVED = ("mm",)  # counted by its FLOPs
 GATHERS = ("index", "index_select", "gather", "embedding")
 SCATTERS = ("index_put_", "_index_put_impl_", "index_add_", "index_copy_", "scatter_", "scatter_add_")
 KINDS = {
@@ -72,35 +73,29 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        given, results = _tensors((*args, *kwargs.values())), _tensors((out,))
         space, name = func._schema.name.split("::")
         if space == "c10d":
-            self._count_exchange(name, args)
-        else:
-            self._count_operation(func, name, args, kwargs, out)
-        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+            self._count_exchange(name, args, given)
+        elif not (name in UNCOUNTED or name.startswith(("empty", "new_empty")) or _is_view(func)):
+            flops = 0.0
+            if func._overloadpacket in flop_registry:
+                flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            moved = 0 if name in UNMOVED else _count_moved(name, given, results)
+            self.add(Work(matmul_flops=flops, moved_bytes=moved, launches=1))
+        storages = {each.untyped_storage()._cdata for each in given}
+        for tensor in results:
+            if tensor.untyped_storage()._cdata not in storages:
                 self._follow(tensor)
         return out
 
-    def _count_operation(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
-        if is_view or name.startswith(("empty", "new_empty")) or name in ("_unsafe_view", "detach"):
-            return
-        flops = 0.0
-        if func._overloadpacket in flop_registry:
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        moved = 0 if name in UNMOVED else _count_moved(name, args, kwargs, out)
-        self.add(Work(matmul_flops=flops, moved_bytes=moved, launches=1))
-
-    def _count_exchange(self, name: str, args: Any) -> None:
-        tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
-        scripted = [each for each in tree_leaves(args) if isinstance(each, torch.ScriptObject)]
-        groups = [dist.ProcessGroup.unbox(each) for each in scripted if "ProcessGroup" in str(each._type())]
-        if not tensors or not groups or groups[0].group_name not in self._groups:
+    def _count_exchange(self, name: str, args: Any, given: list[Tensor]) -> None:
+        scripted = [each for each in args if isinstance(each, torch.ScriptObject)]
+        groups = [dist.ProcessGroup.unbox(each) for each in scripted if str(each._type()).endswith("ProcessGroup")]
+        if not given or not groups or groups[0].group_name not in self._groups:
             return
         key = (self._groups[groups[0].group_name], KINDS.get(name, "send"))
-        self.add(Work(exchanges={key: Exchange(1, max(each.nbytes for each in tensors))}))
+        self.add(Work(exchanges={key: Exchange(1, max(each.nbytes for each in given))}))
 
     def add(self, work: Work) -> None:
         """Also counts this."""
@@ -144,10 +139,24 @@ class Trace(TorchDispatchMode):
         return peak
 
 
-def _count_moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among arguments or results of an operation, and in lists there."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    return any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+
+
+def _count_moved(name: str, given: list[Tensor], results: list[Tensor]) -> int:
     """Bytes of all inputs and outputs; of a tensor that is indexed only what the indices choose."""
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    results = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
     if name in GATHERS:
         return sum(each.nbytes for each in given[1:]) + 2 * results[0].nbytes
     if name in SCATTERS:

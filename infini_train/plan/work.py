@@ -31,18 +31,18 @@ class Work:
     exchanges: Mapping[tuple[str, str], Exchange] = field(default_factory=dict)
 
     def __add__(self, other: "Work") -> "Work":
-        keys = {**self.attention_flops, **other.attention_flops}
-        kinds = {**self.exchanges, **other.exchanges}
-        nothing = Exchange(0.0, 0.0)
+        attention, exchanges = dict(self.attention_flops), dict(self.exchanges)
+        for keys, flops in other.attention_flops.items():
+            attention[keys] = attention.get(keys, 0.0) + flops
+        for kind, (calls, buffer_bytes) in other.exchanges.items():
+            before = exchanges.get(kind, Exchange(0.0, 0.0))
+            exchanges[kind] = Exchange(before.calls + calls, before.buffer_bytes + buffer_bytes)
         return Work(
             self.matmul_flops + other.matmul_flops,
-            {key: self.attention_flops.get(key, 0.0) + other.attention_flops.get(key, 0.0) for key in keys},
+            attention,
             self.moved_bytes + other.moved_bytes,
             self.launches + other.launches,
-            {
-                kind: Exchange(*map(sum, zip(self.exchanges.get(kind, nothing), other.exchanges.get(kind, nothing))))
-                for kind in kinds
-            },
+            exchanges,
         )
 
     def times(self, factor: float) -> "Work":
