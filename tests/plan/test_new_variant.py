@@ -12,7 +12,7 @@ from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.model import transformer
 from infini_train.model.mixer import SequenceMixer
-from infini_train.ops.grid import Grid
+from infini_train.ops.grid import Grid, Recent, no_recent
 from infini_train.ops.memory import Ranks
 from infini_train.parallel import device, mesh
 from infini_train.plan.dry_run import dry_run
@@ -23,6 +23,7 @@ D, F, TOKENS, LANES = 48, 80, 64, 2
 
 class SumState(NamedTuple):
     total_BD: Tensor
+    recent: Recent
 
 
 class SumMixer(SequenceMixer):
@@ -37,14 +38,14 @@ class SumMixer(SequenceMixer):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size, dtype=parallel.params_dtype))
 
     def initial_state(self, lanes: int, like: Tensor) -> SumState:
-        return SumState(like.new_zeros(lanes, self.weight.shape[0]))
+        return SumState(like.new_zeros(lanes, self.weight.shape[0]), no_recent((lanes, 1, 2), 2, 0, like))
 
     def forward(self, hidden_TBD: Tensor, state: SumState | None, grid: Grid) -> tuple[Tensor, SumState]:
         state = self.initial_state(hidden_TBD.shape[1], hidden_TBD) if state is None else state
         sum_TBD = hidden_TBD.cumsum(0) + state.total_BD
         if self.ranks is not None:
             sum_TBD = sum_TBD + self.ranks.gather(sum_TBD[-1])()[: grid.shard[0]].sum(0)
-        return sum_TBD @ self.weight, SumState(sum_TBD[-1].detach())
+        return sum_TBD @ self.weight, SumState(sum_TBD[-1].detach(), state.recent)
 
     def between_windows(self, state: SumState) -> SumState:
         return state

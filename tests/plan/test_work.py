@@ -63,7 +63,7 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def make_config(attention: dict[str, Any], precision: str, lanes: int = 2) -> RunConfig:
+def make_config(attention: dict[str, Any], precision: str, lanes: int = 2, **sections: Any) -> RunConfig:
     segment = {} if attention["kind"] == "full" else {"segment_tokens": 64}
     shape = {"vocab_size": 96, "hidden_size": 128, "num_layers": 1, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
     return validate(
@@ -72,6 +72,7 @@ def make_config(attention: dict[str, Any], precision: str, lanes: int = 2) -> Ru
             "data": {"train": "-"},
             "train": {"window_tokens": 256, "batch_lanes": lanes, "max_steps": 1, "precision": precision},
             "optim": {"warmup_steps": 0},
+            **sections,
         }
     )
 
@@ -133,11 +134,13 @@ def test_more_lanes_are_extrapolated() -> None:
 
 
 def test_recomputation_stops_at_the_last_tensor_that_is_needed() -> None:
-    """The last product and the residual after it are not computed again."""
-    config = make_config({"kind": "local"}, "fp32")
+    """The last sum over tensor-parallel ranks, and the residual after it, are not computed again."""
+    config = make_config({"kind": "local"}, "fp32", parallel={"tensor_size": 2, "data_size": 1})
     found = find_costs(config, on_cuda=False).layers[0]
-    last_product = 2 * 2 * 256 * 128 * 320
-    assert found.forward.matmul_flops - found.again.matmul_flops == last_product
+    sums = ("tensor", "all-reduce")
+    assert (found.forward.exchanges[sums].calls, found.again.exchanges[sums].calls) == (2, 1)
+    assert found.again.matmul_flops == found.forward.matmul_flops
+    assert found.again.launches == found.forward.launches - 1
 
 
 def test_a_recurrent_stack_calls_its_layers_for_each_segment() -> None:
