@@ -6,7 +6,7 @@
 
 A case is a config and a number of processes (plan_cases.py). Its ranks are forked after everything is imported and
 train some steps on random tokens whose documents begin anywhere. The time is that of the shortest step (one thread a
-rank), the memory the highest resident one above what was there before the model was built (with malloc told to give
+rank), the memory the highest resident one above what was there before the model was built (with malloc set to give
 every large block back). Measured: results/plan/measured.json. What is there is not measured again, so that the work can
 be cut into pieces.
 
@@ -161,7 +161,7 @@ def measure(missing: list[tuple[str, str]], seconds: float, rates: bool = False)
 def main() -> None:
     """Measures, and reports when all is measured (or with --report)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=280, help="begin no further case after so long")
+    parser.add_argument("--seconds", type=float, default=280, help="start no further case after this time")
     parser.add_argument("--kind", choices=("time", "memory"), action="append", help="measure only this")
     parser.add_argument("--again", action="store_true", help="measure times that are there once more")
     parser.add_argument("--report", action="store_true", help="errors of what is measured, without measuring")

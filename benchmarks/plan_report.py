@@ -17,6 +17,7 @@ from plan_cases import CALIBRATION, CASES, read, resolve, write
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
 from infini_train.model.flops import training_flops_per_token
+from infini_train.parallel.device import prepare
 from infini_train.plan.hardware import Hardware, load_hardware, validate_hardware
 from infini_train.plan.parts import find_parts
 from infini_train.plan.search import fullest
@@ -68,7 +69,7 @@ def useful_flops(config: RunConfig) -> float:
 
 
 def find_errors(measured: dict[str, Any]) -> dict[str, Any]:
-    """Every case's measured and predicted values, the calibration behind them, and published runs."""
+    """Every case's measured and predicted values, the calibrated rates, and published runs."""
     start = validate_hardware(measured["hardware"], "measured.json")
     timed = [name for name in CALIBRATION if "time" in measured.get(name, {})]
     fitted, rate = fit(measured, start, timed), fit_one_rate(measured, start, timed)
@@ -259,6 +260,7 @@ def fill_page(page: str, errors: dict[str, Any]) -> str:
 
 def report() -> None:
     """errors.json and the tables."""
+    prepare()
     errors = find_errors(read("measured.json"))
     write("errors.json", errors)
     path = ROOT / "docs" / "plan.md"

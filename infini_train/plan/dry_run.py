@@ -1,7 +1,7 @@
-"""The very modules that each rank of a layout would build, on the meta device, and what they tell about the rank.
+"""What each rank of a layout holds, from the modules that it would build, on the meta device.
 
-Every number is counted from the modules, or is what their code does when it runs on the meta device; the processes, the
-cluster and the data need not exist.
+Numbers are counted from the modules, or come from running them on the meta device; the processes, the cluster and the
+data need not exist.
 """
 
 import dataclasses
@@ -53,14 +53,16 @@ class RankPlan:
 
     Attributes:
         layers: of each stage on this rank, in the order in which a micro-batch meets them.
+        heads, kv_heads: None where the attention has no such projections.
         embedding_rows, head_rows: rows of the vocabulary.
         tokens: of every lane's window.
         parameters: elements, copies that other ranks hold too included.
-        owned_parameters: those that this rank answers for: summed over all ranks they are the model.
+        owned_parameters: those that this rank writes: summed over all ranks they are the model.
         device, host: between the last backward and the step, when there is most.
-        carried_lane_bytes: memory of one lane that travels between windows.
+        carried_lane_bytes: state of one lane that is carried from window to window.
         carried_bytes: of all lanes of this rank.
-        sent_bytes: what context parallelism makes this rank send in one layer for one lane, forward and backward.
+        sent_bytes: what context parallelism makes this rank send for one lane, forward and backward, in the layer
+            that sends most.
         checkpoint_bytes: tensors that this rank writes.
         memory: of the device at its fullest, predicted.
         collectives: what the rank takes part in, one step.
@@ -133,7 +135,7 @@ def dry_run(
     Args:
         config: its data need not exist.
         world_size: processes; None: as few as the config allows.
-        ranks: those to look at; None: the first of each pipeline stage.
+        ranks: those to plan; None: the first of each pipeline stage.
         hardware: to predict memory and time for; None: an H100.
 
     Raises:
@@ -145,7 +147,7 @@ def dry_run(
     chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
     for rank in chosen:
         if not 0 <= rank < size:
-            raise ConfigError(f"--rank: {rank} is none of the {size} ranks; choose one from 0 to {size - 1}")
+            raise ConfigError(f"rank: {rank} is none of the {size} ranks; choose one from 0 to {size - 1}")
     try:
         with pretending(ParallelConfig()) as place:
             whole = build_stages(config.model, ParallelConfig(), place, config.train.precision)
@@ -177,7 +179,7 @@ def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
     size = needed if world_size is None else world_size
     if size < 1 or size % needed or (parallel.data_size is not None and size != needed):
         what = f"{'a multiple of ' if parallel.data_size is None else ''}{needed}"
-        raise ConfigError(f"--world-size: {size} processes, but the parallel section needs {what}; change one of them")
+        raise ConfigError(f"world_size: {size} processes, but the parallel section needs {what}; change one of them")
     return divide_processes(config, size), size
 
 
@@ -229,7 +231,7 @@ def _carried_bytes(carried: Carried) -> int:
 
 
 def _describe_parts(transformers: list[Transformer]) -> dict[str, Any]:
-    """The fields of `RankPlan` that tell which part of the model the modules are."""
+    """The fields of `RankPlan` that say which part of the model the modules are."""
     projections = next((each for each in transformers[0].modules() if isinstance(each, Projections)), None)
     first, last = transformers[0], transformers[-1]
     embedding = _rows(first.embedding.weight) if first.stage.embeds else None
@@ -258,7 +260,7 @@ def _rows(weight: torch.Tensor) -> Span:
 
 
 def _count_sent(config: RunConfig, place: Place, stage: Stage) -> Span:
-    """Runs the attention of the stage's layers for one lane on the meta device, and finds the one that sends most."""
+    """(forward, backward) of one lane in the layer of the stage that sends most: its layers run on the meta device."""
     if place.context[1] == 1:
         return 0, 0
     ranks = ContextRanks(parallel_state.get_context_parallel_group())

@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Of one rank's part of a whole model: (AdamW group, elements) of each parameter, in the order of the modules.
+    """One rank's part of a whole model: (AdamW group, elements) of each parameter, in the order of the modules.
 
     `before` and `after` are the parameters before and after the layers. `groups` are the groups in their order;
     `carried` has the bytes of each layer's state for one lane.

@@ -1,6 +1,6 @@
 """The most memory that a rank holds: states, activations, logits, buffers.
 
-There are three moments to look at: a backward's begin, when as many micro-batches are in flight as the pipeline's
+Three moments count: the beginning of a backward, when as many micro-batches are in flight as the pipeline's
 schedule asks for; its end, when a layer's activations are left, but DeepSpeed's bucket is full; and the optimizer's
 step, when activations are gone but gradients are laid out anew.
 """
@@ -55,7 +55,7 @@ def in_flight(config: RunConfig, stage: int) -> int:
 
 
 def find_peak(config: RunConfig, costs: Costs, part: Part, states: StateBytes, carried: float) -> PeakBytes:
-    """Of a rank of this part. `states` and `carried` as counted, or from the part itself."""
+    """The peak of a rank of this part. `states` and `carried` as counted, or from the part itself."""
     visits = in_flight(config, part.pipeline_rank)
     recompute = config.train.activation_checkpointing == "layer"
     layers = costs.of_layers(part.stages)
@@ -88,7 +88,7 @@ def find_peak(config: RunConfig, costs: Costs, part: Part, states: StateBytes, c
 
 
 def step_bytes(config: RunConfig, part: Part) -> float:
-    """Of the optimizer's step beyond the states: the bucket, flat gradients and AdamW's denominators.
+    """What the optimizer's step needs beyond the states: the bucket, flat gradients and AdamW's denominators.
 
     DeepSpeed lets go of a bucket when it needs the next one. When AdamW begins under ZeRO 1, the gradients that were
     added up are gone: they lie in its flat ones.

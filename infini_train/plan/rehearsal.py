@@ -33,8 +33,8 @@ from infini_train.parallel.pipeline import Stages
 from infini_train.plan.costs import Cost, Costs
 from infini_train.plan.tracing import Sink, Source, on_meta, tracing
 
-# Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane is a case of its own,
-# since transposed activations are contiguous there and are not copied.
+# Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane differs: transposed
+# activations are contiguous there and are not copied.
 LANES = (2, 3)
 
 

@@ -136,12 +136,12 @@ def search(base: RunConfig, hardware: Hardware, processes: int) -> Search:
             fitting.append(Candidate(config=config, prediction=predict(config, hardware, parts), peak_bytes=peak))
     if not valid:
         raise ConfigError(
-            f"--search: no layout divides {base.train.batch_lanes} lanes of {base.train.window_tokens} tokens over"
+            f"layouts: none divides {base.train.batch_lanes} lanes of {base.train.window_tokens} tokens over"
             f" {processes} processes; change train.batch_lanes, train.window_tokens or the number of nodes"
         )
     if not fitting:
         raise ConfigError(
-            f"--search: none of {valid} layouts fits: the smallest needs {least / 1e9:.1f} GB of"
+            f"layouts: none of {valid} fits: the smallest needs {least / 1e9:.1f} GB of"
             f" {hardware.usable_bytes / 1e9:.1f} GB a device; use more nodes or a shorter train.window_tokens"
         )
     # steps that differ by less than the prediction's own error count as equal: then the emptier memory wins

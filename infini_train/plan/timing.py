@@ -1,7 +1,8 @@
 """How long a step takes on a hardware description: work and traffic of each stage, and the pipeline's schedule.
 
-Sums of times: nothing is taken to overlap, as DeepSpeed runs here (overlap_comm is off) and tensor-parallel collectives
-wait for what they sum. What is hidden in truth (memories travel while local attention computes) makes a step shorter.
+Times add up: nothing is taken to overlap, since DeepSpeed runs here with overlap_comm off and tensor-parallel
+collectives wait for what they sum. Where communication is hidden (memories travel while local attention computes), a
+step is shorter.
 """
 
 import functools
@@ -93,7 +94,7 @@ def step_work(config: RunConfig, part: Part) -> Work:
 
 
 def predict(config: RunConfig, hardware: Hardware, parts: list[Part] | None = None) -> Prediction:
-    """Of a config that has its `parallel.data_size`.
+    """The step of a config that has its `parallel.data_size`.
 
     A pipeline of p stages with m micro-batches: m times the slowest stage, and all others once, a virtual-stage-th of
     it with interleaving (1F1B: (p - 1) / m of a step's work; interleaved: (p - 1) / (v m)).

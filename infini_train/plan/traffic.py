@@ -60,7 +60,7 @@ class Collective:
 
 
 def find_collectives(config: RunConfig, costs: Costs, part: Part) -> list[Collective]:
-    """All of one rank; those with one rank left out."""
+    """One step of one rank, all micro-batches; groups of a single rank are left out."""
     micro_batches = config.lanes_per_rank // config.micro_lanes
     found = [
         *_inside_model(config, costs, part, micro_batches),

@@ -200,9 +200,9 @@ def test_a_search_ranks_what_fits() -> None:
 
 def test_a_search_says_what_is_wrong() -> None:
     small = dataclasses.replace(load_hardware("h100"), memory_gb=8.0)
-    with pytest.raises(ConfigError, match=r"--search: none of \d+ layouts fits: the smallest needs"):
+    with pytest.raises(ConfigError, match=r"layouts: none of \d+ fits: the smallest needs"):
         search(load_run("8b"), small, 8)
-    with pytest.raises(ConfigError, match="--search: no layout divides"):
+    with pytest.raises(ConfigError, match="layouts: none divides"):
         search(load_run("debug"), load_hardware("h100"), 7)
 
 
