@@ -28,7 +28,6 @@ from torch.utils.flop_counter import flop_registry
 from infini_train.plan.work import Exchange, Work
 
 FLASH_BACKWARD = 2.5  # five products for the forward's two, since the scores are computed again
-FP32_BYTES = 4
 UNCOUNTED = ("_unsafe_view", "detach")  # views in all but name
 UNMOVED = ("mm",)  # counted by its FLOPs
 GATHERS = ("index", "index_select", "gather", "embedding")
