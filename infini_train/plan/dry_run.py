@@ -22,7 +22,7 @@ from infini_train.model.mixer import Projections
 from infini_train.model.slices import find_slice
 from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
-from infini_train.parallel import mesh
+from infini_train.parallel import device, mesh
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import ModelParallelUnit, Place
 from infini_train.parallel.pipeline import Carried
@@ -39,7 +39,6 @@ from infini_train.plan.rehearsal import (
 )
 from infini_train.plan.states import FP32_BYTES, STATES, StateBytes, count_bytes, divide_states, effective_stage
 from infini_train.plan.timing import Prediction, predict
-from infini_train.plan.tracing import on_meta
 from infini_train.plan.traffic import Collective, find_collectives
 from infini_train.train.carry import Lanes, carry_fragments
 from infini_train.train.optim import parameter_groups
@@ -265,7 +264,7 @@ def _count_sent(config: RunConfig, place: Place, stage: Stage) -> Span:
         return 0, 0
     ranks = ContextRanks(parallel_state.get_context_parallel_group())
     tokens, dtype = config.train.window_tokens, training_dtype(config.train.precision)
-    with on_meta():
+    with device.on_meta():
         inner = stage._replace(embeds=False, predicts=False)
         transformer = build_transformer(config.model, inner, config.train.precision, ranks=ranks)
         marks = torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens)

@@ -27,11 +27,11 @@ from infini_train.model.layers import parallel_config
 from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
 from infini_train.ops.memory import Ranks
-from infini_train.parallel import mesh
+from infini_train.parallel import device, mesh
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.pipeline import Stages
 from infini_train.plan.costs import Cost, Costs
-from infini_train.plan.tracing import Sink, Source, on_meta, tracing
+from infini_train.plan.tracing import Sink, Source, tracing
 
 # Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane differs: transposed
 # activations are contiguous there and are not copied.
@@ -108,7 +108,7 @@ def _rehearse(shape: _Shape, lanes: int) -> Costs:
     )
     alike = _find_alike(shape.model)
     stage = Stage(0, max(alike) + 1)
-    with pretending(parallel), on_meta():
+    with pretending(parallel), device.on_meta():
         model = build_transformer(shape.model, stage, shape.precision, shape.sequence_parallel)
         model.layers = nn.ModuleDict({str(number): model.layers[str(number)] for number in dict.fromkeys(alike)})
         return _Rehearsal(model, shape, lanes).run(alike)
@@ -117,7 +117,7 @@ def _rehearse(shape: _Shape, lanes: int) -> Costs:
 @functools.lru_cache(maxsize=64)
 def _find_alike(model: ModelConfig) -> tuple[int, ...]:
     """For each layer the number of the first one that does the same work."""
-    with pretending(ParallelConfig(data_size=1)), on_meta():
+    with pretending(ParallelConfig(data_size=1)), device.on_meta():
         transformer = build_transformer(model, Stage(0, model.num_layers), "fp32")
         kinds = _find_kinds(transformer)
     return tuple(kinds.index(kind) for kind in kinds)
@@ -144,7 +144,7 @@ def build_stages(model: ModelConfig, parallel: ParallelConfig, place: mesh.Place
 def build_transformer(
     model: ModelConfig, stage: Stage, precision: str, sequence_parallel: bool = False, ranks: Ranks | None = None
 ) -> Transformer:
-    """One stage of this rank, inside `on_meta`; `ranks` stand in for those of its context-parallel group."""
+    """One stage of this rank, inside `device.on_meta`; `ranks` stand in for those of its context-parallel group."""
     if ranks is None and parallel_state.get_context_parallel_world_size() > 1:
         ranks = ContextRanks(parallel_state.get_context_parallel_group())
     parallel = parallel_config(sequence_parallel=sequence_parallel)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -249,7 +249,7 @@ class _Norm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def tracing(on_cuda: bool, parameters: list[nn.Parameter]) -> Iterator[Trace]:
-    """Counts what runs in its scope, inside `on_meta`. Gradients of the parameters do not count as memory."""
+    """Counts what runs in its scope, inside `device.on_meta`. Gradients of the parameters do not count as memory."""
     trace = Trace()
 
     def drop(parameter: Tensor) -> None:
@@ -268,18 +268,6 @@ def tracing(on_cuda: bool, parameters: list[nn.Parameter]) -> Iterator[Trace]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """The meta device is the default one, and the current one of CUDA, where megatron-core allocates its buffers."""
-    current: Callable[[], Any] = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.cuda.current_device = current  # type: ignore[assignment]
 
 
 class Source(torch.autograd.Function):
