@@ -17,6 +17,7 @@ from plan_cases import CALIBRATION, CASES, read, resolve, write
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
 from infini_train.model.flops import training_flops_per_token
+from infini_train.parallel.device import prepare
 from infini_train.plan.hardware import Hardware, load_hardware, validate_hardware
 from infini_train.plan.parts import find_parts
 from infini_train.plan.search import fullest
@@ -249,6 +250,7 @@ def summary(errors: dict[str, Any]) -> str:
 
 def report() -> None:
     """Writes errors.json and the tables of docs/results/plan.md."""
+    prepare()
     errors = find_errors(read("measured.json"))
     write("errors.json", errors)
     PAGE.write()

@@ -6,8 +6,8 @@ from infini_train.config.files import load_run, scale_sizes
 from infini_train.plan.hardware import load_hardware
 from infini_train.plan.parts import find_parts
 from infini_train.plan.peak import find_peak
+from infini_train.plan.rehearsal import find_costs
 from infini_train.plan.timing import predict
-from infini_train.plan.work import find_shapes
 
 PAGE = Path(__file__).resolve().parent / "slurm.md"
 BEGIN, END = "<!-- written by docs/generate_sizes.py -->", "<!-- end -->"
@@ -26,8 +26,8 @@ def render() -> str:
 def _row(name: str, world_size: int | None) -> str:
     config, hardware = load_run(name, (), world_size), load_hardware("h100")
     parallel, train = config.parallel, config.train
-    part, shapes, found = find_parts(config)[0], find_shapes(config, True), predict(config, hardware)
-    peak = find_peak(config, shapes, part, part.device, part.carried_bytes)
+    part, costs, found = find_parts(config)[0], find_costs(config, on_cuda=True), predict(config, hardware)
+    peak = find_peak(config, costs, part, part.device, part.carried_bytes)
     sizes = {way: getattr(parallel, f"{way}_size") for way in ("tensor", "context", "data", "pipeline")}
     layout = " x ".join(f"{way} {size}" for way, size in sizes.items() if size > 1)
     nodes = parallel.model_size * (parallel.data_size or 1) // hardware.devices_per_node

@@ -172,6 +172,17 @@ def test_it_trains_evaluates_and_generates(run_file: Path, tmp_path: Path, call:
     assert call("checkpoint", "verify", tmp_path / "whole") == 0
 
 
+def test_it_is_planned(run_file: Path, call: Callable[..., int], capsys):
+    config = load_run(str(run_file))
+    assert call("plan", run_file, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == count_parameters(config.model)
+    (rank,) = plan["ranks"]
+    assert rank["memory"]["activations"] > 0 and plan["prediction"]["step_s"] > 0
+    if config.model.attention.kind == "average":
+        assert plan["carried_lane_bytes"] == 4 * memory_numbers(config.model)
+
+
 def test_a_resumed_run_is_the_run(run_file: Path, tmp_path: Path, call: Callable[..., int]):
     """Bit for bit, with the schedule of the same length."""
     stopped = ("--set", f"run_dir={tmp_path / 'stopped'}")

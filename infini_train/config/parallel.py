@@ -7,6 +7,8 @@ from pydantic import FiniteFloat
 
 from infini_train.config.errors import require
 
+BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -117,6 +117,18 @@ def stand_in_for_cuda() -> None:
     torch.cuda._infini_train_stand_in = True  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """The meta device is the default one, and the current one of CUDA, where megatron-core allocates its buffers."""
+    current_device = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.cuda.current_device = current_device
+
+
 class _CudaLiteralsToCpu(TorchFunctionMode):
     """Creates tensors on the CPU where "cuda" is requested."""
 

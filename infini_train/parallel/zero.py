@@ -13,7 +13,7 @@ import deepspeed.ops
 import torch
 from torch import Tensor, nn
 
-from infini_train.config.parallel import ParallelConfig
+from infini_train.config.parallel import BUCKET_ELEMENTS, ParallelConfig
 from infini_train.config.training import OptimConfig
 from infini_train.parallel import device
 from infini_train.parallel.mesh import ModelParallelUnit
@@ -27,7 +27,6 @@ deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 # The trainer reports skipped steps together with their documents; DeepSpeed's own line adds nothing.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
-BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's default of 500 million would take 2 GB per rank in fp32
 STATES = ("master", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, in fp32
 
 

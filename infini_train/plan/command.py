@@ -1,8 +1,10 @@
-"""infini-train plan. Imports torch only when it runs, and not at all for --search."""
+"""infini-train plan. Imports torch only when it runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from infini_train.config.errors import ConfigError, naming
@@ -11,9 +13,10 @@ from infini_train.config.run import RunConfig
 from infini_train.plan.hardware import load_hardware
 
 DESCRIPTION = """\
-What each rank of a layout would hold and send, and how fast it would train, without the cluster and without the data:
-builds the modules of one rank of each pipeline stage on this machine, without memory for their values, and counts.
+Memory, communication and speed of each rank of a layout, without the cluster and without the data: builds the modules
+of one rank of each pipeline stage on this machine, without memory for their values, runs them, and counts.
 Docs: docs/plan.md."""
+FLAGS = {"world_size": "--world-size", "rank": "--rank", "layouts": "--search"}  # arguments of functions -> flags
 EXAMPLES = """\
 examples:
   infini-train plan debug                                the layout of the config, on as few processes as it needs
@@ -40,7 +43,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         help="processes (default: tensor x pipeline x context x data size of the config)",
     )
     size.add_argument("--nodes", type=int, metavar="N", help="processes as nodes of the hardware")
-    parser.add_argument("--rank", type=int, metavar="R", help="look at this rank only (default: one of each stage)")
+    parser.add_argument("--rank", type=int, metavar="R", help="plan this rank only (default: one of each stage)")
     parser.add_argument(
         "--hardware",
         metavar="NAME",
@@ -48,12 +51,22 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         help="h100, h200, a100 (below configs/hardware/), or path of a .yaml file (default: %(default)s)",
     )
     parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit, with their overrides")
-    parser.add_argument("--top", type=int, metavar="K", default=8, help="so many of them (default: %(default)s)")
+    parser.add_argument("--top", type=int, metavar="K", default=8, help="list K layouts (default: %(default)s)")
     parser.add_argument(
         "--measure", metavar="FILE", type=Path, help="measure this machine, and write its hardware description"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_plan)
+
+
+@contextlib.contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Errors about an argument of a function name the command's flag instead."""
+    try:
+        yield
+    except ConfigError as error:
+        name, colon, problem = str(error).partition(":")
+        raise ConfigError(f"{FLAGS.get(name, name)}{colon}{problem}") from error
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -74,19 +87,18 @@ def _plan(options: argparse.Namespace) -> None:
     from infini_train.parallel import device
 
     device.prepare()
-    from infini_train.plan.dry_run import check_rank, count_processes, dry_run
+    from infini_train.plan.dry_run import dry_run
     from infini_train.plan.table import format_plan
 
-    with naming("--world-size"):
-        size = count_processes(config, size)
-    if options.rank is not None:
-        with naming("--rank"):
-            check_rank(options.rank, size)
-    plan = dry_run(config, size, None if options.rank is None else [options.rank], hardware)
+    with _naming_flags():
+        plan = dry_run(config, size, None if options.rank is None else [options.rank], hardware)
     print(json.dumps(plan.to_json()) if options.json else format_plan(plan))
 
 
 def _search(options: argparse.Namespace, config: RunConfig, size: int | None) -> None:
+    from infini_train.parallel import device
+
+    device.prepare()
     from infini_train.plan.search import search
     from infini_train.plan.search_table import format_search, search_json
 
@@ -95,7 +107,7 @@ def _search(options: argparse.Namespace, config: RunConfig, size: int | None) ->
     if size < 1:
         raise ConfigError(f"--world-size: must be positive, not {size}")
     hardware = load_hardware(options.hardware)
-    with naming("--search"):
+    with _naming_flags():
         found = search(config, hardware, size)
     if options.json:
         print(json.dumps(search_json(found, hardware, options.top)))

@@ -1,7 +1,7 @@
-"""The very modules that each rank of a layout would build, on the meta device, and what they tell about the rank.
+"""What each rank of a layout holds, from the modules that it would build, on the meta device.
 
-Every number is counted from the modules, or is what their code does when it runs on the meta device; the processes, the
-cluster and the data need not exist.
+Numbers are counted from the modules, or come from running them on the meta device; the processes, the cluster and the
+data need not exist.
 """
 
 import dataclasses
@@ -17,23 +17,30 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.model.flops import forward_flops_per_token
-from infini_train.model.layers import HeadLinear, parallel_config
+from infini_train.model.layers import HeadLinear
+from infini_train.model.mixer import Projections
 from infini_train.model.slices import find_slice
+from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
-from infini_train.model.variants import build_mixer
-from infini_train.ops.grid import make_grid
-from infini_train.parallel import mesh
+from infini_train.parallel import device, mesh
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.mesh import ModelParallelUnit, Place
-from infini_train.parallel.pipeline import Carried, Stages
+from infini_train.parallel.pipeline import Carried
 from infini_train.plan.hardware import Hardware, load_hardware
-from infini_train.plan.parts import Part, find_parts
+from infini_train.plan.parts import Part, count_state_bytes, find_parts
 from infini_train.plan.peak import PeakBytes, find_peak
+from infini_train.plan.rehearsal import (
+    build_stages,
+    build_transformer,
+    distinct_layers,
+    find_costs,
+    pretending,
+    training_dtype,
+)
 from infini_train.plan.states import FP32_BYTES, STATES, StateBytes, count_bytes, divide_states, effective_stage
 from infini_train.plan.timing import Prediction, predict
 from infini_train.plan.traffic import Collective, find_collectives
-from infini_train.plan.work import find_shapes
-from infini_train.train.carry import Lanes, carry_fragments, name_leaves
+from infini_train.train.carry import Lanes, carry_fragments
 from infini_train.train.optim import parameter_groups
 
 Span = tuple[int, int]  # first and last, exclusive
@@ -45,14 +52,16 @@ class RankPlan:
 
     Attributes:
         layers: of each stage on this rank, in the order in which a micro-batch meets them.
+        heads, kv_heads: None where the attention has no such projections.
         embedding_rows, head_rows: rows of the vocabulary.
         tokens: of every lane's window.
         parameters: elements, copies that other ranks hold too included.
-        owned_parameters: those that this rank answers for: summed over all ranks they are the model.
+        owned_parameters: those that this rank writes: summed over all ranks they are the model.
         device, host: between the last backward and the step, when there is most.
-        carried_lane_bytes: memory of one lane that travels between windows.
+        carried_lane_bytes: state of one lane that is carried from window to window.
         carried_bytes: of all lanes of this rank.
-        sent_bytes: what context parallelism makes this rank send in one layer for one lane, forward and backward.
+        sent_bytes: what context parallelism makes this rank send for one lane, forward and backward, in the layer
+            that sends most.
         checkpoint_bytes: tensors that this rank writes.
         memory: of the device at its fullest, predicted.
         collectives: what the rank takes part in, one step.
@@ -61,8 +70,8 @@ class RankPlan:
     rank: int
     place: Place
     layers: tuple[Span, ...]
-    heads: Span
-    kv_heads: Span
+    heads: Span | None
+    kv_heads: Span | None
     embedding_rows: Span | None
     head_rows: Span | None
     tokens: Span
@@ -125,7 +134,7 @@ def dry_run(
     Args:
         config: its data need not exist.
         world_size: processes; None: as few as the config allows.
-        ranks: those to look at; None: the first of each pipeline stage.
+        ranks: those to plan; None: the first of each pipeline stage.
         hardware: to predict memory and time for; None: an H100.
 
     Raises:
@@ -137,11 +146,13 @@ def dry_run(
     stages, parts = config.parallel.pipeline_size, find_parts(config)
     chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
     for rank in chosen:
-        check_rank(rank, size)
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank: {rank} is none of the {size} ranks; choose one from 0 to {size - 1}")
     try:
-        whole = _build(dataclasses.replace(config, parallel=ParallelConfig()), mesh.pretend(ParallelConfig(), 0, 1))
-        lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
-        parameters = sum(parameter.numel() for parameter in whole.parameters())
+        with pretending(ParallelConfig()) as place:
+            whole = build_stages(config.model, ParallelConfig(), place, config.train.precision)
+            lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
+            parameters = sum(parameter.numel() for parameter in whole.parameters())
         carried = lane_bytes * config.train.batch_lanes if config.train.carry_memory else 0
         flops = forward_flops_per_token(config.model, config.train.window_tokens)
         planned = tuple(plan_rank(config, rank, size, parts, hardware) for rank in chosen)
@@ -173,21 +184,15 @@ def count_processes(config: RunConfig, world_size: int | None) -> int:
     size = needed if world_size is None else world_size
     if size < 1 or size % needed or (parallel.data_size is not None and size != needed):
         what = f"{'a multiple of ' if parallel.data_size is None else ''}{needed}"
-        raise ConfigError(f"{size} processes, but the parallel section needs {what}; change one of them")
-    return size
-
-
-def check_rank(rank: int, world_size: int) -> None:
-    """Raises a ConfigError unless there is such a rank."""
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"{rank} is none of the {world_size} ranks; choose one from 0 to {world_size - 1}")
+        raise ConfigError(f"world_size: {size} processes, but the parallel section needs {what}; change one of them")
+    return divide_processes(config, size), size
 
 
 def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], hardware: Hardware) -> RankPlan:
     """What one rank holds; `config` has its `parallel.data_size`. Joins fake process groups."""
-    shapes = find_shapes(config, hardware.device == "cuda")
+    costs = find_costs(config, hardware.device == "cuda")  # before this rank's groups are joined
     place = mesh.pretend(config.parallel, rank, world_size)
-    stages = _build(config, place)
+    stages = build_stages(config.model, config.parallel, place, config.train.precision)
     lanes = Lanes.of(config, place.data[0])
     micro_batches = config.lanes_per_rank // config.micro_lanes
     carried = stages.initial_carried(config.micro_lanes, micro_batches, config.train.carry_memory)
@@ -219,32 +224,20 @@ def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], 
         host=host,
         carried_lane_bytes=_carried_bytes(stages.initial_carried(1, 1)),
         carried_bytes=carried_bytes,
-        sent_bytes=_count_sent(config, place),
+        sent_bytes=_count_sent(config, place, stages.transformers()[0].stage),
         checkpoint_bytes=STATES * FP32_BYTES * written + sum(fragment.tensor.nbytes for fragment in fragments),
-        memory=find_peak(config, shapes, part, device, carried_bytes),
-        collectives=tuple(find_collectives(config, shapes, part)),
+        memory=find_peak(config, costs, part, device, carried_bytes),
+        collectives=tuple(find_collectives(config, costs, part)),
     )
 
 
-def _build(config: RunConfig, place: Place) -> Stages:
-    with torch.device("meta"):
-        stages = Stages(config.model, config.parallel, place, dtype=_dtype(config))
-    return stages.to(_dtype(config))  # as the engine does
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
 def _carried_bytes(carried: Carried) -> int:
-    states = (state for of_stage in carried for state in of_stage if state is not None)
-    return sum(leaf.nbytes for state in states for _, leaf in name_leaves(state, ""))
+    return sum(count_state_bytes(state) for of_stage in carried for state in of_stage)
 
 
 def _describe_parts(transformers: list[Transformer]) -> dict[str, Any]:
-    """The fields of `RankPlan` that tell which part of the model the modules are."""
-    attention: Any = next(iter(transformers[0].layers.values())).attention
-    projections = attention.projections
+    """The fields of `RankPlan` that say which part of the model the modules are."""
+    projections = next((each for each in transformers[0].modules() if isinstance(each, Projections)), None)
     first, last = transformers[0], transformers[-1]
     embedding = _rows(first.embedding.weight) if first.stage.embeds else None
     head = None
@@ -252,8 +245,8 @@ def _describe_parts(transformers: list[Transformer]) -> dict[str, Any]:
         head = embedding if last.config.tied_embeddings else _rows(last.head.weight)
     return {
         "layers": tuple((each.stage.first_layer, each.stage.last_layer) for each in transformers),
-        "heads": _heads(projections.linear_q, projections.key_dim),
-        "kv_heads": _heads(projections.linear_k, projections.key_dim),
+        "heads": None if projections is None else _heads(projections.linear_q, projections.key_dim),
+        "kv_heads": None if projections is None else _heads(projections.linear_k, projections.key_dim),
         "embedding_rows": embedding,
         "head_rows": head,
     }
@@ -271,22 +264,26 @@ def _rows(weight: torch.Tensor) -> Span:
     return piece.start[0], piece.start[0] + piece.shape[0]
 
 
-def _count_sent(config: RunConfig, place: Place) -> Span:
-    """Runs one layer's attention for one lane on the meta device, over the shortest window: length plays no part."""
+def _count_sent(config: RunConfig, place: Place, stage: Stage) -> Span:
+    """(forward, backward) of one lane in the layer of the stage that sends most: its layers run on the meta device."""
     if place.context[1] == 1:
         return 0, 0
     ranks = ContextRanks(parallel_state.get_context_parallel_group())
-    tokens = config.model.segment_tokens or 1
-    with torch.device("meta"):
-        mixer = build_mixer(config.model, parallel_config(_dtype(config)), ranks)
-        hidden_TBD = torch.empty(tokens, 1, config.model.hidden_size, dtype=_dtype(config), requires_grad=True)
-        starts_BT = torch.zeros(1, tokens * ranks.size, dtype=torch.bool)
-        weights_BT = torch.ones(1, tokens * ranks.size)
-    grid = make_grid(starts_BT, weights_BT, None, mixer.segment_tokens, mixer.overlap_tokens, ranks.shard)
-    out_TBD, _ = mixer(hidden_TBD, None, grid)
-    forward = ranks.sent_bytes
-    out_TBD.sum().backward()
-    return forward, ranks.sent_bytes - forward
+    tokens, dtype = config.train.window_tokens, training_dtype(config.train.precision)
+    with device.on_meta():
+        inner = stage._replace(embeds=False, predicts=False)
+        transformer = build_transformer(config.model, inner, config.train.precision, ranks=ranks)
+        marks = torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens)
+        grids = transformer.make_grids(*marks, None, ranks.shard)
+        sent = []
+        for layer in distinct_layers(transformer).values():
+            hidden_TBD = torch.empty(tokens // ranks.size, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
+            before = ranks.sent_bytes
+            out_TBD, _ = layer(hidden_TBD, None, grids.of(layer.attention.layout))
+            forward = ranks.sent_bytes
+            out_TBD.sum().backward()
+            sent.append((forward - before, ranks.sent_bytes - forward))
+    return max(sent, key=sum)
 
 
 def find_warnings(ranks: Iterable[RankPlan], hardware: Hardware) -> Iterable[str]:
@@ -302,10 +299,6 @@ def find_warnings(ranks: Iterable[RankPlan], hardware: Hardware) -> Iterable[str
 def find_notes(config: RunConfig) -> Iterable[str]:
     """What runs but wastes something; what can't run is refused when the config is read."""
     model, parallel = config.model, config.parallel
-    if model.attention.kind in ("memorizing", "rmt"):
-        yield f"model.attention.kind {model.attention.kind}: activations and time are of the segment's attention alone"
-    if model.conv_tokens:
-        yield "model.attention.conv_tokens: the time of the convolution is not counted"
     if parallel.tensor_size > model.kv_heads:
         copies = parallel.tensor_size // model.kv_heads
         yield (

@@ -80,7 +80,7 @@ class Hardware:
         return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
 
     def attention_flops(self, precision: str, keys: int) -> float:
-        """Operations a second of the attention kernel where a query sees so many keys.
+        """Operations a second of the attention kernel where a query sees this many keys.
 
         Between the two lengths that shares are given for, the share goes with the logarithm.
         """

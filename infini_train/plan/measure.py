@@ -29,7 +29,7 @@ from infini_train.plan.hardware import LONG_TOKENS, SHORT_TOKENS, Hardware
 
 MATMUL_SIZES = (64, 128, 256, 512, 1024, 2048)
 LARGE_SIZES = (256, 512, 1024)  # whose mean is what a model's products reach
-GPU_FACTOR = 8  # sizes of a GPU are so much larger
+GPU_FACTOR = 8  # sizes on a GPU are this much larger
 ELEMENTS = 2**24  # of an elementwise operation: 64 MB, more than caches hold
 TOKENS, HEADS, HEAD_SIZE = 1024, 8, 64  # that the attention kernel gets, in one segment or several
 MESSAGE_ELEMENTS, SMALL_ELEMENTS = 2**18, 2**6  # of a collective: 1 MB, as a layer's on CPU; a GPU's are larger
@@ -60,7 +60,7 @@ def matmul_rates(dtype: torch.dtype) -> dict[int, float]:
 
 
 def attention_rate(dtype: torch.dtype, segment: int) -> float:
-    """Operations a second of forward and backward in such segments under a mask, as `work.py` counts them."""
+    """Operations a second of forward and backward in such segments under a mask, as `tracing.py` counts them."""
     count = TOKENS * (GPU_FACTOR if device.backend() == "nccl" else 1) // segment
     q = torch.randn(count, HEADS, segment, HEAD_SIZE, dtype=dtype, device=device.current(), requires_grad=True)
     mask = torch.ones(count, 1, segment, segment, dtype=torch.bool, device=device.current()).tril()
@@ -140,7 +140,7 @@ def measure_links(processes: int = 2) -> tuple[dict[str, float], float]:
 
 
 def measure_hardware() -> tuple[Hardware, dict[str, Any]]:
-    """The description, and the rates by size behind it. Uses one thread on CPU, as a rank does."""
+    """The description, and the rates by size that it is made from. Uses one thread on CPU, as a rank does."""
     torch.set_num_threads(1)
     cuda = device.backend() == "nccl"
     devices = device.count() if cuda else len(os.sched_getaffinity(0))

@@ -1,14 +1,25 @@
-"""A rank's part of the model from the config alone: its stages and the sizes of its parameters, without modules.
+"""A rank's part of the model: its stages, and the sizes of its parameters and of its state.
 
-For the search, which looks at hundreds of layouts. tests/plan/test_search.py compares it with the modules.
+The sizes are those of the modules of one tensor-parallel rank, which are built once for all pipelines, so that the
+search can look at hundreds of layouts. tests/plan/test_search.py compares the parts with the modules of each rank.
 """
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from infini_train.config.attention import InfiniConfig
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from infini_train.config.model import ModelConfig
+from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
+from infini_train.config.training import OptimConfig
 from infini_train.model.stages import Stage, find_stages
+from infini_train.plan.rehearsal import build_stages, pretending
 from infini_train.plan.states import StateBytes, count_bytes, divide_states, effective_stage
+from infini_train.train.optim import parameter_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +30,8 @@ class Part:
         pipeline_rank: where it stands.
         stages: of this rank, more than one under the interleaved schedule.
         parameters: elements of the rank, copies that other ranks hold too included.
+        tensors: parameters, each counted as one.
+        groups: of AdamW.
         device, host: between the last backward and the step.
         partition: elements of the optimizer states that lie here.
         largest_group: elements of the largest group of parameters there.
@@ -29,6 +42,8 @@ class Part:
     pipeline_rank: int
     stages: tuple[Stage, ...]
     parameters: int
+    tensors: int
+    groups: int
     device: StateBytes
     host: StateBytes
     partition: int
@@ -49,29 +64,61 @@ class Part:
         return self.stages[-1].predicts
 
 
-def parameter_sizes(config: RunConfig, stages: tuple[Stage, ...]) -> list[list[int]]:
-    """Elements of each parameter by AdamW group (matrices, vectors, gates), in the order of the modules."""
-    model, tensor = config.model, config.parallel.tensor_size
-    hidden, key, value = model.hidden_size, model.key_dim, model.value_dim
-    heads, ffn = model.num_heads // tensor, model.ffn_size // tensor
-    kv = model.kv_heads // tensor if model.kv_heads % tensor == 0 else model.kv_heads
-    attention = [model.conv_tokens * hidden] if model.conv_tokens else []
-    attention += [heads * key * hidden, kv * key * hidden, kv * value * hidden, heads * value * hidden]
-    matrices: list[int] = []
-    vectors: list[int] = []
-    gates: list[int] = []
-    for stage in stages:
-        layers = stage.last_layer - stage.first_layer
-        if stage.embeds:
-            matrices.append(model.vocab_size // tensor * hidden)
-        matrices += [*attention, ffn * hidden, ffn * hidden, ffn * hidden] * layers
-        biases = [heads * key, kv * key, kv * value] if model.qkv_bias else []
-        vectors += [hidden, *biases, *([key, key] if model.qk_norm else []), hidden] * layers
-        gates += [heads] * (layers if isinstance(model.attention, InfiniConfig) else 0)
-        if stage.predicts:
-            vectors.append(hidden)
-            matrices += [] if model.tied_embeddings else [model.vocab_size // tensor * hidden]
-    return [group for group in (matrices, vectors, gates) if group]
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """One rank's part of a whole model: (AdamW group, elements) of each parameter, in the order of the modules.
+
+    `before` and `after` are the parameters before and after the layers. `groups` are the groups in their order;
+    `carried` has the bytes of each layer's state for one lane.
+    """
+
+    groups: tuple[str, ...]
+    before: tuple[tuple[str, int], ...]
+    layers: tuple[tuple[tuple[str, int], ...], ...]
+    after: tuple[tuple[str, int], ...]
+    carried: tuple[int, ...]
+
+    def of_stages(self, stages: Iterable[Stage]) -> list[list[int]]:
+        """Elements of each parameter of these stages, by group."""
+        found: list[tuple[str, int]] = []
+        for stage in stages:
+            found += self.before if stage.embeds else ()
+            for number in range(stage.first_layer, stage.last_layer):
+                found += self.layers[number]
+            found += self.after if stage.predicts else ()
+        by_group = [[numel for name, numel in found if name == group] for group in self.groups]
+        return [group for group in by_group if group]
+
+
+@functools.lru_cache(maxsize=64)
+def _find_sizes(model: ModelConfig, tensor_size: int, precision: str, optim: OptimConfig) -> _Sizes:
+    parallel = ParallelConfig(tensor_size=tensor_size, data_size=1)
+    with pretending(parallel) as place:
+        transformer = build_stages(model, parallel, place, precision).transformers()[0]
+        state = transformer.initial_state(1)
+        carried = [0] * model.num_layers if state is None else [count_state_bytes(each) for each in state]
+    groups = parameter_groups(transformer.named_parameters(), optim)
+    names = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
+    before: list[tuple[str, int]] = []
+    layers: list[list[tuple[str, int]]] = [[] for _ in carried]
+    after: list[tuple[str, int]] = []
+    for name, parameter in transformer.named_parameters():
+        where = after if layers[-1] else before
+        if name.startswith("layers."):
+            where = layers[int(name.split(".")[1])]
+        where.append((names[id(parameter)], parameter.numel()))
+    return _Sizes(
+        groups=tuple(group["name"] for group in groups),
+        before=tuple(before),
+        layers=tuple(map(tuple, layers)),
+        after=tuple(after),
+        carried=tuple(carried),
+    )
+
+
+def count_state_bytes(state: Any) -> int:
+    """Bytes of all tensors of a layer's state."""
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 def find_parts(config: RunConfig) -> list[Part]:
@@ -79,40 +126,28 @@ def find_parts(config: RunConfig) -> list[Part]:
     parallel = config.parallel
     replicas = (parallel.data_size or 1) * parallel.context_size
     zero_stage = effective_stage(config)
+    sizes = _find_sizes(config.model, parallel.tensor_size, config.train.precision, config.optim)
     parts = []
     for rank in range(parallel.pipeline_size):
         stages = tuple(find_stages(config.model.num_layers, parallel, rank))
-        groups = parameter_sizes(config, stages)
+        groups = sizes.of_stages(stages)
         partition = divide_states(groups, zero_stage, 0, replicas)
-        sizes = [size for group in groups for size in group]
-        device, host = count_bytes(config, zero_stage, partition, sizes)
-        layers = sum(stage.last_layer - stage.first_layer for stage in stages)
+        numels = [numel for group in groups for numel in group]
+        device, host = count_bytes(config, zero_stage, partition, numels)
+        carried = sum(sum(sizes.carried[stage.first_layer : stage.last_layer]) for stage in stages)
         parts.append(
             Part(
                 pipeline_rank=rank,
                 stages=stages,
-                parameters=sum(sizes),
+                parameters=sum(numels),
+                tensors=len(numels),
+                groups=len(groups),
                 device=device,
                 host=host,
                 partition=partition.buffer,
                 largest_group=max(divide_states([group], zero_stage, 0, replicas).buffer for group in groups),
-                largest_parameter=max(sizes),
-                carried_bytes=carried_layer_bytes(config) * layers * config.lanes_per_rank,
+                largest_parameter=max(numels),
+                carried_bytes=carried * config.lanes_per_rank if config.train.carry_memory else 0,
             )
         )
     return parts
-
-
-def carried_layer_bytes(config: RunConfig) -> int:
-    """Of one lane and layer on one rank: memory, normaliser, count, overlap, convolution; 0 if nothing travels."""
-    model, attention = config.model, config.model.attention
-    if not config.train.carry_memory or model.segment_tokens is None:
-        return 0
-    kv = max(1, model.kv_heads // config.parallel.tensor_size)
-    activation_bytes = 2 if config.train.precision == "bf16" else 4
-    overlap = getattr(attention, "overlap_tokens", getattr(attention, "cache_tokens", 0))
-    carried = overlap * (kv * (model.key_dim + model.value_dim) * activation_bytes + 8 + 4)  # document, weight
-    if isinstance(attention, InfiniConfig):
-        carried += 4 * (kv * model.key_dim * (model.value_dim + 1) + 1)
-        carried += model.conv_tokens * model.hidden_size * activation_bytes
-    return carried

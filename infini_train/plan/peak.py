@@ -1,18 +1,17 @@
-"""The most memory that a rank holds: states, activations, logits, buffers, in closed form.
+"""The most memory that a rank holds: states, activations, logits, buffers.
 
-There are three moments to look at: a backward's begin, when as many micro-batches are in flight as the pipeline's
+Three moments count: the beginning of a backward, when as many micro-batches are in flight as the pipeline's
 schedule asks for; its end, when a layer's activations are left, but DeepSpeed's bucket is full; and the optimizer's
 step, when activations are gone but gradients are laid out anew.
 """
 
 from dataclasses import dataclass
 
+from infini_train.config.parallel import BUCKET_ELEMENTS
 from infini_train.config.run import RunConfig
-from infini_train.plan import activations
+from infini_train.plan.costs import Costs
 from infini_train.plan.parts import Part
 from infini_train.plan.states import FP32_BYTES, StateBytes, effective_stage
-from infini_train.plan.traffic import BUCKET_ELEMENTS
-from infini_train.plan.work import Shapes
 
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights that DeepSpeed's stage 3 keeps: stage3_max_live_parameters
 
@@ -25,9 +24,9 @@ class PeakBytes:
         states: weights, gradients, masters, moments.
         carried: memories before and after the window.
         activations: kept for backward by all micro-batches in flight.
-        logits: in fp32, of the last stage, and what the loss needs for them.
-        working: what the layer at work needs beside what is kept.
-        buffers: of collectives: gathered weights and hidden states, memories of other ranks, a gradient just computed.
+        logits: what head and loss need, of the last stage.
+        working: what the layer at work needs beside what is kept, exchanges with other ranks included.
+        buffers: weights gathered under ZeRO 3, and a gradient just computed.
         buckets: of gradients, when a backward ends.
         step: what the optimizer's step needs beside the states.
         peak: the largest of the three moments.
@@ -55,35 +54,32 @@ def in_flight(config: RunConfig, stage: int) -> int:
     return min(micro_batches * virtual, warm_up + 1)
 
 
-def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carried: float) -> PeakBytes:
-    """Of a rank of this part. `states` and `carried` as counted, or from the part itself."""
+def find_peak(config: RunConfig, costs: Costs, part: Part, states: StateBytes, carried: float) -> PeakBytes:
+    """The peak of a rank of this part. `states` and `carried` as counted, or from the part itself."""
     visits = in_flight(config, part.pipeline_rank)
-    layers = part.layers / len(part.stages)
     recompute = config.train.activation_checkpointing == "layer"
-    layer = activations.layer_input(s) if recompute else activations.layer_kept(s)
-    kept = visits * layers * layer
+    layers = costs.of_layers(part.stages)
+    of_layers = sum(count * (cost.input_bytes if recompute else cost.kept_bytes) for cost, count in layers)
+    kept = visits * (of_layers / len(part.stages) + costs.stack.kept_bytes)
     if part.embeds:
-        kept += -(-visits // len(part.stages)) * activations.embedding_kept(s)
-    logits = 0.0
-    if part.predicts:
-        logits = activations.head_kept(s)
-    layer_work = activations.layer_working(s) + (activations.layer_kept(s) if recompute else 0.0)
-    head_work = activations.head_working(s) if part.predicts else 0.0
-    head_peak = logits + head_work
-    moment = max(head_peak, layer_work)  # once a layer is at work, the logits are gone
-    buffers, (early, buckets) = _buffers(config, s, part), _buckets(config, s, part)
+        kept += -(-visits // len(part.stages)) * costs.embedding.kept_bytes
+    working = max(cost.working_bytes + (cost.kept_bytes if recompute else 0.0) for cost, _ in layers)
+    last = max(cost.working_bytes + cost.kept_bytes + (cost.input_bytes if recompute else 0.0) for cost, _ in layers)
+    logits = costs.head.kept_bytes + costs.head.working_bytes if part.predicts else 0.0
+    moment = max(logits, working)  # once a layer is at work, the logits are gone
+    buffers, (early, buckets) = _buffers(config, part), _buckets(config, part, costs.on_cuda)
     step = step_bytes(config, part)
     lasting = states.total + 2 * carried
     summed = config.lanes_per_rank // config.micro_lanes * len(part.stages) > visits  # by an earlier backward
     there = summed or effective_stage(config) == 3  # whose buffer of gradients lasts from the start
     beginning = lasting - (0 if there else states.gradients) + kept + moment + buffers + early
-    ending = lasting + layer + layer_work + buffers + buckets
+    ending = lasting + last + buffers + buckets
     return PeakBytes(
         states=states.total,
         carried=2 * carried,
         activations=kept,
-        logits=head_peak,
-        working=layer_work,
+        logits=logits,
+        working=working,
         buffers=buffers,
         buckets=buckets,
         step=step,
@@ -92,7 +88,7 @@ def find_peak(config: RunConfig, s: Shapes, part: Part, states: StateBytes, carr
 
 
 def step_bytes(config: RunConfig, part: Part) -> float:
-    """Of the optimizer's step beyond the states: the bucket, flat gradients and AdamW's denominators.
+    """What the optimizer's step needs beyond the states: the bucket, flat gradients and AdamW's denominators.
 
     DeepSpeed lets go of a bucket when it needs the next one. When AdamW begins under ZeRO 1, the gradients that were
     added up are gone: they lie in its flat ones.
@@ -108,26 +104,18 @@ def step_bytes(config: RunConfig, part: Part) -> float:
     return bucket + max(0.0, adamw - others)
 
 
-def _buckets(config: RunConfig, s: Shapes, part: Part) -> tuple[float, float]:
+def _buckets(config: RunConfig, part: Part, on_cuda: bool) -> tuple[float, float]:
     """(when a backward begins, when it ends), where each backward reduces: the bucket and its flat copy on the way.
 
     Under stage 2 each backward allocates it; on CPU it takes memory as it fills.
     """
     stage, weight_bytes = effective_stage(config), 2 if config.train.precision == "bf16" else FP32_BYTES
     bucket = float(min(BUCKET_ELEMENTS, part.parameters) * weight_bytes) if stage > 1 else 0.0
-    return bucket if stage == 3 or s.fused_norm else 0.0, 2 * bucket
+    return bucket if stage == 3 or on_cuda else 0.0, 2 * bucket
 
 
-def _buffers(config: RunConfig, s: Shapes, part: Part) -> float:
-    """At work during backward: a gradient that was just computed, what is gathered, memories of other ranks."""
-    parallel = config.parallel
+def _buffers(config: RunConfig, part: Part) -> float:
+    """A gradient that was just computed, and the weights that ZeRO 3 gathered."""
     weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
-    buffers = float(part.largest_parameter * weight_bytes)
-    if effective_stage(config) == 3:
-        buffers += min(LIVE_ELEMENTS, part.parameters) * weight_bytes
-    if parallel.sequence_parallel:
-        buffers += s.all_tokens * s.hidden * s.activation_bytes
-    if parallel.context_size > 1 and s.kind == "infini":
-        square = s.kv_heads * s.key * (s.value + 1 + (s.key if s.delta else 0))
-        buffers += 2 * parallel.context_size * s.lanes * FP32_BYTES * square
-    return buffers
+    gathered = min(LIVE_ELEMENTS, part.parameters) if effective_stage(config) == 3 else 0
+    return float((part.largest_parameter + gathered) * weight_bytes)

@@ -1,6 +1,6 @@
 """The best layouts of a run on a cluster: all that the config's own checks allow, by predicted tokens a second.
 
-The batch (lanes and window) stays as the config has it, since it decides what is learned. Imports no torch.
+The batch (lanes and window) stays as the config has it, since it decides what is learned.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from infini_train.config.run import RunConfig
 from infini_train.plan.hardware import Hardware
 from infini_train.plan.parts import Part, find_parts
 from infini_train.plan.peak import find_peak
+from infini_train.plan.rehearsal import find_costs
 from infini_train.plan.timing import Prediction, predict
-from infini_train.plan.work import find_shapes
 
 EQUAL = 0.02  # of the step's time
 FIELDS = (
@@ -116,12 +116,12 @@ def enumerate_layouts(base: RunConfig, hardware: Hardware, processes: int) -> It
 
 def fullest(config: RunConfig, hardware: Hardware, parts: list[Part]) -> float:
     """Bytes at the peak of the rank that needs most."""
-    shapes = find_shapes(config, hardware.device == "cuda")
-    return max(find_peak(config, shapes, part, part.device, part.carried_bytes).peak for part in parts)
+    costs = find_costs(config, hardware.device == "cuda")
+    return max(find_peak(config, costs, part, part.device, part.carried_bytes).peak for part in parts)
 
 
 def search(base: RunConfig, hardware: Hardware, processes: int) -> Search:
-    """Ranks all layouts of so many processes.
+    """Ranks all layouts of this many processes.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -136,12 +136,12 @@ def search(base: RunConfig, hardware: Hardware, processes: int) -> Search:
             fitting.append(Candidate(config=config, prediction=predict(config, hardware, parts), peak_bytes=peak))
     if not valid:
         raise ConfigError(
-            f"no layout divides {base.train.batch_lanes} lanes of {base.train.window_tokens} tokens over"
+            f"layouts: none divides {base.train.batch_lanes} lanes of {base.train.window_tokens} tokens over"
             f" {processes} processes; change train.batch_lanes, train.window_tokens or the number of nodes"
         )
     if not fitting:
         raise ConfigError(
-            f"none of {valid} layouts fits: the smallest needs {least / 1e9:.1f} GB of"
+            f"layouts: none of {valid} fits: the smallest needs {least / 1e9:.1f} GB of"
             f" {hardware.usable_bytes / 1e9:.1f} GB a device; use more nodes or a shorter train.window_tokens"
         )
     # steps that differ by less than the prediction's own error count as equal: then the emptier memory wins

@@ -1,4 +1,4 @@
-"""The layouts that a search found, as text and as JSON. Imports no torch."""
+"""The layouts that a search found, as text and as JSON."""
 
 import dataclasses
 from typing import Any

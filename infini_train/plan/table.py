@@ -37,7 +37,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _flops(plan: Plan) -> tuple[str, str]:
-    """Of forward and backward, and what the forward's are for."""
+    """FLOPs of forward and backward, and what the forward's are for."""
     total = sum(plan.flops_per_token.values())
     again = 1.0 if plan.config.train.activation_checkpointing == "layer" else 0.0
     shares = {name.replace("_", " "): part / total for name, part in plan.flops_per_token.items() if part}

@@ -1,24 +1,27 @@
 """How long a step takes on a hardware description: work and traffic of each stage, and the pipeline's schedule.
 
-Sums of times: nothing is taken to overlap, as DeepSpeed runs here (overlap_comm is off) and tensor-parallel collectives
-wait for what they sum. What is hidden in truth (memories travel while local attention computes) makes a step shorter.
+Times add up: nothing is taken to overlap, since DeepSpeed runs here with overlap_comm off and tensor-parallel
+collectives wait for what they sum. Where communication is hidden (memories travel while local attention computes), a
+step is shorter.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 from infini_train.config.run import RunConfig
 from infini_train.model.flops import training_flops_per_token
+from infini_train.plan.costs import Costs
 from infini_train.plan.hardware import Hardware
 from infini_train.plan.parts import Part, find_parts
+from infini_train.plan.rehearsal import find_costs
 from infini_train.plan.states import FP32_BYTES, effective_stage
 from infini_train.plan.traffic import Collective, find_collectives
-from infini_train.plan.work import Shapes, Work, embedding_work, find_shapes, head_work, layer_work
+from infini_train.plan.work import Work
 
 # Passes over numbers, counted on DeepSpeed's stages 1 and 2 and torch's AdamW: bucket, division, flat copy and back;
 # norms, flat gradients, clipping, moments, masters, weights.
 REDUCTION_PASSES, STEP_PASSES = 16, 28
 REDUCTION_LAUNCHES = 14  # for each parameter
-LAYER_PARAMETERS = 9
 STEP_LAUNCHES = 150  # of a step, whatever the model's size
 
 
@@ -41,14 +44,12 @@ class Prediction:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def work_seconds(work: Work, hardware: Hardware, precision: str, keys: int = 1) -> dict[str, float]:
-    """By kind of work; on CUDA launches run ahead, and count as far as they are slower than all else.
-
-    `keys`: those that a query of the attention kernel sees.
-    """
+def work_seconds(work: Work, hardware: Hardware, precision: str) -> dict[str, float]:
+    """By kind of work, exchanges aside. On CUDA launches run ahead: only what exceeds the rest counts."""
+    attention = (flops / hardware.attention_flops(precision, keys) for keys, flops in work.attention_flops.items())
     found = {
         "matrix products": work.matmul_flops / (hardware.peak_flops(precision) * hardware.matmul_efficiency),
-        "attention": work.attention_flops / hardware.attention_flops(precision, keys),
+        "attention": sum(attention),
         "elementwise": work.moved_bytes / (1e9 * hardware.memory_gb_s * hardware.memory_efficiency),
     }
     launches = 1e-6 * hardware.launch_us * work.launches
@@ -71,22 +72,19 @@ def collective_seconds(collective: Collective, hardware: Hardware) -> float:
     return collective.sent_bytes / bandwidth + collective.messages * latency
 
 
-def micro_batch_work(config: RunConfig, s: Shapes, part: Part) -> Work:
+def micro_batch_work(config: RunConfig, costs: Costs, part: Part) -> Work:
     """Forward and backward of one micro-batch on a rank of this part, what is computed again included."""
-    forward, backward = layer_work(s)
-    recompute = 2.0 if config.train.activation_checkpointing == "layer" else 1.0
-    work = (forward.times(recompute) + backward).times(part.layers)
-    for ends, pair in ((part.embeds, embedding_work(s)), (part.predicts, head_work(s))):
-        work = work + (pair[0] + pair[1] if ends else Work())
+    pieces = costs.work(part.stages, config.train.activation_checkpointing == "layer")
+    work = functools.reduce(Work.__add__, pieces.values())
     weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
     if effective_stage(config) == 1:  # gradients add up where they are
-        return work + Work(moved_bytes=3.0 * weight_bytes * part.parameters, launches=LAYER_PARAMETERS * part.layers)
+        return work + Work(moved_bytes=3.0 * weight_bytes * part.parameters, launches=part.tensors)
     return work + _reduction(weight_bytes, part)
 
 
 def _reduction(weight_bytes: int, part: Part) -> Work:
-    launches = REDUCTION_LAUNCHES * LAYER_PARAMETERS * part.layers
-    return Work(moved_bytes=float(REDUCTION_PASSES * weight_bytes * part.parameters), launches=launches)
+    moved_bytes = float(REDUCTION_PASSES * weight_bytes * part.parameters)
+    return Work(moved_bytes=moved_bytes, launches=REDUCTION_LAUNCHES * part.tensors)
 
 
 def step_work(config: RunConfig, part: Part) -> Work:
@@ -96,15 +94,15 @@ def step_work(config: RunConfig, part: Part) -> Work:
 
 
 def predict(config: RunConfig, hardware: Hardware, parts: list[Part] | None = None) -> Prediction:
-    """Of a config that has its `parallel.data_size`.
+    """The step of a config that has its `parallel.data_size`.
 
     A pipeline of p stages with m micro-batches: m times the slowest stage, and all others once, a virtual-stage-th of
     it with interleaving (1F1B: (p - 1) / m of a step's work; interleaved: (p - 1) / (v m)).
     """
     parts = parts or find_parts(config)
-    shapes = find_shapes(config, hardware.device == "cuda")
+    costs = find_costs(config, hardware.device == "cuda")
     micro_batches = config.lanes_per_rank // config.micro_lanes
-    stages = [_stage_seconds(config, hardware, shapes, part, micro_batches) for part in parts]
+    stages = [_stage_seconds(config, hardware, costs, part, micro_batches) for part in parts]
     totals = [sum(each.values()) for each, _ in stages]
     slowest = max(range(len(parts)), key=totals.__getitem__)
     waiting = (sum(totals) - totals[slowest]) / config.parallel.virtual_stages
@@ -130,13 +128,12 @@ def predict(config: RunConfig, hardware: Hardware, parts: list[Part] | None = No
 
 
 def _stage_seconds(
-    config: RunConfig, hardware: Hardware, shapes: Shapes, part: Part, micro_batches: int
+    config: RunConfig, hardware: Hardware, costs: Costs, part: Part, micro_batches: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(of one micro-batch, of the step once)."""
-    work = micro_batch_work(config, shapes, part)
-    each = work_seconds(work, hardware, config.train.precision, shapes.keys_seen)
+    each = work_seconds(micro_batch_work(config, costs, part), hardware, config.train.precision)
     once = {"optimizer": sum(work_seconds(step_work(config, part), hardware, "fp32").values())}
-    for collective in find_collectives(config, shapes, part):
+    for collective in find_collectives(config, costs, part):
         seconds = collective_seconds(collective, hardware)
         where, share = (each, micro_batches) if collective.in_micro_batch else (once, 1)
         where[collective.name] = where.get(collective.name, 0.0) + seconds / share

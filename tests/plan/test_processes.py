@@ -152,7 +152,8 @@ def measure_gradients(zero: Any, engine: Any, parameters: list[Any]) -> tuple[in
 def measure(config: RunConfig) -> dict[str, Any]:
     """What one rank really holds."""
     from infini_train.model.slices import find_slice
-    from infini_train.train.carry import Lanes, carry_fragments, name_leaves
+    from infini_train.ops.state import name_leaves
+    from infini_train.train.carry import Lanes, carry_fragments
 
     stages, engine = build(config)
     calls = record_calls()
@@ -171,7 +172,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
         weights = count_all(zero.bit16_groups_flat)
     fragments = carry_fragments(stages, carried, Lanes.of(config, stages.place.data[0]))
     owned = [shard.values for shard in engine.shards() if find_slice(shard.parameter).owned]
-    leaves = [leaf for of_stage in carried for state in of_stage for _, leaf in name_leaves(state, "")]
+    states = [layer for of_stage in carried for state in of_stage for layer in state or ()]
+    leaves = [leaf.tensor for state in states for leaf in name_leaves(state, "")]
     moments = [engine._adam_state(flat)[kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
     return {
         "place": [list(pair) for pair in stages.place],
