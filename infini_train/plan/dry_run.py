@@ -140,8 +140,7 @@ def dry_run(
     Raises:
         ConfigError: the processes can't be divided like that, or there is no such rank.
     """
-    size = count_processes(config, world_size)
-    config = divide_processes(config, size)
+    config, size = _divide(config, world_size)
     hardware = hardware or load_hardware("h100")
     stages, parts = config.parallel.pipeline_size, find_parts(config)
     chosen = [stage * (size // stages) for stage in range(stages)] if ranks is None else list(ranks)
@@ -173,12 +172,7 @@ def dry_run(
         mesh.stop()
 
 
-def count_processes(config: RunConfig, world_size: int | None) -> int:
-    """The number of processes to plan for: `world_size`, or as few as the config allows.
-
-    Raises:
-        ConfigError: the parallel section can't divide that many.
-    """
+def _divide(config: RunConfig, world_size: int | None) -> tuple[RunConfig, int]:
     parallel = config.parallel
     needed = parallel.model_size * (parallel.data_size or 1)
     size = needed if world_size is None else world_size
