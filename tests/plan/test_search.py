@@ -247,4 +247,4 @@ def test_a_search_runs_equal_layers_once() -> None:
     found = search(base, hardware, 8)
     layouts = [config.parallel for config in enumerate_layouts(base, hardware, 8)]
     shapes = {(each.tensor_size, each.context_size) for each in layouts}
-    assert len(shapes) <= rehearsal._rehearse.cache_info().misses <= 3 * len(shapes) < found.valid / 5
+    assert len(shapes) <= rehearsal._rehearse.cache_info().misses <= 3 * len(shapes) < found.valid
