@@ -26,7 +26,7 @@ from infini_train.data.synthetic.wordings import WORDINGS
 from infini_train.statistics import format_percent, wilson_interval
 
 POOLED_TOKENS = 128 * 1024  # the pooled column holds lengths up to this one
-USUAL_WITHOUT = (8000, 32, 8192)  # steps, overlap and pressure of passkey_linear and passkey_delta
+USUAL_WITHOUT = (8000, 32, 8192)  # steps, overlap and pressure of passkey_no_conv and passkey_no_conv_delta
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ HEAD = """\
 # Configuration
 
 Every field of a config: its path (for a YAML file or `--set`), type, default and meaning. The option `--print-config`
-of `infini-train train` prints all of them as a run would use them. How files, `include` and `--set` combine, and
-what to choose: [training](training.md). Names such as lane and window: [glossary](glossary.md).
+of `infini-train train` prints all of them as a run would use them. How files, `include`, `scales` and `--set` combine,
+and what to choose: [training](training.md). Names such as lane and window: [glossary](glossary.md).
 """
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
 
