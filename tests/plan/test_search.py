@@ -244,6 +244,7 @@ def test_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_search_runs_equal_layers_once() -> None:
     """Pipeline, data, micro-batches, ZeRO and recomputation need no modules of their own: that keeps a search fast."""
     base, hardware = load_run("1b"), load_hardware("h100")
+    rehearsal._extrapolate.cache_clear()
     rehearsal._rehearse.cache_clear()
     found = search(base, hardware, 8)
     layouts = [config.parallel for config in enumerate_layouts(base, hardware, 8)]
