@@ -148,7 +148,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def share(result: dict[str, Any]) -> list[float]:
-    """Of right answers, by number of pairs."""
+    """The share of right answers, by number of pairs."""
     return [row["right"] / row["asked"] for row in result["found"]]
 
 

@@ -113,7 +113,7 @@ def read_on(stages: Any, reader: Any, place: tuple[Any, Any]) -> tuple[Any, Any]
 
 
 def resident_bytes() -> int:
-    """Of this process, now (Linux)."""
+    """Memory of this process, now (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

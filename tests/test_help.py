@@ -34,7 +34,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def test_help_of_every_option_says_its_default():
-    """Of options that take a value; what a list or a flag does without being given goes without saying."""
+    """Defaults of options that take a value; what a list or a flag does without being given goes without saying."""
     seen = 0
     for parser in parsers(cli._parser()):
         for action in parser._actions:

@@ -329,5 +329,5 @@ def _choose_by_kind(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
     return handler(Annotated[union, pydantic.Field(discriminator="kind")])
 
 
-# One of KINDS, told apart by `kind`; the table is read when a validator is built.
+# One of KINDS, chosen by `kind`; the table is read when a validator is built.
 AttentionConfig = Annotated[AttentionVariant, pydantic.GetPydanticSchema(_choose_by_kind)]

@@ -82,7 +82,7 @@ class NeedlesConfig:
             "data.synthetic.questions",
             "only multikey has more than one; add it to data.synthetic.tasks",
         )
-        require(self.questions <= self.needles, "data.synthetic.questions", "there are not so many needles to ask for")
+        require(self.questions <= self.needles, "data.synthetic.questions", "can't be more than data.synthetic.needles")
         _check_pressure(self.pressure, self.pressure_share)
         require(
             self.needles <= 10**self.digits or not set(VALUE_EACH) & set(self.tasks),

@@ -273,7 +273,7 @@ def _explain(error: pydantic.ValidationError) -> str:
 
 @functools.cache
 def _validator(kinds: tuple[type, ...]) -> pydantic.TypeAdapter[RunConfig]:
-    """Of a schema with these variants of attention, which are read from the table when it is built."""
+    """The validator of a schema with these variants of attention, which are read from the table when it is built."""
     return pydantic.TypeAdapter(RunConfig)
 
 

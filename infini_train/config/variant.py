@@ -109,5 +109,5 @@ class AttentionVariant:
 
 
 def attention_flops(shape: LayerShape, seen_tokens: float) -> float:
-    """Of causal attention: 2 FLOPs x half of the square."""
+    """FLOPs of causal attention per token: 2 x half of the square."""
     return shape.num_heads * seen_tokens * (shape.key_dim + shape.value_dim)

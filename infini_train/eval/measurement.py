@@ -27,12 +27,12 @@ RecordT = TypeVar("RecordT")  # a dataclass whose fields are plain values
 
 
 class Measurement(ABC, Generic[RecordT]):
-    """What tells one measurement from another.
+    """What distinguishes one measurement from another.
 
     Args:
         trained: the model.
         test: what is measured, such as passkey; its results lie in eval/TEST-STEP of the run.
-        variant: what tells it from the usual one, with a dash before; follows the step.
+        variant: what distinguishes it from the usual one, with a dash before; follows the step.
         settings: what the records depend on, besides the checkpoint, the precision, and what they say themselves.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Retrieval tests: grids of prompts that hide something, a model's answers to them, and scores by cell.
 
 What the tests of passkeys and needles share; each of them writes its own prompts. A grid is made of lengths and
-columns; a column is whatever else tells cells apart: a depth, or a number of needles and a depth. An answer has parts
+columns; a column is whatever else distinguishes cells: a depth, or a number of needles and a depth. An answer has parts
 (digits, words), each right or wrong. Imports torch late.
 """
 

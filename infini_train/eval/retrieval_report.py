@@ -88,7 +88,7 @@ class RetrievalTest(Measurement[AnswerT]):
 
     @abstractmethod
     def heading(self, results: dict[str, Any]) -> str:
-        """What tells this test from others, as the head of its tables."""
+        """What distinguishes this test from others, as the head of its tables."""
 
     def notes(self, results: dict[str, Any]) -> list[str]:
         """Lines below the tables."""

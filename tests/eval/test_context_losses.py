@@ -13,7 +13,7 @@ BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
 
 @torch.no_grad()
 def losses_of(model, ids: np.ndarray, start: int = 0) -> np.ndarray:
-    """Of all positions of a document in one forward; a document of its own begins at `start`."""
+    """Losses of all positions of a document in one forward; a document of its own begins at `start`."""
     tokens = np.concatenate(([BOS], ids)).astype(np.int64)
     tokens[start] = BOS
     starts_BT = torch.zeros(1, len(tokens), dtype=torch.bool)

@@ -64,7 +64,7 @@ def test_memory_numbers_of_a_store_are_those_of_the_state(tools):
 
 
 def test_memory_numbers_of_memory_tokens_are_their_keys_and_values(tools):
-    """Of all layers, in the state of an open segment; a closed one hands on the tokens alone."""
+    """Those of all layers, in the state of an open segment; a closed one hands on the tokens alone."""
     config = tools.tiny("rmt", value_head_dim=12)
     model = tools.build(config)
     first, *others = tools.run(model, tools.draw(8 + 3, 1))[1]

@@ -19,7 +19,7 @@ from infini_train.ops.rope import Rope
 
 
 def form_of(update: str) -> Form:
-    """Of a name that the fixture `update` gives."""
+    """The form of a name that the fixture `update` gives."""
     return Form(*update.split())
 
 

@@ -78,7 +78,7 @@ def directions(results, ranks):
 
 
 def gradients_of(window, terms):
-    """Of the sum of the terms for every leaf; 0 where there is none."""
+    """Gradients of the sum of the terms for every leaf; 0 where there is none."""
     leaves = window.leaves()
     found = torch.autograd.grad(sum(terms), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))

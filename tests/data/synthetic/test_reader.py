@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused():
         ("data.synthetic.needles: must be positive", lambda: NeedlesConfig(needles=0)),
         ("data.synthetic.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
         ("data.synthetic.questions: only multikey has", lambda: NeedlesConfig(questions=2, tasks=("variables",))),
-        ("data.synthetic.questions: there are not so many needles", lambda: NeedlesConfig(questions=5)),
+        ("data.synthetic.questions: can't be more than data.synthetic.needles", lambda: NeedlesConfig(questions=5)),
         ("data.synthetic.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
         ("data.synthetic.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
     ):
