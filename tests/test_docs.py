@@ -252,7 +252,8 @@ def config_fields() -> set[str]:
     found: set[str] = set()
 
     def visit(section: type, prefix: str) -> None:
-        for field, kind in get_type_hints(section).items():
+        hints = get_type_hints(section)
+        for field, kind in ((each.name, hints[each.name]) for each in dataclasses.fields(section)):
             found.add(prefix + field)
             for variant in KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind)):  # share a prefix
                 if dataclasses.is_dataclass(variant) and isinstance(variant, type):
