@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,11 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Gives the path of a hidden file in the same folder, to be written inside; on success it takes the name `path`.
 
-    If anything fails, the hidden file is removed and what was at `path` stays. See `write_atomic` for the arguments.
+    If anything fails, the hidden file is removed and what was at `path` stays; only a process that is killed leaves it.
+    The file is a new one: permissions follow the umask, and a link at `path` is replaced. See `write_atomic` for the
+    arguments.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
     try:
         yield partial
         if durable:

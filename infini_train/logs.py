@@ -32,7 +32,7 @@ class RankFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes records above or below a progress bar; a reader that has gone away does not stop the run.
+    """Writes records above or below a progress bar; a reader that has gone away does not stop a training run.
 
     Args:
         rank: of this process among those that were started together.
@@ -61,7 +61,9 @@ class ConsoleHandler(logging.Handler):
             with tqdm.external_write_mode(file=stream):
                 stream.write(self.format(record) + "\n")
                 stream.flush()
-        except OSError:
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and not record.name.startswith(RUN):
+                raise  # `infini-train eval ... | head` ends when its reader leaves
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except Exception:
             self.handleError(record)

@@ -18,7 +18,7 @@ BOTTOM = {"config", "command_line", "atomic_files", "environment", "logs"}
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
-    "config": set(),
+    "config": {"environment"},  # a note about an old spelling comes from the first rank alone
     "command_line": {"config"},  # its errors
     "atomic_files": set(),
     "environment": set(),

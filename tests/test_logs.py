@@ -1,6 +1,7 @@
 """Which lines a command shows, on which stream, on which rank."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -79,3 +80,18 @@ def test_quiet_and_verbose_exclude_each_other(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["plan", "debug", *arguments])
     assert caught.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_a_test_but_not_a_training_run(monkeypatch):
+    for log in (RUN, EVAL):
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        with os.fdopen(write_end, "w") as gone, console():
+            monkeypatch.setattr(sys, "stdout", gone)
+            if log is RUN:
+                log.info("goes on")
+                log.info("still")
+            else:
+                with pytest.raises(BrokenPipeError):
+                    log.info("ends")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())  # what is buffered has to go somewhere

@@ -7,12 +7,12 @@ kinds of `data.synthetic`.
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from infini_train.config.data import SYNTHETIC_KINDS
 from infini_train.config.errors import ConfigError, naming
+from infini_train.environment import world
 
 _SECTION = "data.synthetic"
 
@@ -92,5 +92,5 @@ def modernise_override(tree: Mapping[str, Any], base: Mapping[str, Any], assignm
 @functools.cache
 def _note(message: str) -> None:
     """Says it once; of several ranks only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if world()[0] == 0:
         logging.getLogger(__name__).warning("%s", message)

@@ -201,7 +201,7 @@ def _merge(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             kind = value.get("kind", old.get("kind"))
-            variant = _all_variants().get(kind)
+            variant = _all_variants().get(kind) if isinstance(kind, str) else None
             known = {f.name for f in dataclasses.fields(variant)} if variant is not None else set()
             kept = old if kind == old.get("kind") else {name: v for name, v in old.items() if name in known}
             result[key] = _merge(kept, value)

@@ -2,9 +2,10 @@
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from infini_train.environment import world
 
 GPUS_PER_NODE = 8  # of the nodes that the old names counted
 
@@ -45,7 +46,7 @@ def current_words(config: str) -> list[str]:
 @functools.cache
 def note_renamed(path: Path, old: Renamed) -> None:
     """Says once what to write now; of several ranks only the first does."""
-    if os.environ.get("RANK", "0") != "0":
+    if world()[0] != 0:
         return
     now = f"{old.name}, with --set name={path.stem} to continue a run of that name"
     if old.world_size is not None:

@@ -101,3 +101,14 @@ def test_a_mistake_is_named(data: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run(write(tmp_path / "mine.yaml", data))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_several_ranks_of_srun_only_the_first_says_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank, name in ((1, "second.yaml"), (0, "first.yaml")):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        load_run(write(tmp_path / name, "{recall: {joined: false}}"))
+    assert [message.partition(":")[0] for message in caplog.messages] == [str(tmp_path / "first.yaml")]

@@ -70,6 +70,7 @@ WRONG = {
     "a section named like a variant": ("local=3", "local: unknown key; known: model, data"),
     "unknown variant": ("model.attention={kind: infin}", 'model.attention.kind: unknown value "infin"; did you mean'),
     "variant without its kind": ("model.attention=null", "model.attention"),
+    "a list for a variant": ("model.attention={kind: [full]}", "model.attention.kind: unknown value"),
     "no variant": ("model.attention={kind: null}", "model.attention.kind: unknown value null; known: infini"),
     "text for a number": ("train.batch_lanes=four", 'train.batch_lanes: must be a valid integer, not "four"'),
     "quoted number": ("train.batch_lanes='4'", 'train.batch_lanes: must be a valid integer, not "4"'),
