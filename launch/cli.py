@@ -66,9 +66,13 @@ def _add_starting(commands: Any) -> None:
     _add_job_options(render)
     submit = _add(commands, "submit", _later("submit"), "submit a run")
     _add_job_options(submit)
-    submit.add_argument("--dry-run", action="store_true", help="print the script, write nothing; check it with sbatch --test-only")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the script, write nothing; check it with sbatch --test-only"
+    )
     chain = _add(commands, "chain", _later("chain"), "submit N jobs of a run, each of which waits for the one before")
-    chain.add_argument("count", type=positive, metavar="N", help="number of jobs; the first that finishes the run ends the chain")
+    chain.add_argument(
+        "count", type=positive, metavar="N", help="number of jobs; the first that finishes the run ends the chain"
+    )
     _add_job_options(chain)
     encode = _add(
         commands, "encode", _later("encode"), "encode a corpus as a job array: one part per task; requests no GPU"
@@ -83,7 +87,9 @@ def _add_starting(commands: Any) -> None:
     )
     local = _add(commands, "local", _later("run_local"), "run the job on this machine, without Slurm")
     _add_job_options(local, cluster_required=False)
-    local.add_argument("--nproc", type=positive, default=1, metavar="N", help="number of processes (default: %(default)s)")
+    local.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="number of processes (default: %(default)s)"
+    )
 
 
 def _add_watching(commands: Any) -> None:
@@ -102,7 +108,11 @@ def _add_watching(commands: Any) -> None:
     logs.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     logs.add_argument("-f", "--follow", action="store_true", help="keep printing as it grows, through restarts")
     logs.add_argument(
-        "--rank", type=int, default=0, metavar="N", help="print this rank's log; rank 0 reports for the run (default: %(default)s)"
+        "--rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print this rank's log; rank 0 reports for the run (default: %(default)s)",
     )
     cancel = _add(commands, "cancel", watch.cancel, "save the last step and end a run's job")
     cancel.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
@@ -125,10 +135,20 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
     parser.set_defaults(command=command, level=logging.INFO)
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
-        "-q", "--quiet", dest="level", action="store_const", const=logging.WARNING, help="print only results and warnings"
+        "-q",
+        "--quiet",
+        dest="level",
+        action="store_const",
+        const=logging.WARNING,
+        help="print only results and warnings",
     )
     level.add_argument(
-        "-v", "--verbose", dest="level", action="store_const", const=logging.DEBUG, help="also print the commands given to Slurm; does not reach the ranks"
+        "-v",
+        "--verbose",
+        dest="level",
+        action="store_const",
+        const=logging.DEBUG,
+        help="also print the commands given to Slurm; does not reach the ranks",
     )
     return parser
 
