@@ -295,7 +295,7 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     description = (
-        "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it"
+        "Train a tokenizer, write shards, train, evaluate and sample in one go, showing each command. Without --text it"
         " learns from the Python standard library's own sources."
     )
     describe(parser, description, DEMO_EXAMPLES)

@@ -25,7 +25,8 @@ examples:
   infini-launch encode 16 --cluster cpu.yaml -- text/ --tokenizer t.model --out data
   infini-launch local debug --nproc 2                    the same on this machine, without Slurm
 
-exit codes: 0 done; 2 an argument, a file or a config is wrong, nothing was submitted; others are those of infini-train (local)
+exit codes: 0 done; 2 an argument, a file or a config is wrong, nothing was submitted;
+others are those of infini-train (local)
 """
 Command = Callable[[argparse.Namespace], int]
 logger = logging.getLogger(__name__)
