@@ -376,7 +376,7 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="leave out texts that share about this much of their 5-word shingles with an earlier one (default: 0, none)",
+        help="leave out texts that share about this part of their 5-word shingles with an earlier one (default: 0)",
     )
     _add_keep_field(clean)
     _add_part(clean)
