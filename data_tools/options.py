@@ -183,9 +183,7 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
     _add_overwrite(tokenizer)
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
-    tokenizer.add_argument(
-        "--vocab-size", type=positive, default=32_000, metavar="N", help="number of tokens (default: 32000)"
-    )
+    tokenizer.add_argument("--vocab-size", type=positive, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
         "--kind", choices=("bpe", "unigram"), default="bpe", help="algorithm that finds the pieces (default: bpe)"
     )
@@ -204,11 +202,7 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
         help="share of the text's characters that get a token; others are spelled in bytes (default: 0.9995)",
     )
     tokenizer.add_argument(
-        "--threads",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="number of threads for training (default: one per core)",
+        "--threads", type=not_negative, default=0, metavar="N", help="threads for training (default: one per core)"
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sample (default: 0)")
 
@@ -242,7 +236,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=positive,
         metavar="N",
-        help="maximum number of tokens of a pair; a longer book is truncated (default: none is)",
+        help="maximum tokens per pair; longer books are cut (default: no limit)",
     )
     _add_part(encode)
     _add_run_options(encode)
@@ -280,18 +274,12 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.8, metavar="SHARE", help="share of shingles in common (default: 0.8)"
     )
     near.add_argument(
-        "--task-mb",
-        type=positive_number,
-        default=512.0,
-        metavar="MB",
-        help="size of the sources of a task (default: 512)",
+        "--task-mb", type=positive_number, default=512.0, metavar="MB", help="sources per task (default: 512)"
     )
     _add_keep_field(near)
     near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
     near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit of a job (default: 24:00:00)")
-    near.add_argument(
-        "--memory-gb", type=positive, default=4, metavar="GB", help="memory of each task of a job (default: 4)"
-    )
+    near.add_argument("--memory-gb", type=positive, default=4, metavar="GB", help="memory per task (default: 4)")
     near.add_argument(
         "--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch; may be repeated"
     )
@@ -309,11 +297,7 @@ def _add_inspect_options(look: argparse.ArgumentParser) -> None:
 def _add_verify_options(check: argparse.ArgumentParser) -> None:
     check.add_argument("folders", nargs="+", metavar="DIR", help="datasets")
     check.add_argument(
-        "--workers",
-        type=not_negative,
-        default=0,
-        metavar="N",
-        help="number of shards read at once (default: one per core)",
+        "--workers", type=not_negative, default=0, metavar="N", help="shards read at once (default: one per core)"
     )
 
 
@@ -389,11 +373,7 @@ def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
         "--tokenizer", action="append", required=True, metavar="FILE", help="as in encode; repeat it to compare"
     )
     fertility.add_argument(
-        "--sample-mb",
-        type=positive_number,
-        default=20.0,
-        metavar="MB",
-        help="amount of text to measure on (default: 20)",
+        "--sample-mb", type=positive_number, default=20.0, metavar="MB", help="text to measure on (default: 20)"
     )
 
 
@@ -404,21 +384,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, add_options, short, about, examples in (
         ("clean", _add_clean_options, "filter and deduplicate text", _CLEAN, _CLEAN_EXAMPLES),
-        (
-            "near-dedup",
-            _add_near_dedup_options,
-            "leave out near duplicates, on a cluster",
-            _NEAR_DEDUP,
-            _NEAR_DEDUP_EXAMPLES,
-        ),
+        ("near-dedup", _add_near_dedup_options, "leave out near duplicates", _NEAR_DEDUP, _NEAR_DEDUP_EXAMPLES),
         ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
-        (
-            "fertility",
-            _add_fertility_options,
-            "measure bytes per token of any tokenizer",
-            _FERTILITY,
-            _FERTILITY_EXAMPLES,
-        ),
+        ("fertility", _add_fertility_options, "measure bytes per token", _FERTILITY, _FERTILITY_EXAMPLES),
         ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
         ("inspect", _add_inspect_options, "show what a dataset holds", _INSPECT, _INSPECT_EXAMPLES),
         ("verify", _add_verify_options, "check every hash and every document", _VERIFY, _VERIFY_EXAMPLES),
