@@ -252,7 +252,8 @@ def config_fields() -> set[str]:
     found: set[str] = set()
 
     def visit(section: type, prefix: str) -> None:
-        for field, kind in get_type_hints(section).items():
+        hints = get_type_hints(section)
+        for field, kind in ((each.name, hints[each.name]) for each in dataclasses.fields(section)):
             found.add(prefix + field)
             for variant in KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind)):  # share a prefix
                 if dataclasses.is_dataclass(variant) and isinstance(variant, type):
@@ -304,6 +305,45 @@ def test_the_tables_of_checkpoints_are_those_of_the_code() -> None:
     tables = re.findall(r"^\| Field \| Why .*\n.*\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
     found = [dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", table, flags=re.MULTILINE)) for table in tables]
     assert found == [resumable_fields(), same_weight_fields()]
+
+
+def test_the_import_rules_of_the_architecture_are_those_that_are_tested() -> None:
+    rules = runpy.run_path(str(ROOT / "tests" / "test_architecture.py"))
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| Package \| May import \|\n.*\n((?:\|.*\n)+)", page, flags=re.MULTILINE)
+    assert rows
+    found: dict[str, set[str]] = {name: set() for name in rules["BOTTOM"]} | {"command_line": {"config"}}  # in prose
+    for packages, imports in re.findall(r"^\| (.+) \| (.+) \|$", rows[1], flags=re.MULTILINE):
+        stack = rules["STACK"] if "stack" in imports else set()
+        found |= {package: set(inline_code(imports)) | stack for package in inline_code(packages)}
+    assert found == rules["ROOMS"] | rules["OUTSIDE"]
+
+
+def test_the_architecture_names_every_package() -> None:
+    named = set(inline_code((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    found = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "infini_train").iterdir()}
+    kept = {name for name in found if not name.startswith(("__", "."))}
+    assert "selftest/" in kept and {f"infini_train/{name}" for name in kept} <= named
+
+
+def test_the_lists_of_configs_are_complete() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for title, kind in (("Models", "model"), ("Runs", "run")):
+        names = re.search(rf"^{title} \(`configs/{kind}/`\): (.+)\.$", page, flags=re.MULTILINE)
+        assert names and names[1].split(", ") == sorted(path.stem for path in (ROOT / "configs" / kind).glob("*.yaml"))
+
+
+def test_the_segments_of_a_window_are_those_of_the_configs() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    segments: dict[str, int] = {}
+    for path in (ROOT / "configs" / "run").glob("*.yaml"):
+        run = load_run(path.stem)
+        segments[path.stem] = run.train.window_tokens // (run.model.attention.segment_tokens or run.train.window_tokens)
+    more = {name: count for name, count in segments.items() if count != 16 and "_no_conv" not in name}
+    assert more.pop("debug") == 4 and "debug has 4" in page
+    assert dict(re.findall(r"(\w+) (\d+)[,)]", re.search(r"some more \((.+\))", page)[1])) == {
+        name: str(count) for name, count in more.items()
+    }
 
 
 def test_the_gate_warning_is_that_of_the_code() -> None:

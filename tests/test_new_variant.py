@@ -26,7 +26,7 @@ from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.inference.loading import open_trained
 from infini_train.model.flops import count_parameters, forward_flops_per_token, memory_numbers
 from infini_train.model.init import initialise
-from infini_train.model.mixer import LayerSpec, SequenceMixer, head_gates
+from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates
 from infini_train.model.transformer import Transformer
 from infini_train.model.variants import MIXERS
 from infini_train.ops.grid import Grid
@@ -60,7 +60,7 @@ class AverageState(NamedTuple):
 
 
 class AverageAttention(SequenceMixer):
-    figures = ("size",)
+    figures = (Figure("size", "size of the average, by layer"),)
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
@@ -170,6 +170,10 @@ def test_it_trains_evaluates_and_generates(run_file: Path, tmp_path: Path, call:
     assert np.isfinite(json.loads(capsys.readouterr().out)["loss"])
     assert call("generate", tmp_path / "whole", "--prompt", "abc", "--max-new-tokens", "20", "--temperature", "0") == 0
     assert call("checkpoint", "verify", tmp_path / "whole") == 0
+    capsys.readouterr()
+    assert call("export", "hf", tmp_path / "whole", tmp_path / "hf") == 2
+    field = "kind: average" if config.model.attention.kind == "average" else "conv_tokens: 2"
+    assert capsys.readouterr().err.startswith(f"error: model.attention.{field}")
 
 
 def test_it_is_planned(run_file: Path, call: Callable[..., int], capsys):
@@ -228,6 +232,12 @@ def test_a_layer_that_can_not_be_divided_refuses_for_the_stack(run_file: Path):
         assert config.model.gate_layers == (0,) and config.model.segment_tokens == 8
         with pytest.raises(ConfigError, match="^parallel.context_size: model.attention.kind full"):
             validate({**tree, "parallel": {"context_size": 2}})
+        with pytest.raises(ConfigError, match="^parallel.pipeline_size: only some pipeline ranks would hold"):
+            validate({**tree, "parallel": {"pipeline_size": 3}})
+    else:  # nobody said that its state crosses ranks
+        with pytest.raises(ConfigError, match="^parallel.context_size: the state of model.attention.kind average does"):
+            validate({**tree, "parallel": {"context_size": 2}})
+        validate({**tree, "parallel": {"pipeline_size": 3}})
     with pytest.raises(ConfigError, match=r"^model.attention.kind: unknown value .*infinite"):
         validate({**tree, "model": {**tree["model"], "attention": {"kind": "infinite"}}})
 

@@ -21,7 +21,7 @@ _RESUMABLE: Mapping[str, str] = {
     "eval": "validation has a memory of its own and no influence on training",
     "checkpoint": "changes when states are saved, not the states",
     "data.train": "a path; the shards themselves are compared by their hashes",
-    "data.mixture": "paths; the shards, weights and epochs are compared by their hashes",
+    "data.mixture": "paths; one hash of shards, weights and epochs is compared",
     "data.synthetic.tokenizer": "a path; the tokenizer itself is compared by its hash",
     "data.cache_dir": "a folder for copies",
     "data.max_corrupt_documents": "decides when to give up, not what is read",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from infini_train.checkpoint.index import DTYPES, Stored, group_stored
+from infini_train.checkpoint.index import DTYPES, FragmentEntry, group_stored
 from infini_train.checkpoint.reader import Checkpoint
 
 
@@ -40,7 +40,7 @@ def describe_contents(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _size_bytes(entry: Stored) -> int:
+def _size_bytes(entry: FragmentEntry) -> int:
     return entry.numel * (DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else 0)
 
 

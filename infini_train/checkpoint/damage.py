@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from infini_train.checkpoint.fragments import CheckpointError, plan_moves, whole_wanted
-from infini_train.checkpoint.index import DTYPE_NAMES, Stored, group_stored
+from infini_train.checkpoint.index import DTYPE_NAMES, FragmentEntry, group_stored
 from infini_train.checkpoint.reader import check_file, read_index
 
 
@@ -25,7 +25,7 @@ def find_damage(path: Path, on_file: Callable[[int], None] = lambda size_bytes: 
         return [str(error)]
     except OSError as error:
         return [f"can't be read ({error.strerror})"]
-    entries_of: dict[str, list[Stored]] = {file.file: [] for file in index.files}
+    entries_of: dict[str, list[FragmentEntry]] = {file.file: [] for file in index.files}
     for entry in index.fragments:
         entries_of[entry.file].append(entry)
     problems: list[str] = []
@@ -46,7 +46,7 @@ def find_damage(path: Path, on_file: Callable[[int], None] = lambda size_bytes: 
     return problems
 
 
-def _misplaced(file: Path, entries: list[Stored]) -> list[str]:
+def _misplaced(file: Path, entries: list[FragmentEntry]) -> list[str]:
     """Fragments that do not lie in the file as the index says."""
     try:
         with safe_open(file, framework="pt") as content:

@@ -43,7 +43,7 @@ class Piece(Protocol):
 class Fragment:
     """A piece of a global tensor together with its values, to be written."""
 
-    name: str  # global name: "layers.3.attention.linear_q.weight", "carry/layers.3/memory"
+    name: str  # global name: "layers.3.attention.linear_q.weight", "layers.3.memory.memory_BKDE"
     kind: str  # "weight", "master", "exp_avg", "exp_avg_sq", "step", "carry", ...
     global_shape: tuple[int, ...]
     start: tuple[int, ...]  # where this rank's tensor-parallel slice begins in the global tensor

@@ -28,7 +28,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Stored:
+class FragmentEntry:
     """A fragment as it lies in a file: the fields of `Fragment`, with a place instead of values."""
 
     name: str
@@ -49,7 +49,7 @@ class Part:
 
     attempt_id: str
     files: tuple[StoredFile, ...]
-    fragments: tuple[Stored, ...]
+    fragments: tuple[FragmentEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Index:
     world_size: int
     attempt_ids: tuple[str, ...]  # of the ranks' parts
     files: tuple[StoredFile, ...]
-    fragments: tuple[Stored, ...]
+    fragments: tuple[FragmentEntry, ...]
     state: dict[str, Any]
     config: dict[str, Any]
 
 
-def group_stored(fragments: tuple[Stored, ...]) -> dict[tuple[str, str], list[Stored]]:
+def group_stored(fragments: tuple[FragmentEntry, ...]) -> dict[tuple[str, str], list[FragmentEntry]]:
     """Entries by (kind, name), in the order of the index."""
-    groups: dict[tuple[str, str], list[Stored]] = {}
+    groups: dict[tuple[str, str], list[FragmentEntry]] = {}
     for entry in fragments:
         groups.setdefault((entry.kind, entry.name), []).append(entry)
     return groups

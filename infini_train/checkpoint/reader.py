@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from infini_train.checkpoint.fragments import CheckpointError, Move, Strided, Wanted, plan_moves, whole_wanted
-from infini_train.checkpoint.index import DTYPES, Index, Stored, StoredFile, group_stored, parse_index
+from infini_train.checkpoint.index import DTYPES, FragmentEntry, Index, StoredFile, group_stored, parse_index
 
 INDEX_FILE = "index.json"
 _OPEN_FILES = 64  # kept open while reading; far below the usual limit of 1024 descriptors
@@ -29,7 +29,7 @@ class Checkpoint:
     index: Index
 
     @cached_property
-    def _groups(self) -> dict[tuple[str, str], list[Stored]]:
+    def _groups(self) -> dict[tuple[str, str], list[FragmentEntry]]:
         return group_stored(self.index.fragments)
 
     @property
@@ -76,7 +76,7 @@ class Checkpoint:
         return self._fill(zip(pieces, plans, dtypes, strict=True))
 
     def _fill(
-        self, plans: Iterable[tuple[Wanted, list[Move[Stored]], torch.dtype]]
+        self, plans: Iterable[tuple[Wanted, list[Move[FragmentEntry]], torch.dtype]]
     ) -> Iterator[tuple[Wanted, torch.Tensor]]:
         opened = lru_cache(_OPEN_FILES)(lambda file: safe_open(self.path / file, framework="pt"))
         for piece, moves, dtype in plans:
@@ -90,7 +90,7 @@ class Checkpoint:
             yield piece, tensor
 
 
-def _slice(file: Any, move: Move[Stored]) -> torch.Tensor:
+def _slice(file: Any, move: Move[FragmentEntry]) -> torch.Tensor:
     """The wanted elements of a stored fragment. safetensors maps the run that holds them; unused pages stay on disk."""
     first, stop = _run(move.source)
     run = file.get_slice(move.stored.key)[first:stop]
@@ -104,7 +104,7 @@ def _run(view: Strided) -> tuple[int, int]:
     return view.offset, view.offset + span + 1
 
 
-def _choose_dtype(wanted: Wanted, group: list[Stored]) -> torch.dtype:
+def _choose_dtype(wanted: Wanted, group: list[FragmentEntry]) -> torch.dtype:
     label = f"{wanted.name} ({wanted.kind})"
     names = {entry.dtype for entry in group}
     unknown = names - DTYPES.keys()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from infini_train.atomic_files import sync_path
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
-from infini_train.checkpoint.index import DTYPE_NAMES, Part, Stored, StoredFile, dump_part
+from infini_train.checkpoint.index import DTYPE_NAMES, FragmentEntry, Part, StoredFile, dump_part
 from infini_train.checkpoint.reader import hash_file
 from infini_train.checkpoint.sync import write_synced
 
@@ -30,7 +30,7 @@ def write_part(
         max_file_bytes: tensors are spread over files of about this size.
     """
     files: list[StoredFile] = []
-    entries: list[Stored] = []
+    entries: list[FragmentEntry] = []
     for number, group in enumerate(_group_by_size(fragments, max_file_bytes)):
         name = f"rank-{rank:05d}" + (f".{number:04d}" if number else "") + ".safetensors"
         entries += [_describe(fragment, key, name) for key, fragment in group.items()]
@@ -77,6 +77,6 @@ def _key(fragment: Fragment) -> str:
     return f"{key}@{','.join(map(str, fragment.start))}+{fragment.flat_start}"
 
 
-def _describe(fragment: Fragment, key: str, file: str) -> Stored:
+def _describe(fragment: Fragment, key: str, file: str) -> FragmentEntry:
     place = {name: getattr(fragment, name) for name in ("name", "kind", "global_shape", "start", "shape", "flat_start")}
-    return Stored(**place, dtype=DTYPE_NAMES[fragment.tensor.dtype], numel=fragment.numel, file=file, key=key)
+    return FragmentEntry(**place, dtype=DTYPE_NAMES[fragment.tensor.dtype], numel=fragment.numel, file=file, key=key)

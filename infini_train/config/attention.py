@@ -30,14 +30,6 @@ def _check_segment(segment_tokens: int, name: str, seen_tokens: int, least: int 
     )
 
 
-def _refuse_context(parallel: ParallelConfig, kind: str, carried: str) -> None:
-    require(
-        parallel.context_size == 1,
-        "parallel.context_size",
-        f"{carried} of model.attention.kind {kind} does not cross ranks; use infini or local, or context_size 1",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class InfiniConfig(AttentionVariant):
     """Segment-local attention plus a compressive memory (arXiv 2404.07143)."""
@@ -54,6 +46,7 @@ class InfiniConfig(AttentionVariant):
     conv_std: FiniteFloat | None = None
 
     has_gates: ClassVar[bool] = True
+    crosses_ranks: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {
         "update": "both update rules share all weights",
         "features": "both features share all weights",
@@ -109,6 +102,7 @@ class LocalConfig(AttentionVariant):
     segment_tokens: int = 256  # a token sees its own segment only
     overlap_tokens: int = 0  # a token also sees this many last tokens of the previous segment
 
+    crosses_ranks: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {"overlap_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
 
     def __post_init__(self) -> None:
@@ -142,7 +136,7 @@ class TransformerXLConfig(AttentionVariant):
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Its cache lies on one rank."""
-        _refuse_context(parallel, self.kind, "the cache")
+        self.check_context(parallel, "the cache")
 
     def check_export(self) -> str | None:
         """See `AttentionVariant.check_export`."""
@@ -219,7 +213,7 @@ class MemorizingConfig(AttentionVariant):
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Its store lies on one rank, and its gates in one layer."""
-        _refuse_context(parallel, self.kind, "the store")
+        self.check_context(parallel, "the store")
         require(
             parallel.pipeline_size == 1,
             "parallel.pipeline_size",
@@ -262,7 +256,7 @@ class RmtConfig(AttentionVariant):
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """A segment waits for the whole stack's output of the one before."""
-        _refuse_context(parallel, self.kind, "what a segment hands to the next one")
+        self.check_context(parallel, "what a segment hands to the next one")
         require(
             parallel.pipeline_size == 1,
             "parallel.pipeline_size",
@@ -306,6 +300,9 @@ class FullConfig(AttentionVariant):
     """Causal attention over the whole window; its cost grows with the square of the length."""
 
     kind: Literal["full"] = "full"  # chooses this attention
+
+    def check_export(self) -> None:
+        """Nothing is lost: a plain model computes the same."""
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Keys and values of the whole window would have to cross ranks."""

@@ -49,3 +49,19 @@ class ParallelConfig:
     def model_size(self) -> int:
         """Processes that hold one replica of the model and its window."""
         return self.tensor_size * self.pipeline_size * self.context_size
+
+
+def divide_layers(num_layers: int, stages: int) -> list[range]:
+    """Consecutive layers of each stage; the first stages take one more where they don't divide evenly."""
+    each, more = divmod(num_layers, stages)
+    edges = [stage * each + min(stage, more) for stage in range(stages + 1)]
+    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+
+
+def divide_over_pipeline(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """The layers on each pipeline rank: its stages are its turns in every round of the interleaved order."""
+    stages = divide_layers(num_layers, parallel.pipeline_size * parallel.virtual_stages)
+    return [
+        [layer for stage in stages[rank :: parallel.pipeline_size] for layer in stage]
+        for rank in range(parallel.pipeline_size)
+    ]

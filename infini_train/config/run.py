@@ -7,7 +7,7 @@ from pathlib import Path
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
-from infini_train.config.parallel import ParallelConfig
+from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
 
 
@@ -94,8 +94,19 @@ def _check_model_layout(run: RunConfig) -> None:
         "model.tied_embeddings",
         "embedding and head lie on different stages with parallel.pipeline_size above 1; set it to false",
     )
-    for attention in dict.fromkeys((model.attention, *model.layers)):
+    # Variants of the kind that the config names come first: their messages name what the user wrote.
+    for attention in sorted(set(model.layers), key=lambda each: (each.kind != model.attention.kind, each.kind)):
         attention.check_layout(parallel)
+    gated = {
+        any(model.layers[layer].has_gates for layer in layers)
+        for layers in divide_over_pipeline(model.num_layers, parallel)
+    }
+    require(
+        len(gated) == 1,
+        "parallel.pipeline_size",
+        "only some pipeline ranks would hold layers with gates, so the ranks' optimizers would not match; use"
+        " parallel.tensor_size or data_size instead, and pipeline_size 1",
+    )
 
 
 def _check_batch_layout(run: RunConfig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from infini_train.config.errors import ConfigError, require
 from infini_train.config.parallel import ParallelConfig
 
 
@@ -42,15 +43,18 @@ class TokenFlops(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionVariant:
-    """What the rest of the program asks of a variant of attention. The defaults suit one that adds nothing.
+    """What the rest of the program asks of a variant of attention.
 
-    A model's layers need not be alike: `at` gives the variant of each, and every other question is one about a layer,
-    unless it says otherwise.
+    The defaults suit a variant that adds nothing. What has to be said is refused: context parallelism, and exports.
+
+    A model's layers need not be alike: `at` gives the variant of each. It, `check_model`, `stack_parameters` and
+    `passes` are asked of the variant that the config names, all else of each layer's own.
     """
 
     kind: str
 
     has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
+    crosses_ranks: ClassVar[bool] = False  # its module hands its state to the other ranks of a window (LayerSpec.ranks)
     # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
     same_weights: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}
@@ -76,14 +80,27 @@ class AttentionVariant:
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Raises ConfigError if the variant can't be divided in this way; the message says why."""
+        self.check_context(parallel, "the state")
+
+    def check_context(self, parallel: ParallelConfig, carried: str) -> None:
+        """Refuses context parallelism unless the variant `crosses_ranks`; `carried` is what would have to."""
+        require(
+            parallel.context_size == 1 or self.crosses_ranks,
+            "parallel.context_size",
+            f"{carried} of model.attention.kind {self.kind} does not cross ranks; use infini or local, or"
+            " context_size 1",
+        )
 
     def check_export(self) -> str | None:
         """What a plain Llama-like model with these weights computes instead, or None if it computes the same.
 
         Raises:
-            ConfigError: the weights alone are another model.
+            ConfigError: the weights alone are another model, as it is if a variant says nothing.
         """
-        return None
+        raise ConfigError(
+            f"model.attention.kind: {self.kind} is no attention that a model type there has; its weights alone are"
+            " another model"
+        )
 
     def extra_parameters(self, shape: LayerShape) -> int:
         """Parameters of a layer beside the projections."""

@@ -53,7 +53,7 @@ def export_checkpoint(
     check_new(folder)
     config = validate(checkpoint.config)
     model = config.model
-    loss = model.attention.check_export()
+    losses = {each.kind: loss for each in model.layers if (loss := each.check_export()) is not None}
     table = list_weights(model)
     stored = {entry.name: DTYPES[entry.dtype] for entry in checkpoint.index.fragments if entry.kind == "master"}
     used = dtype or stored[next(iter(table))]
@@ -72,7 +72,7 @@ def export_checkpoint(
         write_weights(aside, weights(), sizes, max_file_bytes)
         note = _copy_tokenizer(checkpoint, aside, described)
         write_synced(aside / CONFIG, json.dumps(described, indent=2) + "\n")
-    notes = [f"the weights are those of attention {model.attention.kind}; the model there {loss}"] * bool(loss)
+    notes = [f"the weights are those of attention {kind}; the model there {loss}" for kind, loss in losses.items()]
     return Exported(model, used, total, (*notes, *([note] if note else [])))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.command_line import describe, spinner
+from infini_train.config.attention import KINDS
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_out, check_folder
 
@@ -35,9 +36,10 @@ def read_gates(run: Path) -> list[dict[str, Any]]:
         if all(isinstance(row.get(name), float | int) for name in ("step", *NAMES)):
             found.append({name: row[name] for name in ("step", *NAMES)})
     if not found:
+        gated = " or ".join(kind for kind, variant in KINDS.items() if variant.has_gates)
         raise ConfigError(
             f"{path}: holds no gates; they are written every log.memory_every_steps by runs with"
-            " model.attention.kind infini or memorizing"
+            f" model.attention.kind {gated}"
         )
     return found
 

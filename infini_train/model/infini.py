@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from infini_train.config.attention import InfiniConfig
 from infini_train.model.layers import sum_gradient_over_tensor_ranks
-from infini_train.model.mixer import LayerSpec, SequenceMixer, head_gates
+from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates
 from infini_train.model.parameters import Initial, declare
 from infini_train.ops.attention import InfiniState, infini_attention, write_memory
 from infini_train.ops.convolution import convolve
@@ -30,7 +30,11 @@ LayerState = InfiniState | ConvolvedState
 class InfiniAttention(SequenceMixer):
     """Local attention and compressive memory, mixed by sigmoid(gate) (arXiv 2404.07143)."""
 
-    figures: ClassVar[tuple[str, ...]] = ("norm", "normaliser", "written_tokens")
+    figures: ClassVar[tuple[Figure, ...]] = (
+        Figure("norm", "norm of M, by layer"),
+        Figure("normaliser", "norm of z, by layer"),
+        Figure("written_tokens", per_layer=False),
+    )
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)

@@ -3,7 +3,7 @@
 `local` stays inside segments, `transformer_xl` keeps a cache of the segment before, `full` sees everything so far.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -38,8 +38,6 @@ class TransformerXLAttention(LocalAttention):
     between windows keys and values are kept, not hidden values: those of the cache are a step of the optimizer old.
     """
 
-    crosses_ranks: ClassVar[bool] = False  # the cache would have to, in each layer, and its hidden values with it
-
     def forward(self, hidden_TBD: Tensor, state: Recent | None, grid: Grid) -> tuple[Tensor, Recent]:
         """See `SequenceMixer.forward`."""
         out_BHTE, state = self.attend(hidden_TBD, self.projections.split(hidden_TBD), state, grid)
@@ -56,8 +54,6 @@ class TransformerXLAttention(LocalAttention):
 
 class FullAttention(LocalAttention):
     """Causal attention over the document so far, one endless segment. Its key-value cache grows with the length."""
-
-    crosses_ranks: ClassVar[bool] = False  # keys and values of the whole window would have to
 
     def initial_state(self, lanes: int, like: Tensor) -> None:
         """None: training windows stand alone."""

@@ -7,7 +7,7 @@ from infini_train.model.local import TransformerXLAttention
 from infini_train.model.mixer import LayerSpec, head_gates
 from infini_train.ops.attention import fold_queries, mix_by_gate, unfold_queries
 from infini_train.ops.grid import Grid, Recent, no_recent
-from infini_train.ops.retrieval import MemorizingState, empty_store, retrieve
+from infini_train.ops.knn import MemorizingState, empty_store, retrieve
 
 
 class MemorizingAttention(TransformerXLAttention):

@@ -58,6 +58,18 @@ def rope_of(config: ModelConfig) -> Rope:
     return Rope(config.rope_theta) if scaling is None else Rope(config.rope_theta, **asdict(scaling))
 
 
+class Figure(NamedTuple):
+    """A number measured in a layer's state during training, shown as memory/NAME/layer N.
+
+    title: of its chart in TensorBoard, with a line for each layer; None for no chart. per_layer: False where one layer
+    says it all; the last that has it is shown, as memory/NAME.
+    """
+
+    name: str
+    title: str | None = None
+    per_layer: bool = True
+
+
 class LayerSpec(NamedTuple):
     """All that the attention of a layer is built from.
 
@@ -75,13 +87,13 @@ class LayerSpec(NamedTuple):
 class SequenceMixer(nn.Module, ABC):
     """Attention along time in one layer: what a decoder layer asks of its variant."""
 
-    # Figures of a state that are watched in training; `measure` gives their values.
-    figures: ClassVar[tuple[str, ...]] = ()
-    crosses_ranks: ClassVar[bool] = True  # whether a window may lie on several context-parallel ranks
+    figures: ClassVar[tuple[Figure, ...]] = ()  # of a state, watched in training; `measure` gives their values
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        assert spec.ranks is None or self.crosses_ranks, f"{type(self).__name__}: a window must lie on one rank"
+        assert spec.ranks is None or spec.attention.crosses_ranks, (
+            f"{type(self).__name__}: a window must lie on one rank"
+        )
         self.layout = Layout(spec.attention.segment_tokens, spec.attention.seen_tokens)
         self.ranks = spec.ranks
         self.rope = rope_of(spec.model)
@@ -111,7 +123,7 @@ class SequenceMixer(nn.Module, ABC):
         return getattr(state, "recent", None)
 
     def measure(self, state: State) -> tuple[float, ...]:
-        """The values of `figures` for a state."""
+        """The values of `figures` for a state of this rank's lanes and heads; the mean over ranks is shown."""
         return ()
 
     @classmethod

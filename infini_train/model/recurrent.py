@@ -9,7 +9,7 @@ Legend: T tokens, B lanes, D hidden size, M memory tokens, t tokens of a segment
 segment so far: memory, tokens, memory; Q those of them that are computed in this call.
 """
 
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,6 @@ class MemoryTokens(StackMemory):
 
 class RmtAttention(LocalAttention):
     """Attention of one layer inside [memory, tokens, memory]; the first layer's state holds the memory, too."""
-
-    crosses_ranks: ClassVar[bool] = False  # a segment would have to wait for the rank before
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from infini_train.config.parallel import ParallelConfig
+from infini_train.config.parallel import ParallelConfig, divide_layers
 
 
 class Stage(NamedTuple):
@@ -12,13 +12,6 @@ class Stage(NamedTuple):
     last_layer: int  # exclusive
     embeds: bool = True
     predicts: bool = True
-
-
-def divide_layers(num_layers: int, stages: int) -> list[range]:
-    """Consecutive layers of each stage; the first stages take one more where they don't divide evenly."""
-    each, more = divmod(num_layers, stages)
-    edges = [stage * each + min(stage, more) for stage in range(stages + 1)]
-    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
 
 
 def find_stages(num_layers: int, parallel: ParallelConfig, pipeline_rank: int) -> list[Stage]:

@@ -217,8 +217,7 @@ def begin_scan(
     weight_BC1N1 = grid.write_BCN[:, :, None, :, None]
     writes = _Writes(feature, feature * weight_BC1N1.to(feature.dtype), v_BCKNE, weight_BC1N1)
     z_increment_BCF = _join_count(writes.weighted_BCKND.sum(-2, dtype=dtype), grid.count_BC.to(dtype))
-    begin = _begin_linear if form.update == "linear" else _begin_delta
-    return begin(writes, z_increment_BCF, initial, grid, ranks)
+    return _UPDATES[form.update](writes, z_increment_BCF, initial, grid, ranks)
 
 
 def _begin_linear(
@@ -264,6 +263,9 @@ def _begin_delta(
         return _leave(Memory(_affine_chain(transition, increment, entering), z_states, count_states), final, grid)
 
     return finish
+
+
+_UPDATES = {"linear": _begin_linear, "delta": _begin_delta}
 
 
 def _leave(states: Memory, final: Memory | None, grid: Grid) -> Scanned:

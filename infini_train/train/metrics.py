@@ -18,11 +18,14 @@ from tqdm import tqdm
 
 from infini_train.atomic_files import write_atomic
 from infini_train.config.files import dump
+from infini_train.config.model import ModelConfig
 from infini_train.logs import is_quiet
+from infini_train.model.variants import mixer_class
 from infini_train.train.session import Session
 
+MEMORY = "Memory of the model"  # a page of charts
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
-LAYOUT = {
+CHARTS: dict[str, dict[str, list[Any]]] = {
     "Learning": {
         "loss, training and validation": ["Multiline", ["loss/train", "loss/validation", "loss/unigram_entropy"]],
         "bits per byte": ["Multiline", ["bits_per_byte/train", "bits_per_byte/validation"]],
@@ -30,20 +33,25 @@ LAYOUT = {
         "gradient norm": ["Multiline", ["grad_norm"]],
     },
     "Speed": {
-        "tokens a second": ["Multiline", ["speed/tokens_per_s"]],
+        "tokens per second": ["Multiline", ["speed/tokens_per_s"]],
         "model FLOP utilisation": ["Multiline", ["speed/mfu"]],
         "parts of a step (s)": [
             "Multiline",
             ["seconds/data", "seconds/wait", "seconds/forward", "seconds/backward", "seconds/optimizer"],
         ],
     },
-    "Memory of the model": {
+    MEMORY: {
         "gates: mean, lowest, highest": ["Margin", ["gates/mean", "gates/lowest", "gates/highest"]],
         "share of heads: local, mixed, memory": ["Multiline", ["gates/local", "gates/mixed", "gates/memory"]],
-        "norm of M, by layer": ["Multiline", [r"memory/norm/.*"]],
-        "norm of z, by layer": ["Multiline", [r"memory/normaliser/.*"]],
     },
 }
+
+
+def tensorboard_layout(model: ModelConfig) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom scalars: `CHARTS`, and one for each figure of the model's states that has a title."""
+    figures = {figure for variant in model.layers for figure in mixer_class(variant).figures if figure.title}
+    charts = {figure.title: ["Multiline", [f"memory/{figure.name}/.*"]] for figure in sorted(figures)}
+    return {**CHARTS, MEMORY: {**CHARTS[MEMORY], **charts}}
 
 
 class Metrics:
@@ -67,7 +75,7 @@ class Metrics:
         self._jsonl: IO[str] = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
         self._board.add_text("config", "```yaml\n" + dump(config) + "```", step)
-        self._board.add_custom_scalars(LAYOUT)
+        self._board.add_custom_scalars(tensorboard_layout(config.model))
         self._bar = tqdm(
             total=total_steps,
             initial=step,

@@ -14,10 +14,10 @@ from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_per
 from infini_train.parallel import mesh
 from infini_train.resilience.signals import StopRequest
 from infini_train.train.clock import Clock
-from infini_train.train.memory import gate_matrix, memory_figures
 from infini_train.train.metrics import Metrics, format_duration, step_line
 from infini_train.train.optim import gate_warning
 from infini_train.train.session import Session
+from infini_train.train.state_figures import gate_matrix, memory_figures
 from infini_train.train.status import write_status
 from infini_train.train.step import StepResult
 

@@ -32,7 +32,8 @@ RESUMABLE, SAME_WEIGHTS = resumable_fields(), same_weight_fields()
 def leaf_paths(section: Any, prefix: str = "") -> list[str]:
     """Dotted paths of all fields below a config dataclass, of every variant of a union."""
     paths: list[str] = []
-    for name, hint in typing.get_type_hints(section).items():
+    hints = typing.get_type_hints(section)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(section)):
         variants = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         variants = tuple(KINDS.values()) if hint is AttentionVariant else variants
         sections = [variant for variant in variants if dataclasses.is_dataclass(variant)]

@@ -8,8 +8,8 @@ import pytest
 
 from infini_train.checkpoint.fragments import CheckpointError
 from infini_train.checkpoint.index import (
+    FragmentEntry,
     Part,
-    Stored,
     StoredFile,
     dump_index,
     dump_part,
@@ -21,8 +21,8 @@ from infini_train.checkpoint.index import (
 FILE = StoredFile("rank-00000.safetensors", 100, "ab")
 
 
-def entry(start: int, size: int) -> Stored:
-    return Stored("w", "weight", "float32", (4,), (start,), (size,), 0, size, FILE.file, f"weight/w@{start}+0")
+def entry(start: int, size: int) -> FragmentEntry:
+    return FragmentEntry("w", "weight", "float32", (4,), (start,), (size,), 0, size, FILE.file, f"weight/w@{start}+0")
 
 
 def test_parts_and_index_survive_json() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infini_train.config.attention import MemorizingConfig
 from infini_train.model.memorizing import MemorizingAttention
-from infini_train.ops import retrieval
+from infini_train.ops import knn
 from infini_train.ops.rope import rotate
 
 SEGMENT, TOKENS, HEADS, SIZE = 8, 29, 4, 8
@@ -75,7 +75,7 @@ def example(tools, **changes: int):
 @pytest.mark.parametrize("part_numbers", [1, 2**24])
 def test_it_is_the_definition_with_its_gradients(changes, part_numbers, tools, monkeypatch):
     """Whatever the parts that the search goes in."""
-    monkeypatch.setattr(retrieval, "PART_NUMBERS", part_numbers)
+    monkeypatch.setattr(knn, "PART_NUMBERS", part_numbers)
     model, attention, hidden_TBD, starts_BT, weights_BT = example(tools, **changes)
     grid = model.make_grids(starts_BT, weights_BT, None).of(attention.layout)
     weights = torch.randn(TOKENS, 2, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -15,10 +15,17 @@ from infini_train.logs import console
 from infini_train.plots import plot_gate_map
 from infini_train.train.checkpointing import save_session
 from infini_train.train.loop import train
-from infini_train.train.memory import gate_matrix
-from infini_train.train.metrics import LAYOUT, Metrics, format_duration, step_line, summarise_gates, trim_metrics
+from infini_train.train.metrics import (
+    CHARTS,
+    Metrics,
+    format_duration,
+    step_line,
+    summarise_gates,
+    trim_metrics,
+)
 from infini_train.train.opening import open_session
 from infini_train.train.session import Session
+from infini_train.train.state_figures import gate_matrix
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -110,7 +117,7 @@ def test_pictures_text_and_layout(run_dir):
     assert "segment_tokens: 8" in shown and shown.startswith("```yaml")
     assert "custom_scalars__config__" in tags["tensors"]
     layout = layout_pb2.Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert {category.title for category in layout.category} == set(LAYOUT)
+    assert {category.title for category in layout.category} == set(CHARTS)
     charts = [chart for category in layout.category for chart in category.chart]
     multiline = {tag for chart in charts for tag in chart.multiline.tag if "*" not in tag}
     margin = {name for chart in charts for s in chart.margin.series for name in (s.value, s.lower, s.upper)}

@@ -1,4 +1,4 @@
-"""Numbers about gates and memories, of all ranks, read off the model and the carried states.
+"""Figures of gates and memories for metrics, over all ranks, read off the model and its states.
 
 Legend: L layers with gates, H query heads.
 """
@@ -40,10 +40,9 @@ def gate_matrix(stages: Stages, engine: Engine) -> np.ndarray | None:
 
 
 def memory_figures(stages: Stages, states: Carried) -> dict[str, float]:
-    """What each layer's attention measures in its state (`SequenceMixer.figures`), by layer: norms of M and z, say.
+    """What each layer's attention measures in its state (`SequenceMixer.figures`), such as the norms of M and z.
 
-    Of each rank's last micro-batch; all ranks call it together. Tokens written are those of the last layer that has
-    them.
+    Of each rank's last micro-batch, averaged over ranks; all ranks call it together.
     """
     layers = enumerate(stages.model.layers)
     values = {(layer, figure): 0.0 for layer, variant in layers for figure in mixer_class(variant).figures}
@@ -56,6 +55,5 @@ def memory_figures(stages: Stages, states: Carried) -> dict[str, float]:
     totals = mesh.sum_over_world(list(values.values())) if values else []
     found = {}
     for (layer, figure), total in zip(values, totals, strict=True):
-        per_layer = f"memory/{figure}/layer {layer}"
-        found["memory/written_tokens" if figure == "written_tokens" else per_layer] = total / holders
+        found[f"memory/{figure.name}" + (f"/layer {layer}" if figure.per_layer else "")] = total / holders
     return found
