@@ -144,7 +144,7 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, pipe:..., or - for stdin"
     )
-    parser.add_argument("--format", choices=tuple(FORMATS), help="of all sources (default: by their names)")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="format of all sources (default: by their names)")
     parser.add_argument(
         "--text-field", default="text", metavar="NAME", help="JSON key or column that holds the text (default: text)"
     )
@@ -164,14 +164,14 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
         type=not_negative,
         default=1000,
         metavar="N",
-        help="more skipped records are an error (default: 1000)",
+        help="maximum number of skipped records; more are an error (default: 1000)",
     )
     parser.add_argument(
         "--max-record-mb",
         type=positive_number,
         default=1000.0,
         metavar="MB",
-        help="a larger record is a bad one (default: 1000)",
+        help="maximum size of a record; a larger one is a bad record (default: 1000)",
     )
 
 
@@ -185,14 +185,14 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
     tokenizer.add_argument("--vocab-size", type=positive, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
-        "--kind", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (default: bpe)"
+        "--kind", choices=("bpe", "unigram"), default="bpe", help="algorithm that finds the pieces (default: bpe)"
     )
     tokenizer.add_argument(
         "--sample-mb",
         type=positive_number,
         default=100.0,
         metavar="MB",
-        help="text to train on, drawn evenly from all sources (default: 100)",
+        help="amount of text to train on, drawn evenly from all sources (default: 100)",
     )
     tokenizer.add_argument(
         "--character-coverage",
@@ -202,9 +202,9 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
         help="share of the text's characters that get a token; others are spelled in bytes (default: 0.9995)",
     )
     tokenizer.add_argument(
-        "--threads", type=not_negative, default=0, metavar="N", help="for training (default: one per core)"
+        "--threads", type=not_negative, default=0, metavar="N", help="threads for training (default: one per core)"
     )
-    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: 0)")
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sample (default: 0)")
 
 
 def _add_encode_options(encode: argparse.ArgumentParser) -> None:
@@ -221,17 +221,22 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
     encode.add_argument(
-        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="largest shard (default: 512)"
+        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_keep_field(encode)
     pairs = encode.add_argument_group("pairs of a book and its summary (docs/summarisation.md)")
     pairs.add_argument(
         "--summary-field", metavar="NAME", help="JSON key or column of the summary; the loss is on it alone"
     )
-    pairs.add_argument("--prompt", default="", metavar="TEXT", help="before the book (default: nothing)")
-    pairs.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help="before the summary (default: Summary:)")
+    pairs.add_argument("--prompt", default="", metavar="TEXT", help="text before the book (default: nothing)")
     pairs.add_argument(
-        "--max-tokens", type=positive, metavar="N", help="of a pair; a longer book is truncated (default: none is)"
+        "--separator", default=SEPARATOR, metavar="TEXT", help="text before the summary (default: Summary:)"
+    )
+    pairs.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="maximum tokens per pair; longer books are cut (default: no limit)",
     )
     _add_part(encode)
     _add_run_options(encode)
@@ -239,7 +244,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=not_negative, default=0, metavar="N", help="processes (default: one per core)"
+        "--workers", type=not_negative, default=0, metavar="N", help="number of processes (default: one per core)"
     )
     parser.add_argument("--restart", action="store_true", help="discard what an unfinished run has done")
     _add_overwrite(parser)
@@ -266,15 +271,15 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
     _add_read_options(near)
     near.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
     near.add_argument(
-        "--threshold", type=float, default=0.8, metavar="SHARE", help="of shingles in common (default: 0.8)"
+        "--threshold", type=float, default=0.8, metavar="SHARE", help="share of shingles in common (default: 0.8)"
     )
     near.add_argument(
-        "--task-mb", type=positive_number, default=512.0, metavar="MB", help="sources of a task (default: 512)"
+        "--task-mb", type=positive_number, default=512.0, metavar="MB", help="sources per task (default: 512)"
     )
     _add_keep_field(near)
     near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
-    near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="of a job (default: 24:00:00)")
-    near.add_argument("--memory-gb", type=positive, default=4, metavar="GB", help="of each task of a job (default: 4)")
+    near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit of a job (default: 24:00:00)")
+    near.add_argument("--memory-gb", type=positive, default=4, metavar="GB", help="memory per task (default: 4)")
     near.add_argument(
         "--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch; may be repeated"
     )
@@ -304,7 +309,7 @@ def _add_stats_options(stats: argparse.ArgumentParser) -> None:
 def _add_merge_options(merge: argparse.ArgumentParser) -> None:
     merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of one tokenizer, in this order")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    merge.add_argument("--link", action="store_true", help="hard links instead of copies (same file system)")
+    merge.add_argument("--link", action="store_true", help="make hard links instead of copies (same file system)")
     _add_overwrite(merge)
 
 
@@ -313,7 +318,7 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
     split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
     split.add_argument(
-        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="largest shard (default: 512)"
+        "--shard-mb", type=positive_number, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_overwrite(split)
 
@@ -336,17 +341,18 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="leave out documents with more of their characters in repeated lines (default: 1, none)",
+        help="leave out documents with more than this share of their characters in repeated lines (default: 1, none)",
     )
     clean.add_argument(
         "--max-symbols",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="leave out documents with more characters that are neither letters nor digits (default: 1, none)",
+        help="leave out documents with more than this share of characters that are neither letters nor digits"
+        " (default: 1, none)",
     )
     clean.add_argument(
-        "--language", metavar="CODES", help="leave out other languages, by py3langid: en,de (default: keep all)"
+        "--language", metavar="CODES", help="keep only these languages (py3langid), as in en,de (default: keep all)"
     )
     clean.add_argument("--dedup", action="store_true", help="leave out texts that equal an earlier one")
     clean.add_argument(
@@ -354,7 +360,7 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="leave out near duplicates: with this share of 5-word shingles in an earlier text (default: 0, none)",
+        help="leave out texts that share about this part of their 5-word shingles with an earlier one (default: 0)",
     )
     _add_keep_field(clean)
     _add_part(clean)
@@ -378,14 +384,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, add_options, short, about, examples in (
         ("clean", _add_clean_options, "filter and deduplicate text", _CLEAN, _CLEAN_EXAMPLES),
-        ("near-dedup", _add_near_dedup_options, "near duplicates on a cluster", _NEAR_DEDUP, _NEAR_DEDUP_EXAMPLES),
+        ("near-dedup", _add_near_dedup_options, "leave out near duplicates", _NEAR_DEDUP, _NEAR_DEDUP_EXAMPLES),
         ("tokenizer", _add_tokenizer_options, "train a tokenizer on text", _TOKENIZER, _TOKENIZER_EXAMPLES),
-        ("fertility", _add_fertility_options, "bytes per token, of any tokenizer", _FERTILITY, _FERTILITY_EXAMPLES),
+        ("fertility", _add_fertility_options, "measure bytes per token", _FERTILITY, _FERTILITY_EXAMPLES),
         ("encode", _add_encode_options, "turn text into shards of token ids", _ENCODE, _ENCODE_EXAMPLES),
         ("inspect", _add_inspect_options, "show what a dataset holds", _INSPECT, _INSPECT_EXAMPLES),
         ("verify", _add_verify_options, "check every hash and every document", _VERIFY, _VERIFY_EXAMPLES),
         ("stats", _add_stats_options, "show the distribution of document lengths", _STATS, _STATS_EXAMPLES),
-        ("merge", _add_merge_options, "several datasets as one", _MERGE, _MERGE_EXAMPLES),
+        ("merge", _add_merge_options, "join several datasets into one", _MERGE, _MERGE_EXAMPLES),
         ("split", _add_split_options, "hold out whole documents of a dataset", _SPLIT, _SPLIT_EXAMPLES),
     ):
         add_options(commands.add_parser(name, help=short, description=about, epilog=examples, formatter_class=raw))

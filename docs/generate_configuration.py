@@ -73,7 +73,8 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(describe_type, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"list of {describe_type(get_args(kind)[0])}s"
+        kind = describe_type(get_args(kind)[0])
+        return f"list of {kind}" if "`" in kind else f"list of {kind}s"
     return TYPES[kind]
 
 

@@ -17,7 +17,7 @@ RUNS = ("1b", "3b", "8b")
 def render() -> str:
     """A row for each scale of each run, on H100."""
     lines = [
-        "| Run | Nodes | Layout | Tokens a step | States | Activations | Peak | Tokens/s | MFU | Hours |",
+        "| Run | Nodes | Layout | Tokens per step | States | Activations | Peak | Tokens/s | MFU | Hours |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     return "\n".join(lines + [_row(name, size) for name in RUNS for size in (None, *scale_sizes(name))])
@@ -35,7 +35,7 @@ def _row(name: str, world_size: int | None) -> str:
     gigabytes = " | ".join(f"{value / 1e9:.1f} GB" for value in (peak.states, peak.activations, peak.peak))
     return (
         f"| `{name}` | {nodes} | {layout} | {train.tokens_per_step / 1e6:.1f}M | {gigabytes}"
-        f" | {found.tokens_s:,.0f} | {found.mfu:.0%} | {hours:,.0f} |"
+        f" | {found.tokens_s:,.0f} | {found.mfu:.0%} | {hours:,.1f} |"
     )
 
 

@@ -34,7 +34,7 @@ from infini_train.selftest.commands import add_command as add_selftest_command
 DESCRIPTION = "Pretrain and evaluate language models with compressive memory (Infini-attention)."
 EPILOG = """\
 examples:
-  infini-train demo                                      everything once: data, training, evaluation, a sample
+  infini-train demo                                      all steps once: data, training, evaluation, a sample
   infini-train train debug                               a config by its name below configs/run/, or by path
   infini-train train 125m --set train.batch_lanes=4 --set model.attention.update=delta
   infini-train eval runs/demo --data runs/demo/data/validation --stream
@@ -44,11 +44,12 @@ examples:
   infini-train import hf Meta-Llama-3-8B runs/llama3     and export hf, the other way
   infini-train plan 125m --world-size 8 --set parallel.tensor_size=2    what each rank would hold
 
-A run goes on where it stopped: give the same command again. Text is prepared by infini-data (infini-data --help).
-Each command has a help of its own: infini-train train --help
+A run resumes where it stopped: give the same command again. Text is prepared by infini-data (infini-data --help).
+Each command has its own help: infini-train train --help
 
-exit codes: 0 done; 2 something given is wrong, nothing was changed; 1 the run failed (its last checkpoint stays);
-4 training diverged (the same command would do so again; the line says what to change);
+exit codes: 0 done; 1 the run failed (its last checkpoint stays);
+2 an argument, a file or the config is wrong, nothing was changed;
+4 training diverged (rerunning would diverge again; the error line says what to change);
 130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
 """
 DIVERGED = 4  # 3 is preflight's bad node
@@ -64,11 +65,11 @@ MACHINE_TROUBLE = {  # of the machine or its permissions, not of the program: on
 }
 TRAIN_EXAMPLES = """\
 examples:
-  infini-train train debug --set run_dir=runs/mine       a config by name; the same command goes on where it stopped
+  infini-train train debug --set run_dir=runs/mine       a config by name; the same command resumes the run
   infini-train train configs/run/125m.yaml --set data.train=data/books/train --set train.precision=bf16
   infini-train train demo --set model.attention='{kind: local, segment_tokens: 128}'
   infini-train train demo --nproc 2                      two processes on this machine
-  infini-train train 8b --world-size 128                 as a rank of 128: the scale of the config for as many
+  infini-train train 8b --world-size 128                 as a rank of 128: picks the config's scale for 128 processes
   infini-train train demo --print-config > mine.yaml     a config of your own, to edit
 """
 GENERATE_EXAMPLES = """\
@@ -133,14 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"infini-train {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     _add_train(commands.add_parser("train", help="train a model, or continue a run"))
-    add_eval_commands(commands.add_parser("eval", help="perplexity of held-out text, retrieval, summaries"))
+    add_eval_commands(commands.add_parser("eval", help="measure a trained model: perplexity, retrieval, summaries"))
     _add_generate(commands.add_parser("generate", help="write text from a prompt of any length"))
-    add_plan_command(commands.add_parser("plan", help="what each rank of a layout would hold, without the cluster"))
+    add_plan_command(commands.add_parser("plan", help="predict memory and speed of a layout, without the cluster"))
     add_checkpoint_commands(commands.add_parser("checkpoint", help="inspect, verify and rewrite checkpoints"))
-    add_import(commands.add_parser("import", help="a model of Hugging Face, to go on training with a memory"))
-    add_export(commands.add_parser("export", help="a checkpoint's weights in Hugging Face's layout"))
-    add_selftest_command(commands.add_parser("selftest", help="every parallel layout against one process, here"))
-    _add_demo(commands.add_parser("demo", help="real text to a trained, evaluated model in a few minutes"))
+    add_import(commands.add_parser("import", help="import a Hugging Face model, to continue training it with a memory"))
+    add_export(commands.add_parser("export", help="export a checkpoint's weights in Hugging Face's layout"))
+    add_selftest_command(
+        commands.add_parser("selftest", help="compare every parallel layout with one process, on this machine")
+    )
+    _add_demo(commands.add_parser("demo", help="train and evaluate a small model on real text in a few minutes"))
     add_verbosity(parser)
     return parser
 
@@ -164,7 +167,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--nproc",
         type=positive,
         metavar="N",
-        help="start N processes on this machine (default: this one; torchrun and srun start their own)",
+        help="start N processes on this machine (default: only this process; torchrun and srun start their own)",
     )
     parser.add_argument(
         "--world-size",
@@ -233,17 +236,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", default="", metavar="TEXT", help="go on from this text (default: none; begin a new document)"
+        "--prompt", default="", metavar="TEXT", help="continue this text (default: none; begin a new document)"
     )
     prompt.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
     )
     add_sampling(parser, max_new_tokens=200, temperature=0.8, top_p=0.95)
     parser.add_argument(
-        "--ignore-end", action="store_true", help="write on into a next document (default: stop at the end of one)"
+        "--ignore-end", action="store_true", help="keep writing after a document's end (default: stop there)"
     )
     parser.add_argument(
-        "--no-echo", action="store_true", help="print the continuation only (default: the prompt first)"
+        "--no-echo", action="store_true", help="print only the continuation (default: the prompt first)"
     )
     parser.set_defaults(command=_generate)
 
@@ -292,7 +295,7 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     description = (
-        "Tokenizer, shards, training, evaluation and a sample in one go, showing each command. Without --text it"
+        "Train a tokenizer, write shards, train, evaluate and sample in one go, showing each command. Without --text it"
         " learns from the Python standard library's own sources."
     )
     describe(parser, description, DEMO_EXAMPLES)

@@ -58,9 +58,11 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """Gives every command below a parser --quiet and --verbose (see `infini_train.logs`)."""
     for command in _commands(parser):
         group = command.add_mutually_exclusive_group()
-        group.add_argument("-q", "--quiet", action="store_true", help="no progress or notes, only warnings and results")
         group.add_argument(
-            "-v", "--verbose", action="store_true", help="also what each rank is doing, with time and rank"
+            "-q", "--quiet", action="store_true", help="print only warnings and results, no progress or notes"
+        )
+        group.add_argument(
+            "-v", "--verbose", action="store_true", help="also print what each rank is doing, with time and rank"
         )
 
 

@@ -69,7 +69,7 @@ def run_demo(text: str | None, out: Path | None, overrides: Sequence[str], verbo
             _run([*DATA, "encode", *corpus, *shards])
         else:
             _announce(f"1/5  2/5  {data} is there already")
-        _announce("3/5  training (Ctrl-C saves; the same command goes on)")
+        _announce("3/5  training (Ctrl-C saves; the same command resumes)")
         _run([*TRAIN, "train", "demo", *sets, *verbosity])
         _announce("4/5  perplexity of held-out documents, streamed with the memory carried along")
         result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json", *verbosity]))

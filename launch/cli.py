@@ -25,7 +25,8 @@ examples:
   infini-launch encode 16 --cluster cpu.yaml -- text/ --tokenizer t.model --out data
   infini-launch local debug --nproc 2                    the same on this machine, without Slurm
 
-exit codes: 0 done; 2 something given is wrong, nothing was submitted; others are those of infini-train (local)
+exit codes: 0 done; 2 an argument, a file or a config is wrong, nothing was submitted;
+others are those of infini-train (local)
 """
 Command = Callable[[argparse.Namespace], int]
 logger = logging.getLogger(__name__)
@@ -66,29 +67,35 @@ def _add_starting(commands: Any) -> None:
     _add_job_options(render)
     submit = _add(commands, "submit", _later("submit"), "submit a run")
     _add_job_options(submit)
-    submit.add_argument("--dry-run", action="store_true", help="write nothing; ask sbatch --test-only, if there is one")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the script, write nothing; check it with sbatch --test-only"
+    )
     chain = _add(commands, "chain", _later("chain"), "submit N jobs of a run, each of which waits for the one before")
-    chain.add_argument("count", type=positive, metavar="N", help="the first that finishes the run ends the chain")
+    chain.add_argument(
+        "count", type=positive, metavar="N", help="number of jobs; the first that finishes the run ends the chain"
+    )
     _add_job_options(chain)
     encode = _add(
-        commands, "encode", _later("encode"), "encode a corpus as a job array, a part a task, on nodes without GPUs"
+        commands, "encode", _later("encode"), "encode a corpus as a job array: one part per task; requests no GPU"
     )
-    encode.add_argument("parts", type=positive, metavar="N", help="tasks of the array; each takes a whole node's cores")
+    encode.add_argument("parts", type=positive, metavar="N", help="number of tasks; each takes all cores of a node")
     _add_cluster_options(encode)
     encode.add_argument(
-        "--dry-run", action="store_true", help="show the script; ask sbatch --test-only, if there is one"
+        "--dry-run", action="store_true", help="print the script, write nothing; check it with sbatch --test-only"
     )
     encode.add_argument(
         "words", nargs="+", metavar="WORD", help="after --, as for infini-data encode: SOURCE ... --out DIR ..."
     )
     local = _add(commands, "local", _later("run_local"), "run the job on this machine, without Slurm")
     _add_job_options(local, cluster_required=False)
-    local.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes (default: %(default)s)")
+    local.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="number of processes (default: %(default)s)"
+    )
 
 
 def _add_watching(commands: Any) -> None:
     """The commands that look at runs."""
-    status = _add(commands, "status", watch.show_status, "a table of runs")
+    status = _add(commands, "status", watch.show_status, "print a table of runs")
     status.add_argument(
         "folder",
         nargs="?",
@@ -97,16 +104,20 @@ def _add_watching(commands: Any) -> None:
         metavar="DIR",
         help="a run, or a folder of runs (default: %(default)s)",
     )
-    status.add_argument("--json", action="store_true", help="a line of JSON for each run")
-    logs = _add(commands, "logs", watch.show_logs, "the output of a rank in a run's newest start")
+    status.add_argument("--json", action="store_true", help="print one line of JSON per run")
+    logs = _add(commands, "logs", watch.show_logs, "print the output of a rank in a run's newest start")
     logs.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     logs.add_argument("-f", "--follow", action="store_true", help="keep printing as it grows, through restarts")
     logs.add_argument(
-        "--rank", type=int, default=0, metavar="N", help="whose log; 0 reports for the run (default: %(default)s)"
+        "--rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print this rank's log; rank 0 reports for the run (default: %(default)s)",
     )
     cancel = _add(commands, "cancel", watch.cancel, "save the last step and end a run's job")
     cancel.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    cancel.add_argument("--now", action="store_true", help="don't wait for a checkpoint")
+    cancel.add_argument("--now", action="store_true", help="end at once (scancel), without waiting for a checkpoint")
 
 
 def _later(name: str) -> Command:
@@ -125,10 +136,20 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
     parser.set_defaults(command=command, level=logging.INFO)
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
-        "-q", "--quiet", dest="level", action="store_const", const=logging.WARNING, help="only results and warnings"
+        "-q",
+        "--quiet",
+        dest="level",
+        action="store_const",
+        const=logging.WARNING,
+        help="print only results and warnings",
     )
     level.add_argument(
-        "-v", "--verbose", dest="level", action="store_const", const=logging.DEBUG, help="also the commands of Slurm"
+        "-v",
+        "--verbose",
+        dest="level",
+        action="store_const",
+        const=logging.DEBUG,
+        help="also print the commands given to Slurm; does not reach the ranks",
     )
     return parser
 
@@ -140,7 +161,7 @@ def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = T
         "--nodes",
         type=positive,
         metavar="N",
-        help="nodes; picks the config's scale for as many, if any (default: what parallel.data_size needs, or 1)",
+        help="number of nodes; picks the config's scale for it, if any (default: what parallel.data_size needs, or 1)",
     )
     parser.add_argument(
         "--set",

@@ -1,14 +1,26 @@
 """The folder launch/ of a run: what was submitted, and what became of it. Imports little, as `status` must be fast.
 
-train.sbatch, run.yaml   what was submitted
+Written by submit and chain:
+
+train.sbatch, run.yaml   the script and the config that were submitted
 revision.txt             git revision of the code, and uncommitted changes
-environment.txt          environment at submission, without what looks like a secret
-job                      ID of the newest job
+environment.txt          environment at submission, without variables whose names look secret
+job                      ID of the newest job (also written by each start)
 submitted                IDs of all jobs of the newest submission: several for a chain
-starts                   a line per start: time, job.start, nodes
-job.log, last_failure    what the batch script logs
-ranks/RANK.json          what a rank is doing, every 10 s (written by training)
+
+Written by the batch script, and by Slurm (slurm-JOB.out):
+
+starts                   a line per start: time, JOB.START, nodes
+fence                    the newest start, as JOB.START; an older one that sees it exits
+retries                  retries since the last checkpoint: job, number, checkpoint
+bad_nodes                nodes that failed preflight, one per line; requeued starts avoid them
+job.log, last_failure    what the script did; the last error
+slurm-JOB.out            the script's own output
 logs/JOB.START/          each rank's output (train-0.log) and exit (train-0.exit: time rank node code)
+
+Written by training:
+
+ranks/RANK.json          what a rank is doing, every 10 s
 """
 
 import contextlib

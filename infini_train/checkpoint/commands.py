@@ -15,7 +15,7 @@ examples:
   infini-train checkpoint reshard runs/demo weights --weights-only --dtype bf16
 
 {ANYWHERE},
-as it is: nothing has to be converted first.
+without conversion.
 """
 INSPECT_EXAMPLES = """\
 examples:
@@ -28,7 +28,7 @@ examples:
   infini-train checkpoint verify runs/demo               all checkpoints of the run
   infini-train checkpoint verify runs/demo/checkpoints/step-00000100
 
-exit codes: 0 all is whole; 2 something is damaged, and was named
+exit codes: 0 everything is intact; 2 something is damaged, and was named
 """
 RESHARD_EXAMPLES = f"""\
 examples:
@@ -37,21 +37,25 @@ examples:
   infini-train checkpoint reshard runs/demo moments --kinds master exp_avg exp_avg_sq --max-file-gb 1
 
 {ANYWHERE},
-as it is. Reshard is for tools that want whole tensors, for fewer files, and for copies without
+without conversion. Reshard is for tools that want whole tensors, for fewer files, and for copies without
 the optimizer's state. A run resumes from a copy with all kinds, in its folder checkpoints/ as step-NNNNNNNN.
 """
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train checkpoint` its commands."""
-    describe(parser, "Look at checkpoints, check them, rewrite them as whole tensors.", EXAMPLES)
+    describe(parser, "Inspect checkpoints, verify them, rewrite them as whole tensors.", EXAMPLES)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    inspect = commands.add_parser("inspect", help="step, layout, files, kinds, tensors")
-    describe(inspect, "What a checkpoint holds. Reads its index only.", INSPECT_EXAMPLES)
+    inspect = commands.add_parser("inspect", help="show step, layout, files, kinds, tensors")
+    describe(inspect, "Show what a checkpoint holds. Reads its index only.", INSPECT_EXAMPLES)
     inspect.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     inspect.set_defaults(command=_inspect)
     verify = commands.add_parser("verify", help="hash every file, and look for gaps in every tensor")
-    describe(verify, "Whether every file is as it was written, and every tensor there exactly once.", VERIFY_EXAMPLES)
+    describe(
+        verify,
+        "Check that every file is as it was written, and that every tensor is there exactly once.",
+        VERIFY_EXAMPLES,
+    )
     verify.set_defaults(command=_verify)
     reshard = commands.add_parser("reshard", help="rewrite a checkpoint as whole tensors")
     describe(reshard, "Rewrite a checkpoint as whole tensors: one process, about one file in memory.", RESHARD_EXAMPLES)
@@ -62,7 +66,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     kept = reshard.add_mutually_exclusive_group()
     kept.add_argument("--kinds", nargs="+", metavar="KIND", help="keep these only: master, exp_avg, exp_avg_sq, carry")
     kept.add_argument("--weights-only", action="store_true", help="the same as --kinds master")
-    reshard.add_argument("--dtype", choices=("bf16", "fp32"), help="of weights and moments (default: as stored)")
+    reshard.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of weights and moments (default: as stored)")
     reshard.add_argument(
         "--max-file-gb",
         type=positive_float,

@@ -37,11 +37,13 @@ class InfiniConfig(AttentionVariant):
     kind: Literal["infini"] = "infini"  # chooses this attention
     segment_tokens: int = 256  # inside a segment attention is exact; what is older is read from the memory
     update: Literal["linear", "delta"] = "linear"  # how a segment is written: the paper's Eq. 8 or Eq. 9
-    features: Literal["elu", "sharp"] = "elu"  # of keys and queries in the memory: the paper's sigma, or a sharper one
-    gate_init: FiniteFloat = 0.0  # beta at the start; sigmoid(beta) is the share of the memory
+    # feature map of keys and queries in the memory: elu: the paper's sigma; sharp: a steeper one
+    features: Literal["elu", "sharp"] = "elu"
+    gate_init: FiniteFloat = 0.0  # initial beta of the gates; sigmoid(beta) is the share of the memory
     overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
     conv_tokens: int = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
-    conv_std: FiniteFloat | None = None  # of those weights at first; null: 1/sqrt(conv_tokens), in a trained model 0
+    # standard deviation of those weights at first; null: 1/sqrt(conv_tokens), or 0 when added to a trained model
+    conv_std: FiniteFloat | None = None
 
     has_gates: ClassVar[bool] = True
     crosses_ranks: ClassVar[bool] = True
@@ -98,7 +100,7 @@ class LocalConfig(AttentionVariant):
 
     kind: Literal["local"] = "local"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment only
-    overlap_tokens: int = 0  # and this many last tokens of the previous segment
+    overlap_tokens: int = 0  # a token also sees this many last tokens of the previous segment
 
     crosses_ranks: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {"overlap_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
@@ -121,7 +123,7 @@ class TransformerXLConfig(AttentionVariant):
 
     kind: Literal["transformer_xl"] = "transformer_xl"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment
-    cache_tokens: int = 256  # and this many last tokens of the previous segment
+    cache_tokens: int = 256  # a token also sees this many last tokens of the previous segment
 
     same_weights: ClassVar[Mapping[str, str]] = {"cache_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
 
@@ -163,11 +165,11 @@ class MemorizingConfig(AttentionVariant):
 
     kind: Literal["memorizing"] = "memorizing"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment
-    cache_tokens: int = 256  # and this many last tokens of the previous segment; 0: none
+    cache_tokens: int = 256  # a token also sees this many last tokens of the previous segment; 0: none
     stored_tokens: int = 65_536  # keys and values of this many last tokens are stored, without gradient
-    top_k: int = 32  # a query attends to this many of them, those with the highest scores
+    top_k: int = 32  # each query attends to this many of them, those with the highest scores
     layer: int | None = None  # the layer that stores and retrieves, the first is 0; null: after three quarters of them
-    gate_init: FiniteFloat = 0.0  # of its gates; sigmoid(gate) is the share of what was retrieved
+    gate_init: FiniteFloat = 0.0  # initial beta of its gates; sigmoid(beta) is the share of what was retrieved
 
     has_gates: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -244,7 +246,7 @@ class RmtConfig(AttentionVariant):
 
     kind: Literal["rmt"] = "rmt"  # chooses this attention
     segment_tokens: int = 256  # a token sees its own segment, and the memory tokens
-    memory_tokens: int = 10  # read before a segment, and written after it
+    memory_tokens: int = 10  # number of memory tokens, read before a segment and written after it
 
     same_weights: ClassVar[Mapping[str, str]] = {"segment_tokens": ANY_VIEW}
 

@@ -29,9 +29,9 @@ class PasskeyConfig:
     wording: str = "paper"  # words of intro, key and question (docs/passkey.md)
     varied_filler: bool = False  # filler drawn anew for each text, from sentences that no wording has
     varied_wording: bool = False  # half of the texts use random words around key and question, if they fit
-    digits: int = 5  # digits of the number
-    few_digits_below_loss: FiniteFloat | None = None  # once the loss is below, numbers repeat digits; null: never
-    min_segments: int = 3  # segments of the shortest texts
+    digits: int = 5  # number of digits of the hidden number
+    few_digits_below_loss: FiniteFloat | None = None  # once the loss is below this, numbers repeat digits; null: never
+    min_segments: int = 3  # length of the shortest texts, in segments
     grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the running mean loss (nats) is below this
     text_weight: FiniteFloat = 1.0  # share of the loss for all text but the number
     answer_weight: FiniteFloat = 1.0  # share for the answer and the space before it
@@ -62,10 +62,10 @@ class NeedlesConfig:
     tasks: tuple[NeedleTask, ...] = ("multikey",)  # tasks to mix
     haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
     tokenizer: str | None = None  # a .model or tokenizer.json; null: bytes
-    needles: int = 4  # most needles in a text, as far as they fit
-    questions: int = 1  # questions at the end of a text, each about another needle; only multikey has more than one
-    digits: int = 5  # digits of a value
-    min_segments: int = 4  # segments of the shortest texts
+    needles: int = 4  # maximum number of needles in a text, as far as they fit
+    questions: int = 1  # number of questions at a text's end, each about another needle; above 1 for multikey only
+    digits: int = 5  # number of digits of a value
+    min_segments: int = 4  # length of the shortest texts, in segments
     grow_below_loss: FiniteFloat = 0.25  # texts grow, up to a window, while the running mean loss (nats) is below this
     text_weight: FiniteFloat = 0.1  # share of the loss for all text but the answers
     answer_weight: FiniteFloat = 1.0  # share for the answers
@@ -97,9 +97,9 @@ class RecallConfig:
     """Key-value pairs, then a question for each of them (docs/needles.md)."""
 
     kind: Literal["recall"] = "recall"  # chooses these texts
-    min_pairs: int = 2  # pairs of the smallest texts
-    max_pairs: int = 32  # pairs of the largest; they and their questions must fit into a window
-    joined: bool = True  # a pair is one token; false: two, its key and its value
+    min_pairs: int = 2  # number of pairs in the smallest texts
+    max_pairs: int = 32  # number of pairs in the largest texts; they and their questions must fit into a window
+    joined: bool = True  # a pair is one token; false: two tokens, its key and its value
     grow_below_loss: FiniteFloat = 0.3  # texts grow while the running mean loss (nats per value) is below this
 
     def __post_init__(self) -> None:
@@ -124,9 +124,9 @@ SYNTHETIC_KINDS: Mapping[str, type[SyntheticConfig]] = {
 class MixturePart:
     """One of several datasets to train on, all encoded with the same tokenizer."""
 
-    folder: str  # of its shards, or their URL
+    folder: str  # folder or URL of its shards
     weight: FiniteFloat = 1.0  # its share of the tokens, relative to the weights of the others
-    epochs: int | None = None  # most passes over it; then the others share its place; null: no limit
+    epochs: int | None = None  # maximum number of passes; then the others take over its share; null: no limit
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "data.mixture.weight", "must be positive; leave out what is not to be read")
@@ -137,7 +137,7 @@ class MixturePart:
 class LengthStage:
     """A stage of a length curriculum: documents that come first, in the first epoch."""
 
-    tokens: int  # tokens of the stage
+    tokens: int  # length of the stage, in tokens
     max_document_tokens: int  # longer documents come later
 
     def __post_init__(self) -> None:
@@ -151,13 +151,13 @@ class DataConfig:
 
     train: str | None = None  # shards to train on; a relative path starts at the folder where the command runs
     mixture: tuple[MixturePart, ...] = ()  # several datasets to train on, instead of one
-    curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once an epoch
+    curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once per epoch
     # texts made on the fly, instead of shards
     synthetic: Annotated[SyntheticConfig | None, pydantic.Field(discriminator="kind")] = None
     validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
-    cache_dir: str | None = None  # for URLs (s3://...): a folder of this machine with room for the shards
-    max_corrupt_documents: int = 100  # damaged documents are left out and counted; more than these end the run
+    cache_dir: str | None = None  # for URLs (s3://...): a local folder with enough space for the shards
+    max_corrupt_documents: int = 100  # damaged documents are left out and counted; more than this many end the run
 
     def __post_init__(self) -> None:
         value = self.order_seed

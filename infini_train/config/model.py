@@ -14,10 +14,10 @@ from infini_train.config.variant import AttentionVariant, LayerShape
 class RopeScaling:
     """Long waves of the rotary embedding made longer, as Llama 3.1 and 3.2 have them; null: all waves as they are."""
 
-    factor: FiniteFloat  # by which the longest waves grow
+    factor: FiniteFloat  # factor by which the longest waves grow
     low_freq_factor: FiniteFloat = 1.0  # waves longer than original_tokens / low_freq_factor grow by the whole factor
     high_freq_factor: FiniteFloat = 4.0  # waves shorter than original_tokens / high_freq_factor stay
-    original_tokens: int = 8192  # the context that the model was made for before
+    original_tokens: int = 8192  # context length before scaling
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, "model.rope_scaling.factor", "must be at least 1")
@@ -33,22 +33,22 @@ class RopeScaling:
 class ModelConfig:
     """A Llama-shaped decoder. `num_kv_heads`, `head_dim` and `value_head_dim` have the usual defaults when null."""
 
-    vocab_size: int  # at least the tokenizer's ids
-    hidden_size: int  # of a token's vector between the layers
-    num_layers: int  # each of attention and feed-forward
-    num_heads: int  # query heads of a layer; each has a gate with infini
+    vocab_size: int  # number of token ids; at least those of the tokenizer
+    hidden_size: int  # size of a token's vector between the layers
+    num_layers: int  # number of layers, each with attention and feed-forward
+    num_heads: int  # query heads per layer; with infini, each has a gate
     ffn_size: int  # inner size of the feed-forward (SwiGLU)
-    num_kv_heads: int | None = None  # key-value heads, each with a memory; a divisor of num_heads; null: num_heads
-    head_dim: int | None = None  # of queries and keys; null: hidden_size / num_heads
-    value_head_dim: int | None = None  # of values; null: head_dim
+    num_kv_heads: int | None = None  # key-value heads per layer, each with a memory; divides num_heads; null: num_heads
+    head_dim: int | None = None  # size of queries and keys per head; null: hidden_size / num_heads
+    value_head_dim: int | None = None  # size of values per head; null: head_dim
     attention: AttentionConfig = field(default_factory=InfiniConfig)  # its variant; some differ from layer to layer
     rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
     rope_scaling: RopeScaling | None = None
-    norm_eps: FiniteFloat = 1e-5  # of the RMS norms
+    norm_eps: FiniteFloat = 1e-5  # epsilon of the RMS norms
     tied_embeddings: bool = False  # one matrix embeds tokens and gives the logits
-    qk_norm: bool = False  # RMS norm of queries and keys, a head each
+    qk_norm: bool = False  # RMS norm of queries and keys, per head
     qkv_bias: bool = False  # biases in the query, key and value projections
-    init_std: FiniteFloat | None = None  # of the initial matrices; null: 1/sqrt(fan in), embeddings 0.02
+    init_std: FiniteFloat | None = None  # standard deviation of initial matrices; null: 1/sqrt(fan in), embeddings 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):

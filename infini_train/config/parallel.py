@@ -18,7 +18,7 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
     pipeline_size: int = 1  # stages of consecutive layers
     virtual_stages: int = 1  # stages per pipeline rank (interleaved schedule)
-    context_size: int = 1  # ranks that share each window, each taking a run of whole segments
+    context_size: int = 1  # ranks that share each window; each takes consecutive whole segments
     data_size: int | None = None  # ranks that share the lanes; null: all remaining processes
     zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights
     offload_optimizer: bool = False  # keep optimizer states and run AdamW in host memory

@@ -56,10 +56,10 @@ class OptimConfig:
     warmup_steps: int = 100  # linear warm-up to the peak
     decay_steps: int | None = None  # length of the decay, wsd only; null: the last fifth of the run
     min_lr_ratio: FiniteFloat = 0.1  # final learning rate as a fraction of the peak
-    weight_decay: FiniteFloat = 0.1  # of matrices only; never of norms, biases or gates
+    weight_decay: FiniteFloat = 0.1  # weight decay of matrices; norms, biases and gates have none
     beta1: FiniteFloat = 0.9  # decay rate of the first moment
     beta2: FiniteFloat = 0.95  # decay rate of the second moment
-    eps: FiniteFloat = 1e-8  # added to the square root of the second moment
+    eps: FiniteFloat = 1e-8  # epsilon, added to the square root of the second moment
     clip_norm: FiniteFloat = 1.0  # gradients are clipped to this global norm
 
     def __post_init__(self) -> None:
@@ -80,10 +80,12 @@ class OptimConfig:
 class GuardConfig:
     """Anomaly detection: steps with a non-finite loss or gradient, or a loss spike."""
 
-    max_skips: int = 10  # consecutive steps that may be left out; one more ends the run
-    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"  # warn, skip the step, or also load a checkpoint
-    spike_window_steps: int = 100  # a loss is compared with those of this many preceding steps
-    spike_deviations: FiniteFloat = 6.0  # standard deviations above their mean that make a spike
+    max_skips: int = 10  # maximum number of consecutive steps left out; one more ends the run
+    # on a loss spike: ignore: do nothing; warn: report it; skip: report it and leave the step out; rollback: also
+    # return to the newest checkpoint's weights, and continue after the data read since
+    spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"
+    spike_window_steps: int = 100  # a step's loss is compared with the losses of this many preceding steps
+    spike_deviations: FiniteFloat = 6.0  # a loss this many standard deviations above their mean is a spike
 
     def __post_init__(self) -> None:
         require(self.max_skips >= 0, "guard.max_skips", "must not be negative")
@@ -96,8 +98,8 @@ class EvalConfig:
     """Validation inside the training loop."""
 
     every_steps: int | None = None  # steps between validations; null: never
-    max_tokens: int = 65_536  # validation tokens each time
-    batch_lanes: int | None = None  # documents side by side; null: as many as lanes in a micro-batch
+    max_tokens: int = 65_536  # maximum number of tokens per validation
+    batch_lanes: int | None = None  # documents read side by side; null: as many as lanes in a micro-batch
     window_tokens: int | None = None  # sequence length in validation; null: as in training
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ class CheckpointConfig:
     """When to save, and which checkpoints to keep."""
 
     every_steps: int = 500  # steps between checkpoints; the last step is always saved
-    keep_last: int = 2  # the newest this many are kept, older ones deleted
+    keep_last: int = 2  # this many of the newest are kept, older ones are deleted
     milestone_every_steps: int | None = None  # checkpoints at these steps are never deleted
 
     def __post_init__(self) -> None:

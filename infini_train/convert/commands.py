@@ -12,7 +12,7 @@ IMPORT_EXAMPLES = """\
 examples:
   infini-train import hf Meta-Llama-3-8B runs/llama3
   infini-train eval runs/llama3 --data data/validation --precision bf16      as it is, with full attention
-  infini-train train runs/llama3/continue.yaml                               goes on with Infini-attention
+  infini-train train runs/llama3/continue.yaml                               continues with Infini-attention
   infini-train train continue_8b --set train.init_from=runs/llama3           the same on 8 GPUs
 
 Llama, Mistral, Qwen2 and Qwen3 as safetensors; what can't be represented is refused by its field's name.
@@ -22,20 +22,20 @@ examples:
   infini-train export hf runs/demo demo_hf
   infini-train export hf runs/llama3-infini/checkpoints/step-00030000 llama3_hf --dtype bf16
 
-A model with full attention is the same there. With any other attention only the weights are, and the command says
-what is lost.
+A model with full attention is exported without loss. With any other attention, only the weights carry over, and the
+command says what is lost.
 """
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train import` its options."""
     description = (
-        "Writes the folder of a run from a model in Hugging Face's layout: a checkpoint with the same weights, its"
-        " tokenizer, and continue.yaml, a config to go on with. Reads safetensors only, one tensor after the other."
+        "Write a run folder from a model in Hugging Face's layout: a checkpoint with the same weights, its"
+        " tokenizer, and continue.yaml, a config to continue training with. Reads only safetensors, tensor by tensor."
     )
     describe(parser, description, IMPORT_EXAMPLES)
     _add_format(parser)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with config.json and *.safetensors")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with config.json and *.safetensors")
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the new run's folder; it must not exist")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="a tokenizer.json, a SentencePiece .model, or byte (default: FOLDER's)"
@@ -46,7 +46,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train export` its options."""
     description = (
-        "Writes a model in Hugging Face's layout: config.json, safetensors, tokenizer. Gates and memory have no place"
+        "Write a model in Hugging Face's layout: config.json, safetensors, tokenizer. Gates and memory have no place"
         " there."
     )
     describe(parser, description, EXPORT_EXAMPLES)
@@ -55,12 +55,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the new folder; it must not exist")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: as stored)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of the weights (default: as stored)")
     parser.set_defaults(command=_export)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("format", choices=("hf",), help="hf: Hugging Face's")
+    parser.add_argument("format", choices=("hf",), help="format: hf is Hugging Face's layout")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def _import(options: argparse.Namespace) -> None:
     print(
         f"{options.run_dir}: {found.parameters:,} parameters, as stored ({name_dtype(found.dtype)});"
         f" tokenizer {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids\n"
-        f"go on with: infini-train train {options.run_dir / 'continue.yaml'}"
+        f"continue with: infini-train train {options.run_dir / 'continue.yaml'}"
     )
 
 

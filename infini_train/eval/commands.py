@@ -15,16 +15,16 @@ examples:
   infini-train eval summarise runs/stories --data test.jsonl       summaries of whole books
   infini-train eval harness runs/demo --include-path tasks --tasks questions    of lm-evaluation-harness
 
-Each has a help of its own: infini-train eval passkey --help
+Each command has its own help: infini-train eval passkey --help
 """
 EVALUATIONS = {  # by command: the module with add_command and EXAMPLES, and a line of help
-    "perplexity": (perplexity_command, "perplexity of held-out text, at any length in constant memory"),
-    "passkey": (passkey, "a key hidden in up to millions of tokens of filler"),
-    "needles": (needles, "several things hidden in hay or prose, after RULER"),
-    "context": (context, "loss by position in the document and by visible context"),
-    "harness": (harness, "local tasks of lm-evaluation-harness"),
-    "summarise": (summaries, "summaries of whole books, by ROUGE"),
-    "gates": (gates, "how the gates moved over training, from a run's metrics"),
+    "perplexity": (perplexity_command, "measure perplexity of held-out text, at any length in constant memory"),
+    "passkey": (passkey, "recall a key hidden in up to millions of tokens of filler"),
+    "needles": (needles, "recall several things hidden in hay (filler) or prose, after RULER"),
+    "context": (context, "measure loss by position in the document and by visible context"),
+    "harness": (harness, "run local tasks of lm-evaluation-harness"),
+    "summarise": (summaries, "write summaries of whole books, scored by ROUGE"),
+    "gates": (gates, "show how the gates moved over training, from a run's metrics"),
 }
 
 

@@ -29,7 +29,7 @@ examples:
   infini-train eval context runs/books --data data/books/validation --contexts 256 1K 4K 16K --targets 16
   infini-train eval context runs/books --documents 10 --json
 
-Stopped by Ctrl-C? The same command goes on with the next document. More documents add to what is there.
+Stopped by Ctrl-C? The same command resumes with the next document. More documents add to what is there.
 """
 
 
@@ -213,8 +213,8 @@ def _loss_columns(row: dict[str, Any]) -> str:
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval context` its options."""
     description = (
-        "Loss and perplexity over whole documents, streamed in constant memory: by tokens since the document's start,"
-        " and, for a sample of targets, by how many tokens before them are visible (what is older is forgotten)."
+        "Measure loss and perplexity over whole documents, streamed in constant memory: by tokens since the document's"
+        " start, and, for a sample of targets, by how many tokens before them are visible (what is older is forgotten)."
         " 95 % intervals by bootstrap over documents."
     )
     describe(parser, description, EXAMPLES)
@@ -227,21 +227,23 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=CONTEXTS,
         metavar="N",
-        help=f"tokens visible before a target; K is 1024, M is 1024 K (default: {' '.join(CONTEXTS)})",
+        help=f"numbers of tokens visible before a target; K is 1024, M is 1024 K (default: {' '.join(CONTEXTS)})",
     )
     parser.add_argument(
         "--targets",
         type=int,
         default=8,
         metavar="N",
-        help="in each document that is long enough (default: %(default)s)",
+        help="number of targets in each document that is long enough (default: %(default)s)",
     )
     parser.add_argument(
-        "--target-tokens", type=int, default=64, metavar="N", help="tokens of a target (default: %(default)s)"
+        "--target-tokens", type=int, default=64, metavar="N", help="number of tokens of a target (default: %(default)s)"
     )
-    parser.add_argument("--documents", type=positive, metavar="N", help="the first N documents (default: all)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the targets' places (default: %(default)s)"
+        "--documents", type=positive, metavar="N", help="read only the first N documents (default: all)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the targets' places (default: %(default)s)"
     )
     add_out(parser, "eval/context-STEP", "what is there")
     parser.set_defaults(command=_context)

@@ -73,8 +73,8 @@ def report_gates(run: Path, out: Path | None = None) -> dict[str, Any]:
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval gates` its options."""
     description = (
-        "The gates over training, from the run's metrics: share of heads that became local (gate below 0.1) or read the"
-        " memory (above 0.9), mean, lowest and highest; as a picture and in TensorBoard."
+        "Show the gates over training, from the run's metrics: share of heads that became local (gate below 0.1) or"
+        " read the memory (above 0.9), mean, lowest and highest; as a picture and in TensorBoard."
     )
     describe(parser, description, EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder")

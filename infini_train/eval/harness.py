@@ -216,8 +216,8 @@ def _write_board(folder: Path, step: int, results: dict[str, Any]) -> None:
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval harness` its options."""
     description = (
-        "Local tasks of lm-evaluation-harness: questions, likelihoods of texts, generations. Contexts and texts of any"
-        " length are read whole, in constant memory."
+        "Run local tasks of lm-evaluation-harness: questions, likelihoods of texts, generations. Contexts and texts of"
+        " any length are read whole, in constant memory."
     )
     describe(parser, description, EXAMPLES)
     add_model(parser)
@@ -228,11 +228,20 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         "--include-path", type=Path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"
     )
     parser.add_argument(
-        "--num-fewshot", type=non_negative, metavar="N", help="examples before a question (default: the task's)"
+        "--num-fewshot",
+        type=non_negative,
+        metavar="N",
+        help="number of examples before a question (default: the task's)",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="the first N documents of each task (default: all)")
     parser.add_argument(
-        "--seed", type=non_negative, default=0, metavar="N", help="of sampled generations (default: %(default)s)"
+        "--limit", type=positive, metavar="N", help="use only the first N documents of each task (default: all)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=non_negative,
+        default=0,
+        metavar="N",
+        help="random seed of sampled generations (default: %(default)s)",
     )
     add_lanes(parser, "texts")
     add_out(parser, "eval/harness-STEP")

@@ -152,7 +152,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of weights and activations (default: %(default)s)",
+        help="precision of weights and activations (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
@@ -160,7 +160,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_lanes(parser: argparse.ArgumentParser, what: str) -> None:
     """Gives a parser --lanes of prompts, books or whatever is read."""
     parser.add_argument(
-        "--lanes", type=positive, default=8, metavar="N", help=f"{what} read side by side (default: %(default)s)"
+        "--lanes",
+        type=positive,
+        default=8,
+        metavar="N",
+        help=f"number of {what} read side by side (default: %(default)s)",
     )
 
 
@@ -170,7 +174,7 @@ def add_out(parser: argparse.ArgumentParser, folder: str, dropped: str | None = 
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"folder for everything (default: {folder} and tensorboard/eval of the run)",
+        help=f"folder for all results (default: {folder} and tensorboard/eval of the run)",
     )
     if dropped is not None:
         parser.add_argument("--overwrite", action="store_true", help=f"drop {dropped}")

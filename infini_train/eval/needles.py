@@ -41,7 +41,7 @@ examples:
   infini-train eval needles runs/demo --task single --haystack essays.txt      a pass key in prose
   infini-train eval needles runs/demo --task variables --haystack varied --lengths 4K --samples 50
 
-Stopped by Ctrl-C? The same command goes on where it stopped. More lengths, needles, depths or samples add to
+Stopped by Ctrl-C? The same command resumes where it stopped. More lengths, needles, depths or samples add to
 what is there.
 """
 
@@ -232,8 +232,9 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval needles` its options."""
     description = (
-        "Hides several things in hay, asks for one or all of them at the end, and lets the model write the answer."
-        " Share of the asked words that were predicted, and of prompts with all of them, with Wilson's 95 % intervals."
+        "Hide several things in hay (the filler around them: generated sentences, or your own prose), ask for one or"
+        " all of them at the end, and let the model write the answer. Reports the share of the asked words that were"
+        " predicted, and of prompts with all of them, with Wilson's 95 % intervals."
         " Tasks after RULER: single (one pass key), multikey (one of several keys asked), multivalue (all values of"
         " one key), multiquery (all keys asked), variables (chains of assignments)."
     )
@@ -246,7 +247,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         "--haystack",
         default="repeated",
         metavar="HAY",
-        help=f"{', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
+        help=f"the hay: {', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
     )
     parser.add_argument(
         "--needles",
@@ -254,7 +255,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=(4,),
         metavar="N",
-        help="hidden in a text; with variables, links of the asked chain (default: 4)",
+        help="number of things hidden in a text; with variables, links of the asked chain (default: 4)",
     )
     add_out(parser, "eval/needles-STEP-TASK-HAY", "the answers that are there")
     parser.set_defaults(command=_needles)

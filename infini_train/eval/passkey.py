@@ -27,7 +27,7 @@ examples:
   infini-train eval passkey runs/demo --wording harbour --seed 1    filler and keys that training did not see
   infini-train eval passkey runs/demo --lengths 4M 10M --samples 3 --lanes 9
 
-Stopped by Ctrl-C? The same command goes on where it stopped. More lengths, depths or samples add to
+Stopped by Ctrl-C? The same command resumes where it stopped. More lengths, depths or samples add to
 what is there.
 """
 
@@ -172,15 +172,18 @@ class PasskeyTest(RetrievalTest[PasskeyAnswer]):
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval passkey` its options."""
     description = (
-        "Hides a key in filler, asks for it at the end, and lets the model write the answer, always the most likely"
-        " token. Exact match of all digits and accuracy of single digits, by length and by the key's depth, with"
+        "Hide a key in filler, ask for it at the end, and let the model write the answer, always the most likely token."
+        " Reports exact match of all digits and accuracy of single digits, by length and by the key's depth, with"
         " Wilson's 95 % intervals. Prompts stream through the model in constant memory."
     )
     describe(parser, description, EXAMPLES)
     add_grid(parser, LENGTHS, depths_of="the key in the filler", digits_of="a key")
     parser.add_argument("--positions", action=RenamedOption, dest="depths", new="--depths", nargs="+", metavar="P")
     parser.add_argument(
-        "--wording", default="paper", metavar="NAME", help=f"{', '.join(WORDINGS)} (default: %(default)s)"
+        "--wording",
+        default="paper",
+        metavar="NAME",
+        help=f"words of filler, key and question: {', '.join(WORDINGS)} (default: %(default)s)",
     )
     add_out(parser, "eval/passkey-STEP", "the answers that are there")
     parser.set_defaults(command=_passkey)

@@ -109,8 +109,8 @@ def evaluate_run(
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval perplexity` its options."""
     description = (
-        "Loss and perplexity of held-out text, beside the unigram entropy of the same tokens (both in nats a token: a"
-        " model that uses context gets below the entropy)."
+        "Measure loss and perplexity of held-out text, beside the unigram entropy of the same tokens (loss and entropy"
+        " in nats per token: a model that uses context gets below the entropy)."
     )
     describe(parser, description, EXAMPLES)
     add_model(parser)
@@ -120,20 +120,20 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="documents one after the other, a few segments at a time: constant memory at any length",
+        help="read documents one after the other, a few segments at a time: constant memory at any length",
     )
     parser.add_argument(
         "--lanes",
         type=positive,
         metavar="N",
-        help="documents read side by side (default: one micro-batch of training)",
+        help="number of documents read side by side (default: one micro-batch of training)",
     )
     parser.add_argument(
         "--window-tokens",
         type=positive,
         metavar="N",
-        help="tokens of a document in one forward, a multiple of the segment (default: as in training; four segments"
-        " with --stream)",
+        help="number of tokens of a document in one forward, a multiple of the segment (default: as in training; four"
+        " segments with --stream)",
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after about N tokens (default: all)")
     parser.add_argument("--forget", action="store_true", help="forget the memory at each window's edge")

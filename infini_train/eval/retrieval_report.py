@@ -199,21 +199,23 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
         nargs="+",
         default=lengths,
         metavar="N",
-        help=f"tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(lengths)})",
+        help=f"numbers of tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(lengths)})",
     )
     parser.add_argument(
         "--depths",
         nargs="+",
         default=DEPTHS,
         metavar="P",
-        help=f"of {depths_of}, 0 start, 1 end; one whole number N above 1: N evenly spaced depths from start to end"
-        f" (default: {' '.join(DEPTHS)})",
+        help=f"depths of {depths_of}: 0 start, 1 end; one whole number N above 1: N depths, evenly spaced from start to"
+        f" end (default: {' '.join(DEPTHS)})",
     )
     parser.add_argument(
-        "--samples", type=int, default=10, metavar="N", help="prompts a cell of the grid (default: %(default)s)"
+        "--samples", type=int, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
     )
-    parser.add_argument("--digits", type=int, default=5, metavar="N", help=f"of {digits_of} (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--digits", type=int, default=5, metavar="N", help=f"number of digits of {digits_of} (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     add_lanes(parser, "prompts")
 
 

@@ -36,7 +36,7 @@ examples:
   infini-train eval summarise runs/stories --data runs/stories/test.jsonl --lanes 8 --samples 3 --seed 1
   infini-train eval summarise runs/stories --data runs/stories/test.jsonl --max-book-tokens 4096 --out short
 
-Stopped by Ctrl-C? The same command goes on with the next books. More books or samples add to what is there.
+Stopped by Ctrl-C? The same command resumes with the next books. More books or samples add to what is there.
 """
 Scorer = Callable[[str, str], dict[str, float]]
 
@@ -237,8 +237,8 @@ def _show(book: Book, record: Written) -> str:
 def add_command(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train eval summarise` its options."""
     description = (
-        "Reads each book to its end in constant memory, lets the model write a summary, and compares it with the"
-        " reference: ROUGE-1, -2, -L and their geometric mean, with intervals, beside two summaries that cost nothing."
+        "Read each book to its end in constant memory, let the model write a summary, and compare it with the"
+        " reference: ROUGE-1, -2, -L and their geometric mean, with intervals, beside two trivial summaries."
         " The defaults are the paper's settings."
     )
     describe(parser, description, EXAMPLES)
@@ -246,20 +246,25 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FILE", help="JSON lines of book (or text) and summary; .gz too"
     )
-    parser.add_argument("--text-field", metavar="NAME", help="of the book (default: book, else text)")
+    parser.add_argument("--text-field", metavar="NAME", help="field of the book (default: book, else text)")
     parser.add_argument(
-        "--summary-field", default="summary", metavar="NAME", help="of the reference (default: %(default)s)"
+        "--summary-field", default="summary", metavar="NAME", help="field of the reference (default: %(default)s)"
     )
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="before the book, as in training (default: none)")
     parser.add_argument(
-        "--separator", default=SEPARATOR, metavar="TEXT", help="before the summary, as in training (default: Summary:)"
+        "--prompt", default="", metavar="TEXT", help="text before the book, as in training (default: none)"
     )
-    parser.add_argument("--books", type=positive, metavar="N", help="the first N books (default: all)")
+    parser.add_argument(
+        "--separator",
+        default=SEPARATOR,
+        metavar="TEXT",
+        help="text before the summary, as in training (default: Summary:)",
+    )
+    parser.add_argument("--books", type=positive, metavar="N", help="read only the first N books (default: all)")
     parser.add_argument(
         "--max-book-tokens", type=positive, metavar="N", help="cut longer books at their end (default: none is cut)"
     )
     parser.add_argument(
-        "--samples", type=positive, default=1, metavar="N", help="summaries of each book (default: %(default)s)"
+        "--samples", type=positive, default=1, metavar="N", help="number of summaries per book (default: %(default)s)"
     )
     add_sampling(parser, max_new_tokens=MAX_NEW_TOKENS, temperature=PAPER.temperature, top_p=PAPER.top_p)
     add_lanes(parser, "books")

@@ -43,7 +43,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temper
         type=float,
         default=temperature,
         metavar="T",
-        help="below 1 the likely tokens win more often; 0: always the most likely one (default: %(default)s)",
+        help="sampling temperature: below 1 favours likely tokens, 0 takes the most likely one (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
@@ -53,10 +53,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temper
         help="choose among the most likely tokens that together reach this probability (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="and among the K most likely; 0: all (default: %(default)s)"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="choose among the K most likely tokens; 0: all (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed; the same seed gives the same text (default: %(default)s)",
     )
 
 

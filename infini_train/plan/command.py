@@ -13,8 +13,8 @@ from infini_train.config.run import RunConfig
 from infini_train.plan.hardware import load_hardware
 
 DESCRIPTION = """\
-Memory, communication and speed of each rank of a layout, without the cluster and without the data: builds the modules
-of one rank of each pipeline stage on this machine, without memory for their values, runs them, and counts.
+Predict memory, communication and speed of each rank of a layout, without the cluster and without the data. Builds the
+modules of one rank per pipeline stage on this machine, without memory for their values, runs them, and counts.
 Docs: docs/plan.md."""
 FLAGS = {"world_size": "--world-size", "rank": "--rank", "layouts": "--search"}  # arguments of functions -> flags
 EXAMPLES = """\
@@ -40,9 +40,9 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         "--world-size",
         type=int,
         metavar="N",
-        help="processes (default: tensor x pipeline x context x data size of the config)",
+        help="number of processes (default: tensor x pipeline x context x data size of the config)",
     )
-    size.add_argument("--nodes", type=int, metavar="N", help="processes as nodes of the hardware")
+    size.add_argument("--nodes", type=int, metavar="N", help="number of processes, given as nodes of the hardware")
     parser.add_argument("--rank", type=int, metavar="R", help="plan this rank only (default: one of each stage)")
     parser.add_argument(
         "--hardware",

@@ -12,19 +12,19 @@ from infini_train.selftest.cases import CASES, Case, choose_cases
 
 DESCRIPTION = """\
 Train a tiny model for five steps in every parallel layout, and compare gradients, losses, weights and
-carried memory with one process. Run it where you are going to train: it says whether processes, network
-and libraries compute there what they should.
+carried memory with one process. Run it where you are going to train: it tests whether processes, network
+and libraries there compute correctly.
 """
 EXAMPLES = """\
 examples:
   infini-train selftest --nproc 2                        all layouts of 2 processes on this machine
-  infini-train selftest --nproc 8 --only 'tp2-sp-*'      some of them, by name
-  srun infini-train selftest --folder /shared/tmp        in the processes that were started, on several machines
+  infini-train selftest --nproc 8 --only 'tp2-sp-*'      some layouts, by name
+  srun infini-train selftest --folder /shared/tmp        in the processes that srun starts, on several machines
   infini-train selftest --list                           the names
 
-Layouts of fewer processes than there are get more data-parallel ranks, if these divide evenly.
+A layout that needs fewer processes than there are gets more data-parallel ranks, if the number divides evenly.
 
-exit codes: 0 all is well; 1 a layout computes something else, or failed
+exit codes: 0 all layouts agree; 1 a layout computes something else, or failed; 2 an argument is wrong, nothing was run
 """
 
 
@@ -36,20 +36,22 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         "--nproc",
         type=positive,
         metavar="N",
-        help="start N processes on this machine (default: this one; torchrun and srun start their own)",
+        help="start N processes on this machine (default: only this process; torchrun and srun start their own)",
     )
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="cases whose name matches, as in 'cp*' (repeatable)",
+        help="run only cases whose name matches, as in 'cp*' (repeatable)",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="cases of this precision (default: both)")
-    parser.add_argument("--list", action="store_true", help="print names and processes of the cases, and exit")
-    parser.add_argument("--json", action="store_true", help="print lines of JSON: the machine, then a case each")
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="for temporary files, seen by all ranks (default: this machine's)"
+        "--precision", choices=("fp32", "bf16"), help="run only cases of this precision (default: both)"
+    )
+    parser.add_argument("--list", action="store_true", help="print names and processes of the cases, and exit")
+    parser.add_argument("--json", action="store_true", help="print lines of JSON: the machine, then one line per case")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="temporary folder visible to all ranks (default: this machine's)"
     )
     parser.set_defaults(command=_selftest)
 
