@@ -90,7 +90,7 @@ def test_a_slow_rank_is_named(configure, tmp_path):
             os.kill(victim, signal.SIGCONT)
             time.sleep(0.01)
             said = describe_trouble(read_ranks(folder.parents[1]))
-    assert re.match(r"rank 1 on \S+ slow: [\d.]+ s of own work a step, the others [\d.]+ s", said), said
+    assert re.match(r"rank 1 on \S+ slow: [\d.]+ s of own work per step, the others [\d.]+ s", said), said
 
 
 def test_a_long_look_for_the_checkpoint_is_no_death(configure, tmp_path):
