@@ -23,6 +23,7 @@ from data_tools.options import build_parser as build_data_parser
 from infini_train import cli
 from infini_train.checkpoint.compat import resumable_fields, same_weight_fields
 from infini_train.config.attention import KINDS
+from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
 from infini_train.config.variant import AttentionVariant
@@ -247,16 +248,20 @@ def test_named_options_exist(name: str) -> None:
             assert not unknown, f"{name}: {code}: no option {', '.join(unknown)}"
 
 
+TABLES: dict[object, dict[str, type]] = {AttentionVariant: KINDS, SyntheticConfig: SYNTHETIC_KINDS}  # of unions
+
+
 def config_fields() -> set[str]:
     """The dotted path of every section and field of the schema."""
     found: set[str] = set()
 
-    def visit(section: type, prefix: str) -> None:
-        for field, kind in get_type_hints(section).items():
+    def visit(parent: type, prefix: str) -> None:
+        for field, kind in get_type_hints(parent).items():
             found.add(prefix + field)
-            for variant in KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind)):  # share a prefix
-                if dataclasses.is_dataclass(variant) and isinstance(variant, type):
-                    visit(variant, f"{prefix}{field}.")
+            for section in (kind, *get_args(kind)):
+                for variant in TABLES.get(section, {"": section}).values():  # these share a prefix
+                    if dataclasses.is_dataclass(variant) and isinstance(variant, type):
+                        visit(variant, f"{prefix}{field}.")
 
     visit(RunConfig, "")
     return found
