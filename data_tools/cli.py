@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from data_tools import combine, fertility, inspect, lengths
@@ -93,15 +94,7 @@ def _run_fertility(options: argparse.Namespace) -> int:
 
 def _run_clean(options: argparse.Namespace) -> int:
     settings = CleanOptions(
-        filters=FilterOptions(
-            nfc=options.nfc,
-            strip_controls=options.strip_controls,
-            min_chars=options.min_chars,
-            max_chars=options.max_chars,
-            max_repeated_lines=options.max_repeated_lines,
-            max_symbols=options.max_symbols,
-            languages=tuple(options.language.split(",")) if options.language else (),
-        ),
+        filters=FilterOptions(**{each.name: getattr(options, each.name) for each in fields(FilterOptions)}),
         dedup=options.dedup,
         near_dedup=options.near_dedup,
         **_job_options(options),

@@ -124,6 +124,11 @@ def flag_of(command: str, setting: str) -> str:
     return flag or f"--{setting.replace('_', '-')}"
 
 
+def _read_codes(text: str) -> tuple[str, ...]:
+    """The codes of an option's value, between commas."""
+    return tuple(code for code in text.split(",") if code)
+
+
 def not_negative(text: str) -> int:
     """An option's value that must be a whole number, 0 or more."""
     value = int(text)
@@ -346,7 +351,12 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         help="leave out documents with more characters that are neither letters nor digits (default: 1, none)",
     )
     clean.add_argument(
-        "--language", metavar="CODES", help="leave out other languages, by py3langid: en,de (default: keep all)"
+        "--language",
+        dest="languages",
+        type=_read_codes,
+        default=(),
+        metavar="CODES",
+        help="leave out other languages, by py3langid: en,de (default: keep all)",
     )
     clean.add_argument("--dedup", action="store_true", help="leave out texts that equal an earlier one")
     clean.add_argument(

@@ -16,7 +16,7 @@ from infini_train.config.run import RunConfig, divide_processes
 from launch import folder, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.console import waiting
-from launch.job import Job, NodesError, plan_job, plan_scales, rank_environment, require_line
+from launch.job import Job, NodesError, job_environment, plan_job, plan_scales, require_line
 from launch.local import run_locally
 from launch.render import render_encoding, render_training
 
@@ -77,7 +77,7 @@ def run_local(options: argparse.Namespace) -> int:
         settings=tuple(options.set),
         run_dir=str(run.directory),
         nodes=1,
-        exports=rank_environment(run, cluster),
+        exports=job_environment(run, cluster),
     )
     return run_locally(job, options.nproc, cluster.restart)
 

@@ -35,7 +35,7 @@ def test_the_batch_script_knows_the_codes(pattern: str, codes: set[int]) -> None
 
 
 def test_every_code_is_listed() -> None:
-    documented = set(re.findall(r"^    (\d+) ", exit_codes.__doc__ or "", re.MULTILINE))
+    documented = set(re.findall(r"^    (\d+)  ", exit_codes.__doc__ or "", re.MULTILINE))
     named = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert documented == {str(code) for code in named - set(exit_codes.STOPPED)} | {"75"}
     assert set(map(int, re.findall(r"\bexit (\d+)$", BATCH_SCRIPT, re.MULTILINE))) <= {*map(int, documented)}

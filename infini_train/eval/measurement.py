@@ -31,7 +31,7 @@ class Measurement(ABC, Generic[RecordT]):
     Args:
         trained: the model.
         test: what is measured, such as passkey; its results lie in eval/TEST-STEP of the run.
-        variant: what distinguishes it from the usual one, with a dash before; follows the step.
+        suffix: what distinguishes it from the usual one, with a dash before; follows the step.
         settings: what the records depend on, besides the checkpoint, the precision, and what they say themselves.
 
     Attributes:
@@ -44,11 +44,11 @@ class Measurement(ABC, Generic[RecordT]):
     record: type[RecordT]
     about: dict[str, Any]
 
-    def __init__(self, trained: "Trained", test: str, variant: str, settings: dict[str, Any]) -> None:
+    def __init__(self, trained: "Trained", test: str, suffix: str, settings: dict[str, Any]) -> None:
         from infini_train.eval.records import hash_checkpoint
 
         self.trained = trained
-        self.folder_name, self.board_name = f"{test}-{trained.step}{variant}", f"{test}{variant}"
+        self.folder_name, self.board_name = f"{test}-{trained.step}{suffix}", f"{test}{suffix}"
         self.settings = {
             "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
             **settings,
