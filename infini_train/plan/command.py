@@ -23,11 +23,6 @@ FLAGS = {  # arguments of functions -> flags
     "layouts": "--search",
     "path": "--measure",
 }
-    "world_size": "--world-size",
-    "rank": "--rank",
-    "layouts": "--search",
-    "path": "--measure",
-}  # arguments of functions -> flags
 EXAMPLES = """\
 examples:
   infini-train plan debug                                the layout of the config, on as few processes as it needs
