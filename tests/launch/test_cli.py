@@ -102,6 +102,13 @@ def test_waiting_is_shown_on_a_terminal_once_it_takes_long(tmp_path: Path) -> No
     assert "waiting for squeue (" in shown and shown.endswith("\r\x1b[2K")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert b"waiting" not in done.stderr, "no terminal"
+    terminal, stderr = os.openpty()
+    quiet = [sys.executable, "-c", script.replace("'-v'", "'-q'")]
+    done = subprocess.run(quiet, env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.write(stderr, b"end")
+    os.close(stderr)
+    assert b" pending " in done.stdout and os.read(terminal, 1 << 16) == b"end", "--quiet"
+    os.close(terminal)
 
 
 def test_following_a_log_says_what_keeps_the_run(tmp_path: Path) -> None:
