@@ -124,11 +124,6 @@ def flag_of(command: str, setting: str) -> str:
     return flag or f"--{setting.replace('_', '-')}"
 
 
-def _read_codes(text: str) -> tuple[str, ...]:
-    """The codes of an option's value, between commas."""
-    return tuple(code for code in text.split(",") if code)
-
-
 def not_negative(text: str) -> int:
     """An option's value that must be a whole number, 0 or more."""
     value = int(text)
@@ -353,7 +348,7 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
     clean.add_argument(
         "--language",
         dest="languages",
-        type=_read_codes,
+        type=lambda text: tuple(code for code in text.split(",") if code),
         default=(),
         metavar="CODES",
         help="leave out other languages, by py3langid: en,de (default: keep all)",
