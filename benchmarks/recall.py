@@ -120,7 +120,7 @@ def ask(trained: Any, pairs: int) -> dict[str, int]:
     import torch
 
     from infini_train.data.source import text_segment
-    from infini_train.data.synthetic.recall import count_segments, make_pairs
+    from infini_train.data.synthetic.recall_maker import count_segments, make_pairs
     from infini_train.data.tokenizer import ByteTokenizer
 
     model, segment, joined = trained.model, text_segment(trained.config), trained.config.data.synthetic.joined

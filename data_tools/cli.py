@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from data_tools import combine, fertility, inspect, lengths
@@ -19,6 +20,7 @@ from data_tools.progress import byte_bar, elapsed_time
 from data_tools.readers import documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
+from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
 from infini_train.data.pairs import PairForm
@@ -92,15 +94,7 @@ def _run_fertility(options: argparse.Namespace) -> int:
 
 def _run_clean(options: argparse.Namespace) -> int:
     settings = CleanOptions(
-        filters=FilterOptions(
-            nfc=options.nfc,
-            strip_controls=options.strip_controls,
-            min_chars=options.min_chars,
-            max_chars=options.max_chars,
-            max_repeated_lines=options.max_repeated_lines,
-            max_symbols=options.max_symbols,
-            languages=tuple(options.language.split(",")) if options.language else (),
-        ),
+        filters=FilterOptions(**{each.name: getattr(options, each.name) for each in fields(FilterOptions)}),
         dedup=options.dedup,
         near_dedup=options.near_dedup,
         **_job_options(options),
@@ -250,16 +244,17 @@ def explain(error: ConfigError, command: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for damage found, 2 for a mistake of the user, 130 for Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written aside is removed
+    # exits, so that what was written aside is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
     try:
         status = _COMMANDS[options.command](options)
         sys.stdout.flush()
     except ConfigError as error:
         print(f"error: {explain(error, options.command)}", file=sys.stderr)
-        return 2
+        return exit_codes.MISTAKE
     except KeyboardInterrupt:
         print("interrupted; rerun the command to resume from what is finished", file=sys.stderr)
-        return 130
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

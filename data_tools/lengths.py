@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infini_train.atomic_files import replacing
 from infini_train.data.shards import Dataset
 from infini_train.data.writer import explain_disk_errors
 
@@ -74,4 +75,5 @@ def plot_lengths(lengths: np.ndarray, path: Path | str) -> None:
     lower.set_xlabel("tokens a document (dotted: 4K, 32K, 128K)")
     with explain_disk_errors(Path(path).parent):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        with replacing(Path(path)) as partial:
+            figure.savefig(partial, format="png")

@@ -352,7 +352,12 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         " (default: 1, none)",
     )
     clean.add_argument(
-        "--language", metavar="CODES", help="keep only these languages (py3langid), as in en,de (default: keep all)"
+        "--language",
+        dest="languages",
+        type=lambda text: tuple(code for code in text.split(",") if code),
+        default=(),
+        metavar="CODES",
+        help="keep only these languages (py3langid), as in en,de (default: keep all)",
     )
     clean.add_argument("--dedup", action="store_true", help="leave out texts that equal an earlier one")
     clean.add_argument(

@@ -18,10 +18,9 @@ from data_tools.documents import FileRange
 from data_tools.pipes import is_pipe
 from data_tools.problems import SettingError
 from data_tools.progress import elapsed_time
-from data_tools.storage import STDIN, SourceFile, compression_of, find_files, format_of
+from data_tools.storage import FORMATS, STDIN, SourceFile, compression_of, find_files, format_of
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
-_CUT_FORMATS = ("jsonl", "parquet")  # a reader finds the records of any range of such a file
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
 _TASK_RANGES = 10_000  # at most, since a task's list is held in memory
@@ -46,7 +45,8 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
             yield [FileRange(file.path, file.id, file.source, 0, 0)]
             task, room = [], size
             continue
-        whole = compression_of(file.path) or (format or format_of(file.path)) not in _CUT_FORMATS
+        kind = format or format_of(file.path)
+        whole = compression_of(file.path) or kind is None or not FORMATS[kind].cuttable
         start = 0
         while start < file.bytes or not start:
             length = file.bytes if whole or not file.bytes else min(room, file.bytes - start)

@@ -1,4 +1,4 @@
-"""Documents from ranges of files: plain text, JSON lines, Parquet; archives.py reads tars and token files.
+"""Documents from ranges of files: plain text, JSON lines, Parquet; tars.py and megatron.py read the others.
 
 A record belongs to the range of a file in which its first byte lies. So any division of a file into ranges gives every
 record once.
@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from data_tools.archives import megatron_documents, tar_documents
 from data_tools.documents import Document, FileRange, Line, Meter, ReadOptions, Records
+from data_tools.megatron import megatron_documents
 from data_tools.pipes import is_pipe
 from data_tools.problems import LeftOut, SettingError
 from data_tools.storage import (
+    COMPRESSIONS,
     FORMATS,
     READ_ERRORS,
     STDIN,
@@ -24,12 +25,12 @@ from data_tools.storage import (
     open_raw,
     suffixes,
 )
+from data_tools.tars import tar_documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import refusals
 
 _PARQUET_ROWS = 256  # read at once
-_NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", ".gz", ".zst", ".xz", ".bz2")
-_SEEKING_FORMATS = ("parquet", "megatron")  # can't be read from a stream
+_NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", *COMPRESSIONS)  # names of other formats, not read as plain text
 
 
 def documents(
@@ -101,7 +102,7 @@ class Reader(Records):
         if kind == "text" and format_of(part.path) is None and part.path.endswith(_NOT_TEXT):
             template = "{path}: can't read this format; name it with {format} {choices}"
             raise SettingError(template, path=part.path, choices="|".join(FORMATS))
-        if kind in _SEEKING_FORMATS and (part.path == STDIN or is_pipe(part.path)):
+        if FORMATS[kind].seekable and (part.path == STDIN or is_pipe(part.path)):
             raise ConfigError(f"{part.path}: {kind} can't be read from a stream; give files")
         read: Callable[[FileRange], Iterator[Document]] = {
             "text": self._text,

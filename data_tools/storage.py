@@ -24,15 +24,25 @@ from infini_train.data.cache import transport_errors
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-FORMATS = {  # the suffixes of each, without that of a compression
-    "text": (".txt", ".md", ".py", ".rst"),
-    "jsonl": (".jsonl", ".ndjson"),
-    "parquet": (".parquet",),
-    "tar": (".tar",),
-    "megatron": (".bin",),
+
+
+class Format(NamedTuple):
+    """What can be done with the files of a format."""
+
+    suffixes: tuple[str, ...]  # without that of a compression
+    compressible: bool  # as a whole
+    searched: bool  # a folder is searched for them
+    seekable: bool  # its reader seeks, so that it can't read a stream
+    cuttable: bool  # a reader finds the records of any range of such a file
+
+
+FORMATS = {
+    "jsonl": Format((".jsonl", ".ndjson"), compressible=True, searched=True, seekable=False, cuttable=True),
+    "parquet": Format((".parquet",), compressible=False, searched=True, seekable=True, cuttable=True),
+    "tar": Format((".tar",), compressible=True, searched=True, seekable=False, cuttable=False),
+    "text": Format((".txt", ".md", ".py", ".rst"), compressible=True, searched=True, seekable=False, cuttable=False),
+    "megatron": Format((".bin",), compressible=False, searched=False, seekable=True, cuttable=False),
 }
-_COMPRESSED = ("text", "jsonl", "tar")  # formats that may be compressed as a whole
-_SEARCHED = ("jsonl", "parquet", "tar", "text")  # a folder is searched for these
 _VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified", "Last-Modified"),
     *("updated", "mtime", "created"),
@@ -53,7 +63,7 @@ class SourceFile(NamedTuple):
 
 def suffixes() -> str:
     """The names that a folder is searched for."""
-    endings = " ".join(suffix for name in _SEARCHED for suffix in FORMATS[name])
+    endings = " ".join(suffix for each in FORMATS.values() if each.searched for suffix in each.suffixes)
     return f"{endings}, each but .parquet also with {' '.join(COMPRESSIONS)}"
 
 
@@ -71,8 +81,8 @@ def format_of(path: str) -> str | None:
     name = PurePosixPath(path).name
     compression = compression_of(name) or ""
     plain = name.removesuffix(compression)
-    for kind, endings in FORMATS.items():
-        if plain.endswith(endings) and (not compression or kind in _COMPRESSED):
+    for kind, each in FORMATS.items():
+        if plain.endswith(each.suffixes) and (not compression or each.compressible):
             return kind
     return "tar" if name.endswith(".tgz") else None
 
@@ -204,7 +214,8 @@ def index_of(path: str) -> str:
 
 
 def _is_searched(name: str) -> bool:
-    return not PurePosixPath(name).name.startswith(".") and format_of(name) in _SEARCHED
+    kind = format_of(name)
+    return kind is not None and FORMATS[kind].searched and not PurePosixPath(name).name.startswith(".")
 
 
 def _local(path: str, file_id: str, source: str) -> SourceFile:

@@ -20,6 +20,7 @@ from typing import Any
 from data_tools.plan import Plan
 from data_tools.problems import SettingError
 from data_tools.progress import byte_bar
+from infini_train import exit_codes
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
@@ -162,8 +163,9 @@ def _start(parent: int, connection: "Connection[Any, Any]", folder: Path, work: 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the parent gives up: what lies aside is removed
+        sys.exit(exit_codes.FAILED)
+    # the parent gives up: what lies aside is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
     _serve(connection, folder, work)
 
 
@@ -180,7 +182,7 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
             try:
                 connection.send(unreported)
             except OSError:  # the parent has died; to a reader this would look like a broken file
-                sys.exit(1)
+                sys.exit(exit_codes.FAILED)
             unreported = 0
 
     try:
@@ -191,4 +193,4 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
             except ConfigError as error:
                 connection.send(error)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        sys.exit(1)  # the parent has died
+        sys.exit(exit_codes.FAILED)  # the parent has died

@@ -1,4 +1,9 @@
-"""Files that appear whole or not at all, whenever the process is killed. Imports no torch."""
+"""Files that appear whole or not at all, whenever the process is killed. Imports no torch.
+
+Folders appear so in other places: `checkpoint.sync.appearing` (checkpoints that are converted or divided anew),
+`data.writer.replace_folder` (shards), and of infini-data `tasks.do_task` (a task's results) and `Workplace.publish` (a
+command's).
+"""
 
 import contextlib
 import os

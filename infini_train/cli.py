@@ -10,15 +10,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_train import __version__, logs
+from infini_train import __version__, exit_codes, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
 from infini_train.command_line import (
     CommandParser,
+    Spinner,
     add_verbosity,
     describe,
     positive,
     repeat_verbosity,
-    spinner,
 )
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import config_roots, load_run, scale_sizes
@@ -52,7 +52,6 @@ exit codes: 0 done; 1 the run failed (its last checkpoint stays);
 4 training diverged (rerunning would diverge again; the error line says what to change);
 130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
 """
-DIVERGED = 4  # 3 is preflight's bad node
 MACHINE_TROUBLE = {  # of the machine or its permissions, not of the program: one line is enough
     errno.ENOSPC,
     errno.EDQUOT,
@@ -99,16 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             options.command(options)
     except ConfigError as error:
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(str(error), exit_codes.MISTAKE))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
+        sys.exit(_fail("interrupted", exit_codes.INTERRUPTED))
     except BrokenPipeError:
-        sys.exit(0)  # the reader of our output has gone
+        sys.exit(exit_codes.DONE)  # the reader of our output has gone
     except OSError as error:
         if error.errno not in MACHINE_TROUBLE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(f"{where}{error.strerror}; fix it and rerun", 2))
+        sys.exit(_fail(f"{where}{error.strerror}; fix it and rerun", exit_codes.MISTAKE))
     finally:
         threading.excepthook = hook
 
@@ -205,14 +204,13 @@ def _train(options: argparse.Namespace) -> None:
     try:
         train(config)
     except KeyboardInterrupt:  # the second: a checkpoint that a thread may still be writing is abandoned
-        _fail("interrupted", 130)
-        os._exit(130)
+        os._exit(_fail("interrupted", exit_codes.INTERRUPTED))
     except Stopped as stopped:
-        sys.exit(128 + signal.Signals[str(stopped)])
+        sys.exit(exit_codes.of_signal(signal.Signals[str(stopped)]))
     except LostRankError as error:
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_fail(str(error), exit_codes.FAILED))
     except DivergedError as error:
-        sys.exit(_fail(str(error), DIVERGED))
+        sys.exit(_fail(str(error), exit_codes.DIVERGED))
 
 
 def _check_world_size(config: RunConfig, options: argparse.Namespace) -> None:
@@ -254,7 +252,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     sampling = read_sampling(options)
     prompt = _read_prompt(options)
-    with spinner(f"loading {options.model}"):
+    with Spinner(f"loading {options.model}"):
         _prepare()
         from infini_train.data.tokenizer import decode_stream
         from infini_train.inference.generation import generate
@@ -266,7 +264,7 @@ def _generate(options: argparse.Namespace) -> None:
     stop = None if options.ignore_end else tokenizer.eos_id
     stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
     pieces = decode_stream(tokenizer, stream)
-    with spinner("reading the prompt"):
+    with Spinner("reading the prompt"):
         first = next(pieces, "")
     if not options.no_echo:
         sys.stdout.write(prompt)

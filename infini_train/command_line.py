@@ -1,17 +1,20 @@
 """What the parsers of all commands share: help, types of values, renamed options, a spinner. Imports no torch."""
 
 import argparse
-import contextlib
 import itertools
 import re
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from infini_train.config.errors import ConfigError
+from infini_train.logs import is_quiet
 
+CLEAR_LINE = "\r\x1b[2K"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
@@ -143,33 +146,42 @@ class RenamedOption(argparse.Action):
 # ------------------------------------------------------------------------------------------------------------ spinner
 
 
-@contextlib.contextmanager
-def spinner(what: str, interval_s: float = 0.1) -> Iterator[None]:
-    """Shows that something goes on, with the seconds it has taken, on standard error if that is a terminal.
+class Spinner:
+    """A context whose text and seconds a terminal shows on standard error; with --quiet, or elsewhere, nothing.
 
     Args:
-        what: is going on.
+        text: what goes on; assign to `text` to change it.
+        after_s: for how long nothing is shown.
         interval_s: between two pictures.
     """
-    if not sys.stderr.isatty():
-        yield
-        return
-    done = threading.Event()
 
-    def spin() -> None:
-        for tick, frame in enumerate(itertools.cycle("|/-\\")):
+    def __init__(self, text: str, after_s: float = 0.0, interval_s: float = 0.1) -> None:
+        self.text, self._after_s, self._interval_s = text, after_s, interval_s
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty() and not is_quiet():
+            self._thread = threading.Thread(target=self._spin, name="spinner", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _spin(self) -> None:
+        begin = time.monotonic()
+        if self._done.wait(self._after_s):
+            return
+        for frame in itertools.cycle("|/-\\"):
             # the cursor waits at the line's beginning, so that whatever else is printed replaces the picture
-            sys.stderr.write(f"{frame} {what} {tick * interval_s:.0f} s\r")
+            sys.stderr.write(f"{CLEAR_LINE}{frame} {self.text} ({time.monotonic() - begin:.0f} s)\r")
             sys.stderr.flush()
-            if done.wait(interval_s):
+            if self._done.wait(self._interval_s):
                 break
-        sys.stderr.write("\x1b[2K")
+        sys.stderr.write(CLEAR_LINE)
         sys.stderr.flush()
-
-    thread = threading.Thread(target=spin, name="spinner", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.writer import explain_disk_errors
@@ -132,7 +133,7 @@ def _run(command: list[str]) -> str:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     if child.returncode:
-        raise CommandError(child.returncode if child.returncode > 0 else 128 - child.returncode)
+        raise CommandError(exit_codes.of_process(child.returncode))
     return printed or ""
 
 

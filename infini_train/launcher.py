@@ -24,11 +24,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from infini_train import exit_codes
+
 GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the other ranks hang in collectives that never finish
 STACKS_S = 0.5  # for a rank to dump its stacks before it is killed
 HOLD_S = 5.0  # the lines of an error are held back this long, to be shown last if the rank exits with it
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPED = tuple(128 + number for number in FORWARDED)  # exit codes of a run that has saved
+FORWARDED = exit_codes.STOP_SIGNALS
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 FINAL_ERROR = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
@@ -94,7 +95,7 @@ class Rank:
     def exit_code(self) -> int:
         """As a shell reports it; a rank that was terminated after an error of its own counts as failed."""
         code = self.process.returncode
-        return code if code >= 0 else 1 if self.ended else 128 - code
+        return exit_codes.FAILED if code < 0 and self.ended else exit_codes.of_process(code)
 
     def describe_end(self) -> str:
         """How it failed, as an error message."""
@@ -197,7 +198,7 @@ class Ranks:
         def die_with_launcher() -> None:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != launcher:
-                os._exit(1)
+                os._exit(exit_codes.FAILED)
 
         process = subprocess.Popen(
             self.command,
@@ -305,7 +306,7 @@ class Ranks:
         for stream in (rank.process.stdout, rank.process.stderr):
             while stream in self._unfinished and self._read(rank, stream):
                 pass
-        if rank.process.returncode == 0:
+        if rank.process.returncode == exit_codes.DONE:
             if rank.block:
                 self._release(rank)
         elif not self._has_stopped(rank):
@@ -317,7 +318,7 @@ class Ranks:
     def _has_stopped(self, rank: Rank) -> bool:
         """Whether a signal asked it to stop: a forwarded one, or one sent to the rank itself."""
         code = rank.process.returncode
-        return code in STOPPED or (self.forwarded > 0 and code == -self.forwarded)
+        return code in exit_codes.STOPPED or (self.forwarded > 0 and code == -self.forwarded)
 
     def _report(self) -> int:
         """Shows the errors held back, each once, the first failure's last; returns the exit code."""
@@ -332,7 +333,9 @@ class Ranks:
         if last is None:
             stopped = [rank.process.returncode for rank in self.ranks if self._has_stopped(rank)]
             asked = self.forwarded or (signal.SIGINT if self.insisted else 0)
-            return 128 + asked if asked and (self.insisted or stopped) else max(stopped, default=0)
+            if asked and (self.insisted or stopped):
+                return exit_codes.of_signal(asked)
+            return max(stopped, default=exit_codes.DONE)
         has_message = last.block and last.block[0].startswith(b"error: ")
         heading = [] if has_message else [f"error: {last.describe_end()}\n".encode()]
         sys.stderr.buffer.write(b"".join([*heading, *last.block]))

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -98,3 +98,9 @@ def console(
 def is_quiet() -> bool:
     """Whether progress bars should stay away."""
     return logging.getLogger(ROOT).level > logging.INFO
+
+
+def progress_bar(**options: Any) -> "tqdm[Any]":
+    """A bar on standard error that leaves no trace: on a terminal, without --quiet. `options` are tqdm's."""
+    hidden = options.pop("disable", False) or is_quiet() or None  # None: unless it is a terminal
+    return tqdm(leave=False, dynamic_ncols=True, disable=hidden, **options)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from infini_train import exit_codes
 from infini_train.command_line import positive
 from infini_train.config.errors import ConfigError
 from launch import console, watch
@@ -39,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(options.command(options))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(exit_codes.INTERRUPTED)
     except BrokenPipeError:
-        sys.exit(0)  # the reader of our output has gone
+        sys.exit(exit_codes.DONE)  # the reader of our output has gone
     except (ConfigError, OSError) as error:
         logger.error("%s", error)
-        sys.exit(2)
+        sys.exit(exit_codes.MISTAKE)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -86,7 +86,7 @@ def plan_job(
         settings=settings,
         run_dir=str(run.directory),
         nodes=nodes,
-        exports=rank_environment(run, cluster),
+        exports=job_environment(run, cluster),
     )
     try:
         divide_processes(run, nodes * cluster.tasks)
@@ -117,12 +117,12 @@ def plan_scales(config: str, cluster: ClusterConfig, settings: Sequence[str] = (
     base = runs.pop(None, None)
     if base is None or not runs:
         return job
-    exports = {name: value for run in (base, *runs.values()) for name, value in rank_environment(run, cluster).items()}
+    exports = {name: value for run in (base, *runs.values()) for name, value in job_environment(run, cluster).items()}
     dirs = {size: str(run.directory) for size, run in runs.items() if size is not None}
     return replace(job, run_dir=str(base.directory), exports=exports, scale_dirs=dirs)
 
 
-def rank_environment(run: RunConfig, cluster: ClusterConfig) -> dict[str, str]:
+def job_environment(run: RunConfig, cluster: ClusterConfig) -> dict[str, str]:
     """What torch, NCCL and megatron-core read; the cluster's own environment takes precedence."""
     values = {
         "OMP_NUM_THREADS": str(min(cluster.cores_per_task, MAX_THREADS) if cluster.gpus_per_node else 1),

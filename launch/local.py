@@ -1,4 +1,7 @@
-"""`infini-launch local`: runs a job on this machine, without Slurm. Same environment, same retries."""
+"""`infini-launch local`: runs a job on this machine, without Slurm. Same environment, same retries.
+
+The rules of retrying are those of `fail` in slurm/templates/train.sbatch.j2: change both.
+"""
 
 import logging
 import os
@@ -8,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from infini_train import exit_codes
 from launch.cluster import RestartConfig
-from launch.console import Waiting
+from launch.console import waiting
 from launch.job import Job
 
 logger = logging.getLogger(__name__)
-STOPPED = (129, 130, 143)
-DIVERGED = 4  # a retry from the last checkpoint would diverge again
 MAX_WAIT_S = 600
+FINAL = (exit_codes.DONE, exit_codes.DIVERGED, *exit_codes.STOPPED)  # after these a retry is of no use
 
 
 def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
@@ -32,7 +35,7 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
     for start in range(sys.maxsize):
         environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}
         code = _wait([*command, f"--nproc={nproc}"], environment)
-        if code in (0, DIVERGED, *STOPPED) or (code == 2 and start == 0):
+        if code in FINAL or (code == exit_codes.MISTAKE and start == 0):
             return code
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
         retries = retries + 1 if newest == before else 1
@@ -41,7 +44,7 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
             return code
         wait_s = min(restart.backoff_s * 2 ** (retries - 1), MAX_WAIT_S)
         logger.info("exit code %d; retry %d of %d in %d s", code, retries, restart.max_retries, wait_s)
-        with Waiting(f"retry {retries} of {restart.max_retries} in {wait_s} s"):
+        with waiting(f"retry {retries} of {restart.max_retries} in {wait_s} s"):
             time.sleep(wait_s)
     raise AssertionError("endless")
 
@@ -51,8 +54,7 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
     with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
-                code = process.wait()
-                return code if code >= 0 else 128 - code
+                return exit_codes.of_process(process.wait())
             except KeyboardInterrupt:
                 continue
 

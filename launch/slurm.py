@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infini_train.config.errors import ConfigError
-from launch.console import Waiting
+from launch.console import waiting
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
@@ -108,7 +108,7 @@ def _run(*command: str) -> str:
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
     logger.debug("%s", shlex.join(command))
     try:
-        with Waiting(f"waiting for {command[0]}"):
+        with waiting(f"waiting for {command[0]}"):
             return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except FileNotFoundError as error:
         raise ConfigError(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error

@@ -15,8 +15,8 @@ from infini_train.config.files import dump, load_run, scale_sizes
 from infini_train.config.run import RunConfig, divide_processes
 from launch import folder, slurm
 from launch.cluster import ClusterConfig, load_cluster
-from launch.console import Waiting
-from launch.job import Job, NodesError, plan_job, plan_scales, rank_environment, require_line
+from launch.console import waiting
+from launch.job import Job, NodesError, job_environment, plan_job, plan_scales, require_line
 from launch.local import run_locally
 from launch.render import render_encoding, render_training
 
@@ -77,7 +77,7 @@ def run_local(options: argparse.Namespace) -> int:
         settings=tuple(options.set),
         run_dir=str(run.directory),
         nodes=1,
-        exports=rank_environment(run, cluster),
+        exports=job_environment(run, cluster),
     )
     return run_locally(job, options.nproc, cluster.restart)
 
@@ -160,7 +160,7 @@ def _send(run: RunConfig, cluster: ClusterConfig, options: argparse.Namespace, a
     with _naming_options(options, cluster):
         job = plan_job(run, cluster, str(config), nodes=options.nodes)
     files = {"train.sbatch": render_training(job, cluster), "run.yaml": dump(run)}
-    with Waiting("recording the code's revision"):
+    with waiting("recording the code's revision"):
         launch_dir = folder.prepare(run.directory, files, Path(__file__).resolve().parent)
     wait = [] if after is None else [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"]
     number = slurm.submit(launch_dir / "train.sbatch", [*_output(launch_dir), *wait])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infini_train.config.errors import ConfigError
 from launch import folder, slurm, status
-from launch.console import Waiting
+from launch.console import waiting
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5  # how often a log that is followed is looked at
@@ -21,7 +21,7 @@ ASK_SLURM_EVERY_S = 15  # whether its job is still in the queue
 
 def show_status(options: argparse.Namespace) -> int:
     """`infini-launch status`."""
-    with Waiting(f"reading the runs below {options.folder}"):
+    with waiting(f"reading the runs below {options.folder}"):
         runs = folder.find_runs(options.folder)
         jobs = {number for run in runs if (number := folder.read_job(run)) is not None}
     queue: Mapping[int, slurm.QueuedJob] | None = {}
@@ -68,11 +68,11 @@ def _find_log(run_dir: Path, rank: int, shown: Path | None) -> Path | None:
 
 def _await_log(options: argparse.Namespace, shown: Path | None) -> Path | None:
     """Waits for a log that was not shown yet; None: the run is over without one."""
-    with Waiting(_describe_wait(options.run)) as waiting:
+    with waiting(_describe_wait(options.run)) as line:
         while (path := _find_log(options.run, options.rank, shown)) is None:
             if _is_over(options.run):
                 return None
-            waiting.text = _describe_wait(options.run)
+            line.text = _describe_wait(options.run)
             time.sleep(POLL_S)
     return path
 

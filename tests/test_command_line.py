@@ -2,20 +2,22 @@
 
 import argparse
 import io
+import sys
 import time
 
 import pytest
 
-from infini_train import command_line
+from infini_train import command_line, logs
 from infini_train.command_line import (
+    CLEAR_LINE,
     CommandParser,
     RenamedOption,
+    Spinner,
     format_length,
     non_negative,
     parse_length,
     positive,
     positive_float,
-    spinner,
 )
 from infini_train.config.errors import ConfigError
 
@@ -113,13 +115,35 @@ class Terminal(io.StringIO):
 
 
 def test_a_spinner_turns_on_a_terminal_only(monkeypatch):
-    for stream in (Terminal(), io.StringIO()):
+    for stream, quiet in ((Terminal(), False), (io.StringIO(), False), (Terminal(), True)):
         monkeypatch.setattr(command_line.sys, "stderr", stream)
-        with pytest.raises(KeyboardInterrupt), spinner("loading", interval_s=0.01):
+        with (
+            logs.console(quiet=quiet),
+            pytest.raises(KeyboardInterrupt),
+            Spinner("loading", interval_s=0.01) as spinner,
+        ):
+            time.sleep(0.1)
+            spinner.text = "more"
             time.sleep(0.1)
             raise KeyboardInterrupt
         shown = stream.getvalue()
-        if stream.isatty():
-            assert shown.startswith("| loading 0 s\r/ loading 0 s\r") and shown.endswith("\x1b[2K")
+        if stream.isatty() and not quiet:
+            assert shown.startswith(f"{CLEAR_LINE}| loading (0 s)\r{CLEAR_LINE}/ loading (0 s)\r")
+            assert " more (0 s)" in shown and shown.endswith(CLEAR_LINE)
         else:
             assert shown == ""
+
+
+def test_a_short_wait_shows_nothing(monkeypatch):
+    monkeypatch.setattr(command_line.sys, "stderr", stream := Terminal())
+    with Spinner("loading", after_s=60):
+        time.sleep(0.05)
+    assert stream.getvalue() == ""
+
+
+def test_bars_show_on_a_terminal_unless_quiet(monkeypatch):
+    for stream, quiet in ((Terminal(), False), (io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with logs.console(quiet=quiet), logs.progress_bar(total=2, desc="tokens", file=stream) as bar:
+            bar.update(2)
+        assert ("tokens" in stream.getvalue()) == (stream.isatty() and not quiet)

@@ -187,6 +187,20 @@ def test_it_is_planned(run_file: Path, call: Callable[..., int], capsys):
         assert plan["carried_lane_bytes"] == 4 * memory_numbers(config.model)
 
 
+def test_one_that_needs_values_is_refused_by_the_plan(run_file: Path, call: Callable[..., int], monkeypatch, capsys):
+    forward = AverageAttention.forward
+
+    def peeking(self: AverageAttention, hidden_TBD: Tensor, *rest: Any) -> Any:
+        assert hidden_TBD.sum().item() < float("inf")
+        return forward(self, hidden_TBD, *rest)
+
+    if load_run(str(run_file)).model.attention.kind == "average":
+        monkeypatch.setattr(AverageAttention, "forward", peeking)
+        assert call("plan", run_file) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: model.attention.kind: average can't be planned: its module needs values")
+
+
 def test_a_resumed_run_is_the_run(run_file: Path, tmp_path: Path, call: Callable[..., int]):
     """Bit for bit, with the schedule of the same length."""
     stopped = ("--set", f"run_dir={tmp_path / 'stopped'}")

@@ -1,8 +1,7 @@
 """`data`: what is read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import pydantic
 from pydantic import FiniteFloat
@@ -19,7 +18,19 @@ def _check_pressure(pressure: float, share: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PasskeyConfig:
+class SyntheticConfig:
+    """One kind of texts that are made while training."""
+
+    kind: str
+
+    @property
+    def tokenizer_file(self) -> str | None:
+        """What the texts are encoded with; None: bytes."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeyConfig(SyntheticConfig):
     """Texts that hide a number, made while training; a text never crosses a window (docs/passkey.md).
 
     They start short, grow once they are learned, and come under pressure when they have grown.
@@ -55,7 +66,7 @@ class PasskeyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedlesConfig:
+class NeedlesConfig(SyntheticConfig):
     """Texts that hide several things, made while training (docs/needles.md)."""
 
     kind: Literal["needles"] = "needles"  # chooses these texts
@@ -91,9 +102,13 @@ class NeedlesConfig:
             " data.synthetic.needles",
         )
 
+    @property
+    def tokenizer_file(self) -> str | None:
+        return self.tokenizer
+
 
 @dataclass(frozen=True, kw_only=True)
-class RecallConfig:
+class RecallConfig(SyntheticConfig):
     """Key-value pairs, then a question for each of them (docs/needles.md)."""
 
     kind: Literal["recall"] = "recall"  # chooses these texts
@@ -112,12 +127,20 @@ class RecallConfig:
         require(self.grow_below_loss > 0, "data.synthetic.grow_below_loss", "must be positive")
 
 
-SyntheticConfig = PasskeyConfig | NeedlesConfig | RecallConfig
-SYNTHETIC_KINDS: Mapping[str, type[SyntheticConfig]] = {
+SYNTHETIC_KINDS: dict[str, type[SyntheticConfig]] = {
     "passkey": PasskeyConfig,
     "needles": NeedlesConfig,
     "recall": RecallConfig,
 }
+
+
+def _choose_by_kind(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+    union: Any = Union[tuple(SYNTHETIC_KINDS.values())]  # noqa: UP007 (of a table, not of names)
+    return handler(Annotated[union, pydantic.Field(discriminator="kind")])
+
+
+# One of SYNTHETIC_KINDS, chosen by `kind`; the table is read when a validator is built.
+AnySyntheticConfig = Annotated[SyntheticConfig, pydantic.GetPydanticSchema(_choose_by_kind)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +176,7 @@ class DataConfig:
     mixture: tuple[MixturePart, ...] = ()  # several datasets to train on, instead of one
     curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once per epoch
     # texts made on the fly, instead of shards
-    synthetic: Annotated[SyntheticConfig | None, pydantic.Field(discriminator="kind")] = None
+    synthetic: AnySyntheticConfig | None = None
     validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
     cache_dir: str | None = None  # for URLs (s3://...): a local folder with enough space for the shards

@@ -15,6 +15,7 @@ from infini_train.config.errors import ConfigError, naming
 from infini_train.environment import world
 
 _SECTION = "data.synthetic"
+_OLD_SECTIONS = ("passkey", "needles", "recall")  # below data; later kinds never were sections of their own
 
 
 def modernise(tree: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], str | None]:
@@ -32,10 +33,10 @@ def modernise(tree: Mapping[str, Any], base: Mapping[str, Any] | None = None) ->
         ConfigError: two sections of which only one can be given.
     """
     data = tree.get("data")
-    if not isinstance(data, Mapping) or not set(data) & set(SYNTHETIC_KINDS):
+    if not isinstance(data, Mapping) or not set(data) & set(_OLD_SECTIONS):
         return dict(tree), None
-    new = {name: value for name, value in data.items() if name not in SYNTHETIC_KINDS}
-    given = [name for name in SYNTHETIC_KINDS if data.get(name) is not None]
+    new = {name: value for name, value in data.items() if name not in _OLD_SECTIONS}
+    given = [name for name in _OLD_SECTIONS if data.get(name) is not None]
     if len(given) + (new.get("synthetic") is not None) > 1:
         names = [f"data.{name}" for name in given] + [_SECTION] * (new.get("synthetic") is not None)
         raise ConfigError(f"{' and '.join(names)}: give only one of them, as {_SECTION}")
@@ -52,7 +53,7 @@ def _modernise_section(section: Any, kind: str, base_kind: str | None) -> Any:
     if not isinstance(section, Mapping):
         return section  # a mistake, which validation will name
     # The old sections were independent: nothing is taken over from texts of another kind.
-    defaults = {} if base_kind in (None, kind) else dataclasses.asdict(SYNTHETIC_KINDS[kind]())
+    defaults = {} if base_kind in (None, kind) else dataclasses.asdict(SYNTHETIC_KINDS[kind](kind=kind))
     return {**defaults, "kind": kind, **section}
 
 

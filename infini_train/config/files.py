@@ -19,7 +19,7 @@ import pydantic
 import yaml
 
 from infini_train.config.attention import KINDS, InfiniConfig
-from infini_train.config.data import SYNTHETIC_KINDS
+from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.deprecated import modernise, modernise_file, modernise_override
 from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
@@ -226,10 +226,9 @@ def override(tree: dict[str, Any], assignments: Iterable[str], option: str = "--
 
 def _variants(annotation: Any) -> dict[str, Any]:
     """The dataclasses of a union discriminated by `kind`; empty for any other annotation."""
-    if AttentionVariant in get_args(annotation):
-        return dict(KINDS)
-    options = [option for inner in get_args(annotation) for option in (inner, *get_args(inner))]
-    return {option.kind: option for option in options if dataclasses.is_dataclass(option) and hasattr(option, "kind")}
+    tables: dict[type, Mapping[str, type]] = {AttentionVariant: KINDS, SyntheticConfig: SYNTHETIC_KINDS}
+    chosen = next((tables[base] for base in get_args(annotation) if base in tables), {})
+    return dict(chosen)
 
 
 def _section(location: Iterable[int | str]) -> Any:
@@ -273,7 +272,7 @@ def _explain(error: pydantic.ValidationError) -> str:
 
 @functools.cache
 def _validator(kinds: tuple[type, ...]) -> pydantic.TypeAdapter[RunConfig]:
-    """The validator of a schema with these variants of attention, which are read from the table when it is built."""
+    """The validator of a schema with these members of its unions, which are read from their tables when it is built."""
     return pydantic.TypeAdapter(RunConfig)
 
 
@@ -285,7 +284,8 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     """
     tree, _ = modernise(tree)
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
-        return _validator(tuple(KINDS.values())).validate_json(json.dumps(tree), strict=True, extra="forbid")
+        validator = _validator((*KINDS.values(), *SYNTHETIC_KINDS.values()))
+        return validator.validate_json(json.dumps(tree), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error)) from error
     except (TypeError, ValueError) as error:  # a YAML value that JSON doesn't know: a set, a list that holds itself

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from infini_train.command_line import describe, spinner
+from infini_train.command_line import Spinner, describe
 from infini_train.config.attention import KINDS
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_out, check_folder
@@ -85,7 +85,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 def _gates(options: argparse.Namespace) -> None:
     check_folder(options.out)
-    with spinner("drawing the gates"):
+    with Spinner("drawing the gates"):
         found = report_gates(options.model, options.out)
     if options.json:
         print(json.dumps(found))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infini_train.command_line import describe, non_negative, positive, spinner
+from infini_train.command_line import Spinner, describe, non_negative, positive
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_lanes, add_model, add_out, load
 
@@ -90,7 +90,7 @@ def evaluate_harness(trained: "Trained", task: HarnessTask, *, lanes: int, out: 
     Raises:
         ConfigError: lm_eval is not installed, a task is unknown, broken, or needs the network.
     """
-    with spinner("loading lm-evaluation-harness"):
+    with Spinner("loading lm-evaluation-harness"):
         _go_offline()
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
@@ -110,7 +110,7 @@ def evaluate_harness(trained: "Trained", task: HarnessTask, *, lanes: int, out: 
     }
     names = task.names()
     board = (out or home).resolve() / "tensorboard" / "eval"
-    with spinner("loading tasks"):
+    with Spinner("loading tasks"):
         manager = _load_tasks(names, folder)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm_eval would fork this process, threads and all, which may hang
     with contextlib.chdir(folder):

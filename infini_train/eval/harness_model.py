@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from tqdm import tqdm
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.inference.generation import continue_from
 from infini_train.inference.reading import Tail, read_segments, score_tails
 from infini_train.inference.sampling import Sampling
+from infini_train.logs import progress_bar
 from infini_train.model.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256  # where a task names no limit
@@ -72,7 +72,7 @@ class InfiniLM(TemplateLM):
         for i, (_, context, _) in enumerate(requests):
             groups.setdefault(tuple(context), []).append(i)
         order = sorted(groups, key=len, reverse=True)
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or None, leave=False) as bar:
+        with progress_bar(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
             for first in range(0, len(order), self.lanes):
                 contexts = order[first : first + self.lanes]
                 tails = read_segments(self.model, [np.array(context, np.int64) for context in contexts])
@@ -103,7 +103,7 @@ class InfiniLM(TemplateLM):
         """What the model writes after each context, cut before the first of the strings that end it."""
         said = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]), reverse=True)
-        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or None, leave=False) as bar:
+        with progress_bar(total=len(requests), desc="generate", disable=disable_tqdm) as bar:
             for first in range(0, len(order), self.lanes):
                 batch = order[first : first + self.lanes]
                 texts = [np.array(self.tok_encode(requests[i].args[0]), np.int64) for i in batch]

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tqdm import tqdm
-
-from infini_train.command_line import positive, spinner
+from infini_train.command_line import Spinner, positive
 from infini_train.config.errors import ConfigError
+from infini_train.logs import progress_bar
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +31,7 @@ class Measurement(ABC, Generic[RecordT]):
     Args:
         trained: the model.
         test: what is measured, such as passkey; its results lie in eval/TEST-STEP of the run.
-        variant: what distinguishes it from the usual one, with a dash before; follows the step.
+        suffix: what distinguishes it from the usual one, with a dash before; follows the step.
         settings: what the records depend on, besides the checkpoint, the precision, and what they say themselves.
 
     Attributes:
@@ -45,11 +44,11 @@ class Measurement(ABC, Generic[RecordT]):
     record: type[RecordT]
     about: dict[str, Any]
 
-    def __init__(self, trained: "Trained", test: str, variant: str, settings: dict[str, Any]) -> None:
+    def __init__(self, trained: "Trained", test: str, suffix: str, settings: dict[str, Any]) -> None:
         from infini_train.eval.records import hash_checkpoint
 
         self.trained = trained
-        self.folder_name, self.board_name = f"{test}-{trained.step}{variant}", f"{test}{variant}"
+        self.folder_name, self.board_name = f"{test}-{trained.step}{suffix}", f"{test}{suffix}"
         self.settings = {
             "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
             **settings,
@@ -118,13 +117,13 @@ def run_measurement(
     there, total = measurement.plan(file.records)
     for line in there:
         report(line)
-    with tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, unit="tok", unit_scale=True) as bar:
         for batch in measurement.measure(tuple(file.records), bar.update):
             file.append(batch)
             for line in measurement.describe(batch, file.records):
                 with bar.external_write_mode():
                     report(line)
-    with spinner("writing results"):
+    with Spinner("writing results"):
         results = {
             "checkpoint": str(trained.checkpoint),
             "step": trained.step,
@@ -197,7 +196,7 @@ def load(options: argparse.Namespace) -> "Trained":
         ConfigError: there is none, or --out is a file.
     """
     check_folder(getattr(options, "out", None))
-    with spinner(f"loading {options.model}"):
+    with Spinner(f"loading {options.model}"):
         from infini_train.parallel import device
 
         device.prepare()
@@ -214,7 +213,7 @@ def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[A
         choose: makes the measurement of a model.
     """
     trained = load(options)
-    with spinner("preparing"):
+    with Spinner("preparing"):
         measurement = choose(trained)
     results = run_measurement(
         measurement,

@@ -28,7 +28,7 @@ from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.measurement import add_out, run
 from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
-from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
+from infini_train.eval.retrieval_test import RetrievalTest, add_grid, name_suffix, read_grid
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -200,8 +200,8 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
             "digits": grid.digits,
             "seed": grid.seed,
         }
-        variant = f"-{grid.task}-{grid.hay}{name_variant(grid, trained.precision)}"
-        super().__init__(trained, "needles", variant, settings, prompts, lanes=lanes)
+        suffix = f"-{grid.task}-{grid.hay}{name_suffix(grid, trained.precision)}"
+        super().__init__(trained, "needles", suffix, settings, prompts, lanes=lanes)
 
     def plan(self, records: Sequence[NeedleAnswer]) -> tuple[list[str], int | None]:
         there, total = super().plan(records)

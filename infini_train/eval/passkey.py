@@ -13,7 +13,7 @@ from infini_train.data.synthetic.wordings import WORDINGS, find_wording
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.measurement import add_out, run
 from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
-from infini_train.eval.retrieval_report import RetrievalTest, add_grid, name_variant, read_grid
+from infini_train.eval.retrieval_test import RetrievalTest, add_grid, name_suffix, read_grid
 from infini_train.statistics import format_share
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class PasskeyTest(RetrievalTest[PasskeyAnswer]):
         prompts = PasskeyPrompts(grid, trained.tokenizer, trained.step_tokens)
         settings = {"wording": grid.wording, "digits": grid.digits, "seed": grid.seed}
         wording = f"-{grid.wording}" if grid.wording != "paper" else ""
-        variant = wording + name_variant(grid, trained.precision)
-        super().__init__(trained, "passkey", variant, settings, prompts, lanes=lanes)
+        suffix = wording + name_suffix(grid, trained.precision)
+        super().__init__(trained, "passkey", suffix, settings, prompts, lanes=lanes)
 
     def column_name(self, column: tuple[Any, ...]) -> str:
         return f"{column[0]:.3g}"

@@ -5,13 +5,12 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from infini_train.command_line import describe, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.eval.measurement import add_model, load
 from infini_train.eval.validation import open_data
+from infini_train.logs import progress_bar
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -74,7 +73,8 @@ def evaluate_run(
     window = _choose_window(trained.config, window_tokens, stream)
     begin = time.perf_counter()
     total = dataset.manifest.tokens + dataset.manifest.documents
-    with tqdm(total=min(total, max_tokens or total), unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+    total = min(total, max_tokens or total)
+    with progress_bar(total=total, unit="tok", unit_scale=True) as bar:
         found = evaluate_perplexity(
             trained.stages,
             dataset,

@@ -3,6 +3,7 @@
 Books of a batch are read side by side, a lane each; the summaries are written one after the other. Imports torch late.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -215,4 +216,4 @@ def _samples_left(task: SummaryTask, book: Book, done: Collection[tuple[int, int
 def _own_stream(sampling: Sampling, number: int, sample: int) -> Sampling:
     """The same settings with a seed that no other summary has."""
     seed = int(np.random.SeedSequence([sampling.seed, number, sample]).generate_state(1)[0])
-    return Sampling(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=seed)
+    return dataclasses.replace(sampling, seed=seed)

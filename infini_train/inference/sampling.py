@@ -1,4 +1,7 @@
-"""How the next token is chosen, and the command-line options that say so. Imports no torch."""
+"""How the next token is to be chosen, and the command-line options that say so. Imports no torch.
+
+`generation.choose_token` chooses it, for `infini-train generate`, summaries and the lm-evaluation-harness alike.
+"""
 
 import argparse
 from dataclasses import dataclass

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_train.config.errors import ConfigError, naming
+from infini_train.command_line import Spinner
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
 from infini_train.plan.hardware import load_hardware
@@ -16,7 +17,12 @@ DESCRIPTION = """\
 Predict memory, communication and speed of each rank of a layout, without the cluster and without the data. Builds the
 modules of one rank per pipeline stage on this machine, without memory for their values, runs them, and counts.
 Docs: docs/plan.md."""
-FLAGS = {"world_size": "--world-size", "rank": "--rank", "layouts": "--search"}  # arguments of functions -> flags
+FLAGS = {  # arguments of functions -> flags
+    "world_size": "--world-size",
+    "rank": "--rank",
+    "layouts": "--search",
+    "path": "--measure",
+}
 EXAMPLES = """\
 examples:
   infini-train plan debug                                the layout of the config, on as few processes as it needs
@@ -86,11 +92,11 @@ def _plan(options: argparse.Namespace) -> None:
         return
     from infini_train.parallel import device
 
-    device.prepare()
-    from infini_train.plan.dry_run import dry_run
-    from infini_train.plan.table import format_plan
+    with Spinner("planning"), _naming_flags():
+        device.prepare()
+        from infini_train.plan.dry_run import dry_run
+        from infini_train.plan.table import format_plan
 
-    with _naming_flags():
         plan = dry_run(config, size, None if options.rank is None else [options.rank], hardware)
     print(json.dumps(plan.to_json()) if options.json else format_plan(plan))
 
@@ -98,16 +104,16 @@ def _plan(options: argparse.Namespace) -> None:
 def _search(options: argparse.Namespace, config: RunConfig, size: int | None) -> None:
     from infini_train.parallel import device
 
-    device.prepare()
-    from infini_train.plan.search import search
-    from infini_train.plan.search_table import format_search, search_json
-
     if size is None:
         size = config.parallel.model_size * (config.parallel.data_size or 1)
     if size < 1:
         raise ConfigError(f"--world-size: must be positive, not {size}")
     hardware = load_hardware(options.hardware)
-    with _naming_flags():
+    with Spinner("comparing layouts"), _naming_flags():
+        device.prepare()
+        from infini_train.plan.search import search
+        from infini_train.plan.search_table import format_search, search_json
+
         found = search(config, hardware, size)
     if options.json:
         print(json.dumps(search_json(found, hardware, options.top)))
@@ -122,7 +128,7 @@ def _measure(path: Path) -> None:
     from infini_train.plan.measure import measure_hardware, write_hardware
 
     hardware, rates = measure_hardware()
-    with naming("--measure"):
+    with _naming_flags():
         write_hardware(path, hardware, rates)
     for name, value in dataclasses.asdict(hardware).items():
         print(f"{name:<24}{value}")

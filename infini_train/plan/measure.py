@@ -192,4 +192,4 @@ def write_hardware(path: Path, hardware: Hardware, rates: dict[str, dict[int, fl
     try:
         write_atomic(path, text)
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}") from error
+        raise ConfigError(f"path: {path} can't be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
@@ -108,10 +109,25 @@ def _rehearse(shape: _Shape, lanes: int) -> Costs:
     )
     alike = _find_alike(shape.model)
     stage = Stage(0, max(alike) + 1)
-    with pretending(parallel), device.on_meta():
+    with pretending(parallel), device.on_meta(), _explaining(shape.model):
         model = build_transformer(shape.model, stage, shape.precision, shape.sequence_parallel)
         model.layers = nn.ModuleDict({str(number): model.layers[str(number)] for number in dict.fromkeys(alike)})
         return _Rehearsal(model, shape, lanes).run(alike)
+
+
+@contextlib.contextmanager
+def _explaining(model: ModelConfig) -> Iterator[None]:
+    """A module that asks for values, which the meta device has not, is the variant's limitation, in one line."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "meta" not in str(error).lower():
+            raise
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"model.attention.kind: {model.attention.kind} can't be planned: its module needs values, and a plan has"
+            f" none ({problem}); choose operations by shapes alone"
+        ) from error
 
 
 @functools.lru_cache(maxsize=64)

@@ -127,9 +127,12 @@ def search(base: RunConfig, hardware: Hardware, processes: int) -> Search:
         ConfigError: no layout is valid, or none fits.
     """
     valid, fitting, least = 0, [], float("inf")
+    parts_of: dict[ParallelConfig, list[Part]] = {}  # neither micro-batches nor recomputation change them
     for config in enumerate_layouts(base, hardware, processes):
         valid += 1
-        parts = find_parts(config)
+        if config.parallel not in parts_of:
+            parts_of[config.parallel] = find_parts(config)
+        parts = parts_of[config.parallel]
         peak = fullest(config, hardware, parts)
         least = min(least, peak)
         if peak <= hardware.usable_bytes:

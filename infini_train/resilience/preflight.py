@@ -1,8 +1,12 @@
 """`python -m infini_train.resilience.preflight RUN_DIR`: node health check, run by all ranks before a large job.
 
-Each rank checks its own node and reports to rank 0 through torch's store; rank 0 compares. Then one process group
-checks an all-reduce and measures its bandwidth. Exit codes: 0, all nodes are healthy; 3, this rank's node is at fault
-(the batch script excludes it from the next start); 1, a fault that could not be attributed to a node.
+Each rank checks its node and its device, so that the 8 ranks of a node run `check_node` 8 times at once: a check must
+not disturb its neighbours. The ranks report to rank 0 through torch's store, and rank 0 compares (`judge`). Then one
+process group checks an all-reduce and measures its bandwidth. Exit codes: 0, all nodes are healthy; 3, this rank's node
+is at fault (the batch script excludes it from the next start); 1, a fault that could not be attributed to a node.
+
+A new threshold touches four places: its option here (`_parse`) and the check that reads it, the field of the cluster's
+config (launch/cluster.py), the line that passes it on (slurm/templates/train.sbatch.j2), and docs/slurm.md.
 """
 
 import argparse
@@ -25,12 +29,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from infini_train import exit_codes
 from infini_train.parallel import device
 
 device.prepare()  # before anything else imports megatron-core: its notices are not for this console
 from infini_train.parallel import mesh  # noqa: E402
 
-BAD_NODE = 3
 LIBRARIES = ("infini-train", "torch", "megatron-core", "deepspeed", "numpy")
 MAX_CLOCK_SKEW_S = 5.0
 SHARED_FILE_S = 20.0  # for a new file to appear on all nodes of a shared file system
@@ -56,14 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         verdict, bandwidth = compare_ranks(options.run_dir, problems, options.timeout_s)
     except RuntimeError as error:
-        sys.exit(_fail(f"preflight: rank {rank} ({node_name()}): {' '.join(str(error).split())[:300]}", 1))
+        problem = " ".join(str(error).split())[:300]
+        sys.exit(_fail(f"preflight: rank {rank} ({node_name()}): {problem}", exit_codes.FAILED))
     if rank == 0:
         for line in verdict.values():
             print(f"error: preflight: {line}", file=sys.stderr)
         if not verdict:
             print(f"preflight: {size} ranks are well; all-reduce {bandwidth / 1e9:.3g} GB/s a rank (bus bandwidth)")
     if str(rank) in verdict:
-        sys.exit(BAD_NODE if rank == 0 else _fail(f"preflight: {verdict[str(rank)]}", BAD_NODE))
+        sys.exit(exit_codes.BAD_NODE if rank == 0 else _fail(f"preflight: {verdict[str(rank)]}", exit_codes.BAD_NODE))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 
 from torch.distributed import PrefixStore, TCPStore
 
+from infini_train import exit_codes
 from infini_train.resilience.rank_status import RankStatus
 from infini_train.resilience.stack_dumps import StackDumps, logs_folder
 
@@ -48,6 +49,10 @@ class Beat(NamedTuple):
     operation: str
     finished: bool
     place: str  # "host, process 123"
+
+    def describe_lost(self, rank: int) -> str:
+        """What to say of this rank if no other heartbeat follows."""
+        return f"rank {rank} ({self.place}) stopped answering; last heard of in '{self.operation}'"
 
 
 class Watchdog:
@@ -175,7 +180,7 @@ class Watchdog:
             time.sleep(self.interval_s / 2)
         for rank, (before, now) in enumerate(zip(first, self._read_beats(), strict=True)):
             if rank != self.rank and before is not None and before == now and not now.finished:
-                return self._report(f"rank {rank} ({now.place}) stopped answering; last heard of in '{now.operation}'")
+                return self._report(now.describe_lost(rank))
         return None
 
     # --------------------------------------------------------------------------------------------------------- threads
@@ -235,7 +240,7 @@ class Watchdog:
                 self._stacks.dump()
         sys.stderr.write(f"rank {self.rank} was here:\n{stack}error: {message}\n")
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(exit_codes.FAILED)
 
     def _close_stacks(self) -> None:
         if self._stacks:
@@ -320,7 +325,5 @@ class Neighbour:
             self.rank = (self.rank + 1) % watchdog.world_size
             self.silence = Silence(watchdog.timeout_s, watchdog.interval_s)
         elif self.silence.lasts(None if beat is None else beat.count):
-            found = f"rank {self.rank} did not start within {watchdog.timeout_s:g} s"
-            if beat is not None:
-                found = f"rank {self.rank} ({beat.place}) stopped answering; last heard of in '{beat.operation}'"
-            watchdog._report(found)
+            never = f"rank {self.rank} did not start within {watchdog.timeout_s:g} s"
+            watchdog._report(never if beat is None else beat.describe_lost(self.rank))

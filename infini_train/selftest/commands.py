@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from infini_train import exit_codes
 from infini_train.command_line import positive, repeat_verbosity
 from infini_train.config.errors import ConfigError, naming
 from infini_train.selftest.cases import CASES, Case, choose_cases
@@ -86,7 +87,7 @@ def _selftest(options: argparse.Namespace) -> None:
     mesh.stop()
     if failed and os.environ.get("RANK", "0") == "0":
         print(f"error: {failed} of {len(cases)} cases failed; see docs/selftest.md", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_codes.FAILED)
 
 
 def _list(cases: Iterable[Case]) -> None:

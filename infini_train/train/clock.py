@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from infini_train.atomic_files import replacing, write_atomic
 from infini_train.model.flops import training_flops_per_token
 from infini_train.parallel import device
 from infini_train.train.session import Session
@@ -87,6 +88,8 @@ class profiled:
             return
         self.profiler.__exit__(*error)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / f"step-{self.step:08d}.json"))
+        name = f"step-{self.step:08d}"
+        with replacing(self.folder / f"{name}.json", durable=False) as partial:
+            self.profiler.export_chrome_trace(str(partial))
         table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-        (self.folder / f"step-{self.step:08d}.txt").write_text(table, encoding="utf-8")
+        write_atomic(self.folder / f"{name}.txt", table, durable=False)

@@ -1,4 +1,13 @@
-"""status.json: where a run stands, for `infini-launch status` and other observers; findings.jsonl: its bad steps."""
+"""status.json: where a run stands; findings.jsonl: its bad steps.
+
+status.json is one object, replaced whole by rank 0 at every report:
+
+    state                what the run does or how it ended: training, finished, failed, diverged, stopped by SIGNAL
+    name, step, total_steps, restarts, heartbeat (when it was written, in seconds since 1970)
+    loss, tokens_per_s, eta_s, skipped_steps    of the last report; missing before the first
+
+launch/folder.py reads it, for launch/status.py and launch/watch.py.
+"""
 
 import contextlib
 import json

@@ -1,7 +1,6 @@
 """Every field of the schema is decided: a resumed run may change it for a stated reason, or it is refused by name."""
 
 import dataclasses
-import types
 import typing
 from typing import Any
 
@@ -15,6 +14,7 @@ from infini_train.checkpoint.compat import (
     same_weight_fields,
 )
 from infini_train.config.attention import KINDS, FullConfig, InfiniConfig, LocalConfig
+from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import override, to_tree, validate
 from infini_train.config.run import RunConfig
@@ -33,9 +33,10 @@ def leaf_paths(section: Any, prefix: str = "") -> list[str]:
     """Dotted paths of all fields below a config dataclass, of every variant of a union."""
     paths: list[str] = []
     hints = typing.get_type_hints(section)
+    tables = {AttentionVariant: KINDS, SyntheticConfig: SYNTHETIC_KINDS}
     for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(section)):
-        variants = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        variants = tuple(KINDS.values()) if hint is AttentionVariant else variants
+        members = typing.get_args(hint) or (hint,)  # of an optional section
+        variants = [variant for each in members for variant in tables.get(each, {"": each}).values()]
         sections = [variant for variant in variants if dataclasses.is_dataclass(variant)]
         for variant in sections:
             paths += leaf_paths(variant, f"{prefix}{name}.")

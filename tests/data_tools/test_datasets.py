@@ -184,3 +184,20 @@ def test_sources_are_told_with_their_counts(tmp_path) -> None:
     manifest = Dataset.open(write(tmp_path / "set")).manifest
     assert sum(source.documents for source in manifest.sources) == 40
     assert dataclasses.asdict(manifest)["left_out"] == {}
+
+
+def test_a_picture_is_replaced_whole(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fill_the_disk(figure, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    lengths.plot_lengths(np.array([3, 5000]), tmp_path / "lengths.png")
+    before = (tmp_path / "lengths.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    with pytest.raises(ConfigError, match="no space left"):
+        lengths.plot_lengths(np.array([4]), tmp_path / "lengths.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["lengths.png"]
+    assert (tmp_path / "lengths.png").read_bytes() == before

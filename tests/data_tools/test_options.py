@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import re
 import string
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_tools import cli
+from data_tools.clean import CleanOptions
+from data_tools.filters import FilterOptions
 from data_tools.options import build_parser, flag_of
 from data_tools.plan import make_plan
 from data_tools.problems import BadRecordError, LeftOut, SettingError
@@ -158,3 +161,33 @@ def test_defaults_are_shown_in_one_way() -> None:
             assert not re.search(r"\(title\)|: 1000$|^default", shown), f"{command} {action.option_strings}"
             if action.default not in (None, False, argparse.SUPPRESS) and action.option_strings:
                 assert re.search(r"\(default: [^)]+\)$", shown), f"{command} {action.option_strings}: {shown}"
+
+
+def test_every_field_of_the_filters_is_an_option() -> None:
+    """`clean` reads all of them by name; one without an option would do nothing."""
+    plain = vars(build_parser().parse_args(["clean", "a.jsonl", "--out", "b"]))
+    for field in dataclasses.fields(FilterOptions):
+        assert plain[field.name] == field.default, field.name
+
+
+def test_the_filters_reach_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[FilterOptions] = []
+
+    def stop(sources: object, out: object, options: CleanOptions) -> None:
+        given.append(options.filters)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(cli, "clean_corpus", stop)
+    words = "--nfc --strip-controls --min-chars 1 --max-chars 9 --max-repeated-lines 0.5 --max-symbols 0.25"
+    assert cli.main(["clean", "a.jsonl", "--out", "b", *words.split(), "--language", "en,de"]) == 2
+    expected = FilterOptions(
+        nfc=True,
+        strip_controls=True,
+        min_chars=1,
+        max_chars=9,
+        max_repeated_lines=0.5,
+        max_symbols=0.25,
+        languages=("en", "de"),
+    )
+    assert given == [expected]
+    assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(FilterOptions))

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infini_train.config.errors import ConfigError
 from infini_train.data.synthetic.needles import TASKS
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.eval import retrieval_report
+from infini_train.eval import retrieval_test
 from infini_train.eval.measurement import run_measurement
 from infini_train.eval.needles import NeedleGrid, NeedlePrompts, NeedleTest
 from infini_train.eval.retrieval import answer_prompts, summarise_answers
@@ -148,7 +148,7 @@ def test_prose_is_read_and_told_when_it_is_short(run, call, capsys, tmp_path):
 
 def test_a_stopped_test_goes_on(run, monkeypatch):
     trained, grid = open_trained(run), grid_of("variables", needles=(2,), samples=4)
-    batches = retrieval_report.answer_prompts
+    batches = retrieval_test.answer_prompts
 
     def stop_in_the_second(*arguments, **options):
         for number, answers in enumerate(batches(*arguments, **options)):
@@ -157,7 +157,7 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
             yield answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval_report, "answer_prompts", stop_in_the_second)
+        patch.setattr(retrieval_test, "answer_prompts", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             run_measurement(NeedleTest(trained, grid, lanes=3), report=lambda line: None)
     said: list[str] = []

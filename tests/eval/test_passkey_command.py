@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import SentencePieceTokenizer
-from infini_train.eval import retrieval_report
+from infini_train.eval import retrieval_test
 from infini_train.eval.measurement import run_measurement
 from infini_train.eval.passkey import PasskeyAnswer, PasskeyGrid, PasskeyTest
 from infini_train.eval.records import RecordFile
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_joins_digits(run, tmp_path):
 def test_a_stopped_test_goes_on(run, monkeypatch):
     """Stopped while a batch is read: the batches before it are kept, and the end is that of a test never stopped."""
     trained, grid = open_trained(run), PasskeyGrid(lengths_tokens=(260, 400), depths=(0.0, 1.0), samples=3)
-    batches = retrieval_report.answer_prompts
+    batches = retrieval_test.answer_prompts
 
     def stop_in_the_third(*arguments, **options):
         for number, answers in enumerate(batches(*arguments, **options)):
@@ -141,7 +141,7 @@ def test_a_stopped_test_goes_on(run, monkeypatch):
             yield answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval_report, "answer_prompts", stop_in_the_third)
+        patch.setattr(retrieval_test, "answer_prompts", stop_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             run_measurement(PasskeyTest(trained, grid, lanes=2), report=lambda line: None)
     folder = run / "eval" / "passkey-1"

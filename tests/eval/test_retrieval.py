@@ -7,7 +7,7 @@ import pytest
 from infini_train.config.errors import ConfigError
 from infini_train.eval.passkey import PasskeyAnswer, PasskeyGrid
 from infini_train.eval.retrieval import RetrievalScore, score_cells, summarise_answers
-from infini_train.eval.retrieval_report import parse_depths
+from infini_train.eval.retrieval_test import parse_depths
 
 
 def grid_of(**changes) -> PasskeyGrid:

@@ -89,7 +89,7 @@ def test_waiting_is_shown_on_a_terminal_once_it_takes_long(tmp_path: Path) -> No
     (tmp_path / "squeue").chmod(0o755)
     (tmp_path / "run" / "launch").mkdir(parents=True)
     (tmp_path / "run" / "launch" / "job").write_text("12\n")
-    script = "from launch import console; console.Waiting.__init__.__defaults__ = (0.2,); "
+    script = "from launch import console; console.WAIT_IS_SHOWN_AFTER_S = 0.2; "
     script += f"from launch.cli import main; main(['status', {str(tmp_path)!r}, '-v'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:/usr/bin:/bin"}
     terminal, stderr = os.openpty()
@@ -102,6 +102,13 @@ def test_waiting_is_shown_on_a_terminal_once_it_takes_long(tmp_path: Path) -> No
     assert "waiting for squeue (" in shown and shown.endswith("\r\x1b[2K")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert b"waiting" not in done.stderr, "no terminal"
+    terminal, stderr = os.openpty()
+    quiet = [sys.executable, "-c", script.replace("'-v'", "'-q'")]
+    done = subprocess.run(quiet, env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.write(stderr, b"end")
+    os.close(stderr)
+    assert b" pending " in done.stdout and os.read(terminal, 1 << 16) == b"end", "--quiet"
+    os.close(terminal)
 
 
 def test_following_a_log_says_what_keeps_the_run(tmp_path: Path) -> None:
@@ -112,7 +119,7 @@ def test_following_a_log_says_what_keeps_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "launch").mkdir(parents=True)
     (run / "launch" / "job").write_text("12\n")
-    script = "from launch import console, watch; console.Waiting.__init__.__defaults__ = (0.1,); "
+    script = "from launch import console, watch; console.WAIT_IS_SHOWN_AFTER_S = 0.1; "
     script += "watch.POLL_S = watch.ASK_SLURM_EVERY_S = 0.1; "
     script += f"from launch.cli import main; main(['logs', {str(run)!r}, '-f'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:/usr/bin:/bin"}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from infini_train.exit_codes import BAD_NODE, DONE
 from infini_train.parallel import mesh
-from infini_train.resilience.preflight import BAD_NODE, Facts, check_node, judge
+from infini_train.resilience.preflight import Facts, check_node, judge
 
 
 def test_a_good_node_has_no_problems(tmp_path):
@@ -90,6 +91,6 @@ def test_the_rank_of_a_bad_node_has_its_own_exit_code(tmp_path):
     (tmp_path / "file").touch()
     scratch = (tmp_path, tmp_path / "file" / "below")
     (first, said), (second, own) = start_ranks(tmp_path / "run", *scratch, room="parallel")  # the former name
-    assert (first, second) == (0, BAD_NODE)
+    assert (first, second) == (DONE, BAD_NODE)
     assert "note: infini_train.parallel.preflight has moved to" in said and "note: " not in own
     assert "error: preflight: rank 1 (n2): TMPDIR: " in said and "error: preflight: rank 1 (n2): TMPDIR: " in own

@@ -1,1 +1,1 @@
-"""Training texts made on the fly: passkey, needles and key-value recall, and the reader that lays them out."""
+"""Texts made on the fly to train and to evaluate on: passkey, needles and recall, their makers and their reader."""

@@ -1,22 +1,20 @@
 """Identities of synthetic texts: what a checkpoint stores, so that a run resumes on the same texts only.
 
 Version 2 is canonical JSON: the kind, the version of its texts, the tokenizer's hash, and all fields that differ from
-their defaults. A field
-that is added later leaves every earlier identity as it was. So a default never changes, and a kind whose texts come out
-differently for the same config gets a new text version. Version 1, the repr of the config class of its time, is still
-accepted. Imports no torch.
+their defaults. A field that is added later leaves every earlier identity as it was. So a default never changes, and a
+kind whose texts come out differently for the same config gets a new text version (makers.py). Version 1, the repr of
+the config class of its time, is still accepted for the kinds that had it. Imports no torch.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from infini_train.config.data import SyntheticConfig
+from infini_train.data.synthetic.makers import MAKERS
 from infini_train.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-TEXT_VERSIONS: Mapping[str, int] = {"passkey": 1, "needles": 2, "recall": 1}
 _ELSEWHERE = {"kind", "tokenizer"}  # a tokenizer's file may move; its hash is part of the identity
 
 # Version 1: the class and all fields of its time, in their order; see also `identify_1`.
@@ -35,7 +33,7 @@ def identify(config: SyntheticConfig, tokenizer: Tokenizer) -> str:
     tree = {
         "format": FORMAT_VERSION,
         "kind": config.kind,
-        "texts": TEXT_VERSIONS[config.kind],
+        "texts": MAKERS[config.kind].text_version,
         "tokenizer": tokenizer.sha256,
         "fields": _changed_fields(config),
     }
@@ -43,13 +41,18 @@ def identify(config: SyntheticConfig, tokenizer: Tokenizer) -> str:
 
 
 def identify_1(config: SyntheticConfig, tokenizer: Tokenizer) -> str | None:
-    """The identity in version 1; None if it had none, because a field that was added later is not at its default."""
+    """The identity in version 1; None if it had none.
+
+    That is so for kinds that were added later, and if a field that was added later is not at its default.
+    """
+    if config.kind not in _FIELDS_1:
+        return None
     fields = _FIELDS_1[config.kind].split()
     if not set(_changed_fields(config)) <= set(fields):
         return None
     values = {field: getattr(config, field) for field in fields}
     ending = ""
-    if config.kind == "passkey" and not config.varied_wording:
+    if config.kind == "passkey" and not values["varied_wording"]:
         del values["varied_wording"]
     if config.kind == "recall":
         ending = "" if values.pop("joined") else ", two tokens a pair"

@@ -10,7 +10,7 @@ from infini_train.data.lanes import IGNORED
 from infini_train.data.synthetic.haystack import HaystackSource, encode_after
 from infini_train.data.synthetic.needles import THINGS, EncodedNeedles, draw_needles, encode_round
 from infini_train.data.synthetic.pressure import weigh_writes
-from infini_train.data.synthetic.reader import Stage, Text
+from infini_train.data.synthetic.reader import Difficulty, Text
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
@@ -67,7 +67,9 @@ class NeedleMaker:
     def _encode(self, random: np.random.Generator, task: NeedleTask, count: int, intro: str) -> EncodedNeedles:
         return EncodedNeedles(self._tokenizer, draw_needles(random, task, count, self.config.digits), intro)
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int, stage: Stage) -> Text | None:
+    def compose(
+        self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
+    ) -> Text | None:
         """See `TextMaker.compose`; a text ends in the last of its segments."""
         segments = min(size, room_segments)
         if segments < self.min_size:
@@ -76,7 +78,7 @@ class NeedleMaker:
         ids, answered, kept = self._write(random, segments)
         weights = np.where(answered, config.answer_weight / answered.sum(), config.text_weight / len(ids))
         labels = np.where(weights > 0, ids, IGNORED)
-        pressure = config.pressure if stage.grown else 1
+        pressure = config.pressure if difficulty.grown else 1
         grid = (self._window_tokens, self.segment_tokens)
         writes = weigh_writes(random, len(ids), *grid, kept, pressure, config.pressure_share)
         return Text(ids, labels, weights.astype(np.float32), writes, segments, self._count_bytes(ids))

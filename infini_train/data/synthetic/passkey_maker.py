@@ -10,7 +10,7 @@ from infini_train.config.data import PasskeyConfig
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.passkey import Passkey, PasskeyWriter
 from infini_train.data.synthetic.pressure import weigh_writes
-from infini_train.data.synthetic.reader import Stage, Text
+from infini_train.data.synthetic.reader import Difficulty, Text
 from infini_train.data.synthetic.wordings import SENTENCES, WORDS, PasskeyText, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -56,24 +56,26 @@ class PasskeyMaker:
                 " segments"
             )
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int, stage: Stage) -> Text | None:
+    def compose(
+        self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
+    ) -> Text | None:
         """See `TextMaker.compose`; a text ends in the last of its segments."""
         segments = min(size, room_segments)
         if segments < self.min_size:
             return None
-        text = self._write(random, segments, stage)
+        text = self._write(random, segments, difficulty)
         ids = text.ids
         config, grid = self.config, (self.window_tokens, self.segment_tokens)
-        pressure = config.pressure if stage.grown else 1
+        pressure = config.pressure if difficulty.grown else 1
         writes = weigh_writes(random, text.tokens, *grid, [text.spans.key], pressure, config.pressure_share)
         return Text(ids, ids, self._weigh_losses(text), writes, segments, text.tokens)
 
-    def _write(self, random: np.random.Generator, segments: int, stage: Stage) -> Passkey:
+    def _write(self, random: np.random.Generator, segments: int, difficulty: Difficulty) -> Passkey:
         """A text that ends in the last of these segments; the question may start in the one before."""
         size = self.segment_tokens
         worded = self._choose_words(random, segments * size)
         own_tokens = worded.key_tokens + worded.tail_tokens
-        kind, inside = random.random(), random.random() < QUESTION_INSIDE or not stage.grown
+        kind, inside = random.random(), random.random() < QUESTION_INSIDE or not difficulty.grown
         beside = kind >= BEFORE_END and own_tokens < size
         least = 1 + (own_tokens if beside else worded.tail_tokens if inside else 0)
         last_tokens = int(random.integers(min(least, size), size + 1))
@@ -86,7 +88,7 @@ class PasskeyMaker:
             reach = filler if kind < ANYWHERE else size if kind < AT_START else 2 * size
         shift = int(random.integers(0, min(reach, filler) + 1))
         before = shift if kind < AT_START else filler - shift  # anywhere: either way
-        return writer.place(self._draw_key(random, stage.harder), length, before)
+        return writer.place(self._draw_key(random, difficulty.harder), length, before)
 
     def _choose_words(self, random: np.random.Generator, max_tokens: int) -> PasskeyWriter:
         """A writer of the wording, or of words drawn for this text alone, if they fit."""

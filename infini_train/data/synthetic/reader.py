@@ -34,7 +34,7 @@ class Text(NamedTuple):
     n_bytes: int
 
 
-class Stage(NamedTuple):
+class Difficulty(NamedTuple):
     """How far the difficulty has come."""
 
     harder: bool
@@ -52,14 +52,16 @@ class TextMaker(Protocol):
     harder_below_loss: float | None  # texts get harder once the running mean loss is below; only then they grow
     grow_below_loss: float  # texts grow while the running mean loss is below
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int, stage: Stage) -> Text | None:
+    def compose(
+        self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
+    ) -> Text | None:
         """Makes a text of this size, or a smaller one.
 
         Args:
             random: determines the text.
             size: drawn for all lanes of the step.
             room_segments: segments left in the window.
-            stage: of the difficulty.
+            difficulty: how far it has come.
 
         Returns:
             The text; None if no text fits into the room.
@@ -154,12 +156,12 @@ class SyntheticReader:
         starts_BT = np.zeros(shape, bool)
         weights_BT, loss_weights_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         size = self._draw_size(position)
-        stage = Stage(position.harder, grown=position.largest >= self.maker.max_size)
+        difficulty = Difficulty(position.harder, grown=position.largest >= self.maker.max_size)
         n_bytes = 0
         for row, lane in enumerate(self.rows):
             random = np.random.default_rng([self._seed, position.step, 1 + lane])
             first, segments = 0, self.window_tokens // self.segment_tokens
-            while (text := self.maker.compose(random, size, segments - first, stage)) is not None:
+            while (text := self.maker.compose(random, size, segments - first, difficulty)) is not None:
                 begin = first * self.segment_tokens
                 columns = slice(begin, begin + len(text.ids))
                 starts_BT[row, begin] = True

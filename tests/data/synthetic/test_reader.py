@@ -19,7 +19,7 @@ from infini_train.data.source import open_reader, open_source, text_segment
 from infini_train.data.synthetic.needle_maker import NeedleMaker
 from infini_train.data.synthetic.needles import THINGS
 from infini_train.data.synthetic.reader import Progress, SyntheticReader
-from infini_train.data.synthetic.recall import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
+from infini_train.data.synthetic.recall_maker import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.pad_id

@@ -39,7 +39,7 @@ class RetrievalTest(Measurement[AnswerT]):
     """Answers to the prompts of a grid, scored cell by cell.
 
     Args:
-        trained, test, variant, settings: see `Measurement`.
+        trained, test, suffix, settings: see `Measurement`.
         prompts: of the grid.
         lanes: prompts read side by side.
 
@@ -63,13 +63,13 @@ class RetrievalTest(Measurement[AnswerT]):
         self,
         trained: "Trained",
         test: str,
-        variant: str,
+        suffix: str,
         settings: dict[str, Any],
         prompts: RetrievalPrompts,
         *,
         lanes: int,
     ) -> None:
-        super().__init__(trained, test, variant, settings)
+        super().__init__(trained, test, suffix, settings)
         self.prompts, self.grid, self.lanes = prompts, prompts.grid, lanes
         self.wanted = {prompt for length in self.grid.lengths_tokens for prompt in self.grid.prompts(length)}
         self.about = {"samples": self.grid.samples, "segment_tokens": trained.config.model.segment_tokens}
@@ -172,7 +172,7 @@ class RetrievalTest(Measurement[AnswerT]):
         return "\n".join([*lines, f"written to {results['folder']}"])
 
 
-def name_variant(grid: RetrievalGrid, precision: str) -> str:
+def name_suffix(grid: RetrievalGrid, precision: str) -> str:
     """The settings that are not the usual ones, as a part of a test's name: -seed1; usually empty."""
     usual = type(grid).__dataclass_fields__
     names = [f"-{grid.digits}digits"] * (grid.digits != usual["digits"].default)

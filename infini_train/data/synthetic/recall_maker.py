@@ -15,12 +15,13 @@ import numpy as np
 from infini_train.config.data import RecallConfig
 from infini_train.config.errors import ConfigError
 from infini_train.data.lanes import IGNORED
-from infini_train.data.synthetic.reader import Stage, Text
+from infini_train.data.synthetic.reader import Difficulty, Text
 from infini_train.data.tokenizer import ByteTokenizer
 
 KEYS, VALUES = 128, 8  # keys are the ids below 128, values the 8 after them
 FIRST_PAIR = ByteTokenizer.vocab_size  # the pair of key k and value v is the id FIRST_PAIR + 8 k + v
-VOCABULARY = FIRST_PAIR + KEYS * VALUES
+PAIR_IDS = KEYS * VALUES
+VOCABULARY = FIRST_PAIR + PAIR_IDS
 
 
 class RecallMaker:
@@ -49,7 +50,9 @@ class RecallMaker:
                 f" segments of {segment_tokens}; raise train.window_tokens to {needed}, or lower it"
             )
 
-    def compose(self, random: np.random.Generator, size: int, room_segments: int, stage: Stage) -> Text | None:
+    def compose(
+        self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
+    ) -> Text | None:
         """See `TextMaker.compose`; texts are never smaller than asked for."""
         if count_segments(size, self.segment_tokens, self.joined) > room_segments:
             return None
