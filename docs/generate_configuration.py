@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from infini_train.config import run
 from infini_train.config.attention import KINDS
+from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.variant import AttentionVariant
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -26,6 +27,7 @@ Every field of a config: its path (for a YAML file or `--set`), type, default an
 of `infini-train train` prints all of them as a run would use them. How files, `include`, `scales` and `--set` combine,
 and what to choose: [training](training.md). Names such as lane and window: [glossary](glossary.md).
 """
+UNIONS: dict[Any, dict[str, type]] = {AttentionVariant: KINDS, SyntheticConfig: SYNTHETIC_KINDS}  # by their bases
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
 
 
@@ -98,8 +100,8 @@ def read_sections() -> list[Section]:
         section = Section(title, " ".join((schema.__doc__ or "").split()), [])
         for field in dataclasses.fields(schema):
             path, kind = prefix + field.name, types[field.name]
-            kinds = KINDS.values() if kind is AttentionVariant else (kind, *get_args(kind))
-            variants = [v for v in kinds if isinstance(v, type) and dataclasses.is_dataclass(v)]
+            members = [v for each in (kind, *get_args(kind)) for v in UNIONS.get(each, {"": each}).values()]
+            variants = [v for v in members if isinstance(v, type) and dataclasses.is_dataclass(v)]
             items = "[]" if get_origin(kind) is tuple else ""
             for variant in variants:
                 suffix = f", kind: {variant.kind}" if len(variants) > 1 else ""

@@ -32,6 +32,7 @@ from infini_train.model.variants import MIXERS
 from infini_train.ops.grid import Grid
 from infini_train.ops.state import Stored
 from infini_train.parallel import device
+from infini_train.plan import rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,22 @@ class MixedConfig(AttentionVariant):
         raise AssertionError("asked of each layer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WideningConfig(AttentionVariant):
+    """Layers whose modules and states look alike, and do different work."""
+
+    kind: Literal["widening"] = "widening"
+
+    def at(self, layer: int, num_layers: int) -> AttentionVariant:
+        return LocalConfig(segment_tokens=8 if layer == 0 else 32)
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, "average", AverageConfig)
     monkeypatch.setitem(MIXERS, AverageConfig, AverageAttention)
     monkeypatch.setitem(KINDS, "mixed", MixedConfig)
+    monkeypatch.setitem(KINDS, "widening", WideningConfig)
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
 
 
@@ -187,6 +199,13 @@ def test_it_is_planned(run_file: Path, call: Callable[..., int], capsys):
         assert plan["carried_lane_bytes"] == 4 * memory_numbers(config.model)
 
 
+def test_layers_that_differ_in_their_config_alone_are_planned_apart(run_file: Path):
+    device.prepare()
+    costs = rehearsal.find_costs(load_run(str(run_file), ["model.attention={kind: widening}"]), on_cuda=True)
+    first, second, third = (sum(layer.forward.attention_flops.values()) for layer in costs.layers)
+    assert 0 < first < second == third
+
+
 def test_one_that_needs_values_is_refused_by_the_plan(run_file: Path, call: Callable[..., int], monkeypatch, capsys):
     forward = AverageAttention.forward
 
@@ -196,6 +215,8 @@ def test_one_that_needs_values_is_refused_by_the_plan(run_file: Path, call: Call
 
     if load_run(str(run_file)).model.attention.kind == "average":
         monkeypatch.setattr(AverageAttention, "forward", peeking)
+        for cached in (rehearsal._extrapolate, rehearsal._rehearse):  # an earlier test may have planned it
+            cached.cache_clear()
         assert call("plan", run_file) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: model.attention.kind: average can't be planned: its module needs values")

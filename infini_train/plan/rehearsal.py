@@ -176,7 +176,10 @@ def _find_kinds(model: Transformer) -> list[Any]:
     """A value per layer, equal for layers that do the same work."""
     state = model.initial_state(1)
     states = [None] * len(model.layers) if state is None else list(state)
-    return [_describe_layer(*pair) for pair in zip(model.layers.values(), states, strict=True)]
+    return [
+        (model.config.layers[int(number)], *_describe_layer(layer, state))
+        for (number, layer), state in zip(model.layers.items(), states, strict=True)
+    ]
 
 
 def distinct_layers(model: Transformer) -> dict[Any, nn.Module]:
@@ -187,7 +190,7 @@ def distinct_layers(model: Transformer) -> dict[Any, nn.Module]:
     return found
 
 
-def _describe_layer(layer: nn.Module, state: Any) -> Any:
+def _describe_layer(layer: nn.Module, state: Any) -> tuple[Any, ...]:
     classes = tuple((name, type(module)) for name, module in layer.named_modules())
     parameters = tuple((name, tuple(each.shape), each.dtype) for name, each in layer.named_parameters())
     return classes, parameters, _describe_tree(state)
