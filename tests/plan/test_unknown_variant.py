@@ -15,6 +15,7 @@ from infini_train.model.variants import MIXERS
 from infini_train.ops.grid import Grid, Layout, Recent, no_recent
 from infini_train.ops.state import Stored
 from infini_train.parallel import device, mesh
+from infini_train.plan import rehearsal, tracing
 from infini_train.plan.dry_run import dry_run
 from infini_train.plan.rehearsal import find_costs
 
@@ -101,3 +102,13 @@ def test_what_it_sends_is_asked_of_it() -> None:
     assert set(found) == {"all-gather", "reduce-scatter"}
     for each in found.values():
         assert (each.calls, each.buffer_bytes) == (3, 3 * 2 * LANES * state_bytes)
+
+
+def test_operations_that_are_not_run_again_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = []
+    for is_pure in (tracing._is_pure, tracing._is_pure, lambda func: False):  # fills the table, reads it, has none
+        monkeypatch.setattr(tracing, "_is_pure", is_pure)
+        rehearsal._extrapolate.cache_clear()
+        rehearsal._rehearse.cache_clear()
+        costs.append(find_costs(make_config(), on_cuda=True))
+    assert costs[0] == costs[1] == costs[2]
