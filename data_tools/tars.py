@@ -123,6 +123,23 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
+def _is_sample_file(records: Records, member: tarfile.TarInfo, path: PurePosixPath, where: str) -> bool:
+    """Whether a member is a file of a sample; what is left out is counted."""
+    if path.is_absolute() or ".." in path.parts:
+        records.left_out.bad(where, "leads out of the archive", "remove it")
+    elif not member.isfile():
+        if not member.isdir():
+            records.left_out.bad(where, "is a link or device, not a file", "remove it")
+    elif member.size > records.options.max_record_bytes:
+        records.too_long(where)
+    elif _META_MEMBER.match(member.name):
+        if path.suffix:  # a file with a format is more than a note about the archive
+            records.left_out.documents["members below __...__, which webdataset skips"] += 1
+    else:
+        return not path.name.startswith(".")
+    return False
+
+
 def _members(records: Records, part: FileRange) -> Iterator[_Member]:
     with open_raw(part.path) as raw:
         meter = Meter(raw, records.advance)
@@ -133,14 +150,7 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
                     meter.update(member.size)
                     path = PurePosixPath(member.name)
                     where = f"{part.path}: {member.name!r}"
-                    if path.is_absolute() or ".." in path.parts:
-                        records.left_out.bad(where, "leads out of the archive", "remove it")
-                    elif not member.isfile():
-                        if not member.isdir():
-                            records.left_out.bad(where, "is a link or device, not a file", "remove it")
-                    elif member.size > records.options.max_record_bytes:
-                        records.too_long(where)
-                    elif not path.name.startswith(".") and not _META_MEMBER.match(member.name):
+                    if _is_sample_file(records, member, path, where):
                         file = tar.extractfile(member)
                         assert file is not None  # it is a file
                         base, _, extension = path.name.partition(".")

@@ -138,6 +138,9 @@ def test_names_are_read_as_webdataset_reads_them(tmp_path) -> None:
     found = list(documents([path]))
     assert [(d.id.partition(":")[2], d.text.encode()) for d in found] == [(s["__key__"], s["txt"]) for s in theirs]
     assert [d.text for d in found] == ["one", "two"]
+    left_out = LeftOut()
+    assert len(list(documents([path], left_out=left_out))) == 2
+    assert left_out.documents == {"members below __...__, which webdataset skips": 1}
     path = write_tar(tmp_path / "b.tar", [("a.txt", b"one"), ("a.txt", b"two")])
     with pytest.raises(ConfigError, match="b.tar: a: two members .txt follow each other; name each sample differently"):
         list(documents([path]))

@@ -214,7 +214,8 @@ def test_shipped_runs_fit_and_are_not_clearly_beaten(name: str, world_size: int)
     processes = base.parallel.model_size * (base.parallel.data_size or 1)
     own = predict(base, hardware)
     assert fullest(base, hardware, find_parts(base)) < 0.8 * hardware.usable_bytes
-    assert own.step_s < 1.11 * search(base, hardware, processes).candidates[0].prediction.step_s
+    bound = 1.11 if (name, world_size) == ("8b", 32) else 1.1
+    assert own.step_s < bound * search(base, hardware, processes).candidates[0].prediction.step_s
 
 
 def test_the_tables_of_the_docs_are_those_of_the_code() -> None:
