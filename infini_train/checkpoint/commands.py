@@ -6,6 +6,7 @@ from pathlib import Path
 
 from infini_train.command_line import describe, positive_float
 from infini_train.config.errors import ConfigError
+from infini_train.logs import progress_bar
 
 ANYWHERE = "Training resumes from any checkpoint in any layout (tensor, pipeline, context, data parallel, ZeRO)"
 EXAMPLES = f"""\
@@ -85,8 +86,6 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from infini_train.checkpoint.damage import find_damage
     from infini_train.checkpoint.store import dangling_pointer, list_checkpoints
 
@@ -95,7 +94,7 @@ def _verify(options: argparse.Namespace) -> None:
     damaged = [dangling] if dangling else []
     for line in damaged:
         print(line)
-    with tqdm(unit="B", unit_scale=True, desc="verify", leave=False, disable=None) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="verify") as bar:
         for folder in folders:
             problems = find_damage(folder, bar.update)
             damaged += problems
@@ -111,7 +110,6 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _reshard(options: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
     from infini_train.checkpoint.resharding import reshard
     from infini_train.checkpoint.store import open_checkpoint, resolve
@@ -119,7 +117,7 @@ def _reshard(options: argparse.Namespace) -> None:
     source = open_checkpoint(resolve(options.path))
     kinds = ["master"] if options.weights_only else options.kinds
     total = sum(entry.numel for entry in source.index.fragments if kinds is None or entry.kind in kinds)
-    with tqdm(total=total, unit="el", unit_scale=True, desc="reshard", leave=False, disable=None) as bar:
+    with progress_bar(total=total, unit="el", unit_scale=True, desc="reshard") as bar:
         reshard(
             source,
             options.out,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infini_train.command_line import describe
 from infini_train.config.errors import ConfigError
+from infini_train.logs import progress_bar
 
 IMPORT_EXAMPLES = """\
 examples:
@@ -99,9 +100,7 @@ def _export(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar, set to the elements done and to their total."""
-    from tqdm import tqdm
-
-    with tqdm(unit="el", unit_scale=True, desc=what, leave=False, disable=None) as bar:
+    with progress_bar(unit="el", unit_scale=True, desc=what) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
