@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from infini_train.checkpoint.compat import resumable_fields
 from infini_train.checkpoint.store import open_checkpoint, resolve
 from infini_train.config.attention import KINDS, FullConfig, InfiniConfig, LocalConfig
 from infini_train.config.errors import ConfigError
@@ -285,6 +286,12 @@ def test_a_state_that_does_not_say_how_it_is_stored_is_refused():
 
     with pytest.raises(AssertionError, match="Silent.memory_BK: declare how it is stored"):
         list(name_leaves(Silent(torch.zeros(1, 1)), "layers.0"))
+
+    class Misspelt(NamedTuple):
+        memory_BK: Annotated[Tensor, Stored("memory", "lanes heads")]
+
+    with pytest.raises(AssertionError, match="Misspelt.memory_BK: heads: only kv_heads are divided over ranks"):
+        list(name_leaves(Misspelt(torch.zeros(1, 1)), "layers.0"))
     with pytest.raises(AssertionError, match=r"layers.0.average: declared 3 dimensions, and has 2"):
         list(name_leaves(AverageState(torch.zeros(1, 1)), "layers.0"))
 
@@ -301,3 +308,17 @@ def test_a_model_opened_for_use_is_of_the_new_kind(run_file: Path, tmp_path: Pat
     assert call("train", run_file, "--set", "train.max_steps=3") == 0
     trained = open_trained(tmp_path / "whole")
     assert trained.config.model.attention.kind == load_run(str(run_file)).model.attention.kind
+
+
+def test_parameters_that_are_counted_wrongly_are_refused(run_file: Path, call: Callable[..., int], monkeypatch):
+    """So is one per head that is not divided over tensor-parallel ranks."""
+    monkeypatch.setattr(AverageConfig, "extra_parameters", lambda self, shape: 7)
+    monkeypatch.setattr(LocalConfig, "extra_parameters", lambda self, shape: 7)
+    with pytest.raises(AssertionError, match="the model has .* parameters, and its config counts"):
+        call("train", run_file)
+
+
+def test_a_field_of_one_kind_is_no_reason_for_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AverageConfig, "initial", {"update": "means something else there"})
+    assert "model.attention.update" in resumable_fields({"average"})
+    assert "model.attention.update" not in resumable_fields({"infini"})

@@ -1,7 +1,7 @@
 """Which fields of the config may differ between a checkpoint and the run that uses it; all others are refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from infini_train.config.attention import KINDS
@@ -42,14 +42,14 @@ _SAME_WEIGHTS: Mapping[str, str] = {
 }
 
 
-def resumable_fields() -> dict[str, str]:
-    """Path of a field or section -> why a resumed run may change it."""
-    return {**_RESUMABLE, **_of_variants("initial")}
+def resumable_fields(kinds: Collection[str] | None = None) -> dict[str, str]:
+    """Path of a field or section -> why a resumed run may change it; for these kinds of attention, or any."""
+    return {**_RESUMABLE, **_of_variants("initial", kinds)}
 
 
-def same_weight_fields() -> dict[str, str]:
-    """Path of a field -> why a model with the same weights may differ in it."""
-    return {**_SAME_WEIGHTS, **_of_variants("same_weights"), **_of_variants("initial")}
+def same_weight_fields(kinds: Collection[str] | None = None) -> dict[str, str]:
+    """Path of a field -> why a model with the same weights may differ in it; for these kinds of attention, or any."""
+    return {**_SAME_WEIGHTS, **_of_variants("same_weights", kinds), **_of_variants("initial", kinds)}
 
 
 def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
@@ -59,7 +59,7 @@ def check_resumable(saved_tree: Tree, new_tree: Tree) -> list[str]:
         ConfigError: names the first field that a resumed run can't change, its two values, and what to do.
     """
     notes: list[str] = []
-    table = resumable_fields()
+    table = resumable_fields(_kinds(saved_tree, new_tree))
     for path, old, new in _differences(saved_tree, new_tree):
         reason = _lookup(table, path)
         if reason is None:
@@ -93,7 +93,7 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
     """
     differences = _differences(saved_tree, new_tree)
     is_other_kind = any(path == KIND for path, *_ in differences)
-    table = same_weight_fields()
+    table = same_weight_fields(_kinds(saved_tree, new_tree))
     adding = {f"{ATTENTION}.{field}" for variant in KINDS.values() for field in variant.adds_parameters}
     for path, old, new in differences:
         if path in adding and not (old and old is not _ABSENT):
@@ -104,8 +104,16 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
             raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")
 
 
-def _of_variants(table: str) -> dict[str, str]:
-    return {f"{ATTENTION}.{field}": why for variant in KINDS.values() for field, why in getattr(variant, table).items()}
+def _of_variants(table: str, kinds: Collection[str] | None) -> dict[str, str]:
+    """Two variants may give one name to fields of different meaning."""
+    variants = [variant for kind, variant in KINDS.items() if kinds is None or kind in kinds]
+    return {f"{ATTENTION}.{field}": why for variant in variants for field, why in getattr(variant, table).items()}
+
+
+def _kinds(*trees: Tree) -> set[str] | None:
+    """The kinds of attention of these configs; None if one does not say."""
+    kinds = {tree.get("model", {}).get("attention", {}).get("kind") for tree in trees}
+    return None if None in kinds else kinds
 
 
 def _lookup(table: Mapping[str, str], path: str) -> str | None:

@@ -41,6 +41,7 @@ def _initial_value(name: str, shape: tuple[int, ...], initial: Initial, config: 
     if initial.follows_config and config.init_std is not None:
         std = config.init_std
     elif std is None:
+        assert len(shape) > 1, f"{name}: declare its standard deviation; a fan-in needs two dimensions"
         std = shape[1] ** -0.5
     if std == 0:
         return torch.full(shape, initial.mean)

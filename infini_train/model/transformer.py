@@ -30,6 +30,7 @@ from infini_train.model.stages import Stage
 from infini_train.model.variants import build_mixer, mixer_class
 from infini_train.ops.grid import Grid, Grids, Layout, make_grid
 from infini_train.ops.memory import Ranks
+from infini_train.ops.state import name_leaves
 
 IGNORED = -100  # label of a position without a target
 ModelState = tuple[State | None, ...]  # of each layer; None for one that carries nothing
@@ -93,7 +94,10 @@ class Transformer(nn.Module):
     def initial_state(self, lanes: int) -> ModelState | None:
         """The state before the first token of these lanes; None if no layer carries anything between windows."""
         like = next(self.parameters())
-        return _whole(tuple(mixer.initial_state(lanes, like) for mixer in self._mixers()))
+        state = tuple(mixer.initial_state(lanes, like) for mixer in self._mixers())
+        for layer_state in state:  # what it declares is checked now, not at the first checkpoint
+            list(name_leaves(layer_state, "state"))
+        return _whole(state)
 
     def make_grids(
         self,

@@ -64,5 +64,7 @@ def _fields(state_class: type) -> tuple[tuple[str, Stored], ...]:
     for field in state_class._fields:  # type: ignore[attr-defined]
         stored = [note for note in getattr(hints[field], "__metadata__", ()) if isinstance(note, Stored)]
         assert len(stored) == 1, f"{state_class.__name__}.{field}: declare how it is stored (ops.state.Stored)"
+        strange = [dim for dim in stored[0].dims.split() if "head" in dim and dim != KV_HEADS]
+        assert not strange, f"{state_class.__name__}.{field}: {strange[0]}: only {KV_HEADS} are divided over ranks"
         found.append((field, stored[0]))
     return tuple(found)

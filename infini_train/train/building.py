@@ -13,6 +13,7 @@ from infini_train.config.files import to_tree
 from infini_train.config.run import RunConfig
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Source, open_source
+from infini_train.model import flops
 from infini_train.model.init import initialise
 from infini_train.model.slices import find_slice
 from infini_train.parallel import device, mesh
@@ -67,7 +68,9 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
             initialise(stage, config.model, config.seed)
         else:
             initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
-    parameters = count_parameters(stages)
+    parameters, declared = count_parameters(stages), flops.count_parameters(config.model)
+    # A variant that counts wrongly, or one whose parameter per head is not divided over tensor-parallel ranks.
+    assert parameters == declared, f"the model has {parameters} parameters, and its config counts {declared}"
     engine = Engine(
         stages.to(device.current()),
         stages.named_globally(),
