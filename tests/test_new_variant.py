@@ -4,7 +4,7 @@ Both are defined here, and nothing of the package knows them: they train, resume
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -32,7 +32,7 @@ from infini_train.model.transformer import Transformer
 from infini_train.model.variants import MIXERS
 from infini_train.ops.grid import Grid
 from infini_train.ops.state import Stored
-from infini_train.parallel import device
+from infini_train.parallel import device, mesh
 from infini_train.plan import rehearsal
 
 
@@ -120,12 +120,15 @@ class WideningConfig(AttentionVariant):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(KINDS, "average", AverageConfig)
     monkeypatch.setitem(MIXERS, AverageConfig, AverageAttention)
     monkeypatch.setitem(KINDS, "mixed", MixedConfig)
     monkeypatch.setitem(KINDS, "widening", WideningConfig)
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
+    device.prepare()
+    yield
+    mesh.start()  # a plan leaves the groups that other tests of this process need
 
 
 def write_shards(folder: Path, seed: int) -> Path:
@@ -201,7 +204,6 @@ def test_it_is_planned(run_file: Path, call: Callable[..., int], capsys):
 
 
 def test_layers_that_differ_in_their_config_alone_are_planned_apart(run_file: Path):
-    device.prepare()
     costs = rehearsal.find_costs(load_run(str(run_file), ["model.attention={kind: widening}"]), on_cuda=True)
     first, second, third = (sum(layer.forward.attention_flops.values()) for layer in costs.layers)
     assert 0 < first < second == third
