@@ -7,13 +7,13 @@ or continued run may change, and the arithmetic of parameters, memory and FLOPs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, ClassVar, Literal
 
-import pydantic
 from pydantic import FiniteFloat
 
 from infini_train.config.errors import ConfigError, require
 from infini_train.config.parallel import ParallelConfig
+from infini_train.config.union import one_of
 from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops, attention_flops
 
 INITIAL = "an initial value; the checkpoint's weights are used"
@@ -323,10 +323,5 @@ KINDS: dict[str, type[AttentionVariant]] = {
 }
 
 
-def _choose_by_kind(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
-    union: Any = Union[tuple(KINDS.values())]  # noqa: UP007 (of a table, not of names)
-    return handler(Annotated[union, pydantic.Field(discriminator="kind")])
-
-
-# One of KINDS, chosen by `kind`; the table is read when a validator is built.
-AttentionConfig = Annotated[AttentionVariant, pydantic.GetPydanticSchema(_choose_by_kind)]
+# One of KINDS, chosen by `kind`.
+AttentionConfig = Annotated[AttentionVariant, one_of(KINDS)]

@@ -1,12 +1,12 @@
 """`data`: what is read."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal
 
-import pydantic
 from pydantic import FiniteFloat
 
 from infini_train.config.errors import require
+from infini_train.config.union import one_of
 
 NeedleTask = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
 VALUE_EACH: tuple[NeedleTask, ...] = ("multikey", "multivalue", "multiquery")  # with as many values as needles
@@ -134,13 +134,8 @@ SYNTHETIC_KINDS: dict[str, type[SyntheticConfig]] = {
 }
 
 
-def _choose_by_kind(source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
-    union: Any = Union[tuple(SYNTHETIC_KINDS.values())]  # noqa: UP007 (of a table, not of names)
-    return handler(Annotated[union, pydantic.Field(discriminator="kind")])
-
-
-# One of SYNTHETIC_KINDS, chosen by `kind`; the table is read when a validator is built.
-AnySyntheticConfig = Annotated[SyntheticConfig, pydantic.GetPydanticSchema(_choose_by_kind)]
+# One of SYNTHETIC_KINDS, chosen by `kind`.
+AnySyntheticConfig = Annotated[SyntheticConfig, one_of(SYNTHETIC_KINDS)]
 
 
 @dataclass(frozen=True, kw_only=True)
