@@ -68,7 +68,7 @@ def modernise_file(tree: Mapping[str, Any], base: Mapping[str, Any], source: str
     with naming(source):
         new, old = modernise(tree, base)
     if old is not None:
-        _note(f"{source}: data.{old} is deprecated; write {_SECTION} with kind: {old} and the same fields")
+        note_once(f"{source}: data.{old} is deprecated; write {_SECTION} with kind: {old} and the same fields")
     return new
 
 
@@ -86,12 +86,12 @@ def modernise_override(tree: Mapping[str, Any], base: Mapping[str, Any], assignm
         advice = f"{_SECTION}{field}={value}, where {_SECTION}.kind is {old}"
     else:
         advice = f"{_SECTION}={'null' if new['data']['synthetic'] is None else f'{{kind: {old}, ...}}'}"
-    _note(f"--set {assignment}: data.{old} is deprecated; write {advice}")
+    note_once(f"--set {assignment}: data.{old} is deprecated; write {advice}")
     return new
 
 
 @functools.cache
-def _note(message: str) -> None:
-    """Says it once; of several ranks only the first does."""
+def note_once(message: str) -> None:
+    """Logs a warning once; of several ranks only the first does."""
     if world()[0] == 0:
         logging.getLogger(__name__).warning("%s", message)

@@ -1,11 +1,9 @@
 """Shipped runs under their old names: each still loads as before, and says in one line what to write now."""
 
-import functools
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from infini_train.environment import world
+from infini_train.config.deprecated import note_once
 
 GPUS_PER_NODE = 8  # of the nodes that the old names counted
 
@@ -43,12 +41,9 @@ def current_words(config: str) -> list[str]:
     return [str(path.with_stem(old.name)), *size, f"--set=name={path.stem}"]
 
 
-@functools.cache
 def note_renamed(path: Path, old: Renamed) -> None:
-    """Says once what to write now; of several ranks only the first does."""
-    if world()[0] != 0:
-        return
+    """Says once what to write now."""
     now = f"{old.name}, with --set name={path.stem} to continue a run of that name"
     if old.world_size is not None:
         now = f"{old.name} --world-size {old.world_size} (infini-launch: --nodes {old.world_size // GPUS_PER_NODE})"
-    logging.getLogger(__name__).warning("%s is an old name; write %s", path.stem, now)
+    note_once(f"{path.stem} is an old name; write {now}")
