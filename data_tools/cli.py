@@ -21,6 +21,7 @@ from data_tools.readers import documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
 from data_tools.verify import verify
 from infini_train import exit_codes
+from infini_train.command_errors import open_missing_streams, run_command
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest
 from infini_train.data.pairs import PairForm
@@ -243,19 +244,12 @@ def explain(error: ConfigError, command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for damage found, 2 for a mistake of the user, 130 for Ctrl-C."""
+    open_missing_streams()
     options = build_parser().parse_args(arguments)
     # exits, so that what was written aside is removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
-    try:
-        status = _COMMANDS[options.command](options)
-        sys.stdout.flush()
-    except ConfigError as error:
-        print(f"error: {explain(error, options.command)}", file=sys.stderr)
-        return exit_codes.MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; rerun the command to resume from what is finished", file=sys.stderr)
-        return exit_codes.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, say) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return status
+    return run_command(
+        lambda: _COMMANDS[options.command](options),
+        explain=lambda error: explain(error, options.command),
+        interrupted="interrupted; rerun the command to resume from what is finished",
+    )

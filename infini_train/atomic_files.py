@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from infini_train.regular_files import open_own
+
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Writes a file that is replaced whole: a reader sees the old content or the new one, nothing in between.
@@ -37,6 +39,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
     try:
+        partial.unlink(missing_ok=True)  # of a process that was killed; a link planted here must not be followed
+        open_own(partial).close()
         yield partial
         if durable:
             sync_path(partial)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from infini_train import __version__, exit_codes, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
+from infini_train.command_errors import fail, open_missing_streams, run_command
 from infini_train.command_line import (
     CommandParser,
     Spinner,
@@ -52,16 +53,6 @@ exit codes: 0 done; 1 the run failed (its last checkpoint stays);
 4 training diverged (rerunning would diverge again; the error line says what to change);
 130, 143, 129 stopped by Ctrl-C, SIGTERM or SIGHUP (a training run has saved its last step)
 """
-MACHINE_TROUBLE = {  # of the machine or its permissions, not of the program: one line is enough
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EISDIR,
-}
 TRAIN_EXAMPLES = """\
 examples:
   infini-train train debug --set run_dir=runs/mine       a config by name; the same command resumes the run
@@ -87,40 +78,31 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit codes: see the end of --help."""
+    open_missing_streams()
     options = _parser().parse_args(arguments)
     hook, threading.excepthook = threading.excepthook, _show_thread_error
     try:
-        with logs.console(
-            world()[0],
-            quiet=options.quiet,
-            verbose=options.verbose,
-            notes_to_stderr=getattr(options, "json", False),  # standard output is the result's
-        ):
-            options.command(options)
-    except ConfigError as error:
-        sys.exit(_fail(str(error), exit_codes.MISTAKE))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", exit_codes.INTERRUPTED))
-    except BrokenPipeError:
-        sys.exit(exit_codes.DONE)  # the reader of our output has gone
-    except OSError as error:
-        if error.errno not in MACHINE_TROUBLE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(f"{where}{error.strerror}; fix it and rerun", exit_codes.MISTAKE))
+        code = run_command(lambda: _run(options))
     finally:
         threading.excepthook = hook
+    if code:
+        sys.exit(code)
+
+
+def _run(options: argparse.Namespace) -> None:
+    with logs.console(
+        world()[0],
+        quiet=options.quiet,
+        verbose=options.verbose,
+        notes_to_stderr=getattr(options, "json", False),  # standard output is the result's
+    ):
+        options.command(options)
 
 
 def _show_thread_error(arguments: threading.ExceptHookArgs) -> None:
     """Python's own report, except for a full disk: the main thread meets it too, and reports it in one line."""
     if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno != errno.ENOSPC:
         threading.__excepthook__(arguments)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,13 +186,13 @@ def _train(options: argparse.Namespace) -> None:
     try:
         train(config)
     except KeyboardInterrupt:  # the second: a checkpoint that a thread may still be writing is abandoned
-        os._exit(_fail("interrupted", exit_codes.INTERRUPTED))
+        os._exit(fail("interrupted", exit_codes.INTERRUPTED))
     except Stopped as stopped:
         sys.exit(exit_codes.of_signal(signal.Signals[str(stopped)]))
     except LostRankError as error:
-        sys.exit(_fail(str(error), exit_codes.FAILED))
+        sys.exit(fail(str(error), exit_codes.FAILED))
     except DivergedError as error:
-        sys.exit(_fail(str(error), exit_codes.DIVERGED))
+        sys.exit(fail(str(error), exit_codes.DIVERGED))
 
 
 def _check_world_size(config: RunConfig, options: argparse.Namespace) -> None:

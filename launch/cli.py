@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from infini_train import exit_codes
+from infini_train.command_errors import open_missing_streams, run_command
 from infini_train.command_line import positive
-from infini_train.config.errors import ConfigError
 from launch import console, watch
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they are doing, and end them. Docs: docs/slurm.md."
@@ -35,17 +34,10 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
+    open_missing_streams()
     options = build_parser().parse_args(arguments)
     console.configure(options.level)
-    try:
-        sys.exit(options.command(options))
-    except KeyboardInterrupt:
-        sys.exit(exit_codes.INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(exit_codes.DONE)  # the reader of our output has gone
-    except (ConfigError, OSError) as error:
-        logger.error("%s", error)
-        sys.exit(exit_codes.MISTAKE)
+    sys.exit(run_command(lambda: options.command(options)))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,13 +14,24 @@ PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
 # but ops, which knows tensors only, may import what lies at the bottom.
-BOTTOM = {"config", "command_line", "atomic_files", "environment", "exit_codes", "logs"}
+BOTTOM = {
+    "config",
+    "command_line",
+    "command_errors",
+    "atomic_files",
+    "regular_files",
+    "environment",
+    "exit_codes",
+    "logs",
+}
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": {"environment"},  # a note about an old spelling comes from the first rank alone
     "command_line": {"config", "logs"},  # errors, and whether notes are wanted
-    "atomic_files": set(),
+    "command_errors": {"config", "exit_codes"},
+    "atomic_files": {"regular_files"},
+    "regular_files": set(),
     "environment": set(),
     "exit_codes": set(),
     "logs": set(),
@@ -43,8 +54,8 @@ ROOMS = {
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config", "command_line", "atomic_files", "exit_codes"},
-    "launch": {"config", "command_line", "atomic_files", "exit_codes", "logs"},
+    "data_tools": {"data", "config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"},
+    "launch": {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes", "logs"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}
