@@ -9,6 +9,7 @@ from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
+from infini_train.config.values import FilePath, FolderName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    name: str = "run"  # names the run's folder
-    run_dir: str | None = None  # all that the run writes; null: runs/ and the name
+    name: FolderName = "run"  # names the run's folder
+    run_dir: FilePath | None = None  # all that the run writes; null: runs/ and the name
     seed: int = 0  # of the initial weights and the order of documents
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
