@@ -21,9 +21,10 @@ from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.deprecated import modernise, modernise_file, modernise_override
 from infini_train.config.errors import ConfigError, naming
 from infini_train.config.model import ModelConfig
+from infini_train.config.paths import expand_home
 from infini_train.config.renamed import find_renamed, note_renamed
 from infini_train.config.run import RunConfig
-from infini_train.config.values import expand_home, to_json
+from infini_train.config.values import to_json
 from infini_train.config.variant import AttentionVariant
 from infini_train.config.yaml_text import MAX_BYTES, MAX_DEPTH, SHOWN_CHARACTERS, Budget, dump_tree, parse
 from infini_train.regular_files import read_regular

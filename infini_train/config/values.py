@@ -5,16 +5,14 @@ hours of work for nothing.
 """
 
 import json
-import os
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from infini_train.config.errors import ConfigError
+from infini_train.config.paths import MAX_NAME_BYTES, expand_home
 from infini_train.config.yaml_text import MAX_DEPTH
-
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux
 
 Layers = Annotated[int, Field(le=2000)]
 Heads = Annotated[int, Field(le=2**14)]
@@ -37,25 +35,6 @@ Epsilon = Annotated[float, Field(ge=1e-38, le=1.0, allow_inf_nan=False)]  # 1e-3
 Norm = Annotated[float, Field(le=1e30, allow_inf_nan=False)]
 Theta = Annotated[float, Field(le=1e15, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0.001, le=1e8, allow_inf_nan=False)]  # three years
-
-
-def expand_home(path: str) -> str:
-    """The path with the home folder in place of ~.
-
-    Raises:
-        ValueError: no file can have such a path; the message has no name in front.
-    """
-    if not path:
-        raise ValueError("must not be empty")
-    if "\0" in path:
-        raise ValueError("holds the character '\\x00', which no path may have")
-    is_url = "://" in path or path.startswith("pipe:")
-    if not is_url:
-        path = os.path.expanduser(path)
-        encoded = os.fsencode(path)
-        if len(encoded) > MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
-            raise ValueError(f"is too long: a name has at most {MAX_NAME_BYTES} bytes, a path {MAX_PATH_BYTES}")
-    return path
 
 
 def _check_path(path: str) -> str:
