@@ -14,13 +14,13 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.paths import MAX_NAME_BYTES, expand_home
 from infini_train.config.yaml_text import MAX_DEPTH
 
-Layers = Annotated[int, Field(le=2000)]
+Layers = Annotated[int, Field(le=1000)]
 Heads = Annotated[int, Field(le=2**14)]
 Width = Annotated[int, Field(le=2**16)]  # of a vector; of the largest models in 2025: 2**14
 WideWidth = Annotated[int, Field(le=2**20)]
 TokenIds = Annotated[int, Field(le=2**24)]
-Tokens = Annotated[int, Field(le=2**27)]  # in a window
-Lanes = Annotated[int, Field(le=2**20)]
+Tokens = Annotated[int, Field(le=2**24)]  # in a window
+Lanes = Annotated[int, Field(le=2**16)]
 Ranks = Annotated[int, Field(le=2**17)]
 Few = Annotated[int, Field(le=1000)]
 Many = Annotated[int, Field(le=2**20)]
