@@ -4,7 +4,7 @@
 
 Each input is one call of a command's main() in a forked process, in a folder of its own, with a limit on memory and
 time. A fault is a traceback, an exit code that is not documented, exit code 2 without an error line, more than 30 s, or
-more than 2 GB. Prints faults as they are found; writes counts and faults as JSON. Ends with 1 if there are any. The
+more than 2 GB. On a busy machine raise --limit-s. Prints faults as they are found; writes counts and faults as JSON. Ends with 1 if there are any. The
 tests run a few hundred inputs.
 """
 
@@ -27,7 +27,7 @@ for name in ("RANK", "WORLD_SIZE"):
 
 import fuzz_home  # noqa: E402
 import torch  # noqa: E402
-from fuzz_calls import Main, call, judge  # noqa: E402
+from fuzz_calls import LIMIT_S, Main, call, judge  # noqa: E402
 from fuzz_inputs import Generator  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -44,7 +44,7 @@ PROGRAMS: dict[str, Main] = {
 }
 
 
-def fuzz(scratch: Path, inputs: int, seed: int, seconds: float) -> dict[str, Any]:
+def fuzz(scratch: Path, inputs: int, seed: int, seconds: float, limit_s: float) -> dict[str, Any]:
     """Counts and faults of this many inputs, or of those that fit into so many seconds."""
     torch.set_num_threads(1)
     device.MATMUL_PROBE_SIZE = 64
@@ -68,7 +68,7 @@ def fuzz(scratch: Path, inputs: int, seed: int, seconds: float) -> dict[str, Any
         shutil.rmtree(work)
         work.mkdir()
         given = generator.draw(work)
-        outcome = call(PROGRAMS[given.program], given.arguments, work, given.environment)
+        outcome = call(PROGRAMS[given.program], given.arguments, work, given.environment, limit_s)
         counts[given.kind] += 1
         codes[str(outcome.code)] += 1
         slowest, most_mb = max(slowest, outcome.seconds), max(most_mb, outcome.memory_mb)
@@ -92,10 +92,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long (default: no limit)")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="kill a call after so long (default: 30)")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = fuzz(Path(folder) / "fuzz", options.inputs, options.seed, options.seconds)
+        result = fuzz(Path(folder) / "fuzz", options.inputs, options.seed, options.seconds, options.limit_s)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1))
     print({key: value for key, value in result.items() if key != "faults"}, len(result["faults"]), "faults")

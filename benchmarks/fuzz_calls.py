@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 Main = Callable[[Sequence[str]], object]
 CODES = {0, 1, 2, 3, 4}  # documented ones of a command that nobody stops
 UNCAUGHT = 99
-TIME_S, MEMORY_MB, ADDRESS_BYTES = 30, 2048, 4 * 2**30
+LIMIT_S, MEMORY_MB, ADDRESS_BYTES = 30.0, 2048, 4 * 2**30
 SHOWN = 200_000  # characters of a call's output that are looked at
 
 
@@ -30,7 +30,9 @@ class Outcome(NamedTuple):
     hangs: bool
 
 
-def call(main: Main, arguments: Sequence[str], work: Path, environment: Mapping[str, str]) -> Outcome:
+def call(
+    main: Main, arguments: Sequence[str], work: Path, environment: Mapping[str, str], limit_s: float = LIMIT_S
+) -> Outcome:
     """Calls a command in a process forked from this one, and ends everything that it started.
 
     Args:
@@ -38,6 +40,7 @@ def call(main: Main, arguments: Sequence[str], work: Path, environment: Mapping[
         arguments: of it.
         work: the folder in which it runs, and its HOME.
         environment: further variables.
+        limit_s: when it is killed.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin = time.monotonic()
@@ -49,7 +52,7 @@ def call(main: Main, arguments: Sequence[str], work: Path, environment: Mapping[
         done, hangs = 0, False
         while not done:
             done, status, usage = os.wait4(pid, os.WNOHANG)
-            if not done and time.monotonic() - begin > TIME_S:
+            if not done and time.monotonic() - begin > limit_s:
                 hangs = True
                 _end(pid)
                 done, status, usage = os.wait4(pid, 0)
@@ -104,7 +107,7 @@ def _address_bytes() -> int:
 
 def judge(outcome: Outcome) -> list[str]:
     """What is wrong with it."""
-    faults = ["runs for more than 30 s"] if outcome.hangs else []
+    faults = [f"killed after {outcome.seconds:.0f} s"] if outcome.hangs else []
     if "Traceback (most recent call last)" in outcome.text:
         lines = [line for line in outcome.text.splitlines() if line and not line.startswith((" ", "Traceback"))]
         places = [line.strip() for line in outcome.text.splitlines() if line.startswith('  File "')]

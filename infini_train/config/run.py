@@ -11,6 +11,8 @@ from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
 from infini_train.config.values import FilePath, FolderName
 
+MAX_MICRO_BATCHES = 4096  # of a rank in one step; each has its own memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -152,6 +154,12 @@ def _check_batch_layout(run: RunConfig) -> None:
         f" {run.micro_lanes}; choose a divisor",
     )
     micro_batches = run.lanes_per_rank // run.micro_lanes
+    require(
+        micro_batches <= MAX_MICRO_BATCHES,
+        "train.micro_batch_lanes",
+        f"{micro_batches} micro-batches in a step are more than {MAX_MICRO_BATCHES}; raise it, or lower"
+        " train.batch_lanes",
+    )
     require(
         parallel.virtual_stages == 1 or micro_batches % pipeline == 0,
         "train.micro_batch_lanes",

@@ -35,6 +35,6 @@ def require_memory(config: RunConfig) -> None:
     if needed > there:
         raise ConfigError(
             f"model: {count_parameters(config.model):,} parameters and {config.lanes_per_rank} lanes' memories need"
-            f" more than {needed / 1e9:,.0f} GB on each rank, which has {there / 1e9:,.1f} GB; choose smaller sizes or more"
-            " ranks (infini-train plan shows what fits)"
+            f" more than {needed / 1e9:,.0f} GB on each rank, which has {there / 1e9:,.1f} GB; choose smaller sizes or"
+            " more ranks (infini-train plan shows what fits)"
         )

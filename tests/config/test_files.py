@@ -99,6 +99,10 @@ WRONG = {
         "train.micro_batch_lanes=3",
         "train.micro_batch_lanes: 4 lanes can't be cut",
     ),
+    "endless micro-batches": (
+        "train={batch_lanes: 65536, micro_batch_lanes: 1}",
+        "train.micro_batch_lanes: 65536 micro-batches in a step are more than 4096; raise it",
+    ),
     "validation without data": ("eval.every_steps=5", "data.validation: is needed because eval.every_steps is set"),
     "endless warm-up": ("optim.warmup_steps=20", "optim.warmup_steps: 20 warm-up steps don't fit into a run of 20"),
     "endless decay": (
