@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py --inputs 10000 --seed 1 --out fuzz.json
 
 Each input is one call of a command's main() in a forked process, in a folder of its own, with a limit on memory and
-time. A fault is a traceback, an exit code that is not documented, exit code 2 without an error line, more than 30 s, or
-more than 2 GB. On a busy machine raise --limit-s. Prints faults as they are found; writes counts and faults as JSON. Ends with 1 if there are any. The
-tests run a few hundred inputs.
+time. A fault is a traceback, an exit code that is not documented, exit code 2 without an error line, more than 30 s
+(raise --limit-s on a busy machine), or more than 2 GB. Prints faults as they are found; writes counts and faults as
+JSON. Ends with 1 if there are any. The tests run the first inputs of seed 0.
 """
 
 import argparse
