@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infini_train.config.errors import require
-from infini_train.config.values import Few, Ranks, Seconds
+from infini_train.config.values import Few, Ranks, Seconds, Stages
 
 BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
 
@@ -15,7 +15,7 @@ class ParallelConfig:
 
     tensor_size: Ranks = 1  # ranks that share each layer: heads, gates, memories, feed-forward, vocabulary
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
-    pipeline_size: Ranks = 1  # stages of consecutive layers
+    pipeline_size: Stages = 1  # stages of consecutive layers
     virtual_stages: Few = 1  # stages per pipeline rank (interleaved schedule)
     context_size: Ranks = 1  # ranks that share each window; each takes consecutive whole segments
     data_size: Ranks | None = None  # ranks that share the lanes; null: all remaining processes

@@ -14,6 +14,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.paths import MAX_NAME_BYTES, expand_home
 from infini_train.config.yaml_text import MAX_DEPTH
 
+MAX_RANKS = 2**17  # of a run
 Layers = Annotated[int, Field(le=1000)]
 Heads = Annotated[int, Field(le=2**14)]
 Width = Annotated[int, Field(le=2**16)]  # of a vector; of the largest models in 2025: 2**14
@@ -21,7 +22,8 @@ WideWidth = Annotated[int, Field(le=2**20)]
 TokenIds = Annotated[int, Field(le=2**24)]
 Tokens = Annotated[int, Field(le=2**24)]  # in a window
 Lanes = Annotated[int, Field(le=2**16)]
-Ranks = Annotated[int, Field(le=2**17)]
+Ranks = Annotated[int, Field(le=MAX_RANKS)]
+Stages = Annotated[int, Field(le=128)]
 Few = Annotated[int, Field(le=1000)]
 Many = Annotated[int, Field(le=2**20)]
 Total = Annotated[int, Field(le=2**60)]  # over a whole run: steps, tokens

@@ -11,6 +11,7 @@ from infini_train.command_line import Spinner, non_negative, path, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
+from infini_train.config.values import MAX_RANKS
 from infini_train.plan.hardware import load_hardware
 
 DESCRIPTION = """\
@@ -83,6 +84,8 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError("CONFIG: name a run config, as in infini-train plan 1b (or give --measure FILE)")
     hardware = load_hardware(options.hardware)
     size = options.nodes * hardware.devices_per_node if options.nodes else options.world_size
+    if size is not None and size > MAX_RANKS:
+        raise ConfigError(f"--{'nodes' if options.nodes else 'world-size'}: {size} processes; at most {MAX_RANKS}")
     config = load_run(options.config, options.set, size)
     if options.search:
         _search(options, config, size)
