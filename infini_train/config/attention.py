@@ -167,9 +167,8 @@ class MemorizingConfig(AttentionVariant):
     cache_tokens: Tokens = 256  # a token also sees this many last tokens of the previous segment; 0: none
     stored_tokens: Tokens = 65_536  # keys and values of this many last tokens are stored, without gradient
     top_k: Many = 32  # each query attends to this many of them, those with the highest scores
-    layer: Layers | None = (
-        None  # the layer that stores and retrieves, the first is 0; null: after three quarters of them
-    )
+    # the layer that stores and retrieves, the first is 0; null: after three quarters of them
+    layer: Layers | None = None
     gate_init: GateInit = 0.0  # initial beta of its gates; sigmoid(beta) is the share of what was retrieved
 
     has_gates: ClassVar[bool] = True

@@ -48,9 +48,8 @@ class ModelConfig:
     num_layers: Layers  # number of layers, each with attention and feed-forward
     num_heads: Heads  # query heads per layer; with infini, each has a gate
     ffn_size: WideWidth  # inner size of the feed-forward (SwiGLU)
-    num_kv_heads: Heads | None = (
-        None  # key-value heads per layer, each with a memory; divides num_heads; null: num_heads
-    )
+    # key-value heads per layer, each with a memory; divides num_heads; null: num_heads
+    num_kv_heads: Heads | None = None
     head_dim: Width | None = None  # size of queries and keys per head; null: hidden_size / num_heads
     value_head_dim: Width | None = None  # size of values per head; null: head_dim
     attention: AttentionConfig = field(default_factory=InfiniConfig)  # its variant; some differ from layer to layer
