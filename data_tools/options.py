@@ -3,7 +3,7 @@
 import argparse
 
 from data_tools.storage import FORMATS
-from infini_train.command_line import non_negative, positive, positive_float
+from infini_train.command_line import DIR, FILE, location, non_negative, positive, positive_float, seed, workers
 from infini_train.data.pairs import SEPARATOR
 
 # The flags of settings whose field has another name.
@@ -126,7 +126,11 @@ def flag_of(command: str, setting: str) -> str:
 
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, pipe:..., or - for stdin"
+        "sources",
+        nargs="+",
+        type=location,
+        metavar="SOURCE",
+        help="files, folders, quoted patterns, URLs, pipe:..., or - for stdin",
     )
     parser.add_argument("--format", choices=tuple(FORMATS), help="format of all sources (default: by their names)")
     parser.add_argument(
@@ -166,7 +170,7 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
     _add_overwrite(tokenizer)
-    tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
+    tokenizer.add_argument("--out", required=True, type=location, metavar="FILE.model", help="file to write")
     tokenizer.add_argument("--vocab-size", type=positive, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
         "--kind", choices=("bpe", "unigram"), default="bpe", help="algorithm that finds the pieces (default: bpe)"
@@ -186,17 +190,20 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
         help="share of the text's characters that get a token; others are spelled in bytes (default: 0.9995)",
     )
     tokenizer.add_argument(
-        "--threads", type=non_negative, default=0, metavar="N", help="threads for training (default: one per core)"
+        "--threads", type=workers, default=0, metavar="N", help="threads for training (default: one per core)"
     )
-    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sample (default: 0)")
+    tokenizer.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed of the sample (default: 0)")
 
 
 def _add_encode_options(encode: argparse.ArgumentParser) -> None:
     _add_read_options(encode)
     encode.add_argument(
-        "--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, a tokenizer.json, or: byte"
+        "--tokenizer",
+        required=True,
+        **FILE,
+        help="a SentencePiece model, a tokenizer.json, or: byte",
     )
-    encode.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    encode.add_argument("--out", required=True, **DIR, help="folder to write")
     encode.add_argument(
         "--holdout",
         type=float,
@@ -228,7 +235,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=non_negative, default=0, metavar="N", help="number of processes (default: one per core)"
+        "--workers", type=workers, default=0, metavar="N", help="number of processes (default: one per core)"
     )
     parser.add_argument("--restart", action="store_true", help="discard what an unfinished run has done")
     _add_overwrite(parser)
@@ -253,7 +260,7 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
 
 def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
     _add_read_options(near)
-    near.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
+    near.add_argument("--out", required=True, **DIR, help="folder to write: part-00000.jsonl.zst and so on")
     near.add_argument(
         "--threshold", type=float, default=0.8, metavar="SHARE", help="share of shingles in common (default: 0.8)"
     )
@@ -271,7 +278,7 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
-    look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
+    look.add_argument("folder", **DIR, help="a dataset: the folder that holds manifest.json")
     look.add_argument("--shard", type=non_negative, metavar="S", help="the shard in which --document counts, from 0")
     what = look.add_mutually_exclusive_group()
     what.add_argument("--document", type=non_negative, metavar="N", help="show one document, by its number from 0")
@@ -279,27 +286,27 @@ def _add_inspect_options(look: argparse.ArgumentParser) -> None:
 
 
 def _add_verify_options(check: argparse.ArgumentParser) -> None:
-    check.add_argument("folders", nargs="+", metavar="DIR", help="datasets")
+    check.add_argument("folders", nargs="+", **DIR, help="datasets")
     check.add_argument(
-        "--workers", type=non_negative, default=0, metavar="N", help="shards read at once (default: one per core)"
+        "--workers", type=workers, default=0, metavar="N", help="shards read at once (default: one per core)"
     )
 
 
 def _add_stats_options(stats: argparse.ArgumentParser) -> None:
-    stats.add_argument("folders", nargs="+", metavar="DIR", help="datasets, counted together")
-    stats.add_argument("--png", metavar="FILE", help="write a plot")
+    stats.add_argument("folders", nargs="+", **DIR, help="datasets, counted together")
+    stats.add_argument("--png", **FILE, help="write a plot")
 
 
 def _add_merge_options(merge: argparse.ArgumentParser) -> None:
-    merge.add_argument("folders", nargs="+", metavar="DIR", help="datasets of one tokenizer, in this order")
-    merge.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    merge.add_argument("folders", nargs="+", **DIR, help="datasets of one tokenizer, in this order")
+    merge.add_argument("--out", required=True, **DIR, help="folder to write")
     merge.add_argument("--link", action="store_true", help="make hard links instead of copies (same file system)")
     _add_overwrite(merge)
 
 
 def _add_split_options(split: argparse.ArgumentParser) -> None:
-    split.add_argument("folder", metavar="DIR", help="a dataset")
-    split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
+    split.add_argument("folder", **DIR, help="a dataset")
+    split.add_argument("--out", required=True, **DIR, help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
     split.add_argument(
         "--shard-mb", type=positive_float, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
@@ -309,7 +316,7 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
 
 def _add_clean_options(clean: argparse.ArgumentParser) -> None:
     _add_read_options(clean)
-    clean.add_argument("--out", required=True, metavar="DIR", help="folder to write: part-00000.jsonl.zst and so on")
+    clean.add_argument("--out", required=True, **DIR, help="folder to write: part-00000.jsonl.zst and so on")
     clean.add_argument("--nfc", action="store_true", help="compose characters (Unicode NFC)")
     clean.add_argument(
         "--strip-controls", action="store_true", help="remove control characters except tab and line end"
@@ -359,7 +366,11 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
 def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
     _add_read_options(fertility)
     fertility.add_argument(
-        "--tokenizer", action="append", required=True, metavar="FILE", help="as in encode; repeat it to compare"
+        "--tokenizer",
+        action="append",
+        required=True,
+        **FILE,
+        help="as in encode; repeat it to compare",
     )
     fertility.add_argument(
         "--sample-mb", type=positive_float, default=20.0, metavar="MB", help="text to measure on (default: 20)"

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from infini_train import __version__, exit_codes, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
@@ -18,7 +17,10 @@ from infini_train.command_line import (
     Spinner,
     add_verbosity,
     describe,
+    location,
+    path,
     positive,
+    processes,
     repeat_verbosity,
 )
 from infini_train.config.errors import ConfigError
@@ -146,7 +148,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nproc",
-        type=positive,
+        type=processes,
         metavar="N",
         help="start N processes on this machine (default: only this process; torchrun and srun start their own)",
     )
@@ -212,14 +214,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     description = "Write text from a prompt; memory use does not depend on the prompt's length."
     describe(parser, description, GENERATE_EXAMPLES)
     parser.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+        "model", type=path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", default="", metavar="TEXT", help="continue this text (default: none; begin a new document)"
     )
     prompt.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
+        "--prompt-file", type=path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
     )
     add_sampling(parser, max_new_tokens=200, temperature=0.8, top_p=0.95)
     parser.add_argument(
@@ -281,11 +283,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, DEMO_EXAMPLES)
     parser.add_argument(
         "--text",
+        type=location,
         metavar="PATH",
         help="a tree of .txt, .md or .py, a .jsonl (.gz, .zst) or .parquet file (default: the Python standard library)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run's folder (default: runs/demo, or runs/demo-NAME of the text)"
+        "--out", type=path, metavar="DIR", help="the run's folder (default: runs/demo, or runs/demo-NAME of the text)"
     )
     parser.add_argument(
         "--set",

@@ -12,7 +12,14 @@ from collections.abc import Callable
 from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # in what torch raises
+OUT_OF_MEMORY = (  # in what torch raises
+    "can't allocate memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "Storage size calculation overflowed",
+    "numel: integer multiplication overflow",
+)
+MAX_CHARACTERS = 2000  # of an error's line: some hold what was given
 
 
 def run_command(
@@ -72,7 +79,9 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    """Prints an error's line; returns the code."""
+    """Prints an error's line, cut where it is endless; returns the code."""
+    if len(message) > MAX_CHARACTERS:
+        message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
     with contextlib.suppress(OSError):  # standard error is full, or its reader has gone
         print(f"error: {message}", file=sys.stderr, flush=True)
     return code

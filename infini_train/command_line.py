@@ -8,13 +8,19 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from infini_train.config.errors import ConfigError
+from infini_train.config.paths import expand_home
 from infini_train.logs import is_quiet
 
 CLEAR_LINE = "\r\x1b[2K"
+MAX_NUMBER = 2**60
+MAX_SEED = 2**63 - 1
+MAX_PROCESSES = 1024  # on one machine
+MAX_LENGTH = 2**30  # tokens
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
@@ -49,12 +55,69 @@ def describe(parser: argparse.ArgumentParser, description: str, examples: str) -
 # -------------------------------------------------------------------------------------------------- types of values
 
 
+def _whole(text: str, least: int, most: int, below: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text[:40]!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(below)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as the type of an option's value."""
-    value = int(text)
-    if value <= 0:
+    return _whole(text, 1, MAX_NUMBER, "must be positive")
+
+
+def non_negative(text: str) -> int:
+    """A whole number, 0 or above, as the type of an option's value."""
+    return _whole(text, 0, MAX_NUMBER, "must not be negative")
+
+
+def seed(text: str) -> int:
+    """A random seed, as the type of an option's value."""
+    return _whole(text, 0, MAX_SEED, "must not be negative")
+
+
+def processes(text: str) -> int:
+    """How many processes to start on this machine, as the type of an option's value."""
+    return _whole(text, 1, MAX_PROCESSES, "must be positive")
+
+
+def workers(text: str) -> int:
+    """How many processes or threads share work on this machine, as the type of an option's value; 0: one per core."""
+    return _whole(text, 0, MAX_PROCESSES, "must not be negative")
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, as the type of an option's value."""
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError("must be positive")
     return value
+
+
+def location(text: str) -> str:
+    """A path or URL, or - for a standard stream, as the type of an option's value; ~ is the home folder.
+
+    A shell leaves the ~ of --out=~/x as it is.
+    """
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    """A path, as the type of an option's value; see `location`."""
+    return Path(location(text))
+
+
+FILE: dict[str, Any] = {"type": location, "metavar": "FILE"}  # for `add_argument`
+DIR: dict[str, Any] = {"type": location, "metavar": "DIR"}
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
@@ -84,32 +147,19 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
             yield from _commands(command)
 
 
-def non_negative(text: str) -> int:
-    """A whole number, 0 or above, as the type of an option's value."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0, as the type of an option's value."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
-
-
 def parse_length(text: str, option: str = "--lengths") -> int:
     """Tokens of a length such as 5000, 32K or 1M (K: 1024, M: 1024 K), given with an option.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, or beyond what any measurement reads.
     """
-    match = re.fullmatch(r"(\d+)([KM]?)", text.upper())
+    match = re.fullmatch(r"([0-9]+)([KM]?)", text.upper())
     if match is None:
-        raise ConfigError(f"{option}: {text} is no length; write tokens as 5000, 32K or 1M")
-    return int(match[1]) * _UNITS[match[2]]
+        raise ConfigError(f"{option}: {text[:40]} is no length; write tokens as 5000, 32K or 1M")
+    tokens = int(match[1][:20]) * _UNITS[match[2]]
+    if tokens > MAX_LENGTH:
+        raise ConfigError(f"{option}: {text[:40]} is too long; at most {format_length(MAX_LENGTH)}")
+    return tokens
 
 
 def format_length(tokens: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.command_errors import open_missing_streams, run_command
-from infini_train.command_line import positive
+from infini_train.command_line import non_negative, path, positive, processes
 from launch import console, watch
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they are doing, and end them. Docs: docs/slurm.md."
@@ -82,7 +82,7 @@ def _add_starting(commands: Any) -> None:
     local = _add(commands, "local", _later("run_local"), "run the job on this machine, without Slurm")
     _add_job_options(local, cluster_required=False)
     local.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of processes (default: %(default)s)"
+        "--nproc", type=processes, default=1, metavar="N", help="number of processes (default: %(default)s)"
     )
 
 
@@ -92,24 +92,24 @@ def _add_watching(commands: Any) -> None:
     status.add_argument(
         "folder",
         nargs="?",
-        type=Path,
+        type=path,
         default=Path("runs"),
         metavar="DIR",
         help="a run, or a folder of runs (default: %(default)s)",
     )
     status.add_argument("--json", action="store_true", help="print one line of JSON per run")
     logs = _add(commands, "logs", watch.show_logs, "print the output of a rank in a run's newest start")
-    logs.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    logs.add_argument("run", type=path, metavar="RUN", help="the run's folder")
     logs.add_argument("-f", "--follow", action="store_true", help="keep printing as it grows, through restarts")
     logs.add_argument(
         "--rank",
-        type=int,
+        type=non_negative,
         default=0,
         metavar="N",
         help="print this rank's log; rank 0 reports for the run (default: %(default)s)",
     )
     cancel = _add(commands, "cancel", watch.cancel, "save the last step and end a run's job")
-    cancel.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    cancel.add_argument("run", type=path, metavar="RUN", help="the run's folder")
     cancel.add_argument("--now", action="store_true", help="end at once (scancel), without waiting for a checkpoint")
 
 

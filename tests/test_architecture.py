@@ -27,7 +27,7 @@ BOTTOM = {
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
-    "config": {"environment"},  # a note about an old spelling comes from the first rank alone
+    "config": {"environment", "regular_files"},  # notes come from the first rank alone
     "command_line": {"config", "logs"},  # errors, and whether notes are wanted
     "command_errors": {"config", "exit_codes"},
     "atomic_files": {"regular_files"},

@@ -4,6 +4,7 @@ import argparse
 import io
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,15 @@ from infini_train.command_line import (
     RenamedOption,
     Spinner,
     format_length,
+    location,
     non_negative,
     parse_length,
+    path,
     positive,
     positive_float,
+    processes,
+    seed,
+    workers,
 )
 from infini_train.config.errors import ConfigError
 
@@ -37,8 +43,11 @@ def test_what_is_no_length_is_refused(text):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (positive, ("1", "20"), ("0", "-1", "1.5", "x")),
-        (non_negative, ("0", "20"), ("-1", "1.5", "x")),
+        (positive, ("1", "20"), ("0", "-1", "1.5", "x", "9" * 30, "9" * 5000)),
+        (non_negative, ("0", "20"), ("-1", "1.5", "x", "9" * 30)),
+        (seed, ("0", "4294967296"), ("-1", "1e3", "100000000000000000000000")),
+        (processes, ("1", "1024"), ("0", "1025", "1000000")),
+        (workers, ("0", "1024"), ("-1", "1025")),
         (positive_float, ("0.5", "4", "1e-3"), ("0", "-0.5", "inf", "nan", "x")),
     ],
 )
@@ -47,6 +56,30 @@ def test_types_of_values(kind, good, bad):
     for text in bad:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             kind(text)
+
+
+@pytest.mark.parametrize("text", ["2048M", "9" * 30 + "K", "9" * 5000])
+def test_a_length_beyond_all_measurements_is_refused(text):
+    with pytest.raises(ConfigError, match="is too long; at most 1024M$"):
+        parse_length(text)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/tmp/mine")
+    assert path("~/runs") == Path("/tmp/mine/runs") and path("a/~") == Path("a/~")
+    assert [location(text) for text in ("~/a", "~", "-", "s3://b/~/c", "./~/a")] == [
+        "/tmp/mine/a",
+        "/tmp/mine",
+        "-",
+        "s3://b/~/c",
+        "./~/a",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "x" * 256, "x/" * 3000])
+def test_what_is_no_path_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        path(text)
 
 
 def parser_of() -> CommandParser:

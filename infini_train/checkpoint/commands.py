@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from infini_train.command_line import describe, positive_float
+from infini_train.command_line import describe, path, positive_float
 from infini_train.config.errors import ConfigError
 from infini_train.logs import progress_bar
 
@@ -62,8 +61,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     describe(reshard, "Rewrite a checkpoint as whole tensors: one process, about one file in memory.", RESHARD_EXAMPLES)
     reshard.set_defaults(command=_reshard)
     for command in (inspect, verify, reshard):
-        command.add_argument("path", type=Path, metavar="PATH", help="a run's folder or one checkpoint")
-    reshard.add_argument("out", type=Path, metavar="OUT", help="the new checkpoint's folder; it must not exist")
+        command.add_argument("path", type=path, metavar="PATH", help="a run's folder or one checkpoint")
+    reshard.add_argument("out", type=path, metavar="OUT", help="the new checkpoint's folder; it must not exist")
     kept = reshard.add_mutually_exclusive_group()
     kept.add_argument("--kinds", nargs="+", metavar="KIND", help="keep these only: master, exp_avg, exp_avg_sq, carry")
     kept.add_argument("--weights-only", action="store_true", help="the same as --kinds master")

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import FiniteFloat
-
 from infini_train.config.errors import ConfigError, require
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.union import one_of
+from infini_train.config.values import Deviation, GateInit, Layers, Many, Tokens
 from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops, attention_flops
 
 INITIAL = "an initial value; the checkpoint's weights are used"
@@ -35,15 +34,15 @@ class InfiniConfig(AttentionVariant):
     """Segment-local attention plus a compressive memory (arXiv 2404.07143)."""
 
     kind: Literal["infini"] = "infini"  # chooses this attention
-    segment_tokens: int = 256  # inside a segment attention is exact; what is older is read from the memory
+    segment_tokens: Tokens = 256  # inside a segment attention is exact; what is older is read from the memory
     update: Literal["linear", "delta"] = "linear"  # how a segment is written: the paper's Eq. 8 or Eq. 9
     # feature map of keys and queries in the memory: elu: the paper's sigma; sharp: a steeper one
     features: Literal["elu", "sharp"] = "elu"
-    gate_init: FiniteFloat = 0.0  # initial beta of the gates; sigmoid(beta) is the share of the memory
-    overlap_tokens: int = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
-    conv_tokens: int = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
+    gate_init: GateInit = 0.0  # initial beta of the gates; sigmoid(beta) is the share of the memory
+    overlap_tokens: Tokens = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
+    conv_tokens: Many = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
     # standard deviation of those weights at first; null: 1/sqrt(conv_tokens), or 0 when added to a trained model
-    conv_std: FiniteFloat | None = None
+    conv_std: Deviation | None = None
 
     has_gates: ClassVar[bool] = True
     crosses_ranks: ClassVar[bool] = True
@@ -99,8 +98,8 @@ class LocalConfig(AttentionVariant):
     """Causal attention inside the segment only: Infini-attention without its memory."""
 
     kind: Literal["local"] = "local"  # chooses this attention
-    segment_tokens: int = 256  # a token sees its own segment only
-    overlap_tokens: int = 0  # a token also sees this many last tokens of the previous segment
+    segment_tokens: Tokens = 256  # a token sees its own segment only
+    overlap_tokens: Tokens = 0  # a token also sees this many last tokens of the previous segment
 
     crosses_ranks: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {"overlap_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
@@ -122,8 +121,8 @@ class TransformerXLConfig(AttentionVariant):
     """A baseline: attention inside the segment and to a cache of tokens before it, without gradient into the cache."""
 
     kind: Literal["transformer_xl"] = "transformer_xl"  # chooses this attention
-    segment_tokens: int = 256  # a token sees its own segment
-    cache_tokens: int = 256  # a token also sees this many last tokens of the previous segment
+    segment_tokens: Tokens = 256  # a token sees its own segment
+    cache_tokens: Tokens = 256  # a token also sees this many last tokens of the previous segment
 
     same_weights: ClassVar[Mapping[str, str]] = {"cache_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
 
@@ -164,12 +163,13 @@ class MemorizingConfig(AttentionVariant):
     """A baseline: Transformer-XL whose one layer also retrieves from stored keys and values (arXiv 2203.08913)."""
 
     kind: Literal["memorizing"] = "memorizing"  # chooses this attention
-    segment_tokens: int = 256  # a token sees its own segment
-    cache_tokens: int = 256  # a token also sees this many last tokens of the previous segment; 0: none
-    stored_tokens: int = 65_536  # keys and values of this many last tokens are stored, without gradient
-    top_k: int = 32  # each query attends to this many of them, those with the highest scores
-    layer: int | None = None  # the layer that stores and retrieves, the first is 0; null: after three quarters of them
-    gate_init: FiniteFloat = 0.0  # initial beta of its gates; sigmoid(beta) is the share of what was retrieved
+    segment_tokens: Tokens = 256  # a token sees its own segment
+    cache_tokens: Tokens = 256  # a token also sees this many last tokens of the previous segment; 0: none
+    stored_tokens: Tokens = 65_536  # keys and values of this many last tokens are stored, without gradient
+    top_k: Many = 32  # each query attends to this many of them, those with the highest scores
+    # the layer that stores and retrieves, the first is 0; null: after three quarters of them
+    layer: Layers | None = None
+    gate_init: GateInit = 0.0  # initial beta of its gates; sigmoid(beta) is the share of what was retrieved
 
     has_gates: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -245,8 +245,8 @@ class RmtConfig(AttentionVariant):
     """A baseline: memory tokens that a segment hands to the next one (Recurrent Memory Transformer, 2207.06881)."""
 
     kind: Literal["rmt"] = "rmt"  # chooses this attention
-    segment_tokens: int = 256  # a token sees its own segment, and the memory tokens
-    memory_tokens: int = 10  # number of memory tokens, read before a segment and written after it
+    segment_tokens: Tokens = 256  # a token sees its own segment, and the memory tokens
+    memory_tokens: Many = 10  # number of memory tokens, read before a segment and written after it
 
     same_weights: ClassVar[Mapping[str, str]] = {"segment_tokens": ANY_VIEW}
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import FiniteFloat
-
 from infini_train.config.errors import require
 from infini_train.config.union import one_of
+from infini_train.config.values import Factor, Few, FilePath, Many, Total
 
 NeedleTask = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
 VALUE_EACH: tuple[NeedleTask, ...] = ("multikey", "multivalue", "multiquery")  # with as many values as needles
@@ -40,15 +39,15 @@ class PasskeyConfig(SyntheticConfig):
     wording: str = "paper"  # words of intro, key and question (docs/passkey.md)
     varied_filler: bool = False  # filler drawn anew for each text, from sentences that no wording has
     varied_wording: bool = False  # half of the texts use random words around key and question, if they fit
-    digits: int = 5  # number of digits of the hidden number
-    few_digits_below_loss: FiniteFloat | None = None  # once the loss is below this, numbers repeat digits; null: never
-    min_segments: int = 3  # length of the shortest texts, in segments
-    grow_below_loss: FiniteFloat = 0.12  # texts grow, up to a window, while the running mean loss (nats) is below this
-    text_weight: FiniteFloat = 1.0  # share of the loss for all text but the number
-    answer_weight: FiniteFloat = 1.0  # share for the answer and the space before it
-    key_weight: FiniteFloat = 0.5  # share for the second mention of the number
-    pressure: FiniteFloat = 1.0  # scales write weights to simulate texts of up to N windows; 1: off, as in the paper
-    pressure_share: FiniteFloat = 0.5  # share of the grown texts that get pressure
+    digits: Few = 5  # number of digits of the hidden number
+    few_digits_below_loss: Factor | None = None  # once the loss is below this, numbers repeat digits; null: never
+    min_segments: Many = 3  # length of the shortest texts, in segments
+    grow_below_loss: Factor = 0.12  # texts grow, up to a window, while the running mean loss (nats) is below this
+    text_weight: Factor = 1.0  # share of the loss for all text but the number
+    answer_weight: Factor = 1.0  # share for the answer and the space before it
+    key_weight: Factor = 0.5  # share for the second mention of the number
+    pressure: Factor = 1.0  # scales write weights to simulate texts of up to N windows; 1: off, as in the paper
+    pressure_share: Factor = 0.5  # share of the grown texts that get pressure
 
     def __post_init__(self) -> None:
         for name in ("digits", "min_segments", "grow_below_loss"):
@@ -71,17 +70,17 @@ class NeedlesConfig(SyntheticConfig):
 
     kind: Literal["needles"] = "needles"  # chooses these texts
     tasks: tuple[NeedleTask, ...] = ("multikey",)  # tasks to mix
-    haystack: str = "varied"  # varied, repeated, or a text or .jsonl file
-    tokenizer: str | None = None  # a .model or tokenizer.json; null: bytes
-    needles: int = 4  # maximum number of needles in a text, as far as they fit
-    questions: int = 1  # number of questions at a text's end, each about another needle; above 1 for multikey only
-    digits: int = 5  # number of digits of a value
-    min_segments: int = 4  # length of the shortest texts, in segments
-    grow_below_loss: FiniteFloat = 0.25  # texts grow, up to a window, while the running mean loss (nats) is below this
-    text_weight: FiniteFloat = 0.1  # share of the loss for all text but the answers
-    answer_weight: FiniteFloat = 1.0  # share for the answers
-    pressure: FiniteFloat = 1.0  # scales write weights of grown texts to simulate up to N windows; 1: off
-    pressure_share: FiniteFloat = 0.5  # share of the grown texts that get pressure
+    haystack: FilePath = "varied"  # varied, repeated, or a text or .jsonl file
+    tokenizer: FilePath | None = None  # a .model or tokenizer.json; null: bytes
+    needles: Many = 4  # maximum number of needles in a text, as far as they fit
+    questions: Many = 1  # number of questions at a text's end, each about another needle; above 1 for multikey only
+    digits: Few = 5  # number of digits of a value
+    min_segments: Many = 4  # length of the shortest texts, in segments
+    grow_below_loss: Factor = 0.25  # texts grow, up to a window, while the running mean loss (nats) is below this
+    text_weight: Factor = 0.1  # share of the loss for all text but the answers
+    answer_weight: Factor = 1.0  # share for the answers
+    pressure: Factor = 1.0  # scales write weights of grown texts to simulate up to N windows; 1: off
+    pressure_share: Factor = 0.5  # share of the grown texts that get pressure
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "data.synthetic.tasks", "give at least one")
@@ -112,10 +111,10 @@ class RecallConfig(SyntheticConfig):
     """Key-value pairs, then a question for each of them (docs/needles.md)."""
 
     kind: Literal["recall"] = "recall"  # chooses these texts
-    min_pairs: int = 2  # number of pairs in the smallest texts
-    max_pairs: int = 32  # number of pairs in the largest texts; they and their questions must fit into a window
+    min_pairs: Few = 2  # number of pairs in the smallest texts
+    max_pairs: Few = 32  # number of pairs in the largest texts; they and their questions must fit into a window
     joined: bool = True  # a pair is one token; false: two tokens, its key and its value
-    grow_below_loss: FiniteFloat = 0.3  # texts grow while the running mean loss (nats per value) is below this
+    grow_below_loss: Factor = 0.3  # texts grow while the running mean loss (nats per value) is below this
 
     def __post_init__(self) -> None:
         require(self.min_pairs > 0, "data.synthetic.min_pairs", "must be positive")
@@ -142,9 +141,9 @@ AnySyntheticConfig = Annotated[SyntheticConfig, one_of(SYNTHETIC_KINDS)]
 class MixturePart:
     """One of several datasets to train on, all encoded with the same tokenizer."""
 
-    folder: str  # folder or URL of its shards
-    weight: FiniteFloat = 1.0  # its share of the tokens, relative to the weights of the others
-    epochs: int | None = None  # maximum number of passes; then the others take over its share; null: no limit
+    folder: FilePath  # folder or URL of its shards
+    weight: Factor = 1.0  # its share of the tokens, relative to the weights of the others
+    epochs: Many | None = None  # maximum number of passes; then the others take over its share; null: no limit
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "data.mixture.weight", "must be positive; leave out what is not to be read")
@@ -155,8 +154,8 @@ class MixturePart:
 class LengthStage:
     """A stage of a length curriculum: documents that come first, in the first epoch."""
 
-    tokens: int  # length of the stage, in tokens
-    max_document_tokens: int  # longer documents come later
+    tokens: Total  # length of the stage, in tokens
+    max_document_tokens: Total  # longer documents come later
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_document_tokens"):
@@ -167,15 +166,15 @@ class LengthStage:
 class DataConfig:
     """What is read: shards written by `infini-data encode`, in folders or at URLs, or texts made on the fly."""
 
-    train: str | None = None  # shards to train on; a relative path starts at the folder where the command runs
+    train: FilePath | None = None  # shards to train on; a relative path starts at the folder where the command runs
     mixture: tuple[MixturePart, ...] = ()  # several datasets to train on, instead of one
     curriculum: tuple[LengthStage, ...] = ()  # short documents first; each document still comes once per epoch
     # texts made on the fly, instead of shards
     synthetic: AnySyntheticConfig | None = None
-    validation: str | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
+    validation: FilePath | None = None  # held-out shards, for eval.every_steps and infini-train eval; null: none
     order_seed: int | None = None  # shuffles the documents; null: the run's seed
-    cache_dir: str | None = None  # for URLs (s3://...): a local folder with enough space for the shards
-    max_corrupt_documents: int = 100  # damaged documents are left out and counted; more than this many end the run
+    cache_dir: FilePath | None = None  # for URLs (s3://...): a local folder with enough space for the shards
+    max_corrupt_documents: Total = 100  # damaged documents are left out and counted; more than this many end the run
 
     def __post_init__(self) -> None:
         value = self.order_seed

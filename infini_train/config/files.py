@@ -9,68 +9,25 @@ import dataclasses
 import difflib
 import functools
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 import pydantic
-import yaml
 
 from infini_train.config.attention import KINDS, InfiniConfig
 from infini_train.config.data import SYNTHETIC_KINDS, SyntheticConfig
 from infini_train.config.deprecated import modernise, modernise_file, modernise_override
-from infini_train.config.errors import ConfigError
+from infini_train.config.errors import ConfigError, naming
 from infini_train.config.model import ModelConfig
+from infini_train.config.paths import expand_home
 from infini_train.config.renamed import find_renamed, note_renamed
 from infini_train.config.run import RunConfig
+from infini_train.config.values import to_json
 from infini_train.config.variant import AttentionVariant
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, and reads 3e-4 as a number and 2026-01-31 as text."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(f"{key}: given twice (line {key_node.start_mark.line + 1}); keep one")
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
-
-
-def _read_powers_of_ten(resolver: type[_Loader] | type[_Dumper]) -> None:
-    """YAML 1.1 requires a decimal point and a signed exponent; PyYAML reads 3e-4 as a string."""
-    number = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$")
-    resolver.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-
-
-_read_powers_of_ten(_Loader)
-_read_powers_of_ten(_Dumper)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse(text: str, source: str) -> Any:
-    """The value of a YAML text; an error message begins with `source` (a file, an option)."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from error
-    except (ValueError, RecursionError) as error:  # too large a number, brackets nested too deep
-        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
+from infini_train.config.yaml_text import MAX_BYTES, MAX_DEPTH, SHOWN_CHARACTERS, Budget, dump_tree, parse
+from infini_train.regular_files import read_regular
 
 
 def config_roots() -> list[Path]:
@@ -90,7 +47,8 @@ def resolve(name: str, kind: str = "run") -> Path:
 
 def _locate(name: str, kind: str = "run") -> Path:
     """As `resolve`, but an old name stays as it is: `_read_tree` knows what it stands for."""
-    path = Path(name)
+    with naming(_shorten(name) or "CONFIG"):
+        path = Path(_require_path(name))
     is_file = path.suffix in (".yaml", ".yml")
     candidates = [path] if is_file else [root / kind / f"{name}.yaml" for root in config_roots()]
     found = next((candidate for candidate in candidates if find_renamed(candidate)[0].is_file()), None)
@@ -100,7 +58,19 @@ def _locate(name: str, kind: str = "run") -> Path:
     near = _nearest_file(name, [*known, *map(str, path.parent.glob("*.y*ml"))])
     problem = "no such file" if is_file else f"no {kind} config of this name"
     near = near or ("" if is_file else f"; known: {', '.join(known) or 'none'}")
-    raise ConfigError(f"{name}: {problem}{near}")
+    raise ConfigError(f"{_shorten(name)}: {problem}{near}")
+
+
+def _require_path(name: str) -> str:
+    try:
+        return expand_home(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _shorten(text: str) -> str:
+    """As much of a text as a message should quote."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -123,17 +93,19 @@ def read_tree(path: Path, world_size: int | None = None) -> dict[str, Any]:
 
     With `world_size` each of these files counts with what its ``scales`` say of that many processes, if anything.
     """
-    tree = _read_tree(path, (), world_size)
+    tree = _read_tree(path, (), Budget(), world_size)
     tree.pop("scales", None)
     return tree
 
 
 def scale_sizes(name: str) -> list[int]:
     """The numbers of processes that the ``scales`` of a run's config (name or path) have something to say of."""
-    return sorted(_read_tree(_locate(name), ()).get("scales", {}))
+    return sorted(_read_tree(_locate(name), (), Budget()).get("scales", {}))
 
 
-def _read_tree(path: Path, including: tuple[Path, ...], world_size: int | None = None) -> dict[str, Any]:
+def _read_tree(
+    path: Path, including: tuple[Path, ...], budget: Budget, world_size: int | None = None
+) -> dict[str, Any]:
     named = path
     path, old = find_renamed(named)
     if old is not None:
@@ -141,15 +113,20 @@ def _read_tree(path: Path, including: tuple[Path, ...], world_size: int | None =
         world_size = old.world_size or world_size
     if path.resolve() in including:
         raise ConfigError(f"{path}: includes itself; remove it from the include list of {including[-1].name}")
+    budget.files -= 1
+    if budget.files < 0:
+        raise ConfigError(f"{path}: too many files are included, one from the other; include each once")
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from error
+        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    tree = parse(text, str(path), budget)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections (model, data, train, ...)")
     merged: dict[str, Any] = {}
     for name in _included(tree, path):
-        merged = _merge(merged, _read_tree(_find_included(name, path), (*including, path.resolve()), world_size))
+        file = _find_included(name, path)
+        merged = _merge(merged, _read_tree(file, (*including, path.resolve()), budget, world_size))
     scales = _own_scales(tree, path)
     merged = _merge(merged, modernise_file(tree, merged, str(path)))
     merged = _merge(merged, scales.get(world_size, {}))
@@ -167,6 +144,8 @@ def _included(tree: dict[str, Any], path: Path) -> list[str]:
 
 
 def _find_included(name: str, path: Path) -> Path:
+    with naming(f"{path}: include {_shorten(name)}"):
+        name = _require_path(name)
     bases = [path.parent, *config_roots()]
     found = next((base / name for base in bases if find_renamed(base / name)[0].is_file()), None)
     if found is None:
@@ -215,9 +194,9 @@ def override(tree: dict[str, Any], assignments: Iterable[str], option: str = "--
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"{option} {assignment}: write it as section.field=value")
-        value = _parse(text, f"{option} {assignment}")
+        if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+            raise ConfigError(f"{option} {_shorten(assignment)}: write it as section.field=value")
+        value = parse(text, f"{option} {assignment}")
         for key in reversed(keys):
             value = {key: value}
         tree = _merge(tree, modernise_override(value, tree, assignment))
@@ -283,13 +262,12 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
         ConfigError: an unknown key, a wrong type or an impossible combination, in one line.
     """
     tree, _ = modernise(tree)
+    text = to_json(tree)
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
         validator = _validator((*KINDS.values(), *SYNTHETIC_KINDS.values()))
-        return validator.validate_json(json.dumps(tree), strict=True, extra="forbid")
+        return validator.validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error)) from error
-    except (TypeError, ValueError) as error:  # a YAML value that JSON doesn't know: a set, a list that holds itself
-        raise ConfigError(f"config: {error}; write the value as text or number") from error
 
 
 def load_run(name: str, assignments: Iterable[str] = (), world_size: int | None = None) -> RunConfig:
@@ -320,8 +298,3 @@ def to_tree(config: Any) -> dict[str, Any]:
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; enough to run again."""
     return dump_tree(to_tree(config))
-
-
-def dump_tree(tree: Mapping[str, Any]) -> str:
-    """Plain values as YAML that this module reads back."""
-    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)

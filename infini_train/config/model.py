@@ -3,10 +3,20 @@
 import math
 from dataclasses import dataclass, field
 
-from pydantic import FiniteFloat
-
 from infini_train.config.attention import AttentionConfig, InfiniConfig
 from infini_train.config.errors import require
+from infini_train.config.values import (
+    Deviation,
+    Epsilon,
+    Factor,
+    Heads,
+    Layers,
+    Theta,
+    TokenIds,
+    Total,
+    WideWidth,
+    Width,
+)
 from infini_train.config.variant import AttentionVariant, LayerShape
 
 
@@ -14,10 +24,10 @@ from infini_train.config.variant import AttentionVariant, LayerShape
 class RopeScaling:
     """Long waves of the rotary embedding made longer, as Llama 3.1 and 3.2 have them; null: all waves as they are."""
 
-    factor: FiniteFloat  # factor by which the longest waves grow
-    low_freq_factor: FiniteFloat = 1.0  # waves longer than original_tokens / low_freq_factor grow by the whole factor
-    high_freq_factor: FiniteFloat = 4.0  # waves shorter than original_tokens / high_freq_factor stay
-    original_tokens: int = 8192  # context length before scaling
+    factor: Factor  # factor by which the longest waves grow
+    low_freq_factor: Factor = 1.0  # waves longer than original_tokens / low_freq_factor grow by the whole factor
+    high_freq_factor: Factor = 4.0  # waves shorter than original_tokens / high_freq_factor stay
+    original_tokens: Total = 8192  # context length before scaling
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, "model.rope_scaling.factor", "must be at least 1")
@@ -33,22 +43,23 @@ class RopeScaling:
 class ModelConfig:
     """A Llama-shaped decoder. `num_kv_heads`, `head_dim` and `value_head_dim` have the usual defaults when null."""
 
-    vocab_size: int  # number of token ids; at least those of the tokenizer
-    hidden_size: int  # size of a token's vector between the layers
-    num_layers: int  # number of layers, each with attention and feed-forward
-    num_heads: int  # query heads per layer; with infini, each has a gate
-    ffn_size: int  # inner size of the feed-forward (SwiGLU)
-    num_kv_heads: int | None = None  # key-value heads per layer, each with a memory; divides num_heads; null: num_heads
-    head_dim: int | None = None  # size of queries and keys per head; null: hidden_size / num_heads
-    value_head_dim: int | None = None  # size of values per head; null: head_dim
+    vocab_size: TokenIds  # number of token ids; at least those of the tokenizer
+    hidden_size: Width  # size of a token's vector between the layers
+    num_layers: Layers  # number of layers, each with attention and feed-forward
+    num_heads: Heads  # query heads per layer; with infini, each has a gate
+    ffn_size: WideWidth  # inner size of the feed-forward (SwiGLU)
+    # key-value heads per layer, each with a memory; divides num_heads; null: num_heads
+    num_kv_heads: Heads | None = None
+    head_dim: Width | None = None  # size of queries and keys per head; null: hidden_size / num_heads
+    value_head_dim: Width | None = None  # size of values per head; null: head_dim
     attention: AttentionConfig = field(default_factory=InfiniConfig)  # its variant; some differ from layer to layer
-    rope_theta: FiniteFloat = 10_000.0  # base of the rotary embedding, which counts inside the segment
+    rope_theta: Theta = 10_000.0  # base of the rotary embedding, which counts inside the segment
     rope_scaling: RopeScaling | None = None
-    norm_eps: FiniteFloat = 1e-5  # epsilon of the RMS norms
+    norm_eps: Epsilon = 1e-5  # epsilon of the RMS norms
     tied_embeddings: bool = False  # one matrix embeds tokens and gives the logits
     qk_norm: bool = False  # RMS norm of queries and keys, per head
     qkv_bias: bool = False  # biases in the query, key and value projections
-    init_std: FiniteFloat | None = None  # standard deviation of initial matrices; null: 1/sqrt(fan in), embeddings 0.02
+    init_std: Deviation | None = None  # standard deviation of initial matrices; null: 1/sqrt(fan in), embeddings 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import FiniteFloat
-
 from infini_train.config.errors import require
+from infini_train.config.values import Few, Ranks, Seconds, Stages
 
 BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would hold 2 GB of every rank in fp32
 
@@ -14,15 +13,15 @@ BUCKET_ELEMENTS = 50_000_000  # reduced at once; DeepSpeed's 500 million would h
 class ParallelConfig:
     """How a run is divided over processes: tensor x pipeline x context x data."""
 
-    tensor_size: int = 1  # ranks that share each layer: heads, gates, memories, feed-forward, vocabulary
+    tensor_size: Ranks = 1  # ranks that share each layer: heads, gates, memories, feed-forward, vocabulary
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
-    pipeline_size: int = 1  # stages of consecutive layers
-    virtual_stages: int = 1  # stages per pipeline rank (interleaved schedule)
-    context_size: int = 1  # ranks that share each window; each takes consecutive whole segments
-    data_size: int | None = None  # ranks that share the lanes; null: all remaining processes
+    pipeline_size: Stages = 1  # stages of consecutive layers
+    virtual_stages: Few = 1  # stages per pipeline rank (interleaved schedule)
+    context_size: Ranks = 1  # ranks that share each window; each takes consecutive whole segments
+    data_size: Ranks | None = None  # ranks that share the lanes; null: all remaining processes
     zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO: 1 shards optimizer states, 2 also gradients, 3 also weights
     offload_optimizer: bool = False  # keep optimizer states and run AdamW in host memory
-    timeout_s: FiniteFloat = 600.0  # a rank that does not respond for this long ends the run
+    timeout_s: Seconds = 600.0  # a rank that does not respond for this long ends the run
 
     def __post_init__(self) -> None:
         for name in ("tensor_size", "pipeline_size", "virtual_stages", "context_size", "data_size"):

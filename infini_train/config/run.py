@@ -9,6 +9,9 @@ from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
+from infini_train.config.values import FilePath, FolderName
+
+MAX_MICRO_BATCHES = 4096  # of a rank in one step; each has its own memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +21,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    name: str = "run"  # names the run's folder
-    run_dir: str | None = None  # all that the run writes; null: runs/ and the name
+    name: FolderName = "run"  # names the run's folder
+    run_dir: FilePath | None = None  # all that the run writes; null: runs/ and the name
     seed: int = 0  # of the initial weights and the order of documents
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -151,6 +154,12 @@ def _check_batch_layout(run: RunConfig) -> None:
         f" {run.micro_lanes}; choose a divisor",
     )
     micro_batches = run.lanes_per_rank // run.micro_lanes
+    require(
+        micro_batches <= MAX_MICRO_BATCHES,
+        "train.micro_batch_lanes",
+        f"{micro_batches} micro-batches in a step are more than {MAX_MICRO_BATCHES}; raise it, or lower"
+        " train.batch_lanes",
+    )
     require(
         parallel.virtual_stages == 1 or micro_batches % pipeline == 0,
         "train.micro_batch_lanes",

@@ -3,24 +3,23 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import FiniteFloat
-
 from infini_train.config.errors import require
+from infini_train.config.values import Epsilon, FilePath, Lanes, Many, Norm, Rate, Step, Tokens, Total
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Size and length of training. A lane is a row of the global batch; each step reads one window of every lane."""
 
-    window_tokens: int  # sequence length: tokens of a lane in one step; gradients flow through all its segments
-    batch_lanes: int  # lanes (sequences) in the global batch
-    micro_batch_lanes: int | None = None  # lanes in a micro-batch; null: all lanes of a data-parallel rank
-    max_steps: int | None = None  # length of the run; give exactly one of max_steps and max_tokens
-    max_tokens: int | None = None  # length of the run, padding included; rounded up to whole steps
+    window_tokens: Tokens  # sequence length: tokens of a lane in one step; gradients flow through all its segments
+    batch_lanes: Lanes  # lanes (sequences) in the global batch
+    micro_batch_lanes: Lanes | None = None  # lanes in a micro-batch; null: all lanes of a data-parallel rank
+    max_steps: Total | None = None  # length of the run; give exactly one of max_steps and max_tokens
+    max_tokens: Total | None = None  # length of the run, padding included; rounded up to whole steps
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps master weights, moments and the memory in fp32
     carry_memory: bool = True  # carry the memory from window to window (without gradient)
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
-    init_from: str | None = None  # a checkpoint folder: start a new run from its weights
+    init_from: FilePath | None = None  # a checkpoint folder: start a new run from its weights
 
     def __post_init__(self) -> None:
         for name in ("window_tokens", "batch_lanes"):
@@ -50,17 +49,17 @@ class TrainConfig:
 class OptimConfig:
     """AdamW. The gates have their own learning rate: at the common one they hardly move (docs/architecture.md)."""
 
-    lr: FiniteFloat = 3e-4  # peak learning rate of everything but the gates
-    gate_lr: FiniteFloat = 1e-2  # peak learning rate of the gates
+    lr: Rate = 3e-4  # peak learning rate of everything but the gates
+    gate_lr: Rate = 1e-2  # peak learning rate of the gates
     schedule: Literal["cosine", "wsd"] = "cosine"  # learning-rate schedule; wsd: warm-up, stable, linear decay
-    warmup_steps: int = 100  # linear warm-up to the peak
-    decay_steps: int | None = None  # length of the decay, wsd only; null: the last fifth of the run
-    min_lr_ratio: FiniteFloat = 0.1  # final learning rate as a fraction of the peak
-    weight_decay: FiniteFloat = 0.1  # weight decay of matrices; norms, biases and gates have none
-    beta1: FiniteFloat = 0.9  # decay rate of the first moment
-    beta2: FiniteFloat = 0.95  # decay rate of the second moment
-    eps: FiniteFloat = 1e-8  # epsilon, added to the square root of the second moment
-    clip_norm: FiniteFloat = 1.0  # gradients are clipped to this global norm
+    warmup_steps: Total = 100  # linear warm-up to the peak
+    decay_steps: Total | None = None  # length of the decay, wsd only; null: the last fifth of the run
+    min_lr_ratio: Rate = 0.1  # final learning rate as a fraction of the peak
+    weight_decay: Rate = 0.1  # weight decay of matrices; norms, biases and gates have none
+    beta1: Rate = 0.9  # decay rate of the first moment
+    beta2: Rate = 0.95  # decay rate of the second moment
+    eps: Epsilon = 1e-8  # epsilon, added to the square root of the second moment
+    clip_norm: Norm = 1.0  # gradients are clipped to this global norm
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "eps", "clip_norm"):
@@ -80,12 +79,12 @@ class OptimConfig:
 class GuardConfig:
     """Anomaly detection: steps with a non-finite loss or gradient, or a loss spike."""
 
-    max_skips: int = 10  # maximum number of consecutive steps left out; one more ends the run
+    max_skips: Total = 10  # maximum number of consecutive steps left out; one more ends the run
     # on a loss spike: ignore: do nothing; warn: report it; skip: report it and leave the step out; rollback: also
     # return to the newest checkpoint's weights, and continue after the data read since
     spikes: Literal["ignore", "warn", "skip", "rollback"] = "warn"
-    spike_window_steps: int = 100  # a step's loss is compared with the losses of this many preceding steps
-    spike_deviations: FiniteFloat = 6.0  # a loss this many standard deviations above their mean is a spike
+    spike_window_steps: Many = 100  # a step's loss is compared with the losses of this many preceding steps
+    spike_deviations: Norm = 6.0  # a loss this many standard deviations above their mean is a spike
 
     def __post_init__(self) -> None:
         require(self.max_skips >= 0, "guard.max_skips", "must not be negative")
@@ -97,10 +96,10 @@ class GuardConfig:
 class EvalConfig:
     """Validation inside the training loop."""
 
-    every_steps: int | None = None  # steps between validations; null: never
-    max_tokens: int = 65_536  # maximum number of tokens per validation
-    batch_lanes: int | None = None  # documents read side by side; null: as many as lanes in a micro-batch
-    window_tokens: int | None = None  # sequence length in validation; null: as in training
+    every_steps: Total | None = None  # steps between validations; null: never
+    max_tokens: Total = 65_536  # maximum number of tokens per validation
+    batch_lanes: Lanes | None = None  # documents read side by side; null: as many as lanes in a micro-batch
+    window_tokens: Tokens | None = None  # sequence length in validation; null: as in training
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "batch_lanes", "window_tokens"):
@@ -113,9 +112,9 @@ class EvalConfig:
 class LogConfig:
     """Console, metrics.jsonl and TensorBoard."""
 
-    every_steps: int = 10  # steps between console lines and rows of metrics
-    memory_every_steps: int = 100  # steps between records of gates and memory norms
-    profile_steps: tuple[int, ...] = ()  # steps to record with torch.profiler
+    every_steps: Total = 10  # steps between console lines and rows of metrics
+    memory_every_steps: Total = 100  # steps between records of gates and memory norms
+    profile_steps: tuple[Step, ...] = ()  # steps to record with torch.profiler
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "memory_every_steps"):
@@ -126,9 +125,9 @@ class LogConfig:
 class CheckpointConfig:
     """When to save, and which checkpoints to keep."""
 
-    every_steps: int = 500  # steps between checkpoints; the last step is always saved
-    keep_last: int = 2  # this many of the newest are kept, older ones are deleted
-    milestone_every_steps: int | None = None  # checkpoints at these steps are never deleted
+    every_steps: Total = 500  # steps between checkpoints; the last step is always saved
+    keep_last: Total = 2  # this many of the newest are kept, older ones are deleted
+    milestone_every_steps: Total | None = None  # checkpoints at these steps are never deleted
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "checkpoint.every_steps", "must be positive")

@@ -3,9 +3,8 @@
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from infini_train.command_line import describe
+from infini_train.command_line import FILE, describe, path
 from infini_train.config.errors import ConfigError
 from infini_train.logs import progress_bar
 
@@ -36,10 +35,12 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
     describe(parser, description, IMPORT_EXAMPLES)
     _add_format(parser)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with config.json and *.safetensors")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the new run's folder; it must not exist")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="folder with config.json and *.safetensors")
+    parser.add_argument("run_dir", type=path, metavar="RUN", help="the new run's folder; it must not exist")
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="a tokenizer.json, a SentencePiece .model, or byte (default: FOLDER's)"
+        "--tokenizer",
+        **FILE,
+        help="a tokenizer.json, a SentencePiece .model, or byte (default: FOLDER's)",
     )
     parser.set_defaults(command=_import)
 
@@ -53,9 +54,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, EXPORT_EXAMPLES)
     _add_format(parser)
     parser.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+        "model", type=path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the new folder; it must not exist")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="the new folder; it must not exist")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of the weights (default: as stored)")
     parser.set_defaults(command=_export)
 

@@ -15,9 +15,10 @@ from infini_train.checkpoint.store import FOLDER
 from infini_train.checkpoint.sync import check_new
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import dump, dump_tree, to_tree, validate
+from infini_train.config.files import dump, to_tree, validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
+from infini_train.config.yaml_text import dump_tree
 from infini_train.convert.family import list_weights, parse_model
 from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, WeightsFolder, new_folder, read_json
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infini_train.command_line import describe, format_length, parse_length, positive
+from infini_train.command_line import DIR, describe, format_length, parse_length, positive, seed
 from infini_train.config.errors import ConfigError
 from infini_train.data.shards import Dataset
 from infini_train.eval.context_losses import ContextPlan, DocumentLosses, bucket_edges, measure_document
@@ -220,7 +220,9 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, EXAMPLES)
     add_model(parser)
     parser.add_argument(
-        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
+        "--data",
+        **DIR,
+        help="folder written by infini-data encode (default: the run's validation data)",
     )
     parser.add_argument(
         "--contexts",
@@ -231,19 +233,23 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--targets",
-        type=int,
+        type=positive,
         default=8,
         metavar="N",
         help="number of targets in each document that is long enough (default: %(default)s)",
     )
     parser.add_argument(
-        "--target-tokens", type=int, default=64, metavar="N", help="number of tokens of a target (default: %(default)s)"
+        "--target-tokens",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="number of tokens of a target (default: %(default)s)",
     )
     parser.add_argument(
         "--documents", type=positive, metavar="N", help="read only the first N documents (default: all)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of the targets' places (default: %(default)s)"
+        "--seed", type=seed, default=0, metavar="N", help="random seed of the targets' places (default: %(default)s)"
     )
     add_out(parser, "eval/context-STEP", "what is there")
     parser.set_defaults(command=_context)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from infini_train.command_line import Spinner, describe
+from infini_train.command_line import Spinner, describe, path
 from infini_train.config.attention import KINDS
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_out, check_folder
@@ -77,7 +77,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         " read the memory (above 0.9), mean, lowest and highest; as a picture and in TensorBoard."
     )
     describe(parser, description, EXAMPLES)
-    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("model", type=path, metavar="RUN", help="a run's folder")
     add_out(parser, "eval/")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_gates)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infini_train.command_line import Spinner, describe, non_negative, positive
+from infini_train.command_line import Spinner, describe, non_negative, path, positive, seed
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import add_lanes, add_model, add_out, load
 
@@ -225,7 +225,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks, groups or tags, or .yaml files"
     )
     parser.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"
+        "--include-path", type=path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"
     )
     parser.add_argument(
         "--num-fewshot",
@@ -238,7 +238,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=non_negative,
+        type=seed,
         default=0,
         metavar="N",
         help="random seed of sampled generations (default: %(default)s)",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from infini_train.command_line import Spinner, positive
+from infini_train.command_line import Spinner, path, positive
 from infini_train.config.errors import ConfigError
 from infini_train.logs import progress_bar
 
@@ -145,7 +145,7 @@ def run_measurement(
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Gives a parser RUN, --precision and --json."""
     parser.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
+        "model", type=path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
     parser.add_argument(
         "--precision",
@@ -171,7 +171,7 @@ def add_out(parser: argparse.ArgumentParser, folder: str, dropped: str | None = 
     """Gives a parser --out with its default `folder`, and --overwrite if there is anything that can be `dropped`."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="DIR",
         help=f"folder for all results (default: {folder} and tensorboard/eval of the run)",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infini_train.command_line import describe, format_length
+from infini_train.command_line import describe, format_length, location, positive
 from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.haystack import HAYSTACKS, HaystackSource
@@ -245,6 +245,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--haystack",
+        type=location,
         default="repeated",
         metavar="HAY",
         help=f"the hay: {', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
@@ -252,7 +253,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--needles",
         nargs="+",
-        type=int,
+        type=positive,
         default=(4,),
         metavar="N",
         help="number of things hidden in a text; with variables, links of the asked chain (default: 4)",

@@ -5,7 +5,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from infini_train.command_line import describe, positive
+from infini_train.command_line import DIR, describe, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.eval.measurement import add_model, load
@@ -115,7 +115,9 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, EXAMPLES)
     add_model(parser)
     parser.add_argument(
-        "--data", metavar="DIR", help="folder written by infini-data encode (default: the run's validation data)"
+        "--data",
+        **DIR,
+        help="folder written by infini-data encode (default: the run's validation data)",
     )
     parser.add_argument(
         "--stream",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from infini_train.command_line import format_length, parse_length
+from infini_train.command_line import format_length, parse_length, positive, seed
 from infini_train.config.errors import ConfigError
 from infini_train.eval.measurement import Measurement, add_lanes, add_model
 from infini_train.eval.retrieval import (
@@ -210,12 +210,16 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
         f" end (default: {' '.join(DEPTHS)})",
     )
     parser.add_argument(
-        "--samples", type=int, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
+        "--samples", type=positive, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
     )
     parser.add_argument(
-        "--digits", type=int, default=5, metavar="N", help=f"number of digits of {digits_of} (default: %(default)s)"
+        "--digits",
+        type=positive,
+        default=5,
+        metavar="N",
+        help=f"digits of {digits_of} (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (default: %(default)s)")
     add_lanes(parser, "prompts")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infini_train.command_line import describe, positive
+from infini_train.command_line import describe, path, positive
 from infini_train.config.errors import ConfigError
 from infini_train.data.pairs import SEPARATOR, PairForm
 from infini_train.eval.measurement import Measurement, add_lanes, add_model, add_out, run
@@ -244,7 +244,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, EXAMPLES)
     add_model(parser)
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="JSON lines of book (or text) and summary; .gz too"
+        "--data", type=path, required=True, metavar="FILE", help="JSON lines of book (or text) and summary; .gz too"
     )
     parser.add_argument("--text-field", metavar="NAME", help="field of the book (default: book, else text)")
     parser.add_argument(

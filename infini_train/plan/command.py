@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from infini_train.command_line import Spinner
+from infini_train.command_line import Spinner, non_negative, path, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
+from infini_train.config.values import MAX_RANKS
 from infini_train.plan.hardware import load_hardware
 
 DESCRIPTION = """\
@@ -44,12 +45,12 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="number of processes (default: tensor x pipeline x context x data size of the config)",
     )
-    size.add_argument("--nodes", type=int, metavar="N", help="number of processes, given as nodes of the hardware")
-    parser.add_argument("--rank", type=int, metavar="R", help="plan this rank only (default: one of each stage)")
+    size.add_argument("--nodes", type=positive, metavar="N", help="number of processes, given as nodes of the hardware")
+    parser.add_argument("--rank", type=non_negative, metavar="R", help="plan only this rank (default: one per stage)")
     parser.add_argument(
         "--hardware",
         metavar="NAME",
@@ -57,9 +58,9 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         help="h100, h200, a100 (below configs/hardware/), or path of a .yaml file (default: %(default)s)",
     )
     parser.add_argument("--search", action="store_true", help="list the fastest layouts that fit, with their overrides")
-    parser.add_argument("--top", type=int, metavar="K", default=8, help="list K layouts (default: %(default)s)")
+    parser.add_argument("--top", type=positive, metavar="K", default=8, help="list K layouts (default: %(default)s)")
     parser.add_argument(
-        "--measure", metavar="FILE", type=Path, help="measure this machine, and write its hardware description"
+        "--measure", metavar="FILE", type=path, help="measure this machine, and write its hardware description"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.set_defaults(command=_plan)
@@ -81,11 +82,10 @@ def _plan(options: argparse.Namespace) -> None:
         return
     if options.config is None:
         raise ConfigError("CONFIG: name a run config, as in infini-train plan 1b (or give --measure FILE)")
-    for name in ("nodes", "top"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(f"--{name}: must be positive, not {getattr(options, name)}")
     hardware = load_hardware(options.hardware)
     size = options.nodes * hardware.devices_per_node if options.nodes else options.world_size
+    if size is not None and size > MAX_RANKS:
+        raise ConfigError(f"--{'nodes' if options.nodes else 'world-size'}: {size} processes; at most {MAX_RANKS}")
     config = load_run(options.config, options.set, size)
     if options.search:
         _search(options, config, size)

@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import FiniteFloat
+from pydantic import Field
 
-from infini_train.config.errors import ConfigError
+from infini_train.config.errors import ConfigError, naming
 from infini_train.config.files import read_tree, resolve
+from infini_train.config.values import Few, to_json
 
 NOT_POSITIVE = ("reserved_gb", "launch_us", "node_latency_us", "network_latency_us")  # may be 0
 SHARES = (
@@ -24,6 +24,8 @@ SHARES = (
     "reduce_scatter_efficiency",
     "send_efficiency",
 )
+LEAST = 1e-9  # of what may not be 0
+Measure = Annotated[float, Field(le=1e12, allow_inf_nan=False)]
 SHORT_TOKENS, LONG_TOKENS = 64, 256  # lengths that the two shares of the attention kernel belong to
 
 
@@ -36,25 +38,25 @@ class Hardware:
 
     name: str  # shown in tables
     device: Literal["cuda", "cpu"] = "cuda"  # cuda: launches run ahead of the work, and norms are one kernel
-    devices_per_node: int  # GPUs of a node, or cores
-    memory_gb: FiniteFloat  # of a device, in 1e9 bytes
-    reserved_gb: FiniteFloat = 0.0  # of it, what driver, communication library and fragmentation take
-    bf16_tflops: FiniteFloat  # peak of dense matrix products, 1e12 operations a second
-    fp32_tflops: FiniteFloat  # the same in fp32
-    matmul_efficiency: FiniteFloat = 1.0  # share of the peak that large products of the model reach
-    attention_efficiency: FiniteFloat = 1.0  # and the attention kernel, in segments of 256 tokens or more
-    short_attention_efficiency: FiniteFloat = 1.0  # and in those of 64 or fewer
-    memory_gb_s: FiniteFloat  # bandwidth of the device's memory, 1e9 bytes a second
-    memory_efficiency: FiniteFloat = 1.0  # share of it that elementwise operations reach
-    launch_us: FiniteFloat = 0.0  # host's time to start one operation
-    node_gb_s: FiniteFloat  # what a device sends to others of its node, one direction
-    node_latency_us: FiniteFloat = 0.0  # of one message there
-    network_gb_s: FiniteFloat  # what a device sends to other nodes, one direction
-    network_latency_us: FiniteFloat = 0.0  # of one message there
-    all_reduce_efficiency: FiniteFloat = 1.0  # share of both bandwidths that a collective reaches, by a ring's bytes
-    all_gather_efficiency: FiniteFloat = 1.0
-    reduce_scatter_efficiency: FiniteFloat = 1.0
-    send_efficiency: FiniteFloat = 1.0
+    devices_per_node: Few  # GPUs of a node, or cores
+    memory_gb: Measure  # of a device, in 1e9 bytes
+    reserved_gb: Measure = 0.0  # of it, what driver, communication library and fragmentation take
+    bf16_tflops: Measure  # peak of dense matrix products, 1e12 operations a second
+    fp32_tflops: Measure  # the same in fp32
+    matmul_efficiency: Measure = 1.0  # share of the peak that large products of the model reach
+    attention_efficiency: Measure = 1.0  # and the attention kernel, in segments of 256 tokens or more
+    short_attention_efficiency: Measure = 1.0  # and in those of 64 or fewer
+    memory_gb_s: Measure  # bandwidth of the device's memory, 1e9 bytes a second
+    memory_efficiency: Measure = 1.0  # share of it that elementwise operations reach
+    launch_us: Measure = 0.0  # host's time to start one operation
+    node_gb_s: Measure  # what a device sends to others of its node, one direction
+    node_latency_us: Measure = 0.0  # of one message there
+    network_gb_s: Measure  # what a device sends to other nodes, one direction
+    network_latency_us: Measure = 0.0  # of one message there
+    all_reduce_efficiency: Measure = 1.0  # share of both bandwidths that a collective reaches, by a ring's bytes
+    all_gather_efficiency: Measure = 1.0
+    reduce_scatter_efficiency: Measure = 1.0
+    send_efficiency: Measure = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -62,7 +64,7 @@ class Hardware:
             if isinstance(value, str):
                 continue
             least = 0 if field.name in NOT_POSITIVE else None
-            if value < 0 or (value == 0 and least is None):
+            if value < 0 or (value < LEAST and least is None):
                 raise ConfigError(f"{field.name}: must be {'0 or more' if least == 0 else 'positive'}, not {value:g}")
         for name in SHARES:
             if getattr(self, name) > 1:
@@ -114,8 +116,10 @@ def load_hardware(name: str) -> Hardware:
 
 def validate_hardware(tree: dict[str, Any], source: str) -> Hardware:
     """The tree as a `Hardware`; `source` opens the message of an error."""
+    with naming(source):
+        text = to_json(tree, "hardware")
     try:
-        return _validator().validate_json(json.dumps(tree), strict=True, extra="forbid")
+        return _validator().validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         inner = first.get("ctx", {}).get("error")
@@ -127,5 +131,3 @@ def validate_hardware(tree: dict[str, Any], source: str) -> Hardware:
             raise ConfigError(f"{source}: {shown}: unknown key; known: {known}") from error
         problem = "is missing; give it a value" if first["type"].startswith("missing") else first["msg"]
         raise ConfigError(f"{source}: {shown}: {problem}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}; write the value as text or number") from error

@@ -71,14 +71,19 @@ def divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
+def _divide(processes: int, max_tensor: int, max_pipeline: int) -> Iterator[tuple[int, int, int]]:
+    """Tensor, pipeline and context sizes whose product divides the processes."""
+    for tensor in divisors(processes):
+        for pipeline in divisors(processes // tensor):
+            if tensor <= max_tensor and pipeline <= max_pipeline:
+                yield from ((tensor, pipeline, context) for context in divisors(processes // (tensor * pipeline)))
+
+
 def enumerate_layouts(base: RunConfig, hardware: Hardware, processes: int) -> Iterator[RunConfig]:
     """Every valid layout: tensor parallelism stays within a node, checkpointing on and off, ZeRO 1 to 3."""
     model, train = base.model, base.train
-    for tensor, pipeline, context in itertools.product(divisors(processes), repeat=3):
-        size = tensor * pipeline * context
-        if tensor > hardware.devices_per_node or pipeline > model.num_layers or processes % size:
-            continue
-        data = processes // size
+    for tensor, pipeline, context in _divide(processes, hardware.devices_per_node, model.num_layers):
+        data = processes // (tensor * pipeline * context)
         if train.batch_lanes % data:
             continue
         for micro, virtual, zero, checkpointing in itertools.product(

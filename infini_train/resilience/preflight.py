@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from infini_train import exit_codes
+from infini_train.command_line import path
 from infini_train.parallel import device
 
 device.prepare()  # before anything else imports megatron-core: its notices are not for this console
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preflight", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run, on the shared file system")
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="folder of the run, on the shared file system")
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that each node should have")
     parser.add_argument("--min-free-gib", type=float, default=1.0, metavar="N", help="space for the run")
     parser.add_argument("--timeout-s", type=float, default=180.0, metavar="N", help="how long to wait for a rank")

@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from infini_train import exit_codes
-from infini_train.command_line import positive, repeat_verbosity
+from infini_train.command_line import path, processes, repeat_verbosity
 from infini_train.config.errors import ConfigError, naming
 from infini_train.selftest.cases import CASES, Case, choose_cases
 
@@ -35,7 +34,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--nproc",
-        type=positive,
+        type=processes,
         metavar="N",
         help="start N processes on this machine (default: only this process; torchrun and srun start their own)",
     )
@@ -52,7 +51,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print names and processes of the cases, and exit")
     parser.add_argument("--json", action="store_true", help="print lines of JSON: the machine, then one line per case")
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="temporary folder visible to all ranks (default: this machine's)"
+        "--folder", type=path, metavar="DIR", help="temporary folder visible to all ranks (default: this machine's)"
     )
     parser.set_defaults(command=_selftest)
 

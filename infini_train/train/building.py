@@ -20,6 +20,7 @@ from infini_train.parallel import device, mesh
 from infini_train.parallel.mesh import Place
 from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine
+from infini_train.train.memory_need import require_memory
 from infini_train.train.optim import parameter_groups
 
 
@@ -58,7 +59,11 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
 
     Returns:
         Stages, engine, and the number of parameters of the whole model.
+
+    Raises:
+        ConfigError: they can't fit into this rank's memory.
     """
+    require_memory(config)
     train = config.train
     recompute = train.activation_checkpointing == "layer"
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32

@@ -6,7 +6,8 @@ import pytest
 
 from infini_train.config.data import NeedlesConfig, PasskeyConfig, RecallConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import dump_tree, load_run, to_tree, validate
+from infini_train.config.files import load_run, to_tree, validate
+from infini_train.config.yaml_text import dump_tree
 
 REST = """
 model: {vocab_size: 1300, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160}

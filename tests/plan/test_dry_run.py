@@ -246,6 +246,11 @@ def test_the_table_has_a_column_for_each_stage() -> None:
     [
         (["--world-size", "3", "--set", "parallel.tensor_size=2"], "--world-size: 3 processes, but .* a multiple of 2"),
         (["--world-size", "4", "--set", "parallel.data_size=2"], "--world-size: 4 processes, but .* needs 2"),
+        (["--world-size", "1000000000"], "--world-size: 1000000000 processes; at most 131072"),
+        (["--world-size", "1000000000", "--search"], "--world-size: 1000000000 processes; at most 131072"),
+        (["--nodes", "100000"], "--nodes: 800000 processes; at most 131072"),
+        (["--set", "model.num_layers=1000000"], "model.num_layers: must be less than or equal to 1000"),
+        (["--set", "train.window_tokens=1000000000000000"], "train.window_tokens: must be less than or equal to"),
         (["--world-size", "2", "--rank", "2"], "--rank: 2 is none of the 2 ranks"),
         (["--set", "parallel.tensor_size=3"], "model.num_heads: 4 can't be divided"),
         (["--world-size", "3", "--rank", "0"], "train.batch_lanes: 4 lanes can't be divided over 3"),
