@@ -70,6 +70,7 @@ class ShardRun:
         row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self.shards))
         self._index.write(np.array(row, INDEX_RECORD).tobytes())
         self.documents += 1
+        source = source_name(source)
         old = self.sources.get(source, SourceEntry(name=source, documents=0, tokens=0, bytes=0))
         self.sources[source] = SourceEntry(
             name=source, documents=old.documents + 1, tokens=old.tokens + tokens.size, bytes=old.bytes + n_bytes
@@ -104,6 +105,11 @@ def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
 def encode_metadata(note: Mapping[str, Any]) -> bytes:
     """As JSON, which can hold half a surrogate pair (from a file's name, say), as UTF-8 can't."""
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def source_name(source: str) -> str:
+    """A source as the manifest names it: with backslashes for half a surrogate pair (from a file's name, say)."""
+    return source.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:

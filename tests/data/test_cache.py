@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from infini_train.config.data import DataConfig, MixturePart
 from infini_train.config.errors import ConfigError
 from infini_train.data import cache, source
+from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -101,7 +102,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path) -> N
     path = remote / "manifest.json"
     tree = json.loads(path.read_text())
     tree["tokenizer"] |= {"kind": "sentencepiece", "file": "../../stolen.sh"}
-    path.write_text(json.dumps(tree))
+    path.write_bytes(dump_sealed(tree))
     with pytest.raises(ConfigError, match="names a file outside the dataset's folder"):
         Dataset.open(f"file://{remote}", tmp_path / "near")
     assert not list(tmp_path.rglob("stolen*"))

@@ -13,6 +13,7 @@ import webdataset
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import INDEX_FILE, MANIFEST_FILE, NPY_HEADER_BYTES, hash_file
+from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of
 
@@ -77,7 +78,7 @@ def test_wide_vocabularies_take_uint32(tmp_path) -> None:
 
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(dump_sealed(json.loads(path.read_bytes()) | changes))
 
 
 def cut(path: Path) -> None:
@@ -97,7 +98,7 @@ DAMAGE = {
     "documents.idx: has": lambda f: cut(f / INDEX_FILE),
     "documents.idx: does not match": replace_index,
     "documents.idx: is not an index": lambda f: (f / INDEX_FILE).write_bytes(b"x" * (f / INDEX_FILE).stat().st_size),
-    "format version 9 is not 1": lambda f: edit_manifest(f, format_version=9),
+    "format version 9 is not 2": lambda f: edit_manifest(f, format_version=9),
     "can't be read": lambda f: (f / MANIFEST_FILE).write_text('{"half'),
     "tokens: Input should be a valid integer": lambda f: edit_manifest(f, tokens="many"),
     "does not match manifest.json": lambda f: edit_manifest(f, tokens=5),
@@ -201,7 +202,7 @@ def test_the_tokenizer_lies_beside_the_shards(tmp_path) -> None:
     assert found.decode(Dataset.open(tmp_path / "set").read(0, 0, n_tokens)) == "the cat"
     assert dataclasses.asdict(Dataset.open(tmp_path / "set").manifest.tokenizer)["file"] == "tokenizer.model"
     (tmp_path / "set" / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+    with pytest.raises(ConfigError, match="is not the one the dataset was encoded with"):
         tokenizer_of(tmp_path / "set")
     with pytest.raises(ConfigError, match="is this a dataset"):
         tokenizer_of(tmp_path)

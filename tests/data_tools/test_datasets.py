@@ -14,6 +14,7 @@ from data_tools.encode import is_held_out
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, hash_file
+from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -82,18 +83,16 @@ def test_verify_finds_any_changed_bit_and_names_its_document(tmp_path_factory, p
 
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(dump_sealed(json.loads(path.read_bytes()) | changes))
 
 
 def test_verify_checks_counts_and_the_index(tmp_path, capsys) -> None:
     folder = write(tmp_path / "set")
-    edit_manifest(folder, length_histogram=[1], sources=[{"name": "s", "documents": 40, "tokens": 1, "bytes": 1}])
-    problems = verify(folder)
-    assert [line.split(": ", 1)[1][:30] for line in problems] == [
-        "the tokens of the sources don'",
-        "the bytes of the sources don't",
-        "the histogram of lengths doesn",
-    ]
+    sources = json.loads((folder / MANIFEST_FILE).read_bytes())["sources"]
+    edit_manifest(folder, sources=[{**sources[0], "bytes": sources[0]["bytes"] - 1}, sources[1]])
+    assert [line.split(": ", 1)[1][:30] for line in verify(folder)] == ["the counts of the sources are "]
+    edit_manifest(folder, length_histogram=[1])
+    assert [line.split(": ", 1)[1][:30] for line in verify(folder)] == ["the histogram of lengths is no"]
     assert cli.main(["verify", str(folder)]) == 1 and "histogram" in capsys.readouterr().out
     index = folder / "documents.idx"
     data = bytearray(index.read_bytes())
