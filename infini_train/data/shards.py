@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +27,14 @@ from infini_train.data.manifest import (
     read_manifest,
     warn_unsealed,
 )
-from infini_train.data.shard_file import npy_header
+from infini_train.data.shard_file import CHECKSUM, OWN_METADATA, metadata_checksum, npy_header
 from infini_train.data.writer import ShardWriter
 from infini_train.regular_files import open_regular
 
 __all__ = ["CorruptDocumentError", "Dataset", "Manifest", "ShardWriter"]
 
 _ONE_READ_BYTES = 1 << 16
+_CHECKED_BYTES = 1 << 20  # at once
 _OPEN_FILES = 64  # shards kept open by one dataset
 
 
@@ -59,6 +61,7 @@ class Dataset:
         self.lengths_tokens = index["n_tokens"].astype(np.int64)
         self.lengths_bytes = index["n_bytes"].astype(np.int64)
         self._index = index
+        self._is_checked = np.zeros(len(index), bool)
         self._dtype = np.dtype(manifest.dtype)
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()  # by shard, least recently used first
         self._lock = threading.Lock()
@@ -101,11 +104,16 @@ class Dataset:
         return self.manifest.documents
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Content tokens [start, stop) of a document, 1-D in the stored type; reads nothing else of it.
+        """Content tokens [start, stop) of a document, 1-D in the stored type.
+
+        The first read of a document reads all of it and its metadata, for their checksum; later ones nothing else.
 
         Raises:
-            CorruptDocumentError: the stored array is damaged, or holds ids outside of the vocabulary.
+            CorruptDocumentError: the document is damaged, or holds ids outside of the vocabulary.
         """
+        if not self._is_checked[document]:
+            self._check(document)
+            self._is_checked[document] = True
         record = self._index[document]
         n_tokens, offset = int(record["n_tokens"]), int(record["data_offset"])
         assert 0 <= start <= stop <= n_tokens, f"document {document} has no tokens [{start}, {stop})"
@@ -123,6 +131,19 @@ class Dataset:
             raise CorruptDocumentError(f"{self.folder}: document {document} holds ids outside of the vocabulary")
         return tokens
 
+    def _check(self, document: int) -> None:
+        """Raises unless ids and metadata fit their checksum; shards of earlier versions have none."""
+        record, metadata = self._index[document], self.metadata(document)
+        if CHECKSUM not in metadata:
+            return
+        begin, crc = int(record["data_offset"]), 0
+        end = begin + int(record["n_tokens"]) * self._dtype.itemsize
+        for offset in range(begin, end, _CHECKED_BYTES):
+            data = self._read_bytes(int(record["shard"]), offset, min(_CHECKED_BYTES, end - offset))
+            crc = zlib.crc32(data, crc)
+        if metadata[CHECKSUM] != metadata_checksum(metadata, crc):
+            raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+
     def metadata(self, document: int) -> dict[str, Any]:
         """id, source, n_bytes, n_tokens of a document, and the other metadata from its source.
 
@@ -133,9 +154,9 @@ class Dataset:
         data = self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
         try:
             metadata = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             metadata = None
-        if not isinstance(metadata, dict):
+        if not isinstance(metadata, dict) or not metadata.keys() >= set(OWN_METADATA) - {CHECKSUM}:
             raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
         return metadata
 

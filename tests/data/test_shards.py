@@ -133,13 +133,26 @@ def test_a_damaged_document_is_told(tmp_path) -> None:
         file.write(b"\x00")
         file.seek(int(dataset._index[0]["json_offset"]))
         file.write(b"]")
-    assert dataset.read(2, 0, 10).tolist() == list(range(10))
-    for call in (lambda: dataset.read(2, 5, 15), lambda: dataset.read(1, 0, 1), lambda: dataset.metadata(0)):
+    dataset = Dataset.open(folder)
+    for call in (lambda: dataset.read(2, 0, 10), lambda: dataset.read(1, 0, 1), lambda: dataset.metadata(0)):
         with pytest.raises(CorruptDocumentError):
             call()
+    assert dataset.read(5, 0, 64).tolist() == list(range(64))
     (folder / "shard-00001.tar").write_bytes(b"")
     with pytest.raises(CorruptDocumentError, match="ends before byte"):
         dataset.read(3, 0, 5)
+
+
+def test_an_id_that_changed_inside_the_vocabulary_is_seen_at_the_first_read(tmp_path) -> None:
+    """Whichever window of the document is read first."""
+    folder = write(tmp_path / "set")
+    with (folder / "shard-00001.tar").open("r+b") as file:
+        file.seek(int(Dataset.open(folder)._index[3]["data_offset"]) + 2 * 4000)
+        before = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([before ^ 1]))
+    with pytest.raises(CorruptDocumentError, match="the data of document 3 is damaged"):
+        Dataset.open(folder).read(3, 10, 20)
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path) -> None:
@@ -204,7 +217,7 @@ def test_the_tokenizer_lies_beside_the_shards(tmp_path) -> None:
     (tmp_path / "set" / "tokenizer.model").write_bytes(b"")
     with pytest.raises(ConfigError, match="is not the one the dataset was encoded with"):
         tokenizer_of(tmp_path / "set")
-    with pytest.raises(ConfigError, match="is this a dataset"):
+    with pytest.raises(ConfigError, match="holds no manifest.json; give one of"):
         tokenizer_of(tmp_path)
 
 

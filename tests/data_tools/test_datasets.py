@@ -102,13 +102,27 @@ def test_verify_checks_counts_and_the_index(tmp_path, capsys) -> None:
         verify(folder)
 
 
-def test_datasets_of_earlier_versions_are_read(tmp_path) -> None:
+def test_datasets_of_earlier_versions_are_read_and_sealed_when_all_is_right(tmp_path, capsys, caplog) -> None:
     folder = write(tmp_path / "set")
-    tree = json.loads((folder / MANIFEST_FILE).read_text())
-    for name in ("length_histogram", "left_out"):
+    path = folder / MANIFEST_FILE
+    tree = json.loads(path.read_bytes())
+    for name in ("length_histogram", "left_out", "checksum"):
         del tree[name]
-    (folder / MANIFEST_FILE).write_text(json.dumps(tree))
+    old = json.dumps({**tree, "format_version": 1, "documents": 40})
+    path.write_text(old.replace('"pairs": 0', '"pairs": 7'))
+    assert [line.split(": ", 1)[1] for line in verify(folder)] == ["holds 0 pairs, 7 in the manifest"] * 3
+    assert cli.main(["verify", "--seal", str(folder)]) == 1, "not all is right"
+    assert cli.main(["merge", str(folder), str(folder), "--out", str(tmp_path / "two")]) == 0
+    assert "has no checksum" in caplog.text
+    path.write_text(old)
     assert verify(folder) == [] and len(read(folder)) == 40
+    assert cli.main(["verify", "--seal", str(folder)]) == 0
+    assert "as it was written; its manifest has a checksum now" in capsys.readouterr().out
+    sealed = json.loads(path.read_bytes())
+    assert (sealed["format_version"], len(sealed["checksum"]), sealed["tool_version"]) == (2, 64, tree["tool_version"])
+    assert cli.main(["verify", "--seal", str(folder)]) == 0 and "now" not in capsys.readouterr().out
+    path.write_bytes(path.read_bytes().replace(b'"eos_id": 257', b'"eos_id": 256'))
+    assert cli.main(["verify", str(folder)]) == 2 and "its checksum differs" in capsys.readouterr().err
 
 
 def test_stats_tell_the_lengths(tmp_path, capsys) -> None:
