@@ -246,7 +246,7 @@ def _check_values(manifest: Manifest, place: str) -> None:
 def warn_unsealed(place: str) -> None:
     """Says, once for each dataset and job, that a manifest of an earlier version has no checksum."""
     if world()[0] == 0:
-        advice = f"infini-data verify --seal {place} checks all of it and adds one"
+        advice = "infini-data verify checks all of it, and can add one"
         LOG.warning("warning: %s: is of an earlier version, and its manifest has no checksum; %s", place, advice)
 
 
