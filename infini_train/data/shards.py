@@ -27,7 +27,7 @@ from infini_train.data.manifest import (
     read_manifest,
     warn_unsealed,
 )
-from infini_train.data.shard_file import CHECKSUM, OWN_METADATA, metadata_checksum, npy_header
+from infini_train.data.shard_file import CHECKSUM, OWN_METADATA, has_checksum, metadata_checksum, npy_header
 from infini_train.data.writer import ShardWriter
 from infini_train.regular_files import open_regular
 
@@ -133,16 +133,21 @@ class Dataset:
 
     def _check(self, document: int) -> None:
         """Raises unless ids and metadata fit their checksum; shards of earlier versions have none."""
-        record, metadata = self._index[document], self.metadata(document)
-        if CHECKSUM not in metadata:
-            return
+        record = self._index[document]
         begin, crc = int(record["data_offset"]), 0
         end = begin + int(record["n_tokens"]) * self._dtype.itemsize
         for offset in range(begin, end, _CHECKED_BYTES):
             data = self._read_bytes(int(record["shard"]), offset, min(_CHECKED_BYTES, end - offset))
             crc = zlib.crc32(data, crc)
-        if metadata[CHECKSUM] != metadata_checksum(metadata, crc):
-            raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+        if not has_checksum(self._read_note(document), crc):
+            metadata = self.metadata(document)
+            if CHECKSUM in metadata and metadata[CHECKSUM] != metadata_checksum(metadata, crc):
+                raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+
+    def _read_note(self, document: int) -> bytes:
+        """The stored metadata."""
+        record = self._index[document]
+        return self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
 
     def metadata(self, document: int) -> dict[str, Any]:
         """id, source, n_bytes, n_tokens of a document, and the other metadata from its source.
@@ -150,10 +155,8 @@ class Dataset:
         Raises:
             CorruptDocumentError: the stored metadata is damaged.
         """
-        record = self._index[document]
-        data = self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
         try:
-            metadata = json.loads(data)
+            metadata = json.loads(self._read_note(document))
         except (ValueError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict) or not metadata.keys() >= set(OWN_METADATA) - {CHECKSUM}:
