@@ -52,6 +52,27 @@ def test_inspect_tells_counts_and_documents(tmp_path) -> None:
         inspect.show_document(folder, 0, shard=9)
 
 
+def test_names_that_no_terminal_shows_are_shown_escaped(tmp_path, capsys) -> None:
+    """Half a surrogate pair (from a file's name that is not UTF-8), terminal codes, line ends."""
+    folder, odd = tmp_path / "caf\udce9", "b\udce9\x1b[2J\n"
+    with ShardWriter(folder, ByteTokenizer()) as writer:
+        writer.add(np.arange(9), n_bytes=9, id=odd, source=odd, metadata={"title": odd, odd: odd})
+    shown = {}
+    for command in ("inspect", "inspect --document 0", "inspect --json", "stats", "verify"):
+        name, *options = command.split()
+        assert cli.main([name, str(folder), *options]) == 0
+        shown[command] = capsys.readouterr().out
+        assert shown[command].isascii() and "\x1b" not in shown[command], command
+    assert "\n  b\\udce9\\x1b[2J\\n: 1 documents" in shown["inspect"]
+    document, _ = json.JSONDecoder().raw_decode(shown["inspect --document 0"])
+    assert (document["id"], document["title"], document[odd]) == (odd, odd, odd)
+    assert json.loads(shown["inspect --json"])["sources"][0]["name"] == "b\\udce9\x1b[2J\n"
+    assert cli.main(["inspect", str(folder / "none")]) == 2 and "caf\\udce9/none: no such" in capsys.readouterr().err
+    assert cli.main(["merge", str(folder), str(folder), "--out", str(tmp_path / "two\udce9")]) == 0
+    assert cli.main(["split", str(tmp_path / "two\udce9"), "--holdout", "0.5", "--out", str(tmp_path / "s")]) == 2
+    assert "no document falls to" in capsys.readouterr().err
+
+
 @settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), name=st.sampled_from([0, 1]))
 def test_verify_finds_any_changed_bit_and_names_its_document(tmp_path_factory, place, bit, name) -> None:
