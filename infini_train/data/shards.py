@@ -111,9 +111,6 @@ class Dataset:
         Raises:
             CorruptDocumentError: the document is damaged, or holds ids outside of the vocabulary.
         """
-        if not self._is_checked[document]:
-            self._check(document)
-            self._is_checked[document] = True
         record = self._index[document]
         n_tokens, offset = int(record["n_tokens"]), int(record["data_offset"])
         assert 0 <= start <= stop <= n_tokens, f"document {document} has no tokens [{start}, {stop})"
@@ -126,6 +123,9 @@ class Dataset:
             data = self._read_bytes(shard, offset + start * size, (stop - start) * size)
         if header != npy_header(self._dtype, n_tokens):
             raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+        if not self._is_checked[document]:
+            self._check(document)
+            self._is_checked[document] = True
         tokens = np.frombuffer(data, self._dtype)
         if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
             raise CorruptDocumentError(f"{self.folder}: document {document} holds ids outside of the vocabulary")
