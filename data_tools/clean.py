@@ -21,12 +21,15 @@ from data_tools.problems import LeftOut
 from data_tools.progress import elapsed_time
 from data_tools.readers import Reader
 from data_tools.storage import find_files
+from data_tools.task_files import check_files
 from data_tools.tasks import finished_tasks, run_tasks, task_folder
 from data_tools.workplace import Workplace
 from infini_train import __version__
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
+from infini_train.data.sealed import MAX_BYTES, parse_object
 from infini_train.data.writer import TargetExistsError, explain_disk_errors
+from infini_train.regular_files import read_regular
 
 REPORT_FILE = "report.json"
 _RECORD_FILE, _PART_FILE = "record.json", "part.jsonl.zst"
@@ -120,10 +123,17 @@ def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str
 
 
 def read_report(out: Path) -> Report:
-    """The report of a cleaned corpus."""
-    tree = json.loads((out / REPORT_FILE).read_bytes())
-    left_out = LeftOut.from_json(tree["left_out"])
-    return Report(documents=tree["documents"], bytes=tree["bytes"], left_out=left_out, changed=tree["changed"])
+    """The report of a cleaned corpus.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        tree = parse_object(read_regular(out / REPORT_FILE, MAX_BYTES))
+        left_out = LeftOut.from_json(tree["left_out"])
+        return Report(documents=tree["documents"], bytes=tree["bytes"], left_out=left_out, changed=tree["changed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out / REPORT_FILE}: is not the report of a cleaned corpus") from error
 
 
 def _is_there(out: Path, sources: list[str], command: dict[str, Any]) -> bool:
@@ -131,7 +141,10 @@ def _is_there(out: Path, sources: list[str], command: dict[str, Any]) -> bool:
     path = out / REPORT_FILE
     if not path.is_file():
         return False
-    tree = json.loads(path.read_bytes())
+    try:
+        tree = parse_object(read_regular(path, MAX_BYTES))
+    except ValueError:
+        return False
     same = (tree.get("sources"), tree.get("command")) == (sources, command)
     return same and all_older(find_files(sources), path.stat().st_mtime_ns)
 
@@ -164,6 +177,8 @@ def _look_for_duplicates(workplace: Workplace, plan: Plan, options: CleanOptions
         return False
     places = [task_folder(keys, task) for task in range(len(plan))]
     with workplace.last_step() as is_mine, explain_disk_errors(folder), elapsed_time("sort the keys"):
+        for place in places if is_mine else ():
+            check_files(place)
         if is_mine and options.dedup:
             find_duplicates([place / "exact" for place in places], folder / "exact")
         if is_mine and near:
@@ -262,6 +277,7 @@ def _join(folder: Path, tasks: int, result: Path, left_out: LeftOut, about: dict
     parts = 0
     for task in range(tasks):
         place = task_folder(folder, task)
+        check_files(place)
         record = json.loads((place / _RECORD_FILE).read_bytes())
         report.documents += record["documents"]
         report.bytes += record["bytes"]

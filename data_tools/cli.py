@@ -19,7 +19,7 @@ from data_tools.problems import LeftOut, SettingError
 from data_tools.progress import byte_bar, elapsed_time
 from data_tools.readers import documents, texts
 from data_tools.tokenizer import TokenizerOptions, train_tokenizer
-from data_tools.verify import verify
+from data_tools.verify import seal, verify
 from infini_train import exit_codes
 from infini_train.command_errors import open_missing_streams, run_command
 from infini_train.config.errors import ConfigError
@@ -189,8 +189,10 @@ def _run_verify(options: argparse.Namespace) -> int:
             print(problem)
         if problems:
             status = 1
-        else:
-            print(f"{folder}: every file and every document is as it was written")
+            continue
+        sealed = options.seal and seal(folder)
+        note = "; its manifest has a checksum now" if sealed else ""
+        print(f"{folder}: every file and every document is as it was written{note}")
     return status
 
 

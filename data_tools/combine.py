@@ -18,7 +18,15 @@ from data_tools.tasks import finished_tasks
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
-from infini_train.data.manifest import Manifest, ShardEntry, SourceEntry, hash_file, read_index, read_manifest
+from infini_train.data.manifest import (
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    hash_file,
+    read_index,
+    read_manifest,
+    warn_unsealed,
+)
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import tokenizer_of
 from infini_train.data.writer import explain_disk_errors, finish_dataset, write_aside
@@ -41,6 +49,8 @@ def merge(folders: Sequence[Path | str], out: Path | str, *, overwrite: bool = F
         raise ConfigError("give two datasets or more to merge")
     manifests = [read_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
+        if not manifest.is_sealed:
+            warn_unsealed(str(path))
         for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
             if getattr(manifest, name) != getattr(manifests[0], name):
                 raise ConfigError(f"{path}: has another {name} than {paths[0]}; encode it with the same tokenizer")

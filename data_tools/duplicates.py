@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.problems import SettingError
+from data_tools.task_files import check_files, list_files
 
 KEY_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("task", "<u4"), ("number", "<u4")])
 _KEY, _KEY_HALVES = struct.Struct("<QQII"), struct.Struct(">QQ")
@@ -132,15 +133,21 @@ def find_duplicates(paths: list[Path], out: Path) -> None:
             places = np.empty(len(later), _PLACE)
             places["task"], places["number"] = later["task"], later["number"]
             np.save(aside / f"{bucket:05d}.npy", places[np.argsort(places["task"], kind="stable")], allow_pickle=False)
+        list_files(aside)
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def left_out_of(out: Path, task: int) -> set[int]:
-    """The numbers of a task's documents to leave out."""
+    """The numbers of a task's documents to leave out.
+
+    Raises:
+        ConfigError: the folder is not as it was written.
+    """
+    check_files(out)
     numbers: set[int] = set()
-    for path in sorted(out.iterdir()):
+    for path in sorted(out.glob("*.npy")):
         places = np.load(path, mmap_mode="r", allow_pickle=False)
         first, last = np.searchsorted(places["task"], [task, task + 1])
         numbers.update(places["number"][first:last].tolist())

@@ -40,7 +40,8 @@ def summarise(folder: Path | str) -> str:
     ]
     for source in sorted(manifest.sources, key=lambda s: -s.tokens):
         share = source.tokens / max(manifest.tokens, 1)
-        lines.append(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})")
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in source.name)
+        lines.append(f"  {name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})")
     return "\n".join(lines)
 
 

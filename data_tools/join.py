@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.problems import LeftOut
+from data_tools.task_files import check_files
 from data_tools.tasks import task_folder
-from infini_train.data.manifest import INDEX_RECORD, ShardEntry, SourceEntry, token_dtype
+from infini_train.config.errors import ConfigError
+from infini_train.data.manifest import INDEX_RECORD, ShardEntry, SourceEntry, hash_file, token_dtype
 from infini_train.data.shard_file import OWN_METADATA, ShardRun
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.data.writer import ShardWriter, finish_dataset, open_index
@@ -61,6 +63,9 @@ class Joiner:
         tasks: their number.
         tokenizer: made the ids.
         max_shard_bytes: of shards that are rewritten.
+
+    Raises:
+        ConfigError: what a task has written is damaged.
     """
 
     def __init__(self, folder: Path, tasks: int, tokenizer: Tokenizer, max_shard_bytes: int) -> None:
@@ -69,6 +74,8 @@ class Joiner:
         self.tokenizer = tokenizer
         self.max_shard_bytes = max_shard_bytes
         self._dtype = token_dtype(tokenizer.vocab_size)
+        for task in range(tasks):
+            check_files(task_folder(folder, task))
 
     def add_left_out(self, total: LeftOut) -> None:
         """Add up what the tasks left out.
@@ -91,6 +98,7 @@ class Joiner:
         """A dataset of these documents, in shards of its own.
 
         Raises:
+            ConfigError: a shard is damaged.
             OSError: the disk is full, say.
         """
         out.mkdir(parents=True, exist_ok=True)
@@ -104,6 +112,7 @@ class Joiner:
         """A dataset of the tasks' shards, renamed; one of them is rewritten if its first document is not wanted.
 
         Raises:
+            ConfigError: a shard is damaged.
             OSError: the disk is full, say.
         """
         out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +133,7 @@ class Joiner:
                 file = f"shard-{len(entries):05d}.tar"
                 if shard.path.exists():  # else an earlier attempt has moved it
                     os.replace(shard.path, out / file)
+                _check_size(out / file, shard)
                 shard.rows["shard"] = len(entries)
                 index.write(shard.rows.tobytes())
                 entries.append(dataclasses.replace(shard.entry, file=file))
@@ -144,12 +154,28 @@ class Joiner:
                     yield _StoredShard(place / entry.file, entry, rows)
 
     def _read(self, shard: _StoredShard) -> Iterator[StoredDocument]:
+        _check_size(shard.path, shard)
+        if hash_file(shard.path) != shard.entry.sha256:  # else the documents would get new, right checksums
+            raise _damaged(shard)
         with shard.path.open("rb") as file:
             for row in shard.rows:
                 file.seek(int(row["data_offset"]))
                 tokens = np.frombuffer(file.read(int(row["n_tokens"]) * self._dtype.itemsize), self._dtype)
                 file.seek(int(row["json_offset"]))
                 yield StoredDocument(tokens, json.loads(file.read(int(row["json_bytes"]))))
+
+
+def _check_size(path: Path, shard: _StoredShard) -> None:
+    """Raises unless a shard is there, at its place now."""
+    if not path.is_file() or path.stat().st_size != shard.entry.bytes:
+        raise _damaged(shard)
+
+
+def _damaged(shard: _StoredShard) -> ConfigError:
+    task = shard.path.parent
+    return ConfigError(
+        f"{shard.path}: is damaged or missing; remove {task} and rerun the command, which makes it again"
+    )
 
 
 def _count_of(document: StoredDocument) -> SourceEntry:

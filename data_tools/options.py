@@ -290,6 +290,9 @@ def _add_verify_options(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--workers", type=workers, default=0, metavar="N", help="shards read at once (default: one per core)"
     )
+    check.add_argument(
+        "--seal", action="store_true", help="add a checksum to manifests of earlier versions if all else is right"
+    )
 
 
 def _add_stats_options(stats: argparse.ArgumentParser) -> None:

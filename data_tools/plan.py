@@ -19,6 +19,7 @@ from data_tools.pipes import is_pipe
 from data_tools.problems import SettingError
 from data_tools.progress import elapsed_time
 from data_tools.storage import FORMATS, STDIN, SourceFile, compression_of, find_files, format_of
+from infini_train.data.sealed import parse_object
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _MIN_TASK_BYTES = 8_000_000
@@ -141,19 +142,27 @@ def _write_lines(path: Path, rows: Iterable[Any]) -> int:
 
 
 def _read_files(path: Path) -> Iterator[SourceFile]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            yield SourceFile(*json.loads(line))
+            try:
+                yield SourceFile(*json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise SettingError("{path}: is damaged; pass {restart} to begin again", path=path) from None
 
 
 def _compare(folder: Path, options: Path, files: Path, tasks: Path) -> None:
     """Raises unless the folder's plan is the same, its tasks included: what they name may be run as a command."""
-    old, new = (json.loads(path.read_bytes()) for path in (folder / _COMMAND, options))
+    try:
+        old, new = (parse_object(path.read_bytes()) for path in (folder / _COMMAND, options))
+    except ValueError as error:
+        template = "{path}: is damaged ({problem}); pass {restart} to begin again"
+        raise SettingError(template, path=folder / _COMMAND, problem=error) from error
     end = "rerun the original command to resume it, or pass {restart} to begin again"
     for name in {**old, **new}:
-        if old.get(name) != new.get(name):
+        if name not in old or name not in new or old[name] != new[name]:
             # The sources are arguments, and the version belongs to no setting.
-            shown = "{changed}" if name == "sources" or " " in name else f"{{{name}}}"
+            is_setting = name in new and name != "sources" and " " not in name
+            shown = f"{{{name}}}" if is_setting else "{changed}"
             template = f"{{folder}}: holds unfinished work of another command ({shown} differs); {end}"
             raise SettingError(template, folder=folder, changed=name)
     if filecmp.cmp(folder / _FILES, files, shallow=False):

@@ -20,6 +20,7 @@ from typing import Any
 from data_tools.plan import Plan
 from data_tools.problems import SettingError
 from data_tools.progress import byte_bar
+from data_tools.task_files import list_files
 from infini_train import exit_codes
 from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
@@ -86,6 +87,7 @@ def do_task(folder: Path, work: Work, task: int, threads: int, advance: Callable
         with explain_disk_errors(folder):
             aside.mkdir()
             work(task, aside, threads, advance)
+            list_files(aside)
             for path in (*aside.iterdir(), aside):
                 sync_path(path)
             try:

@@ -7,11 +7,13 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from data_tools.problems import SettingError
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.data.writer import TargetExistsError, explain_disk_errors, replace_folder
+from infini_train.regular_files import open_own
 
 _RESULT = "result"
 _PUBLISHING = "publishing"  # from here on the result may have left the folder
@@ -71,18 +73,18 @@ class Workplace:
             self._remove_stale()
             # Never remove what another part has just made: a folder that was not there is left alone.
             if self.folder.exists() and (self._restart or not self._is_unfinished()):
-                os.close(self._take_lock())  # nobody is at work there
+                self._take_lock().close()  # nobody is at work there
                 self.discard()
             self.folder.mkdir(exist_ok=True)
         self._lock = self._take_lock()
         return self.folder
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> IO[bytes]:
         lock = self._open_lock(f"lock-{(self._part or 'all').replace('/', '-of-')}")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(lock)
+            lock.close()
             raise ConfigError(f"{self.folder}: another process is at this work; wait for it, or end it") from None
         except OSError:  # a file system without locks: two runs at once would do the same work twice
             pass
@@ -92,7 +94,7 @@ class Workplace:
         with contextlib.suppress(OSError):
             if kind is not None and self._part is None and not self._is_worth_keeping():
                 self.discard()
-        os.close(self._lock)
+        self._lock.close()
 
     @contextlib.contextmanager
     def last_step(self) -> Iterator[bool]:
@@ -106,7 +108,7 @@ class Workplace:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield self._is_unfinished()
         finally:
-            os.close(lock)
+            lock.close()
 
     def publish(self) -> None:
         """Move the result to its place, and remove this folder.
@@ -141,6 +143,6 @@ class Workplace:
     def _is_unfinished(self) -> bool:
         return self.folder.exists() and (self.result.exists() or not (self.folder / _PUBLISHING).exists())
 
-    def _open_lock(self, name: str) -> int:
+    def _open_lock(self, name: str) -> IO[bytes]:
         with explain_disk_errors(self._shown):
-            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            return open_own(self.folder / name, permissions=0o644)

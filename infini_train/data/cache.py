@@ -1,24 +1,29 @@
 """Remote datasets (s3://, gs://, https://, ...) and the local folder that caches their files. Imports no torch.
 
 Shuffled documents come from all shards, so whole shards are fetched, each when it is first needed, and kept: the folder
-needs room for the dataset. Processes of a machine share it.
+needs room for the dataset. Processes of a machine share it. A copy that no longer fits its hash is fetched again.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
-from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file
+from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file, hash_stream, parse_manifest
+from infini_train.data.sealed import MAX_BYTES
+from infini_train.regular_files import open_own, open_regular, read_regular
 
+LOG = logging.getLogger(__name__)
 _REFUSALS = (
     ("aiohttp", "ClientError"),  # http
     ("botocore.exceptions", "BotoCoreError"),  # s3
@@ -50,75 +55,118 @@ class RemoteFolder:
         url: of the folder that holds manifest.json.
         cache_dir: a local folder; created if needed.
 
+    Attributes:
+        manifest: as it is at the URL now.
+
     Raises:
-        ConfigError: no such protocol or folder, or no access to it.
+        ConfigError: no such protocol or folder, no access to it, or no manifest as it was written.
     """
 
     def __init__(self, url: str, cache_dir: Path) -> None:
         self.url = url.rstrip("/")
+        self._checked: dict[str, tuple[int, ...]] = {}  # copies that this process has hashed, as they were then
+        place = f"{self.url}/{MANIFEST_FILE}"
         try:
             import fsspec
 
             self._files, self._root = fsspec.core.url_to_fs(self.url)
-            manifest = self._files.cat_file(f"{self._root}/{MANIFEST_FILE}")
+            with self._files.open(f"{self._root}/{MANIFEST_FILE}", "rb") as file:
+                data = file.read(MAX_BYTES + 1)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{url}: can't be opened: {error}") from error
         except transport_errors() as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"{self.url}/{MANIFEST_FILE}: can't be fetched: {reason}") from error
-        digest = hashlib.sha256(manifest).hexdigest()
-        self.folder = cache_dir / f"{self.url.rsplit('/', 1)[-1]}-{digest[:16]}"
+            raise ConfigError(f"{place}: can't be fetched: {reason}") from error
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{place}: holds more than {MAX_BYTES:,} bytes, which no manifest does")
+        self.manifest = parse_manifest(data, place)
+        self.folder = cache_dir / f"{self.url.rsplit('/', 1)[-1]}-{hashlib.sha256(data).hexdigest()[:16]}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / MANIFEST_FILE).exists():
-                with self._locked(MANIFEST_FILE):
-                    # What was hashed: a second fetch might find another one.
-                    write_atomic(self.folder / MANIFEST_FILE, manifest)
+            self._keep_manifest(data)
         except OSError as error:
-            raise ConfigError(f"data.cache_dir: {cache_dir} can't be written: {error.strerror}") from error
+            raise ConfigError(f"data.cache_dir: {self.folder} can't be written: {error.strerror}") from error
 
-    def fetch_tokenizer(self, entry: TokenizerEntry) -> None:
-        """Copy the tokenizer's file, if it has one; opening it checks its hash.
+    def open(self, entry: FileEntry | TokenizerEntry) -> IO[bytes]:
+        """The copy of a file, opened for reading and right by its hash; fetched if it is missing or damaged.
 
-        Raises:
-            OSError: it can't be read.
-        """
-        if entry.file is not None and not (self.folder / entry.file).exists():
-            with self._locked(entry.file):
-                self._copy(entry.file).rename(self.folder / entry.file)
-
-    def fetch(self, entry: FileEntry) -> Path:
-        """The copy of a file, fetched and checked against its hash if it is not there yet.
+        A process hashes a copy when it first opens it, and again only if the file has changed since.
 
         Raises:
             OSError: it can't be read, even after retries; starting again may help.
             ConfigError: it is not the file of the manifest.
         """
-        path = self.folder / entry.file
-        if self._is_there(entry):
-            return path
-        with self._locked(entry.file):
-            if self._is_there(entry):
-                return path
-            partial = self._copy(entry.file)
-            if partial.stat().st_size != entry.bytes or hash_file(partial) != entry.sha256:
-                partial.unlink()
-                raise ConfigError(f"{self.url}/{entry.file}: is not the file of the manifest; copy the dataset again")
-            return partial.rename(path)
+        assert entry.file is not None
+        found = self._open_copy(entry)
+        if isinstance(found, str):
+            with self._locked(entry.file):
+                found = self._open_copy(entry)
+                if isinstance(found, str):
+                    if found:
+                        path = self.folder / entry.file
+                        LOG.warning("warning: %s: %s; fetching it again from %s", path, found, self.url)
+                    found = self._fetch(entry.file, entry)
+        return found
 
     def missing_bytes(self, entries: Iterable[FileEntry]) -> int:
         """Bytes of these files that are still to be fetched."""
         return sum(entry.bytes for entry in entries if not self._is_there(entry))
 
     def _is_there(self, entry: FileEntry) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return (self.folder / entry.file).stat().st_size == entry.bytes
+        with contextlib.suppress(OSError):
+            return (self.folder / entry.file).lstat().st_size == entry.bytes
         return False
+
+    def _keep_manifest(self, data: bytes) -> None:
+        """Writes what was fetched beside the other copies: a second fetch might find another one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_symlink():
+            raise OSError(errno.ELOOP, "is a link; remove it")
+        path, there = self.folder / MANIFEST_FILE, None
+        with contextlib.suppress(OSError):
+            there = read_regular(path, MAX_BYTES, follow_links=False)
+        if there != data:
+            with self._locked(MANIFEST_FILE):
+                write_atomic(path, data)
+
+    def _open_copy(self, entry: FileEntry | TokenizerEntry) -> IO[bytes] | str:
+        """The copy, if it is right; else what is wrong with it, or nothing if there is none."""
+        assert entry.file is not None
+        try:
+            file = open_regular(self.folder / entry.file, follow_links=False)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return str(error.strerror)
+        stamp = _stamp(file)
+        if self._checked.get(entry.file) == stamp:
+            return file
+        if isinstance(entry, FileEntry) and os.fstat(file.fileno()).st_size != entry.bytes:
+            problem = "has another size than in the manifest"
+        elif hash_stream(file) != entry.sha256:
+            problem = "is damaged (its hash differs)"
+        else:
+            self._checked[entry.file] = stamp
+            return file
+        file.close()
+        return problem
+
+    def _fetch(self, name: str, entry: FileEntry | TokenizerEntry) -> IO[bytes]:
+        """Replaces the copy."""
+        partial, path = self._copy(name), self.folder / name
+        try:
+            if hash_file(partial) != entry.sha256:
+                raise ConfigError(f"{self.url}/{name}: is not the file of the manifest; copy the dataset again")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        file = open_regular(path, follow_links=False)
+        self._checked[name] = _stamp(file)
+        return file
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """One process at a time; the lock ends with its process."""
-        with (self.folder / f".{name}.lock").open("w") as lock:
+        with open_own(self.folder / f".{name}.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -127,7 +175,8 @@ class RemoteFolder:
         target = self.folder / f".{name}.partial"
         for wait_s in (*RETRY_AFTER_S, None):
             try:
-                with self._files.open(f"{self._root}/{name}", "rb") as source, target.open("wb") as file:
+                target.unlink(missing_ok=True)  # of a process that was killed
+                with self._files.open(f"{self._root}/{name}", "rb") as source, open_own(target) as file:
                     shutil.copyfileobj(source, file, 1 << 22)
                     file.flush()
                     os.fsync(file.fileno())
@@ -138,9 +187,15 @@ class RemoteFolder:
                 if wait_s is None or number in (errno.ENOENT, errno.ENOSPC, errno.EACCES):
                     reason = getattr(error, "strerror", None) or str(error)
                     text = f"{self.url}/{name}: can't be fetched to {target.parent}: {reason}"
-                    raise OSError(text) from error
+                    raise OSError(number or errno.EIO, text) from error
                 time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, ...]:
+    """Changes whenever somebody writes to the file or replaces it."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check_space(cache_dir: Path, missing: Mapping[str, int]) -> None:

@@ -62,6 +62,7 @@ class Corpus:
         positions: int64, positions of each document.
         lengths_bytes: int64, bytes of each document's text.
         identity: equal for the same documents in the same order, the seed aside.
+        earlier_identity: what earlier versions had for it: without special ids, index and pairs.
 
     Raises:
         ConfigError: two datasets have different tokenizers, or are the same.
@@ -77,7 +78,8 @@ class Corpus:
         self._first = np.cumsum([0, *(len(each.dataset) for each in datasets)])  # number of each one's first document
         self._totals = [int(self._positions_of(i).sum()) for i in range(len(datasets))]
         self._orders: dict[int, _Order] = {}  # of the epoch used last, by dataset
-        self.identity = self._identify()
+        self.identity = self._identify([each.dataset.manifest.identity for each in datasets])
+        self.earlier_identity = self._identify([each.dataset.manifest.documents_sha256 for each in datasets])
 
     @classmethod
     def of(cls, dataset: Dataset, seed: int | None, epochs: int | None = None) -> Self:
@@ -157,10 +159,11 @@ class Corpus:
             order = self._orders[number] = _Order(epoch, documents, np.cumsum(ordered) - ordered)
         return order
 
-    def _identify(self) -> str:
+    def _identify(self, identities: Sequence[str]) -> str:
+        """One for all, from one of each dataset."""
         if len(self.datasets) == 1 and self.datasets[0].epochs is None and not self._curriculum:
-            return self.datasets[0].dataset.identity
-        lines = [f"{each.dataset.identity} {each.weight!r} {each.epochs}" for each in self.datasets]
+            return identities[0]
+        lines = [f"{own} {each.weight!r} {each.epochs}" for own, each in zip(identities, self.datasets, strict=True)]
         lines += [f"{stage.tokens} {stage.max_document_tokens}" for stage in self._curriculum]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

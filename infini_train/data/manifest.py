@@ -1,17 +1,33 @@
 """The formats of a dataset's manifest.json and documents.idx: what they hold, and reading them. Imports no torch."""
 
+import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import pydantic
 
 from infini_train.config.errors import ConfigError
+from infini_train.data.sealed import (
+    CHECKSUM,
+    MAX_BYTES,
+    dump_json,
+    dump_sealed,
+    has_right_checksum,
+    parse_object,
+)
+from infini_train.environment import world
+from infini_train.regular_files import open_regular, read_regular, require_regular
 
-FORMAT_VERSION = 1
+LOG = logging.getLogger(__name__)
+FORMAT_VERSION = 2  # of the manifest: sealed with a checksum
+UNSEALED_VERSION = 1  # the same fields without one; still read
+INDEX_VERSION = 1
 INDEX_FILE = "documents.idx"
 MANIFEST_FILE = "manifest.json"
 INDEX_MAGIC = b"INFIDOCS"
@@ -28,6 +44,8 @@ INDEX_RECORD = np.dtype(
 )
 LOSS_START = "loss_start"  # in a document's metadata: the first content token that counts in the loss
 NPY_HEADER_BYTES = 128  # numpy pads the header of a 1-D array to this size, whatever its length
+_AGAIN = "copy the dataset again, or encode it again"
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +53,7 @@ class FileEntry:
     """A file of the dataset."""
 
     file: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -43,9 +61,9 @@ class FileEntry:
 class ShardEntry(FileEntry):
     """A shard. `pairs` counts the documents whose loss is on their end alone (see `LOSS_START`)."""
 
-    documents: int
-    tokens: int
-    pairs: int = 0
+    documents: Count
+    tokens: Count
+    pairs: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +80,9 @@ class SourceEntry:
     """Totals of one source."""
 
     name: str
-    documents: int
-    tokens: int
-    bytes: int
+    documents: Count
+    tokens: Count
+    bytes: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,31 +95,62 @@ class Manifest:
 
     format_version: int
     tool_version: str
-    documents: int
-    tokens: int
-    bytes: int
+    documents: Count
+    tokens: Count
+    bytes: Count
     dtype: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    vocab_size: Count
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
     tokenizer: TokenizerEntry
     index: FileEntry
     shards: tuple[ShardEntry, ...]
     sources: tuple[SourceEntry, ...]
-    length_histogram: tuple[int, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict)
+    length_histogram: tuple[Count, ...] = ()
+    left_out: dict[str, Count] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Index and shards."""
         return (self.index, *self.shards)
 
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """Of bos, eos and pad."""
+        return self.bos_id, self.eos_id, self.pad_id
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether a checksum covers it; not in datasets of earlier versions."""
+        return self.format_version == FORMAT_VERSION
+
+    @property
+    def documents_sha256(self) -> str:
+        """Hash of the tokenizer's and the shards' hashes."""
+        parts = [self.tokenizer.sha256, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that training reads: tokenizer, special ids, vocabulary, index, shards, and which hold pairs.
+
+        Not of what only tells about the documents (sources, what was left out), nor of the version that wrote them.
+        """
+        pairs = [shard.pairs for shard in self.shards]
+        parts = [self.documents_sha256, self.index.sha256, self.vocab_size, *self.special_ids, *pairs]
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hash_stream(file)
+
+
+def hash_stream(file: IO[bytes]) -> str:
+    """sha256 of what an open file holds from here on, in hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -109,11 +158,24 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The content of manifest.json, sealed.
+
+    Raises:
+        ConfigError: it would be too large to be read.
+    """
+    tree = {**dataclasses.asdict(manifest), "format_version": FORMAT_VERSION}
+    data = dump_sealed(tree)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{MANIFEST_FILE}: would take more than {MAX_BYTES:,} bytes; write larger shards")
+    return data
+
+
 def read_manifest(folder: Path | str) -> Manifest:
     """The manifest in a dataset's folder.
 
     Raises:
-        ConfigError: no such folder, no manifest, or one of another version or form.
+        ConfigError: no such folder, no manifest, one of another version or form, or not as it was written.
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
@@ -123,40 +185,87 @@ def read_manifest(folder: Path | str) -> Manifest:
             raise ConfigError(f"{protocol}://{rest}: only training and evaluation read datasets at URLs; copy it first")
         raise ConfigError(f"{folder}: no such dataset folder; write one with infini-data encode")
     try:
-        tree = json.loads(path.read_bytes())
+        data = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         inner = sorted(str(p.parent) for p in folder.glob(f"*/{MANIFEST_FILE}"))
         hint = f"give one of {', '.join(inner)}" if inner else "is it a folder written by infini-data encode?"
         raise ConfigError(f"{folder}: holds no {MANIFEST_FILE}; {hint}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); encode the dataset again") from error
-    version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != FORMAT_VERSION:
-        raise ConfigError(f"{path}: format version {version} is not {FORMAT_VERSION}; encode the dataset again")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); {_AGAIN}") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """The manifest of these bytes.
+
+    Args:
+        data: of the file.
+        place: where it lies; begins the errors.
+
+    Raises:
+        ConfigError: of another version or form, or not as it was written.
+    """
+    try:
+        tree = parse_object(data)
+    except ValueError as error:
+        raise ConfigError(f"{place}: can't be read ({error}); {_AGAIN}") from error
+    version = tree.get("format_version")
+    if version not in (FORMAT_VERSION, UNSEALED_VERSION):
+        shown = version if isinstance(version, int) else "?"
+        raise ConfigError(f"{place}: format version {shown} is not {FORMAT_VERSION}; encode the dataset again")
+    if version == FORMAT_VERSION:
+        if not has_right_checksum(tree):
+            raise ConfigError(f"{place}: is not as it was written (its checksum differs); {_AGAIN}")
+        del tree[CHECKSUM]
     try:  # JSON mode, since strict Python mode refuses dict -> dataclass
-        manifest = pydantic.TypeAdapter(Manifest).validate_json(json.dumps(tree), strict=True)
+        manifest = pydantic.TypeAdapter(Manifest).validate_json(json.dumps(tree), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {field}: {first['msg']}; encode the dataset again") from error
-    if not manifest.documents or manifest.dtype != token_dtype(manifest.vocab_size).str:
-        raise ConfigError(f"{path}: documents or dtype can't be right; encode the dataset again")
-    names = [manifest.tokenizer.file or INDEX_FILE, *(entry.file for entry in manifest.files)]
-    if manifest.index.file != INDEX_FILE or any(Path(name).name != name for name in names):
-        raise ConfigError(f"{path}: names a file outside the dataset's folder; encode the dataset again")
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise ConfigError(f"{place}: {field}: unknown field; {_AGAIN}") from error
+        raise ConfigError(f"{place}: {field and f'{field}: '}{first['msg']}; {_AGAIN}") from error
+    _check_values(manifest, place)
     return manifest
+
+
+def _check_values(manifest: Manifest, place: str) -> None:
+    """Raises unless the values can be those of a dataset."""
+    if not manifest.documents or manifest.dtype != token_dtype(manifest.vocab_size).str:
+        raise ConfigError(f"{place}: documents or dtype can't be right; {_AGAIN}")
+    for name, number in zip(("bos_id", "eos_id", "pad_id"), manifest.special_ids, strict=True):
+        if number >= manifest.vocab_size:
+            raise ConfigError(f"{place}: {name}: {number} is outside of the vocabulary; {_AGAIN}")
+    names = [manifest.tokenizer.file or INDEX_FILE, *(entry.file for entry in manifest.files)]
+    is_plain = all(Path(name).name == name and name not in ("", "..") and "\0" not in name for name in names)
+    if manifest.index.file != INDEX_FILE or not is_plain:
+        raise ConfigError(f"{place}: names a file outside the dataset's folder; {_AGAIN}")
+
+
+@functools.cache
+def warn_unsealed(place: str) -> None:
+    """Says, once for each dataset and job, that a manifest of an earlier version has no checksum."""
+    if world()[0] == 0:
+        advice = "infini-data verify checks all of it, and can add one"
+        LOG.warning("warning: %s: is of an earlier version, and its manifest has no checksum; %s", place, advice)
+
+
+def is_spelled_as_written(folder: Path) -> bool:
+    """Whether a sealed manifest has each byte that was written, and not only the same values."""
+    data = read_regular(folder / MANIFEST_FILE, MAX_BYTES)
+    return data == dump_json(parse_object(data))
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Check that every file of the manifest is there at its full size.
 
     Raises:
-        ConfigError: a file is missing or truncated; names the first.
+        ConfigError: a file is missing or truncated, or is no regular file; names the first.
     """
     for entry in manifest.files:
         path = folder / entry.file
         try:
-            size = path.stat().st_size
+            size = require_regular(path).st_size
         except OSError as error:
             raise ConfigError(f"{path}: can't be read ({error.strerror}); copy the dataset again") from error
         if size != entry.bytes:
@@ -169,15 +278,15 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     """The records of documents.idx, memory-mapped and checked against the manifest.
 
     Raises:
-        ConfigError: of another version, or not the index of this manifest.
+        ConfigError: of another version, not the index of this manifest, or damaged.
     """
     path = folder / INDEX_FILE
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = np.frombuffer(file.read(INDEX_HEADER.itemsize), INDEX_HEADER)[0]
     if header["magic"] != INDEX_MAGIC:
         raise ConfigError(f"{path}: is not an index of documents; encode the dataset again")
-    if (header["version"], header["record_bytes"]) != (FORMAT_VERSION, INDEX_RECORD.itemsize):
-        raise ConfigError(f"{path}: version {header['version']} is not {FORMAT_VERSION}; encode the dataset again")
+    if (header["version"], header["record_bytes"]) != (INDEX_VERSION, INDEX_RECORD.itemsize):
+        raise ConfigError(f"{path}: version {header['version']} is not {INDEX_VERSION}; encode the dataset again")
     mismatch = ConfigError(f"{path}: does not match {MANIFEST_FILE}; copy the dataset again, or encode it again")
     if manifest.index.bytes != INDEX_HEADER.itemsize + manifest.documents * INDEX_RECORD.itemsize:
         raise mismatch
@@ -197,4 +306,6 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
         or (index["data_offset"] < NPY_HEADER_BYTES).any()
     ):
         raise mismatch
+    if hash_file(path) != manifest.index.sha256:  # it is read from end to end anyway
+        raise ConfigError(f"{path}: is damaged (its hash differs); copy the dataset again, or encode it again")
     return index

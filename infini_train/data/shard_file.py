@@ -17,7 +17,7 @@ import numpy as np
 from infini_train.data.manifest import INDEX_RECORD, LOSS_START, NPY_HEADER_BYTES, ShardEntry, SourceEntry
 
 OWN_METADATA = ("id", "source", "n_bytes", "n_tokens", "crc32")  # written for each document
-_CHECKSUM = "crc32"
+CHECKSUM = "crc32"
 _END_BYTES = 2 * tarfile.BLOCKSIZE  # of zeros, then padding to whole records
 
 
@@ -70,6 +70,7 @@ class ShardRun:
         row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self.shards))
         self._index.write(np.array(row, INDEX_RECORD).tobytes())
         self.documents += 1
+        source = source_name(source)
         old = self.sources.get(source, SourceEntry(name=source, documents=0, tokens=0, bytes=0))
         self.sources[source] = SourceEntry(
             name=source, documents=old.documents + 1, tokens=old.tokens + tokens.size, bytes=old.bytes + n_bytes
@@ -98,7 +99,7 @@ def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
 
 
 def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
-    return encode_metadata({**note, _CHECKSUM: document_checksum(note, tokens)})
+    return encode_metadata({**note, CHECKSUM: document_checksum(note, tokens)})
 
 
 def encode_metadata(note: Mapping[str, Any]) -> bytes:
@@ -106,10 +107,26 @@ def encode_metadata(note: Mapping[str, Any]) -> bytes:
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
+def source_name(source: str) -> str:
+    """A source as the manifest names it: with backslashes for half a surrogate pair (from a file's name, say)."""
+    return source.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:
     """crc32 of the ids as they are stored and of the metadata without the checksum itself."""
-    note = {key: value for key, value in metadata.items() if key != _CHECKSUM}
-    return zlib.crc32(encode_metadata(note), zlib.crc32(tokens.view(np.uint8).data))
+    return metadata_checksum(metadata, zlib.crc32(tokens.view(np.uint8).data))
+
+
+def metadata_checksum(metadata: Mapping[str, Any], ids_crc32: int) -> int:
+    """The same, for ids that have this crc32."""
+    note = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return zlib.crc32(encode_metadata(note), ids_crc32)
+
+
+def has_checksum(note: bytes, ids_crc32: int) -> bool:
+    """Whether stored metadata end with the right checksum, found without parsing them; false proves nothing."""
+    rest, _, last = note.rpartition(f', "{CHECKSUM}": '.encode())
+    return last == b"%d}" % zlib.crc32(rest + b"}", ids_crc32)
 
 
 class _Shard:

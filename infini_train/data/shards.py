@@ -5,13 +5,13 @@ A shard holds two members per document: ``<key>.npy`` (1-D token ids without bos
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,13 +25,16 @@ from infini_train.data.manifest import (
     check_sizes,
     read_index,
     read_manifest,
+    warn_unsealed,
 )
-from infini_train.data.shard_file import npy_header
+from infini_train.data.shard_file import CHECKSUM, OWN_METADATA, has_checksum, metadata_checksum, npy_header
 from infini_train.data.writer import ShardWriter
+from infini_train.regular_files import open_regular
 
 __all__ = ["CorruptDocumentError", "Dataset", "Manifest", "ShardWriter"]
 
 _ONE_READ_BYTES = 1 << 16
+_CHECKED_BYTES = 1 << 20  # at once
 _OPEN_FILES = 64  # shards kept open by one dataset
 
 
@@ -45,7 +48,7 @@ class Dataset:
     Attributes:
         folder: the local folder.
         manifest: its contents.
-        identity: hash of the tokenizer's and the shards' hashes; the same for the same documents in the same order.
+        identity: hash of all that training reads; the same for the same documents in the same order.
         lengths_tokens: int64 (documents,), content tokens of each document.
         lengths_bytes: int64 (documents,), bytes of each document's text.
     """
@@ -54,22 +57,22 @@ class Dataset:
         self.folder = folder
         self._remote = remote
         self.manifest = manifest
-        parts = [manifest.tokenizer.sha256, *(shard.sha256 for shard in manifest.shards)]
-        self.identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        self.identity = manifest.identity
         self.lengths_tokens = index["n_tokens"].astype(np.int64)
         self.lengths_bytes = index["n_bytes"].astype(np.int64)
         self._index = index
+        self._is_checked = np.zeros(len(index), bool)
         self._dtype = np.dtype(manifest.dtype)
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()  # by shard, least recently used first
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, location: Path | str, cache_dir: Path | str | None = None) -> "Dataset":
-        """Open a dataset, check it and its files' sizes (hashes: `infini-data verify`).
+        """Open a dataset, check its manifest, its index and its files' sizes (hashes: `infini-data verify`).
 
         Args:
             location: its folder, or the folder's URL.
-            cache_dir: keeps the files of a URL; each shard is fetched when it is first read.
+            cache_dir: keeps the files of a URL; each shard is fetched when it is first read, and its hash checked.
 
         Raises:
             ConfigError: what is missing, truncated, or of another version, in one line.
@@ -77,28 +80,36 @@ class Dataset:
         if not is_url(str(location)):
             folder = Path(location)
             manifest = read_manifest(folder)
+            if not manifest.is_sealed:
+                warn_unsealed(str(location))
             check_sizes(folder, manifest)
             return cls(folder, manifest, read_index(folder, manifest))
         if cache_dir is None:
             raise ConfigError(f"data.cache_dir: {location} needs one: a folder with room for the whole dataset")
         remote = RemoteFolder(str(location), Path(cache_dir))
-        manifest = read_manifest(remote.folder)
+        manifest = remote.manifest
+        if not manifest.is_sealed:
+            warn_unsealed(remote.url)
         check_space(Path(cache_dir), {remote.url: remote.missing_bytes(manifest.files)})
         try:
-            remote.fetch_tokenizer(manifest.tokenizer)
-            remote.fetch(manifest.index)
+            if manifest.tokenizer.file is not None:
+                remote.open(manifest.tokenizer).close()
+            remote.open(manifest.index).close()
         except OSError as error:
-            raise ConfigError(str(error)) from error
+            place = "" if error.filename is None else f"data.cache_dir: {os.fsdecode(error.filename)}: "
+            raise ConfigError(f"{place}{error.strerror}") from error
         return cls(remote.folder, manifest, read_index(remote.folder, manifest), remote)
 
     def __len__(self) -> int:
         return self.manifest.documents
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Content tokens [start, stop) of a document, 1-D in the stored type; reads nothing else of it.
+        """Content tokens [start, stop) of a document, 1-D in the stored type.
+
+        The first read of a document reads all of it and its metadata, for their checksum; later ones nothing else.
 
         Raises:
-            CorruptDocumentError: the stored array is damaged, or holds ids outside of the vocabulary.
+            CorruptDocumentError: the document is damaged, or holds ids outside of the vocabulary.
         """
         record = self._index[document]
         n_tokens, offset = int(record["n_tokens"]), int(record["data_offset"])
@@ -112,10 +123,31 @@ class Dataset:
             data = self._read_bytes(shard, offset + start * size, (stop - start) * size)
         if header != npy_header(self._dtype, n_tokens):
             raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+        if not self._is_checked[document]:
+            self._check(document)
+            self._is_checked[document] = True
         tokens = np.frombuffer(data, self._dtype)
         if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
             raise CorruptDocumentError(f"{self.folder}: document {document} holds ids outside of the vocabulary")
         return tokens
+
+    def _check(self, document: int) -> None:
+        """Raises unless ids and metadata fit their checksum; shards of earlier versions have none."""
+        record = self._index[document]
+        begin, crc = int(record["data_offset"]), 0
+        end = begin + int(record["n_tokens"]) * self._dtype.itemsize
+        for offset in range(begin, end, _CHECKED_BYTES):
+            data = self._read_bytes(int(record["shard"]), offset, min(_CHECKED_BYTES, end - offset))
+            crc = zlib.crc32(data, crc)
+        if not has_checksum(self._read_note(document), crc):
+            metadata = self.metadata(document)
+            if CHECKSUM in metadata and metadata[CHECKSUM] != metadata_checksum(metadata, crc):
+                raise CorruptDocumentError(f"{self.folder}: the data of document {document} is damaged")
+
+    def _read_note(self, document: int) -> bytes:
+        """The stored metadata."""
+        record = self._index[document]
+        return self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
 
     def metadata(self, document: int) -> dict[str, Any]:
         """id, source, n_bytes, n_tokens of a document, and the other metadata from its source.
@@ -123,13 +155,11 @@ class Dataset:
         Raises:
             CorruptDocumentError: the stored metadata is damaged.
         """
-        record = self._index[document]
-        data = self._read_bytes(int(record["shard"]), int(record["json_offset"]), int(record["json_bytes"]))
         try:
-            metadata = json.loads(data)
-        except ValueError:
+            metadata = json.loads(self._read_note(document))
+        except (ValueError, RecursionError):
             metadata = None
-        if not isinstance(metadata, dict):
+        if not isinstance(metadata, dict) or not metadata.keys() >= set(OWN_METADATA) - {CHECKSUM}:
             raise CorruptDocumentError(f"{self.folder}: the metadata of document {document} is damaged")
         return metadata
 
@@ -158,14 +188,14 @@ class Dataset:
         """Bytes still to be fetched, if the dataset is at a URL."""
         return self._remote.missing_bytes(self.manifest.files) if self._remote is not None else 0
 
-    def _path(self, entry: FileEntry) -> Path:
-        return self._remote.fetch(entry) if self._remote is not None else self.folder / entry.file
+    def _open(self, entry: FileEntry) -> IO[bytes]:
+        return self._remote.open(entry) if self._remote is not None else open_regular(self.folder / entry.file)
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         with self._lock:
             while self._files:
-                os.close(self._files.popitem()[1])
+                self._files.popitem()[1].close()
 
     def __del__(self) -> None:
         if hasattr(self, "_files"):
@@ -175,10 +205,10 @@ class Dataset:
         with self._lock:  # pread needs no lock, but the file may be closed by another thread meanwhile
             if shard not in self._files:
                 if len(self._files) >= _OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
-                self._files[shard] = os.open(self._path(self.manifest.shards[shard]), os.O_RDONLY)
+                    self._files.popitem(last=False)[1].close()
+                self._files[shard] = self._open(self.manifest.shards[shard])
             self._files.move_to_end(shard)
-            data = os.pread(self._files[shard], size, offset)
+            data = os.pread(self._files[shard].fileno(), size, offset)
         if len(data) != size:
             raise CorruptDocumentError(
                 f"{self.folder / self.manifest.shards[shard].file}: ends before byte {offset + size}"

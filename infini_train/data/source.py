@@ -119,8 +119,15 @@ def open_source(config: RunConfig) -> Source:
         )
     name = ", ".join(part.folder for part in data.mixture) or str(data.train)
     manifest = corpus.manifest
-    special_ids = (manifest.bos_id, manifest.eos_id, manifest.pad_id)
-    return Source(name, manifest.vocab_size, corpus.identity, manifest.tokenizer.sha256, special_ids, corpus)
+    return Source(
+        name,
+        manifest.vocab_size,
+        corpus.identity,
+        manifest.tokenizer.sha256,
+        manifest.special_ids,
+        corpus,
+        earlier_identities=(corpus.earlier_identity,),
+    )
 
 
 def _describe_synthetic(synthetic: SyntheticConfig) -> Source:

@@ -1,8 +1,6 @@
 """Text to token ids and back: plain bytes, a SentencePiece model, or a tokenizer.json. Imports no torch."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +11,7 @@ import sentencepiece
 from infini_train.config.errors import ConfigError
 from infini_train.data.cuts import SPACE_SYMBOL, batches, cuts_of, keeps_text, parse_model
 from infini_train.data.huggingface import HuggingFaceTokenizer
-from infini_train.data.manifest import token_dtype
+from infini_train.data.manifest import MANIFEST_FILE, Manifest, hash_file, read_manifest, token_dtype
 from infini_train.data.pieces import PieceEncoder
 
 SHORT_CHARS = 1000  # texts up to this length are encoded in one call
@@ -236,21 +234,41 @@ def tokenizer_of(folder: Path | str) -> Tokenizer:
     """The tokenizer in a dataset's folder.
 
     Raises:
-        ConfigError: no manifest, or another tokenizer than the one that the dataset was encoded with.
+        ConfigError: no manifest, or another tokenizer than the one that the dataset was encoded with, or other ids.
     """
-    path = Path(folder) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        entry = manifest["tokenizer"]
-        kind, file, sha256 = entry["kind"], entry["file"], entry["sha256"]
-        special_ids = (manifest["bos_id"], manifest["eos_id"], manifest["pad_id"])
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {os.strerror(error.errno or 0)}; is this a dataset?") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is not a dataset's manifest; encode the dataset again") from error
-    if kind != "byte" and (not isinstance(file, str) or Path(file).name != file):
-        raise ConfigError(f"{path}: tokenizer.file must name a file in the dataset's folder")
-    tokenizer = load_tokenizer("byte" if kind == "byte" else path.parent / file, special_ids)
-    if tokenizer.sha256 != sha256:
-        raise ConfigError(f"{path.parent}: the tokenizer is not the one the dataset was encoded with; encode it again")
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    entry = manifest.tokenizer
+    advice = "copy the dataset again, or encode it again"
+    other = ConfigError(f"{folder}: the tokenizer is not the one the dataset was encoded with; {advice}")
+    if entry.kind == ByteTokenizer.kind:
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif entry.file is None:
+        raise other
+    else:
+        path = folder / entry.file
+        try:
+            if hash_file(path) != entry.sha256:  # before a library parses it
+                raise other
+        except OSError as error:
+            raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error
+        tokenizer = load_tokenizer(path, manifest.special_ids)
+    if (tokenizer.sha256, tokenizer.kind) != (entry.sha256, entry.kind):
+        raise other
+    check_ids(manifest, tokenizer, str(folder))
     return tokenizer
+
+
+def check_ids(manifest: Manifest, tokenizer: Tokenizer, place: str) -> None:
+    """Compare a dataset's vocabulary and special ids with those of its tokenizer.
+
+    Raises:
+        ConfigError: names the first that differs; begins with `place`.
+    """
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+        said, right = getattr(manifest, name), getattr(tokenizer, name)
+        if said != right:
+            raise ConfigError(
+                f"{place}: {name} is {said} in {MANIFEST_FILE} and {right} in the tokenizer; copy the dataset again,"
+                " or encode it again"
+            )

@@ -1,10 +1,8 @@
 """Writes a dataset into a hidden folder that is renamed at the end; same input, same bytes. Imports no torch."""
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import json
 import os
 import shutil
 import uuid
@@ -23,12 +21,14 @@ from infini_train.data.manifest import (
     INDEX_HEADER,
     INDEX_MAGIC,
     INDEX_RECORD,
+    INDEX_VERSION,
     MANIFEST_FILE,
     FileEntry,
     Manifest,
     ShardEntry,
     SourceEntry,
     TokenizerEntry,
+    dump_manifest,
     hash_file,
     token_dtype,
 )
@@ -156,7 +156,7 @@ def finish_dataset(
     shards, sources = tuple(shards), tuple(sources)
     documents, index_path = sum(shard.documents for shard in shards), folder / INDEX_FILE
     index.seek(0)
-    index.write(np.array((INDEX_MAGIC, FORMAT_VERSION, INDEX_RECORD.itemsize, documents), INDEX_HEADER).tobytes())
+    index.write(np.array((INDEX_MAGIC, INDEX_VERSION, INDEX_RECORD.itemsize, documents), INDEX_HEADER).tobytes())
     index.flush()  # closing it would give up a lock
     if tokenizer.file_name is not None:
         (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
@@ -175,18 +175,17 @@ def finish_dataset(
         index=FileEntry(file=INDEX_FILE, bytes=index_path.stat().st_size, sha256=hash_file(index_path)),
         shards=shards,
         sources=sources,
-        length_histogram=_length_histogram(index_path),
+        length_histogram=length_histogram(index_path),
         left_out=dict(left_out or {}),
     )
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
-    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / MANIFEST_FILE).write_bytes(dump_manifest(manifest))
     for path in (*(path for path in folder.iterdir() if path.suffix != ".tar"), folder):  # shards are on the disk
         sync_path(path)
     return manifest
 
 
-def _length_histogram(index: Path) -> tuple[int, ...]:
-    """Documents by the number of binary digits of their length in tokens."""
+def length_histogram(index: Path) -> tuple[int, ...]:
+    """Documents by the number of binary digits of their length in tokens; as in the manifest."""
     counts = np.zeros(65, np.int64)
     with index.open("rb") as file:
         file.seek(INDEX_HEADER.itemsize)

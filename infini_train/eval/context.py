@@ -56,7 +56,7 @@ class ContextTest(Measurement[DocumentLosses]):
         self.targets = plan
         _check_lengths(self.dataset, self.documents, plan)
         settings = {
-            "data_sha256": self.dataset.identity,
+            "data_sha256": self.dataset.manifest.documents_sha256,
             "contexts_tokens": list(plan.contexts_tokens),
             "targets": plan.targets,
             "target_tokens": plan.target_tokens,

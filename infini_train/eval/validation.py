@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.data.cache import is_url
+from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.shards import Dataset
+from infini_train.data.tokenizer import check_ids
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -63,4 +65,6 @@ def open_data(trained: "Trained", data: str | None) -> tuple[str, Dataset]:
         raise ConfigError(
             f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
         )
+    if dataset.manifest.tokenizer.kind != HuggingFaceTokenizer.kind:  # its file doesn't say which ids are special
+        check_ids(dataset.manifest, trained.tokenizer, f"--data: {folder}")
     return folder, dataset

@@ -5,6 +5,7 @@ import logging
 from infini_train.checkpoint import compat, store
 from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.reader import Checkpoint
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.shards import Dataset
@@ -56,6 +57,11 @@ def open_session(config: RunConfig) -> Session:
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         LOG.info("changed since the checkpoint: %s", note)
+    if checkpoint.special_ids not in (None, source.special_ids):
+        raise ConfigError(
+            f"data.train: {source.name} has the ids {source.special_ids} for bos, eos and pad, and the checkpoint was"
+            f" trained with {checkpoint.special_ids}; give the original data, or start a new run with train.init_from"
+        )
     compat.check_same_data(source.upgrade_identity(checkpoint.state["data"]), source.identity, source.name)
 
 

@@ -1,19 +1,22 @@
 """Datasets at URLs: files come once, whole and verified, and nothing half-fetched is ever read."""
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from fsspec.implementations.local import LocalFileSystem
 
 from infini_train.config.data import DataConfig, MixturePart
 from infini_train.config.errors import ConfigError
 from infini_train.data import cache, source
+from infini_train.data.sealed import MAX_BYTES, dump_sealed
 from infini_train.data.shards import Dataset, ShardWriter
-from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(remote, tmp_path) -> N
     path = remote / "manifest.json"
     tree = json.loads(path.read_text())
     tree["tokenizer"] |= {"kind": "sentencepiece", "file": "../../stolen.sh"}
-    path.write_text(json.dumps(tree))
+    path.write_bytes(dump_sealed(tree))
     with pytest.raises(ConfigError, match="names a file outside the dataset's folder"):
         Dataset.open(f"file://{remote}", tmp_path / "near")
     assert not list(tmp_path.rglob("stolen*"))
@@ -123,3 +126,131 @@ def test_room_is_needed_for_all_parts_together(remote, tmp_path, monkeypatch) ->
         source._open_datasets(data)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage._replace(free=sum(needed)))
     assert len(source._open_datasets(data)) == 2
+
+
+def copies(near: Path, name: str) -> Path:
+    """The cached copy of a file."""
+    (path,) = near.rglob(name)
+    return path
+
+
+def break_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def link(path: Path) -> None:
+    """To a file with the right content: whoever planted it could change it later."""
+    shutil.copyfile(path, path.with_name("elsewhere"))
+    path.unlink()
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [break_bit, cut, link, pipe])
+@pytest.mark.parametrize("name", ["shard-00000.tar", "documents.idx", "tokenizer.model", "manifest.json"])
+def test_a_damaged_copy_is_fetched_again_with_a_warning(remote_words, tmp_path, caplog, name, damage) -> None:
+    url, near = f"file://{remote_words}", tmp_path / "near"
+    Dataset.open(url, near).read(0, 0, 9)
+    path = copies(near, name)
+    damage(path)
+    with caplog.at_level("WARNING"):
+        dataset = Dataset.open(url, near)
+        assert dataset.read(0, 0, 9).tolist() == Dataset.open(remote_words).read(0, 0, 9).tolist()
+        assert tokenizer_of(dataset.folder).vocab_size == 14
+    assert path.read_bytes() == (remote_words / name).read_bytes() and not path.is_symlink()
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [str(path)] * (name != "manifest.json")
+    assert all(f"fetching it again from {url}" in record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def remote_words(tmp_path: Path) -> Path:
+    """A dataset with a tokenizer's file."""
+    with (tmp_path / "t.model").open("wb") as file:
+        texts = iter(["the cat sat on the mat"] * 9)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts, model_writer=file, vocab_size=14, minloglevel=2
+        )
+    with ShardWriter(tmp_path / "words", SentencePieceTokenizer(tmp_path / "t.model")) as writer:
+        writer.add(np.arange(14), n_bytes=20, id="a")
+    return tmp_path / "words"
+
+
+def test_a_copy_is_hashed_once_in_a_process_and_again_when_it_changes(remote, tmp_path, monkeypatch) -> None:
+    hashed = []
+    hash_stream = cache.hash_stream
+
+    def note(file) -> str:
+        hashed.append(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")).name)
+        return hash_stream(file)
+
+    monkeypatch.setattr(cache, "hash_stream", note)
+    url, near = f"file://{remote}", tmp_path / "near"
+    first = Dataset.open(url, near)
+    first.read(0, 0, 9)
+    first.close()
+    first.read(0, 0, 9)
+    assert hashed == [], "what was just fetched is right"
+    second = Dataset.open(url, near)
+    for _ in range(3):
+        second.read(0, 0, 9)
+        second.close()
+    assert hashed == ["documents.idx", "shard-00000.tar"]
+    break_bit(copies(near, "shard-00000.tar"))
+    second.read(0, 0, 9)
+    second.close()
+    assert second.read(0, 0, 9).tolist() == [0] * 9
+    assert hashed[2:] == ["shard-00000.tar"] * 2, "before and after taking the lock"
+
+
+@pytest.mark.parametrize("name", [".shard-00000.tar.lock", ".shard-00000.tar.partial", ".documents.idx.lock"])
+def test_a_link_planted_in_the_cache_is_not_written_through(remote, tmp_path, name) -> None:
+    url, near = f"file://{remote}", tmp_path / "near"
+    folder = Dataset.open(url, tmp_path / "probe").folder
+    mine = near / folder.name
+    mine.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (mine / name).symlink_to(victim)
+    try:
+        Dataset.open(url, near).read(0, 0, 9)
+    except (OSError, ConfigError) as error:
+        assert "is a link; a file of its own is expected here" in str(error) and name.endswith(".lock")
+    else:
+        assert name.endswith(".partial")
+    assert victim.read_text() == "precious"
+
+
+def test_a_cache_that_can_not_be_used_is_one_line(remote, tmp_path) -> None:
+    url, near = f"file://{remote}", tmp_path / "near"
+    folder = Dataset.open(url, tmp_path / "probe").folder
+    near.mkdir()
+    (near / folder.name).symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"^data.cache_dir: \S+ can't be written: is a link; remove it$"):
+        Dataset.open(url, near)
+    (near / folder.name).unlink()
+    (near / folder.name / "documents.idx").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"^data.cache_dir: \S+documents.idx.*: Is a directory$"):
+        Dataset.open(url, near)
+    (near / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^data.cache_dir: \S+ can't be written: Not a directory$"):
+        Dataset.open(url, near / "file")
+
+
+def test_a_manifest_that_never_ends_is_not_read_to_its_end(remote, tmp_path) -> None:
+    os.truncate(remote / "manifest.json", MAX_BYTES + 1)
+    with pytest.raises(ConfigError, match=r"manifest.json: holds more than 64,000,000 bytes, which no manifest does"):
+        Dataset.open(f"file://{remote}", tmp_path / "near")
+    (remote / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^file://\S+/manifest.json: format version \? is not 2"):
+        Dataset.open(f"file://{remote}", tmp_path / "near")
+    assert not (tmp_path / "near").exists()

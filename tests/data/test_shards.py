@@ -13,6 +13,7 @@ import webdataset
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import INDEX_FILE, MANIFEST_FILE, NPY_HEADER_BYTES, hash_file
+from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of
 
@@ -77,7 +78,7 @@ def test_wide_vocabularies_take_uint32(tmp_path) -> None:
 
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(dump_sealed(json.loads(path.read_bytes()) | changes))
 
 
 def cut(path: Path) -> None:
@@ -97,7 +98,7 @@ DAMAGE = {
     "documents.idx: has": lambda f: cut(f / INDEX_FILE),
     "documents.idx: does not match": replace_index,
     "documents.idx: is not an index": lambda f: (f / INDEX_FILE).write_bytes(b"x" * (f / INDEX_FILE).stat().st_size),
-    "format version 9 is not 1": lambda f: edit_manifest(f, format_version=9),
+    "format version 9 is not 2": lambda f: edit_manifest(f, format_version=9),
     "can't be read": lambda f: (f / MANIFEST_FILE).write_text('{"half'),
     "tokens: Input should be a valid integer": lambda f: edit_manifest(f, tokens="many"),
     "does not match manifest.json": lambda f: edit_manifest(f, tokens=5),
@@ -132,13 +133,26 @@ def test_a_damaged_document_is_told(tmp_path) -> None:
         file.write(b"\x00")
         file.seek(int(dataset._index[0]["json_offset"]))
         file.write(b"]")
-    assert dataset.read(2, 0, 10).tolist() == list(range(10))
-    for call in (lambda: dataset.read(2, 5, 15), lambda: dataset.read(1, 0, 1), lambda: dataset.metadata(0)):
+    dataset = Dataset.open(folder)
+    for call in (lambda: dataset.read(2, 0, 10), lambda: dataset.read(1, 0, 1), lambda: dataset.metadata(0)):
         with pytest.raises(CorruptDocumentError):
             call()
+    assert dataset.read(5, 0, 64).tolist() == list(range(64))
     (folder / "shard-00001.tar").write_bytes(b"")
     with pytest.raises(CorruptDocumentError, match="ends before byte"):
         dataset.read(3, 0, 5)
+
+
+def test_an_id_that_changed_inside_the_vocabulary_is_seen_at_the_first_read(tmp_path) -> None:
+    """Whichever window of the document is read first."""
+    folder = write(tmp_path / "set")
+    with (folder / "shard-00001.tar").open("r+b") as file:
+        file.seek(int(Dataset.open(folder)._index[3]["data_offset"]) + 2 * 4000)
+        before = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([before ^ 1]))
+    with pytest.raises(CorruptDocumentError, match="the data of document 3 is damaged"):
+        Dataset.open(folder).read(3, 10, 20)
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path) -> None:
@@ -201,9 +215,9 @@ def test_the_tokenizer_lies_beside_the_shards(tmp_path) -> None:
     assert found.decode(Dataset.open(tmp_path / "set").read(0, 0, n_tokens)) == "the cat"
     assert dataclasses.asdict(Dataset.open(tmp_path / "set").manifest.tokenizer)["file"] == "tokenizer.model"
     (tmp_path / "set" / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+    with pytest.raises(ConfigError, match="is not the one the dataset was encoded with"):
         tokenizer_of(tmp_path / "set")
-    with pytest.raises(ConfigError, match="is this a dataset"):
+    with pytest.raises(ConfigError, match="holds no manifest.json; give one of"):
         tokenizer_of(tmp_path)
 
 

@@ -14,6 +14,7 @@ from data_tools.encode import is_held_out
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, hash_file
+from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
 
@@ -51,6 +52,27 @@ def test_inspect_tells_counts_and_documents(tmp_path) -> None:
         inspect.show_document(folder, 0, shard=9)
 
 
+def test_names_that_no_terminal_shows_are_shown_escaped(tmp_path, capsys) -> None:
+    """Half a surrogate pair (from a file's name that is not UTF-8), terminal codes, line ends."""
+    folder, odd = tmp_path / "caf\udce9", "b\udce9\x1b[2J\n"
+    with ShardWriter(folder, ByteTokenizer()) as writer:
+        writer.add(np.arange(9), n_bytes=9, id=odd, source=odd, metadata={"title": odd, odd: odd})
+    shown = {}
+    for command in ("inspect", "inspect --document 0", "inspect --json", "stats", "verify"):
+        name, *options = command.split()
+        assert cli.main([name, str(folder), *options]) == 0
+        shown[command] = capsys.readouterr().out
+        assert shown[command].isascii() and "\x1b" not in shown[command], command
+    assert "\n  b\\udce9\\x1b[2J\\n: 1 documents" in shown["inspect"]
+    document, _ = json.JSONDecoder().raw_decode(shown["inspect --document 0"])
+    assert (document["id"], document["title"], document[odd]) == (odd, odd, odd)
+    assert json.loads(shown["inspect --json"])["sources"][0]["name"] == "b\\udce9\x1b[2J\n"
+    assert cli.main(["inspect", str(folder / "none")]) == 2 and "caf\\udce9/none: no such" in capsys.readouterr().err
+    assert cli.main(["merge", str(folder), str(folder), "--out", str(tmp_path / "two\udce9")]) == 0
+    assert cli.main(["split", str(tmp_path / "two\udce9"), "--holdout", "0.5", "--out", str(tmp_path / "s")]) == 2
+    assert "no document falls to" in capsys.readouterr().err
+
+
 @settings(max_examples=60, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), name=st.sampled_from([0, 1]))
 def test_verify_finds_any_changed_bit_and_names_its_document(tmp_path_factory, place, bit, name) -> None:
@@ -82,18 +104,16 @@ def test_verify_finds_any_changed_bit_and_names_its_document(tmp_path_factory, p
 
 def edit_manifest(folder: Path, **changes) -> None:
     path = folder / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(dump_sealed(json.loads(path.read_bytes()) | changes))
 
 
 def test_verify_checks_counts_and_the_index(tmp_path, capsys) -> None:
     folder = write(tmp_path / "set")
-    edit_manifest(folder, length_histogram=[1], sources=[{"name": "s", "documents": 40, "tokens": 1, "bytes": 1}])
-    problems = verify(folder)
-    assert [line.split(": ", 1)[1][:30] for line in problems] == [
-        "the tokens of the sources don'",
-        "the bytes of the sources don't",
-        "the histogram of lengths doesn",
-    ]
+    sources = json.loads((folder / MANIFEST_FILE).read_bytes())["sources"]
+    edit_manifest(folder, sources=[{**sources[0], "bytes": sources[0]["bytes"] - 1}, sources[1]])
+    assert [line.split(": ", 1)[1][:30] for line in verify(folder)] == ["the counts of the sources are "]
+    edit_manifest(folder, length_histogram=[1])
+    assert [line.split(": ", 1)[1][:30] for line in verify(folder)] == ["the histogram of lengths is no"]
     assert cli.main(["verify", str(folder)]) == 1 and "histogram" in capsys.readouterr().out
     index = folder / "documents.idx"
     data = bytearray(index.read_bytes())
@@ -103,13 +123,27 @@ def test_verify_checks_counts_and_the_index(tmp_path, capsys) -> None:
         verify(folder)
 
 
-def test_datasets_of_earlier_versions_are_read(tmp_path) -> None:
+def test_datasets_of_earlier_versions_are_read_and_sealed_when_all_is_right(tmp_path, capsys, caplog) -> None:
     folder = write(tmp_path / "set")
-    tree = json.loads((folder / MANIFEST_FILE).read_text())
-    for name in ("length_histogram", "left_out"):
+    path = folder / MANIFEST_FILE
+    tree = json.loads(path.read_bytes())
+    for name in ("length_histogram", "left_out", "checksum"):
         del tree[name]
-    (folder / MANIFEST_FILE).write_text(json.dumps(tree))
+    old = json.dumps({**tree, "format_version": 1, "documents": 40})
+    path.write_text(old.replace('"pairs": 0', '"pairs": 7'))
+    assert [line.split(": ", 1)[1] for line in verify(folder)] == ["holds 0 pairs, 7 in the manifest"] * 3
+    assert cli.main(["verify", "--seal", str(folder)]) == 1, "not all is right"
+    assert cli.main(["merge", str(folder), str(folder), "--out", str(tmp_path / "two")]) == 0
+    assert "has no checksum" in caplog.text
+    path.write_text(old)
     assert verify(folder) == [] and len(read(folder)) == 40
+    assert cli.main(["verify", "--seal", str(folder)]) == 0
+    assert "as it was written; its manifest has a checksum now" in capsys.readouterr().out
+    sealed = json.loads(path.read_bytes())
+    assert (sealed["format_version"], len(sealed["checksum"]), sealed["tool_version"]) == (2, 64, tree["tool_version"])
+    assert cli.main(["verify", "--seal", str(folder)]) == 0 and "now" not in capsys.readouterr().out
+    path.write_bytes(path.read_bytes().replace(b'"eos_id": 257', b'"eos_id": 256'))
+    assert cli.main(["verify", str(folder)]) == 2 and "its checksum differs" in capsys.readouterr().err
 
 
 def test_stats_tell_the_lengths(tmp_path, capsys) -> None:

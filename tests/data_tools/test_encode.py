@@ -231,6 +231,16 @@ def test_two_runs_at_once_are_refused(tmp_path, small_tasks) -> None:
         assert (folder / "task-0").exists()
 
 
+def test_a_link_planted_as_a_lock_is_refused(tmp_path, small_tasks) -> None:
+    source = write(tmp_path, corpus(300))
+    run(source, tmp_path / "set", part="1/2")
+    lock = tmp_path / ".set.partial" / "lock-2-of-2"
+    lock.symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="set: can't be written: is a link; a file of its own is expected here"):
+        run(source, tmp_path / "set", part="2/2")
+    assert not (tmp_path / "victim").exists()
+
+
 def test_a_killed_worker_is_told(tmp_path, small_tasks) -> None:
     source = write(tmp_path, corpus(100))
     with pytest.raises(ConfigError, match="ended by SIGKILL: perhaps memory ran out"):

@@ -15,6 +15,8 @@ import torch
 from infini_train.checkpoint import store
 from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.config.errors import ConfigError
+from infini_train.data.sealed import dump_sealed
+from infini_train.data.source import open_source
 from infini_train.resilience.signals import Stopped
 from infini_train.train.checkpointing import save_session
 from infini_train.train.loop import train
@@ -284,6 +286,37 @@ def test_other_training_data_are_refused(configure, tools, tmp_path):
     other = tools.write_shards(tmp_path / "other", (50, 60), seed=5)
     with pytest.raises(ConfigError, match=r"^data\.train: .*is not the data"):
         open_session(configure(f"data.train={other}"))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_data(configure):
+    """It knew tokenizer and shards alone."""
+    session = open_session(configure())
+    (earlier,) = session.source.earlier_identities
+    assert earlier != session.source.identity
+    session.source = dataclasses.replace(session.source, identity=earlier)
+    save(session)
+    assert open_session(configure()).source.identity == open_source(configure()).identity
+
+
+def test_training_refuses_special_ids_that_are_not_the_tokenizers(configure):
+    """A new run, one that goes on, and one whose checkpoint is of an earlier version."""
+    session = open_session(configure())
+    path = Path(session.config.data.train) / "manifest.json"
+    sealed = path.read_bytes()
+    path.write_bytes(dump_sealed({**json.loads(sealed), "eos_id": 3}))
+    with pytest.raises(ConfigError, match=r"eos_id is 3 in manifest.json and 257 in the tokenizer"):
+        train(configure())
+    session.source = dataclasses.replace(session.source, identity=session.source.earlier_identities[0])
+    path.write_bytes(sealed)
+    save(session)
+    path.write_bytes(dump_sealed({**json.loads(sealed), "eos_id": 3}))
+    with pytest.raises(
+        ConfigError, match=r"^data\.train: .* has the ids \(256, 3, 258\) for bos, eos and pad, and the"
+    ):
+        open_session(configure())
+    path.write_bytes(sealed.replace(b'"eos_id": 257', b'"eos_id": 256'))
+    with pytest.raises(ConfigError, match=r"^data\.train: .*manifest.json: is not as it was written"):
+        open_session(configure())
 
 
 def test_a_longer_run_goes_on(configure, tools, lines):
