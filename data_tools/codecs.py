@@ -17,7 +17,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdErro
 WINDOW_BYTES = 1 << 31  # that a zstd or xz file may refer back to, held in memory: zstd --long=31
 _MAGIC_BYTES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"BZh": ".bz2"}
 _BUFFER_BYTES = 1 << 20
-_FEED_BYTES = 1 << 10  # of compressed data at once: 4 bytes of zstd expand to 128 KB, so at most 32 MB come out
+_FEED_BYTES = 512  # of compressed data at once: 4 bytes of zstd expand to 128 KB, so at most 16 MB come out
 
 
 def decompress(raw: BinaryIO, path: str) -> BinaryIO:

@@ -97,7 +97,7 @@ class Reader(Records):
 
     def _records(self, part: FileRange) -> Iterator[Document]:
         kind = self.options.format or format_of(part.path) or ("jsonl" if part.path == STDIN else "text")
-        if kind == "text" and is_other_format(part.path):
+        if self.options.format is None and is_other_format(part.path):
             template = "{path}: can't read this format; name it with {format} {choices}"
             raise SettingError(template, path=part.path, choices="|".join(FORMATS))
         if FORMATS[kind].seekable and (is_pipe(part.path) or is_stream(part.path)):

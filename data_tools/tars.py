@@ -188,7 +188,7 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
             with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                    _check_global_headers(tar)
+                    _check_headers(tar, member)
                     meter.update(member.size)
                     path = PurePosixPath(member.name)
                     where = f"{part.path}: {member.name!r}"
@@ -209,7 +209,9 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
                 pass
 
 
-def _check_global_headers(tar: tarfile.TarFile) -> None:
-    """tarfile keeps the properties that hold for all members, from any number of headers."""
+def _check_headers(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """tarfile takes sizes as they are, and keeps what holds for all members, from any number of headers."""
+    if member.size < 0:
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size:,} bytes")
     if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > _MAX_HEADER_BYTES:
         raise tarfile.ReadError(f"global headers of more than {_MAX_HEADER_BYTES:,} bytes")
