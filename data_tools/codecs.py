@@ -15,6 +15,7 @@ from data_tools.pipes import is_pipe
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 WINDOW_BYTES = 1 << 31  # that a zstd or xz file may refer back to, held in memory: zstd --long=31
+MAX_SKIP_BYTES = 2_000_000_000  # of a line that is too long: a few KB may expand to more than anybody waits for
 _MAGIC_BYTES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"BZh": ".bz2"}
 _BUFFER_BYTES = 1 << 20
 _FEED_BYTES = 512  # of compressed data at once: 4 bytes of zstd expand to 128 KB, so at most 16 MB come out
@@ -72,14 +73,15 @@ def read_line(file: BinaryIO, limit: int) -> bytes | bytearray:
     return data
 
 
-def skip_line(file: BinaryIO) -> int:
-    """Go on to the end of a line that was read in part; the bytes on the way."""
+def skip_line(file: BinaryIO) -> int | None:
+    """Go on to the end of a line that was read in part; the bytes on the way, None if the end does not come."""
     skipped = 0
-    while piece := file.readline(_BUFFER_BYTES):
+    while skipped < MAX_SKIP_BYTES:
+        piece = file.readline(_BUFFER_BYTES)
         skipped += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return skipped
+        if not piece or piece.endswith(b"\n"):
+            return skipped
+    return None
 
 
 class _Frames(io.RawIOBase):

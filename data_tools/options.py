@@ -3,7 +3,7 @@
 import argparse
 
 from data_tools.formats import FORMATS
-from data_tools.limits import count, gigabytes, megabytes, positive_count, processes, tokens
+from infini_train.command_line import non_negative, positive, positive_float
 from infini_train.data.pairs import SEPARATOR
 
 # The flags of settings whose field has another name.
@@ -16,6 +16,7 @@ _FLAGS = {
     "sample_bytes": "--sample-mb",
     "task_bytes": "--task-mb",
 }
+_MAX_MEGABYTES = 1_000_000_000
 _FLAGS_OF_COMMAND = {("clean", "threshold"): "--near-dedup"}
 
 _ABOUT = """\
@@ -124,6 +125,14 @@ def flag_of(command: str, setting: str) -> str:
     return flag or f"--{setting.replace('_', '-')}"
 
 
+def _megabytes(text: str) -> float:
+    """A size, as the type of an option's value."""
+    value = positive_float(text)
+    if value > _MAX_MEGABYTES:
+        raise argparse.ArgumentTypeError(f"must be at most {_MAX_MEGABYTES:,}")
+    return value
+
+
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="files, folders, quoted patterns, URLs, pipe:..., or - for stdin"
@@ -145,14 +154,14 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bad-records",
-        type=count,
+        type=non_negative,
         default=1000,
         metavar="N",
         help="maximum number of skipped records; more are an error (default: 1000)",
     )
     parser.add_argument(
         "--max-record-mb",
-        type=megabytes,
+        type=_megabytes,
         default=1000.0,
         metavar="MB",
         help="maximum size of a record; a larger one is a bad record (default: 1000)",
@@ -167,13 +176,13 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     _add_read_options(tokenizer)
     _add_overwrite(tokenizer)
     tokenizer.add_argument("--out", required=True, metavar="FILE.model", help="file to write")
-    tokenizer.add_argument("--vocab-size", type=tokens, default=32_000, metavar="N", help="tokens (default: 32000)")
+    tokenizer.add_argument("--vocab-size", type=positive, default=32_000, metavar="N", help="tokens (default: 32000)")
     tokenizer.add_argument(
         "--kind", choices=("bpe", "unigram"), default="bpe", help="algorithm that finds the pieces (default: bpe)"
     )
     tokenizer.add_argument(
         "--sample-mb",
-        type=megabytes,
+        type=_megabytes,
         default=100.0,
         metavar="MB",
         help="amount of text to train on, drawn evenly from all sources (default: 100)",
@@ -186,7 +195,7 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
         help="share of the text's characters that get a token; others are spelled in bytes (default: 0.9995)",
     )
     tokenizer.add_argument(
-        "--threads", type=processes, default=0, metavar="N", help="threads for training (default: one per core)"
+        "--threads", type=non_negative, default=0, metavar="N", help="threads for training (default: one per core)"
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the sample (default: 0)")
 
@@ -205,7 +214,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
     encode.add_argument(
-        "--shard-mb", type=megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
+        "--shard-mb", type=_megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_keep_field(encode)
     pairs = encode.add_argument_group("pairs of a book and its summary (docs/summarisation.md)")
@@ -218,7 +227,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
     )
     pairs.add_argument(
         "--max-tokens",
-        type=positive_count,
+        type=positive,
         metavar="N",
         help="maximum tokens per pair; longer books are cut (default: no limit)",
     )
@@ -228,7 +237,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=processes, default=0, metavar="N", help="number of processes (default: one per core)"
+        "--workers", type=non_negative, default=0, metavar="N", help="number of processes (default: one per core)"
     )
     parser.add_argument("--restart", action="store_true", help="discard what an unfinished run has done")
     _add_overwrite(parser)
@@ -257,11 +266,11 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
     near.add_argument(
         "--threshold", type=float, default=0.8, metavar="SHARE", help="share of shingles in common (default: 0.8)"
     )
-    near.add_argument("--task-mb", type=megabytes, default=512.0, metavar="MB", help="sources per task (default: 512)")
+    near.add_argument("--task-mb", type=_megabytes, default=512.0, metavar="MB", help="sources per task (default: 512)")
     _add_keep_field(near)
     near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
     near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit of a job (default: 24:00:00)")
-    near.add_argument("--memory-gb", type=gigabytes, default=4, metavar="GB", help="memory per task (default: 4)")
+    near.add_argument("--memory-gb", type=positive, default=4, metavar="GB", help="memory per task (default: 4)")
     near.add_argument(
         "--sbatch", action="append", metavar="NAME=VALUE", help="a further option of sbatch; may be repeated"
     )
@@ -270,16 +279,16 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
 
 def _add_inspect_options(look: argparse.ArgumentParser) -> None:
     look.add_argument("folder", metavar="DIR", help="a dataset: the folder that holds manifest.json")
-    look.add_argument("--shard", type=count, metavar="S", help="the shard in which --document counts, from 0")
+    look.add_argument("--shard", type=non_negative, metavar="S", help="the shard in which --document counts, from 0")
     what = look.add_mutually_exclusive_group()
-    what.add_argument("--document", type=count, metavar="N", help="show one document, by its number from 0")
+    what.add_argument("--document", type=non_negative, metavar="N", help="show one document, by its number from 0")
     what.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
 
 def _add_verify_options(check: argparse.ArgumentParser) -> None:
     check.add_argument("folders", nargs="+", metavar="DIR", help="datasets")
     check.add_argument(
-        "--workers", type=processes, default=0, metavar="N", help="shards read at once (default: one per core)"
+        "--workers", type=non_negative, default=0, metavar="N", help="shards read at once (default: one per core)"
     )
 
 
@@ -300,7 +309,7 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
     split.add_argument("--out", required=True, metavar="DIR", help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
     split.add_argument(
-        "--shard-mb", type=megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
+        "--shard-mb", type=_megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_overwrite(split)
 
@@ -313,10 +322,10 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
         "--strip-controls", action="store_true", help="remove control characters except tab and line end"
     )
     clean.add_argument(
-        "--min-chars", type=count, default=0, metavar="N", help="leave out shorter documents (default: 0)"
+        "--min-chars", type=non_negative, default=0, metavar="N", help="leave out shorter documents (default: 0)"
     )
     clean.add_argument(
-        "--max-chars", type=count, default=0, metavar="N", help="leave out longer documents (default: no limit)"
+        "--max-chars", type=non_negative, default=0, metavar="N", help="leave out longer documents (default: no limit)"
     )
     clean.add_argument(
         "--max-repeated-lines",
@@ -360,7 +369,7 @@ def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
         "--tokenizer", action="append", required=True, metavar="FILE", help="as in encode; repeat it to compare"
     )
     fertility.add_argument(
-        "--sample-mb", type=megabytes, default=20.0, metavar="MB", help="text to measure on (default: 20)"
+        "--sample-mb", type=_megabytes, default=20.0, metavar="MB", help="text to measure on (default: 20)"
     )
 
 

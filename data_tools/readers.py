@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from data_tools.codecs import READ_ERRORS, decompress, read_limited, read_line, skip_line
+from data_tools.codecs import MAX_SKIP_BYTES, READ_ERRORS, decompress, read_limited, read_line, skip_line
 from data_tools.documents import Document, FileRange, Line, Meter, ReadOptions, Records
 from data_tools.formats import FORMATS, compression_of, format_inside, format_of, is_other_format, suffixes
 from data_tools.megatron import megatron_documents
@@ -149,7 +149,12 @@ class Reader(Records):
                 where = Line(part.path, first, number)
                 if len(line) > self.options.max_record_bytes:
                     self.too_long(where)
-                    offset += 0 if line.endswith(b"\n") else skip_line(file)
+                    skipped = 0 if line.endswith(b"\n") else skip_line(file)
+                    if skipped is None:
+                        problem = f"goes on for {MAX_SKIP_BYTES / 1e6:,.0f} MB more; the rest of the file is left out"
+                        self.left_out.bad(where, problem, "fix or remove it")
+                        return
+                    offset += skipped
                     continue
                 meter.update(len(line))
                 if not line.isspace() and (document := self._json_document(line, where, part, begin)) is not None:

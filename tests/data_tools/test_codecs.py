@@ -121,3 +121,15 @@ def test_lines_are_cut_at_the_limit(limit) -> None:
             skip_line(file)
     assert read_line(file, limit) == b""
     assert read_limited(io.BytesIO(b"abcde"), limit) == b"abcde"[: limit + 1]
+
+
+def test_a_line_without_an_end_is_not_skipped_for_ever(bombs, monkeypatch) -> None:
+    for module in ("codecs", "readers"):
+        monkeypatch.setattr(f"data_tools.{module}.MAX_SKIP_BYTES", 10 * MB)
+    options, left_out = ReadOptions(format="jsonl", max_record_bytes=3 * MB), LeftOut(on_bad_record="skip")
+    with pytest.raises(ConfigError, match="no documents found"):
+        list(documents([str(bombs / "b.zst")], options, left_out))
+    assert [place.partition(": ")[2] for place in left_out.places] == [
+        "has more than 3 MB",
+        "goes on for 10 MB more; the rest of the file is left out",
+    ]
