@@ -23,6 +23,7 @@ from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus
 from data_tools.problems import LeftOut
 from data_tools.readers import documents
 from data_tools.sources import find_files
+from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import read_manifest
 
@@ -386,6 +387,20 @@ def test_output_of_a_shells_command_is_a_source(tmp_path) -> None:
         timeout=120,
     )
     assert done.returncode == 0 and read_manifest(tmp_path / "set").documents == 2, done.stderr
+
+
+@pytest.mark.parametrize("source", ["-", "a.jsonl"])
+def test_standard_streams_may_be_closed(tmp_path, source) -> None:
+    """No file then takes their numbers, so that what is printed does not go into a shard."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "%s"}\n' % (b"x" * 1_000_000) * 17)  # more than a task
+    program = "import sys; from data_tools.cli import main; sys.exit(main())"
+    script = f'exec 0<&- 1>&- 2>&-; exec "$1" -c "{program}" encode "$2" --tokenizer byte --out set --workers 2'
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    words = ["bash", "-c", script, "-", sys.executable, source]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == (2 if source == "-" else 0)
+    if source != "-":
+        assert verify(tmp_path / "set") == [] and read_manifest(tmp_path / "set").documents == 17
 
 
 def test_a_stream_is_not_read_twice(tmp_path) -> None:
