@@ -148,7 +148,8 @@ class Records:
             data: the bytes.
             where: a file, or a line in it.
         """
-        if (encoding := _other_encoding(data)) is not None:
+        is_odd = b"\0" in data[:64] or data[:1] >= b"\xfe"  # each line is asked
+        if is_odd and (encoding := _other_encoding(data)) is not None:
             self.left_out.bad(where, f"is {encoding}, not UTF-8", f"re-encode it (iconv -f {encoding} -t UTF-8)")
             return None
         try:
@@ -181,8 +182,6 @@ class Records:
 def _other_encoding(data: bytes | bytearray) -> str | None:
     """UTF-16 or UTF-32, by a byte order mark, or by the zeros in Latin text."""
     head = bytes(data[:64])
-    if b"\0" not in head and head[:1] < b"\xfe":
-        return None
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
