@@ -16,11 +16,11 @@ from data_tools.documents import Document
 from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
 from data_tools.filters import FilterOptions, Filters
 from data_tools.job import JobOptions, all_older
-from data_tools.plan import Plan, make_plan
-from data_tools.problems import LeftOut
+from data_tools.plan import Plan, check_sources, make_plan
+from data_tools.problems import LeftOut, SettingError
 from data_tools.progress import elapsed_time
 from data_tools.readers import Reader
-from data_tools.storage import find_files
+from data_tools.sources import find_files
 from data_tools.task_files import check_files
 from data_tools.tasks import finished_tasks, run_tasks, task_folder
 from data_tools.workplace import Workplace
@@ -98,6 +98,9 @@ def _clean(sources: list[str], out: Path, command: dict[str, Any], options: Clea
     workplace = Workplace(out, restart=options.restart, part=options.part)
     with workplace as folder:
         plan = make_plan(folder, sources, command, options.task_bytes, options.read.format)
+        if (options.dedup or near) and plan.in_process:
+            template = "{dedup} and {threshold}: read the sources twice, which a stream can't be; give files"
+            raise SettingError(template)
         if (options.dedup or near) and not _look_for_duplicates(workplace, plan, options, near):
             return Waiting(for_duplicates=True)
         run_tasks(folder, plan, CleanWork(folder, options), workers=options.workers, part=options.part, label="clean")
@@ -115,6 +118,7 @@ def publish(workplace: Workplace, tasks: int, left_out: LeftOut, about: dict[str
     Raises:
         ConfigError: no document stays, or too many records are bad.
     """
+    check_sources(workplace.folder)
     report = _join(workplace.folder, tasks, workplace.result, left_out, about)
     if not report.documents:
         workplace.discard()
@@ -289,7 +293,8 @@ def _join(folder: Path, tasks: int, result: Path, left_out: LeftOut, about: dict
                 os.replace(place / _PART_FILE, result / f"part-{parts:05d}.jsonl.zst")
             parts += 1
     tree = {**vars(report), "left_out": report.left_out.to_json(), **about}
-    (result / REPORT_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    (result / REPORT_FILE).write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may not be UTF-8
     for path in (result / REPORT_FILE, result):
         sync_path(path)
     return report

@@ -1,5 +1,6 @@
 """What readers have in common: documents, the byte ranges they come from, and how records become documents."""
 
+import codecs
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,13 @@ import numpy as np
 
 from data_tools.problems import LeftOut
 from data_tools.storage import open_raw
+
+_MARKS = {  # of the start of a file; the longer ones first
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class Document(NamedTuple):
@@ -27,13 +35,15 @@ class Document(NamedTuple):
 
 
 class FileRange(NamedTuple):
-    """Bytes [start, stop) of a file as it is stored; stop 0: to its end."""
+    """Bytes [start, stop) of a file as it is stored; stop 0: to its end. See `SourceFile` for the others."""
 
     path: str
     id: str
     source: str
     start: int
     stop: int
+    bytes: int = 0  # 0: unknown
+    version: str = ""  # empty: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +141,19 @@ class Records:
                 return False
         return True
 
-    def decode(self, data: bytes, where: object) -> str | None:
-        """The text of UTF-8 bytes; None if they are something else. `where` is a file, or a line in it."""
+    def decode(self, data: bytes | bytearray, where: object) -> str | None:
+        """The text of UTF-8 bytes, without a byte order mark; None if they are something else.
+
+        Args:
+            data: the bytes.
+            where: a file, or a line in it.
+        """
+        is_odd = b"\0" in data[:64] or data[:1] >= b"\xfe"  # each line is asked
+        if is_odd and (encoding := _other_encoding(data)) is not None:
+            self.left_out.bad(where, f"is {encoding}, not UTF-8", f"re-encode it (iconv -f {encoding} -t UTF-8)")
+            return None
         try:
-            return data.decode("utf-8")
+            return data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
             place = where if isinstance(where, Line) else f"{where}:{line}"
@@ -158,6 +177,19 @@ class Records:
             self.left_out.bad(where, f"character {half} of the text is half a surrogate pair", "repair it")
             return None
         return text
+
+
+def _other_encoding(data: bytes | bytearray) -> str | None:
+    """UTF-16 or UTF-32, by a byte order mark, or by the zeros in Latin text."""
+    head = bytes(data[:64])
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    if len(head) >= 4 and not any(head[1::2]) and all(head[::2]):
+        return "UTF-16LE"
+    if len(head) >= 4 and not any(head[::2]) and all(head[1::2]):
+        return "UTF-16BE"
+    return None
 
 
 def _half_pair(text: str) -> int | None:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import Document
+from data_tools.formats import suffixes
 from data_tools.job import JobOptions, all_older
 from data_tools.join import RECORD_FILE, Joiner, join_split
-from data_tools.plan import Plan, make_plan
+from data_tools.plan import Plan, check_sources, make_plan
 from data_tools.problems import LeftOut, SettingError
 from data_tools.progress import elapsed_time
 from data_tools.readers import Reader
-from data_tools.storage import find_files, suffixes
+from data_tools.sources import find_files
 from data_tools.tasks import finished_tasks, run_tasks
 from data_tools.workplace import Workplace, check_pair_target
 from infini_train import __version__
@@ -118,6 +119,7 @@ def _encode(sources: list[str], tokenizer: str, model: Tokenizer, out: Path, opt
         left_out = options.new_left_out()
         with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("join the shards"):
             if is_mine:
+                check_sources(folder)
                 joiner = Joiner(folder, len(plan), model, options.max_shard_bytes)
                 joiner.add_left_out(left_out)
                 _check_documents(joiner, workplace, options, left_out)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import Document, FileRange, Records
-from data_tools.storage import index_of, open_raw
+from data_tools.formats import index_of
+from data_tools.storage import open_raw
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

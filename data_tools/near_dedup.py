@@ -30,6 +30,7 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from loguru import logger
 
 from data_tools.clean import Report, check_clean_target, publish, read_report, write_part
 from data_tools.documents import Document
@@ -42,11 +43,22 @@ from data_tools.readers import Reader
 from data_tools.tasks import do_task
 from data_tools.workplace import Workplace
 from infini_train import __version__
+from infini_train.command_errors import translate
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
 
 _TASK_BYTES = 512_000_000
 _SUBMITTED = "launch_script.slurm"  # of datatrove: from then on the work belongs to a job
+
+
+def _shorten(record: Any) -> None:
+    """Takes the traceback out of what is logged about a mistake of the user, or of the machine."""
+    error = record["exception"]
+    if error is not None and (isinstance(error.value, ConfigError) or translate(error.value) is not None):
+        record["exception"] = None
+
+
+logger.configure(patcher=_shorten)  # datatrove's log; here, since its worker processes import this module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +119,7 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
         folder = folder.absolute()  # tasks may run elsewhere
         plan = make_plan(folder, sources, command, options.task_bytes, options.read.format)
         if plan.in_process:
-            raise ConfigError("-: standard input can't be read by several tasks; give files")
+            raise ConfigError("standard input and named pipes can't be read by several tasks; give files")
         steps = _steps(folder, keys, options)
         tasks = {"signatures": len(plan), "buckets": keys.bands, "clusters": 1, "texts": len(plan)}
         if options.slurm is not None:

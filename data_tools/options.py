@@ -2,7 +2,7 @@
 
 import argparse
 
-from data_tools.storage import FORMATS
+from data_tools.formats import FORMATS
 from infini_train.command_line import DIR, FILE, location, non_negative, positive, positive_float, seed, workers
 from infini_train.data.pairs import SEPARATOR
 
@@ -16,6 +16,7 @@ _FLAGS = {
     "sample_bytes": "--sample-mb",
     "task_bytes": "--task-mb",
 }
+_MAX_MEGABYTES = 1_000_000_000
 _FLAGS_OF_COMMAND = {("clean", "threshold"): "--near-dedup"}
 
 _ABOUT = """\
@@ -124,6 +125,14 @@ def flag_of(command: str, setting: str) -> str:
     return flag or f"--{setting.replace('_', '-')}"
 
 
+def _megabytes(text: str) -> float:
+    """A size, as the type of an option's value."""
+    value = positive_float(text)
+    if value > _MAX_MEGABYTES:
+        raise argparse.ArgumentTypeError(f"must be at most {_MAX_MEGABYTES:,}")
+    return value
+
+
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
@@ -156,7 +165,7 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-record-mb",
-        type=positive_float,
+        type=_megabytes,
         default=1000.0,
         metavar="MB",
         help="maximum size of a record; a larger one is a bad record (default: 1000)",
@@ -177,7 +186,7 @@ def _add_tokenizer_options(tokenizer: argparse.ArgumentParser) -> None:
     )
     tokenizer.add_argument(
         "--sample-mb",
-        type=positive_float,
+        type=_megabytes,
         default=100.0,
         metavar="MB",
         help="amount of text to train on, drawn evenly from all sources (default: 100)",
@@ -212,7 +221,7 @@ def _add_encode_options(encode: argparse.ArgumentParser) -> None:
         help="share of documents for validation; writes DIR/train and DIR/validation (default: 0, all into DIR)",
     )
     encode.add_argument(
-        "--shard-mb", type=positive_float, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
+        "--shard-mb", type=_megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_keep_field(encode)
     pairs = encode.add_argument_group("pairs of a book and its summary (docs/summarisation.md)")
@@ -264,9 +273,7 @@ def _add_near_dedup_options(near: argparse.ArgumentParser) -> None:
     near.add_argument(
         "--threshold", type=float, default=0.8, metavar="SHARE", help="share of shingles in common (default: 0.8)"
     )
-    near.add_argument(
-        "--task-mb", type=positive_float, default=512.0, metavar="MB", help="sources per task (default: 512)"
-    )
+    near.add_argument("--task-mb", type=_megabytes, default=512.0, metavar="MB", help="sources per task (default: 512)")
     _add_keep_field(near)
     near.add_argument("--slurm", metavar="PARTITION", help="submit the tasks as jobs (default: run them here)")
     near.add_argument("--time", default="24:00:00", metavar="LIMIT", help="time limit of a job (default: 24:00:00)")
@@ -312,7 +319,7 @@ def _add_split_options(split: argparse.ArgumentParser) -> None:
     split.add_argument("--out", required=True, **DIR, help="folder to write: DIR/train and DIR/validation")
     split.add_argument("--holdout", type=float, required=True, metavar="SHARE", help="share of documents to hold out")
     split.add_argument(
-        "--shard-mb", type=positive_float, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
+        "--shard-mb", type=_megabytes, default=512.0, metavar="MB", help="maximum size of a shard (default: 512)"
     )
     _add_overwrite(split)
 
@@ -376,7 +383,7 @@ def _add_fertility_options(fertility: argparse.ArgumentParser) -> None:
         help="as in encode; repeat it to compare",
     )
     fertility.add_argument(
-        "--sample-mb", type=positive_float, default=20.0, metavar="MB", help="text to measure on (default: 20)"
+        "--sample-mb", type=_megabytes, default=20.0, metavar="MB", help="text to measure on (default: 20)"
     )
 
 

@@ -1,11 +1,17 @@
-"""Sources written `pipe:COMMAND`, as in webdataset: what a program prints. No shell ever sees the command."""
+"""What a program prints: sources written `pipe:COMMAND`, as in webdataset, and named pipes.
+
+No shell ever sees the command.
+"""
 
 import errno
 import io
+import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
+import time
 from typing import Any, BinaryIO, cast
 
 from infini_train.config.errors import ConfigError
@@ -14,6 +20,9 @@ PREFIX = "pipe:"
 _OPERATORS = re.compile(r"[();<>|&]+")
 _QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _PATIENCE_S = 5.0  # for a command to end when its output is no longer wanted
+_WRITER_PATIENCE_S = 5.0  # for a program to open the named pipe that it writes into
+_POLL_S = 0.05
+_BUFFER_BYTES = 1 << 20
 
 
 def is_pipe(path: str) -> bool:
@@ -55,7 +64,7 @@ def open_pipe(source: str) -> BinaryIO:
         ConfigError: as `split_command`.
         OSError: it can't be started.
     """
-    return cast(BinaryIO, io.BufferedReader(_Output(split_command(source)), 1 << 20))
+    return cast(BinaryIO, io.BufferedReader(_Output(split_command(source)), _BUFFER_BYTES))
 
 
 class _Output(io.RawIOBase):
@@ -89,3 +98,54 @@ class _Output(io.RawIOBase):
                 self._process.kill()
                 self._process.wait()
         super().close()
+
+
+def open_named_pipe(path: str) -> BinaryIO:
+    """What a program writes into a named pipe; also of a shell's `<(command)`.
+
+    Raises:
+        OSError: it can't be opened, or no program opens it for writing within seconds.
+    """
+    return cast(BinaryIO, io.BufferedReader(_NamedPipe(path), _BUFFER_BYTES))
+
+
+class _NamedPipe(io.RawIOBase):
+    """The reader's end of a named pipe. A plain `open` would wait for a writer for ever."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._first = self._wait_for_writer(path)
+            os.set_blocking(self._descriptor, True)
+        except BaseException:
+            self.close()
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._first:
+            return os.readv(self._descriptor, [buffer])
+        size = min(len(buffer), len(self._first))
+        buffer[:size], self._first = self._first[:size], self._first[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def _wait_for_writer(self, path: str) -> bytes:
+        """The first bytes, if there are some already."""
+        until = time.monotonic() + _WRITER_PATIENCE_S
+        while True:
+            try:
+                first = os.read(self._descriptor, _BUFFER_BYTES)
+            except BlockingIOError:  # a program has opened it, and has not written yet
+                return b""
+            if first or select.select([self._descriptor], [], [], 0)[0]:  # readable without bytes: its end
+                return first
+            if time.monotonic() > until:
+                raise OSError(errno.ETIMEDOUT, "is a named pipe that no program writes into; start that first", path)
+            time.sleep(_POLL_S)

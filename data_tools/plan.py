@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import FileRange
+from data_tools.formats import FORMATS, compression_of, format_of
 from data_tools.pipes import is_pipe
 from data_tools.problems import SettingError
-from data_tools.progress import elapsed_time
-from data_tools.storage import FORMATS, STDIN, SourceFile, compression_of, find_files, format_of
+from data_tools.progress import elapsed_time, print_note
+from data_tools.sources import find_files
+from data_tools.storage import SourceFile, is_stream, require_unchanged
+from infini_train.config.errors import ConfigError
 from infini_train.data.sealed import parse_object
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
+_MAX_TASKS = 1_000_000  # each becomes a folder
 _TASK_RANGES = 10_000  # at most, since a task's list is held in memory
 
 
@@ -55,7 +59,8 @@ def plan_tasks(files: Iterable[SourceFile], size: int, format: str | None = None
                 yield task
                 task, room = [], size
                 continue
-            task.append(FileRange(file.path, file.id, file.source, start, start + length))
+            stop = start + length
+            task.append(FileRange(file.path, file.id, file.source, start, stop, file.bytes, file.version))
             start, room = start + max(length, 1), room - length
             if room <= 0 or len(task) == _TASK_RANGES:
                 yield task
@@ -69,7 +74,7 @@ class Plan:
 
     Attributes:
         sizes: bytes of each task.
-        in_process: the sources can only be read by this very process (standard input).
+        in_process: a source can only be read once, and by this very process (standard input, a named pipe).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +86,7 @@ class Plan:
                 starts.append(starts[-1] + len(line))
                 ranges = [FileRange(*row) for row in json.loads(line)]
                 sizes.append(sum(each.stop - each.start for each in ranges))
-                self.in_process |= any(each.path == STDIN for each in ranges)
+                self.in_process |= any(not each.stop and is_stream(each.path) for each in ranges)
         self._starts, self.sizes = np.array(starts), np.array(sizes, np.int64)
 
     def __len__(self) -> int:
@@ -107,16 +112,16 @@ def make_plan(
         format: of all files, if given.
 
     Raises:
-        ConfigError: the sources can't be found.
+        ConfigError: the sources can't be found, or would be cut into too many tasks.
         SettingError: the folder holds work of another command or of other sources.
     """
     aside = folder / f".plan-{uuid.uuid4().hex[:8]}"
     files, tasks, options = (aside.with_name(aside.name + suffix) for suffix in ("-files", "-tasks", "-command"))
     try:
         with elapsed_time("list the sources"):
-            total = _write_lines(files, find_files(sources))
+            total = _write_lines(files, find_files(sources, print_note))
         tasks_of = plan_tasks(_read_files(files), task_bytes(total, largest), format)
-        _write_lines(tasks, tasks_of)
+        _write_lines(tasks, _limited(tasks_of))
         options.write_text(json.dumps({"sources": sources, **command}, indent=1) + "\n", encoding="utf-8")
         if (folder / _COMMAND).exists():
             _compare(folder, options, files, tasks)
@@ -127,6 +132,24 @@ def make_plan(
         for path in (files, tasks, options):
             path.unlink(missing_ok=True)
     return Plan(folder)
+
+
+def _limited(tasks: Iterable[list[FileRange]]) -> Iterator[list[FileRange]]:
+    for number, task in enumerate(tasks):
+        if number == _MAX_TASKS:
+            raise ConfigError(f"the sources would be cut into more than {_MAX_TASKS:,} tasks; ask for larger ones")
+        yield task
+
+
+def check_sources(folder: Path) -> None:
+    """Checks that all files are still those that were planned.
+
+    Raises:
+        ConfigError: one has changed.
+    """
+    with elapsed_time("check the sources"):
+        for file in _read_files(folder / _FILES):
+            require_unchanged(file.path, file.bytes, file.version)
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> int:

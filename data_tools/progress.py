@@ -12,6 +12,12 @@ _TICK_S = 0.5
 _CLEAR_LINE = "\r\x1b[K"
 
 
+def print_note(line: str) -> None:
+    """A line that the user should know, on standard error."""
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"note: {line}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def byte_bar(label: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A progress bar; gives a function to call with the bytes that were read.

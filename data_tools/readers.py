@@ -8,29 +8,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
+from data_tools.codecs import MAX_SKIP_BYTES, READ_ERRORS, decompress, read_limited, read_line, skip_line
 from data_tools.documents import Document, FileRange, Line, Meter, ReadOptions, Records
+from data_tools.formats import FORMATS, compression_of, format_inside, format_of, is_other_format, suffixes
 from data_tools.megatron import megatron_documents
 from data_tools.pipes import is_pipe
 from data_tools.problems import LeftOut, SettingError
-from data_tools.storage import (
-    COMPRESSIONS,
-    FORMATS,
-    READ_ERRORS,
-    STDIN,
-    SourceFile,
-    compression_of,
-    decompress,
-    find_files,
-    format_of,
-    open_raw,
-    suffixes,
-)
+from data_tools.progress import print_note
+from data_tools.sources import find_files
+from data_tools.storage import STDIN, SourceFile, is_stream, open_raw, require_unchanged
 from data_tools.tars import tar_documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import refusals
 
 _PARQUET_ROWS = 256  # read at once
-_NOT_TEXT = (".zip", ".7z", ".rar", ".idx", ".npy", *COMPRESSIONS)  # names of other formats, not read as plain text
+_SHOWN = {"jsonl": "JSON lines", "tar": "a tar"}
 
 
 def documents(
@@ -52,7 +44,7 @@ def documents(
     """
     sources, found = [str(source) for source in sources], False
     reader = Reader(options or ReadOptions(), left_out or LeftOut(), advance)
-    for file in find_files(sources):
+    for file in find_files(sources, print_note):
         for document in reader.documents(whole(file)):
             found = True
             yield document
@@ -79,7 +71,7 @@ def texts(
 
 def whole(file: SourceFile) -> FileRange:
     """All of a file."""
-    return FileRange(file.path, file.id, file.source, 0, 0)
+    return FileRange(file.path, file.id, file.source, 0, 0, file.bytes, file.version)
 
 
 class Reader(Records):
@@ -89,20 +81,26 @@ class Reader(Records):
         """The documents of a range, in order, without the empty ones.
 
         Raises:
-            ConfigError: an unknown format, or a bad record (a BadRecordError).
+            ConfigError: an unknown format, a bad record (a BadRecordError), or the file is no longer the one that was
+                found, so that its ranges would be of different contents.
         """
-        for document in self._records(part):
-            if document.text or document.tokens is not None:
-                yield document
-            else:
-                self.left_out.documents["empty documents"] += 1
+        try:
+            for document in self._records(part):
+                if document.text or document.tokens is not None:
+                    yield document
+                else:
+                    self.left_out.documents["empty documents"] += 1
+        except ConfigError:
+            require_unchanged(part.path, part.bytes, part.version)  # the reason for what looks like a bad record
+            raise
+        require_unchanged(part.path, part.bytes, part.version)
 
     def _records(self, part: FileRange) -> Iterator[Document]:
         kind = self.options.format or format_of(part.path) or ("jsonl" if part.path == STDIN else "text")
-        if kind == "text" and format_of(part.path) is None and part.path.endswith(_NOT_TEXT):
+        if self.options.format is None and is_other_format(part.path):
             template = "{path}: can't read this format; name it with {format} {choices}"
             raise SettingError(template, path=part.path, choices="|".join(FORMATS))
-        if FORMATS[kind].seekable and (part.path == STDIN or is_pipe(part.path)):
+        if FORMATS[kind].seekable and (is_pipe(part.path) or is_stream(part.path)):
             raise ConfigError(f"{part.path}: {kind} can't be read from a stream; give files")
         read: Callable[[FileRange], Iterator[Document]] = {
             "text": self._text,
@@ -123,12 +121,19 @@ class Reader(Records):
 
     def _text(self, part: FileRange) -> Iterator[Document]:
         with open_raw(part.path) as raw:
-            data = decompress(raw, part.path).read(self.options.max_record_bytes + 1)
+            data = read_limited(decompress(raw, part.path), self.options.max_record_bytes)
         self.advance(part.stop or len(data))
         if len(data) > self.options.max_record_bytes:
             self.too_long(part.path)
-        elif (text := self.decode(data, part.path)) is not None:
-            yield Document(part.id, text.removeprefix("\ufeff"), part.source, {})
+            return
+        text = self.decode(data, part.path)
+        if text is None:
+            return
+        if self.options.format is None and (inside := format_inside(text, self.options.text_field)):
+            advice = f"name its format ({{format}} {inside}), or say that it is one text ({{format}} text)"
+            self.left_out.bad(part.path, f"holds {_SHOWN[inside]}, which its name does not say", advice)
+            return
+        yield Document(part.id, text, part.source, {})
 
     def _json_lines(self, part: FileRange) -> Iterator[Document]:
         with open_raw(part.path) as raw:
@@ -137,29 +142,34 @@ class Reader(Records):
             meter = Meter(raw, self.advance)
             first, number = offset, 0
             while not part.stop or compression_of(part.path) or offset < part.stop:
-                if not (line := file.readline(self.options.max_record_bytes + 1)):
+                if not (line := read_line(file, self.options.max_record_bytes)):
                     break
                 begin, number = offset, number + 1
                 offset += len(line)
                 where = Line(part.path, first, number)
                 if len(line) > self.options.max_record_bytes:
                     self.too_long(where)
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(1 << 20)
-                        offset += len(line)
+                    skipped = 0 if line.endswith(b"\n") else skip_line(file)
+                    if skipped is None:
+                        problem = f"goes on for {MAX_SKIP_BYTES / 1e6:,.0f} MB more; the rest of the file is left out"
+                        self.left_out.bad(where, problem, "fix or remove it")
+                        return
+                    offset += skipped
                     continue
                 meter.update(len(line))
                 if not line.isspace() and (document := self._json_document(line, where, part, begin)) is not None:
                     yield document
 
-    def _json_document(self, line: bytes, where: Line, part: FileRange, offset: int) -> Document | None:
+    def _json_document(self, line: bytes | bytearray, where: Line, part: FileRange, offset: int) -> Document | None:
         text = self.decode(line, where)
-        if text is None:
+        if not text or text.isspace():  # bad, or blank but for a byte order mark
             return None
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            self.left_out.bad(where, f"is not valid JSON: {error}", "fix it")
+            whole = part.path.lower().endswith(".json") and where.number == 1
+            advice = "a file of one JSON array becomes lines with: jq -c '.[]'" if whole else "fix it"
+            self.left_out.bad(where, f"is not valid JSON: {error}", advice)
             return None
         return self.row_document(row, where, f"{part.id}@{offset}", part.source)
 

@@ -6,22 +6,35 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from data_tools.codecs import decompress, read_limited
 from data_tools.documents import Document, FileRange, Meter, Records
 from data_tools.pipes import is_pipe
-from data_tools.storage import decompress, open_raw
+from data_tools.storage import open_raw
+from infini_train.command_errors import first_line
+from infini_train.config.errors import ConfigError
 
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_READ = ("txt", "json", "npy")  # extensions; the content of others is not needed
+_NAMES_KEPT = 100  # of a sample's members that are not read
+_MAX_HEADER_BYTES = 1 << 20  # of a long name, or of a member's further properties
+_HEADER_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class _Member(NamedTuple):
     key: str
     extension: str
-    data: bytes
+    data: bytes | bytearray
+
+
+_Sample = dict[str, bytes | bytearray]  # data by extension
 
 
 def tar_documents(records: Records, part: FileRange) -> Iterator[Document]:
@@ -48,26 +61,29 @@ def tar_documents(records: Records, part: FileRange) -> Iterator[Document]:
             yield document
 
 
-def _samples(records: Records, part: FileRange) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(records: Records, part: FileRange) -> Iterator[tuple[str, _Sample]]:
     """Key and members (by their lower-case extensions) of each sample."""
-    key, members = None, dict[str, bytes]()
+    key: str | None = None
+    members: _Sample = {}
     for member in _members(records, part):
         if member.key != key:
-            if key is not None:
+            if key is not None and members:
                 yield key, members
             key, members = member.key, {}
         if member.extension in members:
             problem = f"two members .{member.extension} follow each other"
             records.left_out.bad(f"{part.path}: {key}", problem, "name each sample differently")
             continue
-        members[member.extension] = member.data
-    if key is not None:
+        if sum(map(len, members.values())) + len(member.data) > records.options.max_record_bytes:
+            records.too_long(f"{part.path}: {key}")
+            continue
+        if member.extension in _READ or len(members) < _NAMES_KEPT:
+            members[member.extension] = member.data
+    if key is not None and members:
         yield key, members
 
 
-def _sample_document(
-    records: Records, members: dict[str, bytes], row: Any, place: tuple[str, str, str]
-) -> Document | None:
+def _sample_document(records: Records, members: _Sample, row: Any, place: tuple[str, str, str]) -> Document | None:
     """The document of a sample; None if it is bad. `place` is where it lies, its id by place, and its source."""
     where, place_id, source = place
     fields = row if isinstance(row, dict) else {}
@@ -92,7 +108,7 @@ def _sample_document(
     return records.row_document(row, where, place_id, source)
 
 
-def _parse_npy(data: bytes) -> np.ndarray:
+def _parse_npy(data: bytes | bytearray) -> np.ndarray:
     """The integers, 1-D, of a .npy file; nothing is unpickled, and no more memory is taken than `data` has.
 
     Raises:
@@ -111,16 +127,40 @@ def _parse_npy(data: bytes) -> np.ndarray:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Raises where plain tarfile takes a damaged or missing header for the end of the archive."""
+    """Raises where plain tarfile takes a damaged header for the end of the archive, or would hold a huge one."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the true end
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
+        if member.type in _HEADER_TYPES and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes, where {_MAX_HEADER_BYTES:,} are read")
+        return member
+
+    def _refuse_sparse(self, *_: Any) -> Self:
+        raise tarfile.ReadError("it holds a sparse file, which may expand to any size; pack it without --sparse")
+
+    # Maps of holes have no limit, and tarfile holds them in memory before it gives the member.
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+class _Finite:
+    """A file for tarfile, which would go on for ever to skip what a header claims, though the file has ended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._has_ended = False
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if not data and self._has_ended:
+            raise tarfile.ReadError("unexpected end of data")
+        self._has_ended = not data
+        return data
 
 
 def _is_sample_file(records: Records, member: tarfile.TarInfo, path: PurePosixPath, where: str) -> bool:
@@ -144,20 +184,34 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
     with open_raw(part.path) as raw:
         meter = Meter(raw, records.advance)
         try:
-            with tarfile.open(fileobj=decompress(raw, part.path), mode="r|", tarinfo=_StrictHeader) as tar:
+            file: Any = _Finite(decompress(raw, part.path))
+            with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    _check_headers(tar, member)
                     meter.update(member.size)
                     path = PurePosixPath(member.name)
                     where = f"{part.path}: {member.name!r}"
                     if _is_sample_file(records, member, path, where):
-                        file = tar.extractfile(member)
-                        assert file is not None  # it is a file
                         base, _, extension = path.name.partition(".")
-                        yield _Member(str(path.with_name(base)), extension.lower(), file.read())
-        except tarfile.TarError as error:
-            records.left_out.bad(part.path, f"is not a whole tar file: {error}", "copy it again")
+                        extension, data = extension.lower(), bytearray()
+                        if extension in _READ:
+                            content: Any = tar.extractfile(member)
+                            data = read_limited(content, records.options.max_record_bytes)
+                        yield _Member(str(path.with_name(base)), extension, data)
+        except ConfigError:
+            raise
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # tarfile checks few of the numbers
+            records.left_out.bad(part.path, f"is not a whole tar file: {first_line(error)}", "copy it again")
             return
         if is_pipe(part.path):  # its exit status comes after its last byte
             while raw.read(1 << 20):
                 pass
+
+
+def _check_headers(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """tarfile takes sizes as they are, and keeps what holds for all members, from any number of headers."""
+    if member.size < 0:
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size:,} bytes")
+    if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > _MAX_HEADER_BYTES:
+        raise tarfile.ReadError(f"global headers of more than {_MAX_HEADER_BYTES:,} bytes")

@@ -23,6 +23,7 @@ from data_tools.progress import byte_bar
 from data_tools.task_files import list_files
 from infini_train import exit_codes
 from infini_train.atomic_files import sync_path
+from infini_train.command_errors import translate
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
 
@@ -194,5 +195,9 @@ def _serve(connection: "Connection[Any, Any]", folder: Path, work: Work) -> None
                 connection.send(None)
             except ConfigError as error:
                 connection.send(error)
+            except Exception as error:
+                if (message := translate(error)) is None:
+                    raise
+                connection.send(ConfigError(message))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         sys.exit(exit_codes.FAILED)  # the parent has died

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_tools.documents import ReadOptions
 from data_tools.encode import EncodeOptions, encode_corpus
 from data_tools.problems import LeftOut
 from data_tools.readers import documents, texts
@@ -242,3 +243,78 @@ def test_a_tar_that_only_seems_to_end_is_told(tmp_path, damage) -> None:
     left_out = LeftOut(on_bad_record="skip")
     assert len(list(documents([str(path)], None, left_out))) == (10 if damage == "no mark of the end" else 6)
     assert left_out.documents["bad records"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- hostile headers
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header of a tar, whatever follows it."""
+    data = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    data[124:136], data[148:156], data[156:157] = tarfile.itn(size, 12, tarfile.GNU_FORMAT), b" " * 8, kind
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+GOOD = header("good.txt", 4) + b"good".ljust(512, b"\0")
+OTHER = header("__other__", 0)
+END = bytes(1024)
+
+
+def pax(*records: tuple[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A header of further properties, with what follows it."""
+    body = b""
+    for key, value in records:
+        rest = f" {key}={value}\n".encode()
+        size = len(rest) + 1
+        while len(str(size)) + len(rest) != size:
+            size = len(str(size)) + len(rest)
+        body += str(size).encode() + rest
+    return header("pax", len(body), kind) + body + bytes(-len(body) % 512)
+
+
+HOSTILE = {
+    **{f"claims {size}": (header("big.txt", size) + b"x" * 2000, "") for size in (10**8, 2**33, 2**40, 2**62)},
+    "claims a negative size": (header("big.txt", -512) + GOOD + END, "claims -512 bytes"),
+    "claims it in pax": (pax(("size", "-512")) + GOOD + END, "claims -512 bytes"),
+    **{
+        f"header of 2 MB, type {kind!r}": (header("long", 2 << 20, kind) + b"x" * (2 << 20) + GOOD + END, "a header of")
+        for kind in (b"L", b"K", b"x", b"g", b"X")
+    },
+    "old sparse file": (header("s.txt", 0, tarfile.GNUTYPE_SPARSE) + GOOD + END, "sparse"),
+    "sparse file 0.0": (pax(("GNU.sparse.size", "9"), ("GNU.sparse.numblocks", "1")) + GOOD + END, "sparse"),
+    "sparse file 0.1": (pax(("GNU.sparse.map", "0,1"), ("GNU.sparse.size", "9")) + GOOD + END, "sparse"),
+    "sparse file 1.0": (pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")) + GOOD + END, "sparse"),
+    "a chain of headers": (pax(("comment", "x")) * 3000 + GOOD + END, ""),
+    "many global headers": (
+        b"".join(pax((f"key{i}", "x" * 60_000), kind=tarfile.XGLTYPE) + OTHER for i in range(20)) + END,
+        "global headers of more than",
+    ),
+    "numbers that are none": (header("pax", 100, tarfile.XHDTYPE) + b"7777777 size=".ljust(512) + GOOD + END, ""),
+}
+
+
+@pytest.mark.parametrize("skip", ["error", "skip"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_end_in_a_line_about_the_archive(tmp_path, name, skip) -> None:
+    data, message = HOSTILE[name]
+    for path, packed in ((tmp_path / "a.tar", data), (tmp_path / "b.tar.gz", gzip.compress(data))):
+        path.write_bytes(packed)
+        if skip == "error":
+            with pytest.raises(ConfigError, match=rf"{path.name}: (is not a whole tar file: |'big.txt': )"):
+                list(documents([str(path)]))
+            continue
+        left_out = LeftOut(on_bad_record="skip")
+        (tmp_path / "z.txt").write_text("last")
+        found = [document.text for document in documents([str(path), str(tmp_path / "z.txt")], left_out=left_out)]
+        assert set(found) <= {"good", "last"} and found[-1] == "last"
+        assert left_out.documents["bad records"] >= 1 and message in "".join(left_out.places)
+
+
+def test_a_sample_over_the_limit_is_refused_whatever_its_members(tmp_path) -> None:
+    """Each of them may be under it; what is not read, such as pictures, does not count."""
+    members = [("0.txt", b"x" * 700), ("0.json", b'{"title": "%s"}' % (b"y" * 700)), ("1.txt", b"fine")]
+    path = write_tar(tmp_path / "a.tar", [*members, ("1.png", b"p" * 900)])
+    options, left_out = ReadOptions(max_record_bytes=1000), LeftOut(on_bad_record="skip")
+    assert [document.text for document in documents([str(path)], options, left_out)][-1] == "fine"
+    assert left_out.places == [f"{path}: 0: has more than 0 MB"]

@@ -15,7 +15,7 @@ from data_tools import encode, plan
 from data_tools.combine import merge
 from data_tools.documents import ReadOptions
 from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus, is_held_out
-from data_tools.storage import find_files
+from data_tools.sources import find_files
 from data_tools.verify import verify
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import Manifest, hash_file

@@ -69,7 +69,7 @@ def test_refusals(corpus, tmp_path) -> None:
         NearDedupOptions(part="1/2")
     with pytest.raises(ConfigError, match="threshold: 2 is not a share"):
         near_dedup.near_dedup([str(corpus)], tmp_path / "out", NearDedupOptions(threshold=2))
-    with pytest.raises(ConfigError, match="standard input can't be read by several tasks"):
+    with pytest.raises(ConfigError, match="standard input and named pipes can't be read by several tasks"):
         near_dedup.near_dedup(["-"], tmp_path / "out", NearDedupOptions())
     for wrong in ({"partition": "cpu\n#SBATCH --x"}, {"partition": "cpu", "arguments": ("a=$(b)",)}):
         with pytest.raises(ConfigError, match="holds characters that no option of sbatch needs"):

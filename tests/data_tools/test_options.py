@@ -153,6 +153,43 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, arguments, messa
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def numbers() -> Iterator[tuple[str, str]]:
+    """Each option that takes a number, with its command."""
+    for command, parser in subparsers().items():
+        for action in parser._actions:
+            if action.option_strings and action.metavar in ("N", "S", "MB", "GB", "SHARE"):
+                yield command, action.option_strings[0]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "1.7e308", "-1", "1e23", "", "x", "9" * 5000])
+def test_numbers_that_are_none_or_beyond_any_use_are_refused(tmp_path, capsys, monkeypatch, value) -> None:
+    """By the parser or by the code below: a line, no traceback, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n' * 9)
+    arguments = {"clean": ["--out", "o"], "near-dedup": ["--out", "o"], "tokenizer": ["--out", "o.model"]}
+    arguments |= {"encode": ["--tokenizer", "byte", "--out", "o"], "fertility": ["--tokenizer", "byte"]}
+    arguments |= {"split": ["--out", "o"], "inspect": [], "verify": []}
+    found = list(numbers())
+    assert {command for command, _ in found} == set(arguments)
+    for command, flag in found:
+        if (flag, value) == ("--seed", "-1"):
+            continue
+        try:
+            code = cli.main([command, "a.jsonl", f"{flag}={value}", *arguments[command]])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2 and "error: " in capsys.readouterr().err, (command, flag)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"], (command, flag)
+
+
+@pytest.mark.parametrize("command", ["encode", "clean"])
+def test_the_largest_numbers_that_are_taken_do_no_harm(tmp_path, command) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n' * 9)
+    rest = ["--tokenizer", "byte", "--shard-mb", "1e9"] if command == "encode" else []
+    out = str(tmp_path / "o")
+    assert cli.main([command, str(tmp_path / "a.jsonl"), "--out", out, "--max-record-mb", "1e9", *rest]) == 0
+
+
 def test_defaults_are_shown_in_one_way() -> None:
     """Each option with a default of its own says it in brackets at the end of its help."""
     for command, parser in subparsers().items():

@@ -1,10 +1,12 @@
 """Readers: every format gives the same documents; what can't be read is named with its place."""
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -261,6 +263,26 @@ def test_a_disk_or_network_that_fails_is_never_a_bad_record(tmp_path, monkeypatc
         ConfigError, match=r"a.jsonl: can't be read on: Connection reset by peer; give the same command"
     ):
         list(documents([str(path)], None, LeftOut(on_bad_record="skip")))
+
+
+ERRNOS = (errno.ESTALE, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG, errno.EPERM, errno.ENOLINK, errno.EREMOTEIO)
+
+
+@pytest.mark.parametrize("number", ERRNOS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.tar", "a.jsonl.gz"])
+def test_odd_errors_of_a_disk_end_in_a_line_with_the_file(tmp_path, monkeypatch, number, name) -> None:
+    class Broken(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer) -> int:
+            raise OSError(number, os.strerror(number))
+
+    (tmp_path / name).write_bytes(b"{}")
+    for module in ("readers", "tars"):
+        monkeypatch.setattr(f"data_tools.{module}.open_raw", lambda path: io.BufferedReader(Broken()))
+    with pytest.raises(ConfigError, match=rf"{name}: can't be read on: {os.strerror(number)}; give the same command"):
+        list(documents([str(tmp_path / name)], None, LeftOut(on_bad_record="skip")))
 
 
 def test_half_a_surrogate_pair_outside_of_the_text_does_no_harm(tmp_path) -> None:

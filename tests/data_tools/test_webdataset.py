@@ -25,7 +25,7 @@ from data_tools.encode import EncodeOptions, EncodeWork, encode_corpus
 from data_tools.pipes import _shell_operator, split_command
 from data_tools.problems import LeftOut
 from data_tools.readers import documents
-from data_tools.storage import _expand_braces, find_files
+from data_tools.sources import _expand_braces, find_files
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import hash_file
 
