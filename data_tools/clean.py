@@ -13,8 +13,8 @@ from typing import Any
 import zstandard
 
 from data_tools.documents import Document
-from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
-from data_tools.filters import FilterOptions, Filters
+from data_tools.duplicates import SHINGLES_VERSION, KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
+from data_tools.filters import FILTERS_VERSION, FilterOptions, Filters
 from data_tools.job import JobOptions, all_older
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut
@@ -78,6 +78,8 @@ def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions)
         "dedup": options.dedup,
         "near_dedup": options.near_dedup,
         "version of infini-data": __version__,
+        "version of the filters": FILTERS_VERSION,
+        "version of the shingles": SHINGLES_VERSION,
     }
     try:
         return _clean(sources, out, command, options)
@@ -192,7 +194,9 @@ class _Work:
             if document.tokens is not None:
                 raise ConfigError(f"{document.id}: holds token ids, not text")
             text = filters.change(document.text)
-            if (reason := filters.reason_against(text)) is None:
+            # a text of control characters alone is empty now
+            reason = filters.reason_against(text) if text else "empty documents"
+            if reason is None:
                 yield document._replace(text=text)
             else:
                 left_out.documents[reason] += 1
