@@ -248,7 +248,7 @@ def write_part(
     pack = zstandard.ZstdCompressor(level=3)
     with (folder / _PART_FILE).open("wb") as packed, pack.stream_writer(packed) as out:
         for document in documents:
-            line = json.dumps(_row(document, text_field), ensure_ascii=False) + "\n"
+            line = json.dumps(_row(document, text_field), ensure_ascii=False, allow_nan=False) + "\n"
             out.write(line.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON has it
             number, n_bytes = number + 1, n_bytes + len(document.text.encode("utf-8"))
     record = {"documents": number, "bytes": n_bytes, "changed": dict(changed), "left_out": left_out.to_json()}
