@@ -143,18 +143,17 @@ def test_numbers_that_json_cannot_spell_become_text(tmp_path) -> None:
     assert {name: metadata[name] for name in "xyzw"} == {"x": "NaN", "y": "Infinity", "z": "-Infinity", "w": 2.5}
 
 
-def test_datasets_that_hold_nan_are_still_read_and_become_strict_when_merged(tmp_path, monkeypatch) -> None:
+def test_datasets_that_hold_nan_are_still_read_and_become_strict_when_split(tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("infini_train.data.shard_file.strict_json", lambda value: value)  # as it was
         with ShardWriter(tmp_path / "old", ByteTokenizer()) as writer:
-            writer.add(np.arange(5), n_bytes=5, id="a", metadata={"x": math.nan})
+            for name in "ab":
+                writer.add(np.arange(5), n_bytes=5, id=name, metadata={"x": math.nan})
     assert verify(tmp_path / "old") == [] and math.isnan(Dataset.open(tmp_path / "old").metadata(0)["x"])
     assert strict(show_document(tmp_path / "old", 0).split("\n\n")[0])["x"] == "NaN"
-    for number in range(2):
-        with ShardWriter(tmp_path / f"{number}", ByteTokenizer()) as writer:
-            writer.add(np.arange(5), n_bytes=5, id="b")
-    assert cli.main(["merge", f"{tmp_path}/old", f"{tmp_path}/1", "--out", f"{tmp_path}/new"]) == 0
-    assert strict(encode_metadata(Dataset.open(tmp_path / "new").metadata(0)))["x"] == "NaN"
+    assert cli.main(["split", f"{tmp_path}/old", "--out", f"{tmp_path}/new", "--holdout", "0.5"]) == 0
+    for name in ("train", "validation"):
+        assert strict(encode_metadata(Dataset.open(tmp_path / "new" / name).metadata(0)))["x"] == "NaN"
 
 
 def test_a_field_that_encode_itself_writes_is_not_taken_from_the_corpus(tmp_path, capsys) -> None:
