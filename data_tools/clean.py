@@ -13,8 +13,8 @@ from typing import Any
 import zstandard
 
 from data_tools.documents import Document
-from data_tools.duplicates import KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
-from data_tools.filters import FilterOptions, Filters
+from data_tools.duplicates import SHINGLES_VERSION, KeyFile, NearKeys, exact_key, find_duplicates, left_out_of
+from data_tools.filters import FILTERS_VERSION, FilterOptions, Filters
 from data_tools.job import JobOptions, all_older
 from data_tools.plan import Plan, check_sources, make_plan
 from data_tools.problems import LeftOut, SettingError
@@ -81,6 +81,8 @@ def clean_corpus(sources: Iterable[str], out: Path | str, options: CleanOptions)
         "dedup": options.dedup,
         "near_dedup": options.near_dedup,
         "version of infini-data": __version__,
+        "version of the filters": FILTERS_VERSION,
+        "version of the shingles": SHINGLES_VERSION,
     }
     try:
         return _clean(sources, out, command, options)
@@ -211,7 +213,9 @@ class _Work:
             if document.tokens is not None:
                 raise ConfigError(f"{document.id}: holds token ids, not text")
             text = filters.change(document.text)
-            if (reason := filters.reason_against(text)) is None:
+            # a text of control characters alone is empty now
+            reason = filters.reason_against(text) if text else "empty documents"
+            if reason is None:
                 yield document._replace(text=text)
             else:
                 left_out.documents[reason] += 1
@@ -263,7 +267,7 @@ def write_part(
     pack = zstandard.ZstdCompressor(level=3)
     with (folder / _PART_FILE).open("wb") as packed, pack.stream_writer(packed) as out:
         for document in documents:
-            line = json.dumps(_row(document, text_field), ensure_ascii=False) + "\n"
+            line = json.dumps(_row(document, text_field), ensure_ascii=False, allow_nan=False) + "\n"
             out.write(line.encode("utf-8", "backslashreplace"))  # half a surrogate pair, as JSON has it
             number, n_bytes = number + 1, n_bytes + len(document.text.encode("utf-8"))
     record = {"documents": number, "bytes": n_bytes, "changed": dict(changed), "left_out": left_out.to_json()}

@@ -2,14 +2,21 @@
 
 import codecs
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data_tools.problems import LeftOut
+from data_tools.problems import LeftOut, SettingError
 from data_tools.storage import open_raw
+from infini_train.data.manifest import LOSS_START
+from infini_train.data.shard_file import strict_json
+
+_NAMES, _NAME_CHARS = 20, 60  # of the fields that an error shows
+_DEPTH = 500  # of lists and objects within each other
 
 _MARKS = {  # of the start of a file; the longer ones first
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -56,6 +63,13 @@ class ReadOptions:
     format: str | None = None  # of all files; None: by their names
     max_record_bytes: int = 1_000_000_000  # a larger one is a bad record
     summary_field: str | None = None  # of a summary of the text
+
+    def __post_init__(self) -> None:
+        if LOSS_START in self.keep_fields:
+            template = (
+                "{keep_fields}: {given} is where encode notes the beginning of a summary; rename it in your files"
+            )
+            raise SettingError(template, given=LOSS_START)
 
 
 class Line(NamedTuple):
@@ -130,13 +144,12 @@ class Records:
         """The fields to keep, as JSON can hold them."""
         return {key: _plain(row[key]) for key in self.options.keep_fields if row.get(key) is not None}
 
-    def has_fields(self, names: Iterable[str], where: object) -> bool:
+    def has_fields(self, names: Collection[str], where: object) -> bool:
         """Whether all fields are there that the options name."""
-        names = list(names)
         for setting in ("text_field", "id_field", "summary_field"):
             name = getattr(self.options, setting)
             if name is not None and name not in names:
-                problem = f"no field {name!r}; the fields here are: {', '.join(names)}"
+                problem = f"no field {name!r}; the fields here are: {_shown_names(names)}"
                 self.left_out.bad(where, problem, f"choose with {{{setting}}}")
                 return False
         return True
@@ -203,4 +216,35 @@ def _half_pair(text: str) -> int | None:
 
 def _plain(value: Any) -> Any:
     """The value as JSON can hold it."""
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
+    return strict_json(value) if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _shown_names(names: Collection[str]) -> str:
+    """The first names of fields, without the rest of long ones."""
+    first = [name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}..." for name in islice(names, _NAMES)]
+    return ", ".join(first) + (f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else "")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. NaN and Infinity, which Python writes, are read as well.
+
+    Raises:
+        ValueError: it is not valid, or nested too deeply; how deeply does not depend on who calls.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEPTH} deep") from None
+    if text.count("[") + text.count("{") > _DEPTH and _is_deeper(value, _DEPTH):
+        raise ValueError(f"it is nested more than {_DEPTH} deep")
+    return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inside = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [each for some in inside for each in some if isinstance(each, (dict, list))]
+        if not level:
+            return False
+    return True

@@ -6,7 +6,6 @@ key are duplicates, and all but the first in the corpus are left out. Memory hol
 
 import hashlib
 import os
-import re
 import shutil
 import struct
 import uuid
@@ -17,16 +16,17 @@ import numpy as np
 
 from data_tools.problems import SettingError
 from data_tools.task_files import check_files, list_files
+from infini_train.data.words import WORD_EDGE, words
 
 KEY_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("task", "<u4"), ("number", "<u4")])
 _KEY, _KEY_HALVES = struct.Struct("<QQII"), struct.Struct(">QQ")
 _PLACE = np.dtype([("task", "<u4"), ("number", "<u4")])
 _BUCKET_RECORDS = 4_000_000
 _SHINGLE_WORDS = 5
+SHINGLES_VERSION = 2  # 1: a text without spaces was one word
 _PERMUTATIONS = 128
 _SEED = 1
 _SLAB_CHARS = 1_000_000  # of a text, cut into words at once
-_SPACE = re.compile(r"\s")
 
 
 def exact_key(text: str) -> bytes:
@@ -36,6 +36,8 @@ def exact_key(text: str) -> bytes:
 
 class NearKeys:
     """The keys that similar texts share: one for each band of their MinHash signature over shingles of 5 words.
+
+    Where a script has no spaces, a character with its marks is a word.
 
     Two texts share a key with probability 1 - (1 - s^rows)^bands, where s is the share of shingles that they have in
     common: about half of the pairs do at the threshold.
@@ -76,20 +78,20 @@ class NearKeys:
 
 def _shingles(text: str) -> Iterator[list[str]]:
     """All runs of 5 words, some at a time; a text of fewer words is one shingle."""
-    words: list[str] = []
+    found: list[str] = []
     start, has_runs = 0, False
     while start < len(text) or not start:
-        space = _SPACE.search(text, start + _SLAB_CHARS)
-        stop = space.start() if space else len(text)
-        words += text[start:stop].lower().split()
+        edge = WORD_EDGE.search(text, start + _SLAB_CHARS)
+        stop = edge.start() if edge else len(text)
+        found += words(text[start:stop].lower())
         start = max(stop, start + 1)
-        runs = len(words) - _SHINGLE_WORDS + 1
+        runs = len(found) - _SHINGLE_WORDS + 1
         if runs > 0:
-            yield [" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(runs)]
-            words = words[runs:]
+            yield [" ".join(found[i : i + _SHINGLE_WORDS]) for i in range(runs)]
+            found = found[runs:]
             has_runs = True
         elif start >= len(text) and not has_runs:
-            yield [" ".join(words)]
+            yield [" ".join(found)]
 
 
 class KeyFile:

@@ -9,11 +9,12 @@ from data_tools.documents import Document
 from data_tools.tokenizer import cut_text
 from infini_train.config.errors import ConfigError
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
+from infini_train.data.words import words
 
 
 @dataclass
 class Fertility:
-    """Counts over a text; `exact`: decoding gives all of it back."""
+    """Counts over a text; `exact`: decoding gives all of it back. In scripts without spaces, words are characters."""
 
     bytes: int = 0
     words: int = 0
@@ -24,7 +25,7 @@ class Fertility:
         """Count one more text."""
         ids = tokenizer.encode(text)
         self.bytes += len(text.encode("utf-8"))
-        self.words += len(text.split())
+        self.words += len(words(text))
         self.tokens += ids.size
         self.exact = self.exact and tokenizer.decode(ids) == text
 

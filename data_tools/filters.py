@@ -8,10 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from data_tools.problems import SettingError
+from infini_train.data.words import symbol_share
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
-_SYMBOLS = re.compile(r"[^\w\s]")
-_SPACES = re.compile(r"\s")
+_CONTROLS = re.compile(r"\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tab and line end
+# Those that separate: line ends of all kinds (of old Macs, pages, vertical tabs, NEL, Unicode's), and a unit's end.
+_SEPARATORS = {**dict.fromkeys(["\r\n", *"\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"], "\n"), "\x1f": " "}
+FILTERS_VERSION = (
+    2  # 1: marks of Hindi and others were symbols, and control characters that separate went without trace
+)
 _LANGUAGE_CHARS = 20_000  # of a text, from which its language is detected
 
 
@@ -20,7 +24,9 @@ class FilterOptions:
     """What to do with each document; the defaults change and leave out nothing."""
 
     nfc: bool = False  # compose characters: e and an accent become one
-    strip_controls: bool = False  # all but tab and line end
+    strip_controls: bool = (
+        False  # all but tab and line end; those that separate lines or words become line ends or spaces
+    )
     min_chars: int = 0
     max_chars: int = 0  # 0: no limit
     max_repeated_lines: float = 1.0  # share of the characters in lines that repeat an earlier one
@@ -61,7 +67,7 @@ class Filters:
             text = unicodedata.normalize("NFC", text)
             self.changed["NFC"] += 1
         if options.strip_controls and _CONTROLS.search(text):
-            text = _CONTROLS.sub("", text)  # without \r, \r\n is \n
+            text = _CONTROLS.sub(lambda found: _SEPARATORS.get(found[0], ""), text)
             self.changed["control characters"] += 1
         return text
 
@@ -91,12 +97,6 @@ class Filters:
             template = "{languages}: needs py3langid; install it with: pip install 'infini-train[clean]'"
             raise SettingError(template) from error
         return py3langid
-
-
-def symbol_share(text: str) -> float:
-    """Share of the characters, without spaces, that are neither letters, digits nor underscores."""
-    visible = len(text) - len(_SPACES.findall(text))
-    return len(_SYMBOLS.findall(text)) / max(visible, 1)
 
 
 def repeated_share(text: str) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from data_tools.problems import SettingError
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import TokenizerEntry
+from infini_train.data.shard_file import strict_json
 from infini_train.data.shards import CorruptDocumentError, Dataset
 from infini_train.data.tokenizer import tokenizer_of
 
@@ -77,7 +78,7 @@ def show_document(folder: Path | str, document: int, shard: int | None = None) -
     except CorruptDocumentError as error:
         raise ConfigError(f"{error}; copy the dataset again, or encode it again") from error
     more = f"\n... ({n_tokens - _SHOWN_TOKENS:,} more tokens)" if n_tokens > _SHOWN_TOKENS else ""
-    return f"{json.dumps(metadata, ensure_ascii=False, indent=1)}\n\n{text}{more}"
+    return f"{json.dumps(strict_json(metadata), ensure_ascii=False, indent=1)}\n\n{text}{more}"
 
 
 def to_json(folder: Path | str) -> str:

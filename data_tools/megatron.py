@@ -1,7 +1,7 @@
 """Documents from the token files of Megatron's preprocess_data: a .bin of token ids, and the .idx beside it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,34 +20,46 @@ def megatron_documents(records: Records, part: FileRange) -> Iterator[Document]:
     with open_raw(index_path) as file:
         data = file.read()
     try:
-        dtype, starts, lengths, bounds = _parse_index(data)
+        dtype, starts, sizes, bounds = _parse_index(data)
     except ValueError as error:
         records.left_out.bad(index_path, f"is not a whole index of Megatron's: {error}", "copy it again")
         return
     with open_raw(part.path) as tokens:
+        size, limit = tokens.seek(0, 2), records.options.max_record_bytes
         for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            chunks = []
-            for start, length in zip(starts[first:last], lengths[first:last], strict=True):
-                tokens.seek(int(start))
-                chunks.append(tokens.read(int(length) * dtype.itemsize))
-            data = b"".join(chunks)
-            records.advance(len(data))
-            if len(data) != lengths[first:last].sum() * dtype.itemsize:
+            begins, n_bytes = starts[first:last], sizes[first:last]
+            if (begins > size - n_bytes).any():
                 records.left_out.bad(part.path, f"ends in document {number}", "copy it again")
-                return
-            yield Document(f"{part.id}:{number}", "", part.source, {}, np.frombuffer(data, dtype))
+            elif int(n_bytes.sum()) > limit:
+                records.too_long(f"{part.path}: document {number}")
+            else:
+                data = b"".join(_read(tokens, begins, n_bytes))
+                records.advance(len(data))
+                yield Document(f"{part.id}:{number}", "", part.source, {}, np.frombuffer(data, dtype))
+
+
+def _read(tokens: BinaryIO, begins: np.ndarray, sizes: np.ndarray) -> Iterator[bytes]:
+    """The bytes of sequences."""
+    for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
+        tokens.seek(begin)
+        data = tokens.read(size)
+        if len(data) != size:
+            raise EOFError("the file became shorter while it was read")
+        yield data
 
 
 def _parse_index(data: bytes) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Type of the ids; first byte and number of ids of each sequence; the documents' bounds in sequences.
+    """Type of the ids; first byte and bytes of each sequence; the documents' bounds in sequences.
 
     Raises:
         ValueError: it is something else, or not whole.
     """
     if data[:9] != _MAGIC or len(data) < _HEADER_BYTES:
         raise ValueError("no such magic number")
-    code, sequences = data[17], int.from_bytes(data[18:26], "little")
+    version, code, sequences = (int.from_bytes(data[a:b], "little") for a, b in ((9, 17), (17, 18), (18, 26)))
     n_bounds = int.from_bytes(data[26:34], "little")
+    if version != 1:
+        raise ValueError(f"version {version} of the format, not 1")
     if code not in _TYPES:
         raise ValueError(f"ids of type {code}")
     if len(data) < _HEADER_BYTES + 12 * sequences + 8 * n_bounds:
@@ -55,6 +67,9 @@ def _parse_index(data: bytes) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np
     lengths = np.frombuffer(data, "<i4", sequences, _HEADER_BYTES)
     starts = np.frombuffer(data, "<i8", sequences, _HEADER_BYTES + 4 * sequences)
     bounds = np.frombuffer(data, "<i8", n_bounds, _HEADER_BYTES + 12 * sequences)
-    if n_bounds and (bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any()):
+    if not n_bounds or bounds[0] != 0 or bounds[-1] != sequences or (bounds[1:] < bounds[:-1]).any():
         raise ValueError("its documents don't fit its sequences")
-    return np.dtype(_TYPES[code]), starts, lengths.astype(np.int64), bounds
+    if (lengths < 0).any() or (starts < 0).any():
+        raise ValueError("negative lengths or places")
+    dtype = np.dtype(_TYPES[code])
+    return dtype, starts, lengths.astype(np.int64) * dtype.itemsize, bounds

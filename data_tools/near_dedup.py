@@ -34,7 +34,7 @@ from loguru import logger
 
 from data_tools.clean import Report, check_clean_target, publish, read_report, write_part
 from data_tools.documents import Document
-from data_tools.duplicates import NearKeys
+from data_tools.duplicates import SHINGLES_VERSION, NearKeys
 from data_tools.job import JobOptions
 from data_tools.plan import Plan, make_plan
 from data_tools.problems import LeftOut, SettingError
@@ -112,6 +112,7 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
         "threshold": options.threshold,
         "task_mb": options.task_bytes / 1e6,
         "version of infini-data": __version__,
+        "version of the shingles": SHINGLES_VERSION,
     }
     check_clean_target(out, options.overwrite)
     workplace = Workplace(out, restart=options.restart, finished=("completions/*", _SUBMITTED))

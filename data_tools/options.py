@@ -329,7 +329,7 @@ def _add_clean_options(clean: argparse.ArgumentParser) -> None:
     clean.add_argument("--out", required=True, **DIR, help="folder to write: part-00000.jsonl.zst and so on")
     clean.add_argument("--nfc", action="store_true", help="compose characters (Unicode NFC)")
     clean.add_argument(
-        "--strip-controls", action="store_true", help="remove control characters except tab and line end"
+        "--strip-controls", action="store_true", help="remove control characters; those that separate become line ends"
     )
     clean.add_argument(
         "--min-chars", type=non_negative, default=0, metavar="N", help="leave out shorter documents (default: 0)"

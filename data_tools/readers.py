@@ -1,17 +1,17 @@
-"""Documents from ranges of files: plain text, JSON lines, Parquet; tars.py and megatron.py read the others.
+"""Documents from ranges of files: plain text, JSON lines; parquet.py, tars.py and megatron.py read the others.
 
 A record belongs to the range of a file in which its first byte lies. So any division of a file into ranges gives every
 record once.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from data_tools.codecs import MAX_SKIP_BYTES, READ_ERRORS, decompress, read_limited, read_line, skip_line
-from data_tools.documents import Document, FileRange, Line, Meter, ReadOptions, Records
+from data_tools.documents import Document, FileRange, Line, Meter, ReadOptions, Records, parse_json
 from data_tools.formats import FORMATS, compression_of, format_inside, format_of, is_other_format, suffixes
 from data_tools.megatron import megatron_documents
+from data_tools.parquet import parquet_documents
 from data_tools.pipes import is_pipe
 from data_tools.problems import LeftOut, SettingError
 from data_tools.progress import print_note
@@ -21,7 +21,6 @@ from data_tools.tars import tar_documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import refusals
 
-_PARQUET_ROWS = 256  # read at once
 _SHOWN = {"jsonl": "JSON lines", "tar": "a tar"}
 
 
@@ -105,7 +104,7 @@ class Reader(Records):
         read: Callable[[FileRange], Iterator[Document]] = {
             "text": self._text,
             "jsonl": self._json_lines,
-            "parquet": self._parquet,
+            "parquet": lambda part: parquet_documents(self, part),
             "tar": lambda part: tar_documents(self, part),
             "megatron": lambda part: megatron_documents(self, part),
         }[kind]
@@ -165,51 +164,13 @@ class Reader(Records):
         if not text or text.isspace():  # bad, or blank but for a byte order mark
             return None
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             whole = part.path.lower().endswith(".json") and where.number == 1
             advice = "a file of one JSON array becomes lines with: jq -c '.[]'" if whole else "fix it"
             self.left_out.bad(where, f"is not valid JSON: {error}", advice)
             return None
         return self.row_document(row, where, f"{part.id}@{offset}", part.source)
-
-    def _parquet(self, part: FileRange) -> Iterator[Document]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with open_raw(part.path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
-                names = file.schema_arrow.names
-                if not self.has_fields(names, part.path):
-                    return
-                wanted = {self.options.text_field, self.options.id_field or "id", *self.options.keep_fields}
-                wanted.add(self.options.summary_field or self.options.text_field)
-                columns, number = [name for name in names if name in wanted], 0
-                for i in range(file.num_row_groups):
-                    group = file.metadata.row_group(i)
-                    if part.start <= _begin(group) and (not part.stop or _begin(group) < part.stop):
-                        for batch in file.iter_batches(_PARQUET_ROWS, [i], columns):
-                            yield from self._rows(batch, part, number)
-                            number += batch.num_rows
-                            self.advance(group.total_byte_size * batch.num_rows // max(group.num_rows, 1))
-                    else:
-                        number += group.num_rows
-        except pyarrow.ArrowException as error:
-            problem = f"is not a readable Parquet file: {str(error).splitlines()[0]}"
-            self.left_out.bad(part.path, problem, "fix or remove it")
-
-    def _rows(self, batch: Any, part: FileRange, number: int) -> Iterator[Document]:
-        for i in range(batch.num_rows):
-            where = f"{part.path}: row {number + i + 1}"
-            try:
-                values = [column[i].as_py() for column in batch.columns]
-            except UnicodeDecodeError:  # Parquet files don't always keep what they promise
-                self.left_out.bad(where, "is not valid UTF-8", "write it again")
-                continue
-            row = dict(zip(batch.schema.names, values, strict=True))
-            document = self.row_document(row, where, f"{part.id}:{number + i + 1}", part.source)
-            if document is not None:
-                yield document
 
 
 def _seek_line(file: BinaryIO, part: FileRange) -> int:
@@ -221,9 +182,3 @@ def _seek_line(file: BinaryIO, part: FileRange) -> int:
         if line.endswith(b"\n"):
             break
     return offset
-
-
-def _begin(group: Any) -> int:
-    """Where a row group begins in its Parquet file."""
-    column = group.column(0)
-    return min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)

@@ -1,7 +1,6 @@
 """Documents from WebDataset tars, of text or of token ids."""
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 
 from data_tools.codecs import decompress, read_limited
-from data_tools.documents import Document, FileRange, Meter, Records
+from data_tools.documents import Document, FileRange, Meter, Records, parse_json
 from data_tools.pipes import is_pipe
 from data_tools.storage import open_raw
 from infini_train.command_errors import first_line
@@ -52,8 +51,8 @@ def tar_documents(records: Records, part: FileRange) -> Iterator[Document]:
             continue
         else:
             try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(text)
+            except ValueError as error:
                 records.left_out.bad(where, f"the .json member is not valid JSON: {error}", "fix it")
                 continue
         document = _sample_document(records, members, row, (where, f"{part.id}:{key}", part.source))

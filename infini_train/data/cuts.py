@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 SPACE_SYMBOL = "\u2581"  # SentencePiece's space, so it would read the real character as a space
@@ -97,8 +98,19 @@ def batches(texts: Iterator[tuple[int, str]], size: int = SLAB_CHARS) -> Iterato
 
 
 def parse_model(model: bytes) -> Any:
-    """Parses a SentencePiece model file's bytes into a ModelProto."""
-    return _PB2.ModelProto.FromString(model)
+    """Parses a SentencePiece model file's bytes into a ModelProto.
+
+    Raises:
+        ValueError: it is none, or its entries are not UTF-8.
+    """
+    try:
+        proto = _PB2.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    texts = (*(entry.piece for entry in proto.pieces), proto.trainer_spec.unk_surface)
+    if any(isinstance(text, bytes) for text in texts):  # as protobuf gives what it can't decode
+        raise ValueError("its entries are not UTF-8")
+    return proto
 
 
 def keeps_text(proto: Any) -> bool:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import token_dtype
+from infini_train.regular_files import read_regular
+
+MAX_MODEL_BYTES = 2_000_000_000  # of a tokenizer's file; the largest have some ten million
+MAX_ID = 2**31 - 1  # ids are int32
 
 # Names that models use, for files without a tokenizer_config.json next to them.
 _BEGIN = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -40,38 +45,52 @@ class HuggingFaceTokenizer:
                 f"{path}: needs the tokenizers library; install it with: pip install 'infini-train[tokenizers]'"
             ) from error
         self.path = Path(path)
-        try:
-            self.model_bytes = self.path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error
+        self.model_bytes = read_model(self.path)
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
-        try:
+        with self._named("is not a tokenizer.json"):
             self._model = tokenizers.Tokenizer.from_buffer(self.model_bytes)
-        except Exception as error:  # the library raises this class itself
-            raise ConfigError(f"{path}: is not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True  # or "</s>" in a text would end the document
-        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self._model.no_truncation()
+            self._model.no_padding()
+            self._model.encode_special_tokens = True  # or "</s>" in a text would end the document
+            largest: int = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest > MAX_ID:
+            raise ConfigError(f"{path}: holds the token id {largest}; ids go up to {MAX_ID}")
+        self.vocab_size = largest + 1
         self.bos_id, self.eos_id, self.pad_id = special_ids or self._find_special_ids()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        with self._named("can't encode a text"):
+            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         dtype = token_dtype(self.vocab_size)
-        if threads == 1:
-            return [np.array(self._model.encode(text, add_special_tokens=False).ids, dtype) for text in texts]
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype) for encoding in encodings]
+        with self._named("can't encode a text"):
+            if threads == 1:
+                return [np.array(self._model.encode(text, add_special_tokens=False).ids, dtype) for text in texts]
+            encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._model.decode(known, skip_special_tokens=True)
+        with self._named("can't decode ids"):
+            return self._model.decode(known, skip_special_tokens=True)
 
     def token(self, number: int) -> str | None:
         """The token of an id, as the file spells it; None: no such id."""
         return self._model.id_to_token(number)
+
+    @contextmanager
+    def _named(self, problem: str) -> Iterator[None]:
+        """What the library raises becomes a ConfigError: plain Exceptions, and panics, which are none."""
+        try:
+            yield
+        except (UnicodeEncodeError, MemoryError):
+            raise  # the text's fault, or the machine's
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(f"{self.path}: {problem}: {reason[:300]}") from error
 
     def _find_special_ids(self) -> tuple[int, int, int]:
         """Ids of bos, eos and pad; a missing bos or pad is eos."""
@@ -86,9 +105,11 @@ class HuggingFaceTokenizer:
     def _config(self) -> dict[str, Any]:
         path = self.path.with_name("tokenizer_config.json")
         try:
-            config = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: can't be read: {error}") from error
+            config = json.loads(read_regular(path, MAX_MODEL_BYTES)) if path.exists() else {}
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: is not valid JSON: {error}") from error
         return config if isinstance(config, dict) else {}
 
     def _id_of(self, named: Any, usual: tuple[str, ...]) -> int | None:
@@ -96,3 +117,15 @@ class HuggingFaceTokenizer:
         content = named.get("content") if isinstance(named, dict) else named
         names = (content,) if isinstance(content, str) else usual
         return next((found for name in names if (found := self._model.token_to_id(name)) is not None), None)
+
+
+def read_model(path: Path) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return read_regular(path, MAX_MODEL_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error

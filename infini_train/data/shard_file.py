@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 import zlib
@@ -60,7 +61,7 @@ class ShardRun:
         """
         tokens = np.ascontiguousarray(tokens, self._dtype)
         own = {"id": id, "source": source, "n_bytes": n_bytes, "n_tokens": tokens.size}
-        note = _encode_note({**(metadata or {}), **own}, tokens)
+        note = _encode_note({**strict_json(dict(metadata or {})), **own}, tokens)
         size = NPY_HEADER_BYTES + tokens.nbytes + len(note) + 4 * tarfile.BLOCKSIZE
         if self._open is not None and self._open.size + size > self.max_shard_bytes:
             self.close_shard()
@@ -100,6 +101,15 @@ def npy_header(dtype: np.dtype[Any], size: int) -> bytes:
 
 def _encode_note(note: Mapping[str, Any], tokens: np.ndarray) -> bytes:
     return encode_metadata({**note, CHECKSUM: document_checksum(note, tokens)})
+
+
+def strict_json(value: Any) -> Any:
+    """The JSON value with text for the numbers that JSON can't spell: NaN, Infinity and -Infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: strict_json(each) for key, each in value.items()}
+    return [strict_json(each) for each in value] if isinstance(value, list) else value
 
 
 def encode_metadata(note: Mapping[str, Any]) -> bytes:

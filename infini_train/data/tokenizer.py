@@ -10,7 +10,7 @@ import sentencepiece
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.cuts import SPACE_SYMBOL, batches, cuts_of, keeps_text, parse_model
-from infini_train.data.huggingface import HuggingFaceTokenizer
+from infini_train.data.huggingface import HuggingFaceTokenizer, read_model
 from infini_train.data.manifest import MANIFEST_FILE, Manifest, hash_file, read_manifest, token_dtype
 from infini_train.data.pieces import PieceEncoder
 
@@ -92,20 +92,23 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.model_bytes = _read(self.path)
+        self.model_bytes = read_model(self.path)
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         sentencepiece.set_min_log_level(2)  # else it prints C++ source lines to the user's terminal
         try:
-            if not self.model_bytes:
-                raise ValueError("empty file")
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
-            self.vocab_size: int = self._model.vocab_size()
-        except (RuntimeError, ValueError, TypeError) as error:
+            self._load()
+        except (RuntimeError, ValueError, TypeError) as error:  # of the library, or of protobuf
             raise ConfigError(f"{path}: is not a SentencePiece model; give the .model file") from error
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
         if not self.vocab_size or min(self.bos_id, self.eos_id) < 0:
             raise ConfigError(f"{path}: the tokenizer has no bos or eos token; train it with both")
+
+    def _load(self) -> None:
+        if not self.model_bytes:
+            raise ValueError("empty file")
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
         pad_id: int = self._model.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self._dtype = token_dtype(self.vocab_size)  # half of int32: the ids of documents dominate memory
@@ -158,13 +161,6 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: the tokenizer can't be read: {error.strerror}") from error
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from infini_train.command_line import Spinner, describe, path
 from infini_train.config.attention import KINDS
 from infini_train.config.errors import ConfigError
+from infini_train.data.shard_file import strict_json
 from infini_train.eval.measurement import add_out, check_folder
 
 METRICS, PICTURE = "metrics.jsonl", "gates.png"
@@ -88,7 +89,7 @@ def _gates(options: argparse.Namespace) -> None:
     with Spinner("drawing the gates"):
         found = report_gates(options.model, options.out)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(strict_json(found)))
         return
     for name, value in found.items():
         print(f"{name:<18}{f'{value:.4f}' if isinstance(value, float) else value}")

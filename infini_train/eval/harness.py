@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from infini_train.command_line import Spinner, describe, non_negative, path, positive, seed
 from infini_train.config.errors import ConfigError
+from infini_train.data.shard_file import strict_json
 from infini_train.eval.measurement import add_lanes, add_model, add_out, load
 
 if TYPE_CHECKING:
@@ -126,15 +127,18 @@ def evaluate_harness(trained: "Trained", task: HarnessTask, *, lanes: int, out: 
     assert results is not None
     samples = results.pop("samples")
     results["config"].update(about)
-    dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+    def plain(tree: Any) -> Any:
+        return json.loads(json.dumps(tree, default=handle_non_serializable))
+
     target.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():
-        lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows)
-        plain = re.sub(r"[^\w.-]", "_", name)
-        write_atomic(target / f"samples_{plain}.jsonl", "".join(lines))
-    write_atomic(target / "results.json", dumped + "\n")
+        lines = (json.dumps(strict_json(plain(row)), ensure_ascii=False) + "\n" for row in rows)
+        file_name = re.sub(r"[^\w.-]", "_", name)
+        write_atomic(target / f"samples_{file_name}.jsonl", "".join(lines))
+    write_atomic(target / "results.json", json.dumps(strict_json(plain(results)), indent=2, ensure_ascii=False) + "\n")
     _write_board(board, trained.step, results)
-    return {**json.loads(dumped), "folder": str(target)}
+    return {**plain(results), "folder": str(target)}
 
 
 def _load_tasks(names: Sequence[str], folder: Path) -> Any:
@@ -258,4 +262,4 @@ def _harness(options: argparse.Namespace) -> None:
     )
     task.folder()  # complains now
     results = evaluate_harness(load(options), task, lanes=options.lanes, out=options.out)
-    print(json.dumps(results) if options.json else format_results(results))
+    print(json.dumps(strict_json(results)) if options.json else format_results(results))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from infini_train.command_line import Spinner, path, positive
 from infini_train.config.errors import ConfigError
+from infini_train.data.shard_file import strict_json
 from infini_train.logs import progress_bar
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def run_measurement(
             "folder": str(folder),
             **measurement.summarise(file.records),
         }
-        write_atomic(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+        write_atomic(folder / RESULTS, json.dumps(strict_json(results), indent=1) + "\n")
         # A folder of its own: TensorBoard follows only the newest file of a folder, and training may still be writing.
         with SummaryWriter(str((out or home) / "tensorboard" / "eval")) as board:
             measurement.write(file.records, results, folder, board)
@@ -221,4 +222,4 @@ def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[A
         overwrite=options.overwrite,
         report=LOG.info,
     )
-    print(json.dumps(results) if options.json else f"\n{measurement.format(results)}")
+    print(json.dumps(strict_json(results)) if options.json else f"\n{measurement.format(results)}")

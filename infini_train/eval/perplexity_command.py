@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from infini_train.command_line import DIR, describe, positive
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
+from infini_train.data.shard_file import strict_json
 from infini_train.eval.measurement import add_model, load
 from infini_train.eval.validation import open_data
 from infini_train.logs import progress_bar
@@ -153,7 +154,7 @@ def _perplexity(options: argparse.Namespace) -> None:
         forget=options.forget,
     )
     if options.json:
-        print(json.dumps(values))
+        print(json.dumps(strict_json(values)))
         return
     for name, value in values.items():
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

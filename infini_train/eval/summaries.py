@@ -1,7 +1,5 @@
 """`infini-train eval summarise`: summaries of whole books, scored by ROUGE. Imports torch late.
 
-ROUGE (C.-Y. Lin, 2004) by Google's rouge-score.
-
 Legend: N books, M measures.
 """
 
@@ -15,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infini_train.command_line import describe, path, positive
-from infini_train.config.errors import ConfigError
 from infini_train.data.pairs import SEPARATOR, PairForm
+from infini_train.data.words import has_unspaced_words
 from infini_train.eval.measurement import Measurement, add_lanes, add_model, add_out, run
+from infini_train.eval.rouge import MEASURES, Scorer, lead, make_scorer
 from infini_train.eval.summary_writing import MAX_NEW_TOKENS, PAPER, Book, SummaryTask, Written, write_summaries
 from infini_train.inference.sampling import add_sampling, read_sampling
 from infini_train.statistics import bootstrap_rows, percentile_interval
@@ -27,9 +26,11 @@ if TYPE_CHECKING:
 
     from infini_train.inference.loading import Trained
 
-MEASURES = ("rouge1", "rouge2", "rougeL")
 TEXTS = "summaries.txt"
 SHOWN = 5  # summaries in TensorBoard
+_CHARACTERS = (
+    "words of scripts without spaces between them: single characters, so these scores compare only with their like"
+)
 EXAMPLES = """\
 examples:
   infini-train eval summarise runs/summarise_8b --data booksum/test.jsonl
@@ -38,7 +39,6 @@ examples:
 
 Stopped by Ctrl-C? The same command resumes with the next books. More books or samples add to what is there.
 """
-Scorer = Callable[[str, str], dict[str, float]]
 
 
 class SummaryTest(Measurement[Written]):
@@ -122,41 +122,13 @@ class SummaryTest(Measurement[Written]):
             f" themselves; {results['read_tokens_per_s']:,.0f} tokens/s read, peak memory"
             f" {results['peak_memory_mb']:,.0f} MB",
             "lead-3: the book's first three sentences; random: another book's reference",
+            *([_CHARACTERS] if any(has_unspaced_words(book.reference) for book in self.books) else []),
             f"written to {results['folder']}",
         ]
         return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
-
-
-def make_scorer() -> Scorer:
-    """A function from (reference, summary) to F1 of ROUGE-1, ROUGE-2 and ROUGE-L, with Porter's stemmer.
-
-    Raises:
-        ConfigError: rouge-score is not installed.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ConfigError(
-            "eval summarise: needs the rouge-score library; install it with: pip install 'infini-train[summarise]'"
-        ) from error
-    scorer = RougeScorer(list(MEASURES), use_stemmer=True)
-    return lambda reference, summary: {
-        name: float(score.fmeasure) for name, score in scorer.score(reference, summary).items()
-    }
-
-
-def lead(book: str, sentences: int = 3) -> str:
-    """The first sentences of a book: what a summary has to beat."""
-    end = 0
-    for _ in range(sentences):
-        places = [place for mark in ".!?" if (place := book.find(mark, end)) >= 0]
-        if not places:
-            return book.strip()
-        end = min(places) + 1
-    return book[:end].strip()
 
 
 def summarise_scores(scores_NM: Sequence[Sequence[float]]) -> dict[str, Any]:

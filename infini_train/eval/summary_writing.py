@@ -9,11 +9,11 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.pairs import PairForm
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.inference.sampling import Sampling
+from infini_train.regular_files import require_regular
 
 if TYPE_CHECKING:
     from infini_train.inference.reading import Tail
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PAPER = Sampling(temperature=0.5, top_p=0.95)  # of arXiv 2404.07143
 MAX_NEW_TOKENS = 1024  # there as well
 BOOK_FIELDS = ("book", "text")  # the first that is there
+_MAX_LINE_BYTES = 500_000_000  # of the file as it is unpacked; a longer book fits no memory
 
 
 class Book(NamedTuple):
@@ -113,7 +115,7 @@ class SummaryTask:
         where = f"--data: {self.data}, record {number + 1}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: is not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: is not a JSON object")
@@ -121,13 +123,23 @@ class SummaryTask:
         for name, option in ((field, "--text-field"), (self.summary_field, "--summary-field")):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ConfigError(f"{where}: no text in field {name!r}; the fields are {', '.join(row)}; see {option}")
-        return Book(number, str(row.get("id", number)), row[field], row[self.summary_field])
+            try:
+                row[name].encode("utf-8")
+            except UnicodeEncodeError as error:
+                problem = f"character {error.start} of field {name!r} is half a surrogate pair"
+                raise ConfigError(f"{where}: {problem}; repair it") from error
+        name = str(row.get("id", number)).encode("utf-8", "backslashreplace").decode()
+        return Book(number, name, row[field], row[self.summary_field])
 
 
-def _lines(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
+def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
     """The lines that are not empty."""
     try:
-        yield from (line for line in stream if line.strip())
+        while line := stream.readline(_MAX_LINE_BYTES + 1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise ConfigError(f"--data: {path} has a line of more than {_MAX_LINE_BYTES / 1e6:,.0f} MB; cut it")
+            if line.strip():
+                yield line
     except (OSError, EOFError, zlib.error) as error:  # of gzip, mostly
         raise ConfigError(f"--data: {path} can't be read on: {error}; copy it again") from error
 
@@ -139,6 +151,7 @@ def open_text(path: Path) -> Any:
         ConfigError: it can't be.
     """
     try:
+        require_regular(path)  # it is read twice, which no pipe allows
         return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         raise ConfigError(f"--data: {path} can't be read: {error.strerror}") from error

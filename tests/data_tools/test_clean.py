@@ -1,19 +1,23 @@
 """Cleaning: every filter and both kinds of duplicates, counted; the same result however the work is done."""
 
+import hashlib
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools import clean as clean_module
 from data_tools import cli, duplicates, plan
 from data_tools.clean import CleanOptions, CleanWork, KeyWork, Waiting, clean_corpus
-from data_tools.filters import FilterOptions, Filters, repeated_share, symbol_share
+from data_tools.filters import FilterOptions, Filters, repeated_share
 from data_tools.readers import documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import hash_file
+from infini_train.data.words import symbol_share, words
 
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 6)) for i in range(500)]
 
@@ -66,6 +70,61 @@ def test_each_step_is_counted(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "out"]
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("end\x0cBegin old\rmac a\x0bb c\x85d", "end\nBegin old\nmac a\nb c\nd"),
+        ("one\r\ntwo\u2028three\u2029four\x1ffive\x1esix", "one\ntwo\nthree\nfour five\nsix"),
+        ("\x00a\x1b[1mb\x7f\x9b\tc\n", "a[1mb\tc\n"),
+    ],
+)
+def test_control_characters_that_separate_leave_a_line_end_or_space(text, kept) -> None:
+    assert Filters(FilterOptions(strip_controls=True)).change(text) == kept
+    assert kept.split() == Filters(FilterOptions(strip_controls=True)).change(kept).split()
+
+
+def test_a_text_of_control_characters_alone_is_empty(tmp_path) -> None:
+    report = clean(write(tmp_path, ["\x00\x01", "text"]), tmp_path / "out", strip_controls=True)
+    assert report.documents == 1 and report.left_out.documents == {"empty documents": 1}
+
+
+SENTENCES = {
+    "English": "A plain sentence, nothing else.",
+    "decomposed French": unicodedata.normalize("NFD", "L'été, où les élèves étaient très fâchés."),
+    "Hindi": "यह एक साधारण वाक्य है और इसमें कुछ भी नहीं।",
+    "Tamil": "இது ஒரு எளிய வாக்கியம் மட்டுமே.",
+    "Bengali": "এটি একটি সাধারণ বাক্য মাত্র।",
+    "Telugu": "ఇది ఒక సాధారణ వాక్యం మాత్రమే.",
+    "Malayalam": "ഇത് ഒരു ലളിതമായ വാക്യം മാത്രമാണ്.",
+    "Sinhala": "මෙය සරල වාක්\u200dයයක් පමණි, වෙන කිසිවක් නැත.",
+    "Burmese": "ဤသည် ရိုးရှင်းသော စာကြောင်း ဖြစ်သည်။",
+    "Khmer": "នេះគឺជាប្រយោគធម្មតាមួយ\u200bប៉ុណ្ណោះ។",
+    "Thai": "นี่เป็นเพียงประโยคธรรมดาหนึ่งประโยคเท่านั้น",
+    "Lao": "ນີ້ແມ່ນປະໂຫຍກທຳມະດາໜຶ່ງປະໂຫຍກເທົ່ານັ້ນ",
+    "Tibetan": "འདི་ནི་ཚིག་གྲུབ་ཕལ་པ་ཞིག་ཡིན།",
+    "Amharic": "ይህ፡ቀላል፡ዓረፍተ፡ነገር፡ነው።",
+    "pointed Hebrew": "שָׁלוֹם עוֹלָם, זֶה מִשְׁפָּט פָּשׁוּט.",
+    "pointed Arabic": "هَذِهِ جُمْلَةٌ بَسِيطَةٌ، لَا غَيْرُ.",
+    "Persian": "این جمله\u200cای ساده است و نمی\u200cخواهد بیش\u200cتر باشد.",
+    "Chinese": "这是一个普通的句子，没有别的。",
+    "Japanese": "これは普通の文です。ほかには何もありません。",
+    "Vietnamese, decomposed": unicodedata.normalize("NFD", "Đây là một câu đơn giản, không có gì khác."),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_plain_sentences_of_all_scripts_are_not_symbols(language) -> None:
+    text = SENTENCES[language]
+    assert symbol_share(text) < 0.15
+    assert symbol_share(unicodedata.normalize("NFC", text)) == symbol_share(unicodedata.normalize("NFD", text))
+
+
+def test_symbols_stay_symbols_whatever_joins_them() -> None:
+    family, heart = "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\u2764\ufe0f"
+    assert symbol_share(family) == symbol_share(heart) == symbol_share("=\u0338") == 1
+    assert symbol_share(f"ab {heart}{family}") == 4 / 6
+
+
 def test_shares() -> None:
     assert symbol_share("ab c_1") == 0 and symbol_share("!? \n") == 1 and symbol_share("a!") == 0.5
     assert symbol_share("") == 0 == repeated_share("\n\n")
@@ -112,6 +171,35 @@ def test_near_duplicates_go_and_others_stay(tmp_path, small_tasks) -> None:
     keys = duplicates.NearKeys(0.8)
     assert 0.75 < (1 / keys.bands) ** (1 / keys.rows) < 0.85 and keys.bands * keys.rows <= 128
     assert duplicates.disk_bytes(keys.bands) == 32 * keys.bands
+
+
+@pytest.mark.parametrize("letters", ["0x4e00 0x5fff", "0xe01 0xe2e", "0x1000 0x1020"], ids=["Han", "Thai", "Burmese"])
+def test_near_duplicates_of_texts_without_spaces_are_found(tmp_path, letters) -> None:
+    """Such a text was one word, so nothing but the whole text counted."""
+    pytest.importorskip("rensa")
+    first, last = (int(bound, 16) for bound in letters.split())
+    draw = random.Random(1)
+    texts = ["".join(chr(draw.randint(first, last)) for _ in range(400)) for _ in range(20)]
+    changed = [text[:200] + chr(first) * 3 + text[203:] for text in texts[:10]]
+    half = [text[:200] + "".join(chr(draw.randint(first, last)) for _ in range(200)) for text in texts[:10]]
+    report = clean(write(tmp_path, [*texts, *changed, *half]), tmp_path / "out", near_dedup=0.8)
+    assert [d.text for d in documents([tmp_path / "out"])] == [*texts, *half]
+    assert report.left_out.documents == {"near duplicates": 10}
+
+
+def test_signatures_of_texts_with_spaces_are_those_of_before() -> None:
+    pytest.importorskip("rensa")
+    signature = duplicates.NearKeys(0.8).signature(prose(1))
+    assert hashlib.sha256(signature.tobytes()).hexdigest()[:16] == "6afc46382c426b4d"
+
+
+def test_half_done_work_of_older_rules_is_not_gone_on_with(tmp_path, small_tasks, monkeypatch) -> None:
+    source = write(tmp_path, [prose(i, 100) for i in range(200)])
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_module, "FILTERS_VERSION", 1)
+        assert clean(source, tmp_path / "out", nfc=True, part="1/2") == Waiting(for_duplicates=False)
+    with pytest.raises(ConfigError, match="holds unfinished work of another command"):
+        clean(source, tmp_path / "out", nfc=True, part="2/2")
 
 
 def test_workers_parts_and_stopped_runs_give_the_same_bytes(tmp_path, small_tasks, monkeypatch) -> None:
@@ -174,10 +262,10 @@ def test_a_part_that_comes_when_all_is_done_finds_it(tmp_path) -> None:
 
 @pytest.mark.parametrize("slab", [1, 7, 1_000_000])
 @settings(max_examples=50, deadline=None)
-@given(text=st.text("ab c\n", max_size=60))
+@given(text=st.text("ab c\n", max_size=60) | st.text("a今あ\u3099。ด\u0e34\u200b\u0f0b, \n", max_size=60))
 def test_shingles_do_not_depend_on_how_a_text_is_read(slab, text) -> None:
-    words = text.lower().split()
-    expected = [" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))]
+    found = text.lower().split() if text.isascii() else words(text.lower())
+    expected = [" ".join(found[i : i + 5]) for i in range(max(1, len(found) - 4))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "_SLAB_CHARS", slab)
         assert [shingle for some in duplicates._shingles(text) for shingle in some] == expected

@@ -1,6 +1,7 @@
 """The life of a measurement, on one that counts: what is written, resumed, kept apart by precision, and refused."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -50,6 +51,22 @@ class Squares(Measurement[Square]):
     def write(self, records, results, folder, board):
         (folder / "sum.txt").write_text(str(results["sum"]))
         board.add_scalar(f"eval/{self.board_name}/sum", results["sum"], self.trained.step)
+
+
+def test_results_are_strict_json(run):
+    """Python writes NaN and Infinity, which other readers of JSON refuse."""
+
+    class Odd(Squares):
+        def summarise(self, records):
+            return {"sum": math.nan, "more": [math.inf, 1.5]}
+
+        def write(self, records, results, folder, board):
+            pass
+
+    results = run_measurement(Odd(open_trained(run), 1))
+    assert math.isnan(results["sum"])
+    written = json.loads((run / "eval" / "squares-1-small" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert (written["sum"], written["more"]) == ("NaN", ["Infinity", 1.5])
 
 
 def test_a_stopped_measurement_goes_on(run):
