@@ -14,7 +14,6 @@ from infini_train.train.building import build, empty_carried, open_origin, open_
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
 from infini_train.train.checkpointing import restore_session, share_checkpoint
-from infini_train.train.run_folder import check_space
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
@@ -24,7 +23,8 @@ DATA_LOG = logging.getLogger("infini_train.data")  # damaged documents, which co
 def open_session(config: RunConfig) -> Session:
     """Builds this rank's part of model, engine and data; resumes from the run's newest checkpoint if there is one.
 
-    All ranks call it together; rank 0 alone looks for the checkpoint, verifies it, and writes into the run's folder.
+    All ranks call it together; rank 0 alone looks for the checkpoint and verifies it, and the others wait for what it
+    has found. Whoever trains holds the folder meanwhile (`run_folder.hold_folder`).
 
     Raises:
         ConfigError: data, checkpoint, processes and config don't fit each other; nothing was written.
@@ -37,8 +37,6 @@ def open_session(config: RunConfig) -> Session:
     if checkpoint is not None:
         _check_resumable(checkpoint, config, source)
     origin = open_origin(config, source) if first and checkpoint is None else None
-    if first:
-        check_space(config.directory)
     checkpoint, origin = share_checkpoint(checkpoint), share_checkpoint(origin)
     session = _build_session(config, source, validation, origin)
     if checkpoint is not None:
