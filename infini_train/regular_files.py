@@ -48,9 +48,7 @@ def open_regular(path: Path | str, mode: str = "rb", *, follow_links: bool = Tru
     return _open(path, flags, mode, **options)
 
 
-def open_own(
-    path: Path | str, *, truncate: bool = False, append: bool = False, permissions: int = 0o666
-) -> IO[bytes]:
+def open_own(path: Path | str, *, truncate: bool = False, append: bool = False, permissions: int = 0o666) -> IO[bytes]:
     """Opens a file of our own for reading and writing, such as a lock; makes it if there is none.
 
     Args:

@@ -27,6 +27,7 @@ from infini_train.train.session import Session
 from infini_train.train.side_files import Lines
 
 MEMORY = "Memory of the model"  # a page of charts
+MAX_LINE_BYTES = 2**20
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
 CHARTS: dict[str, dict[str, list[Any]]] = {
     "Learning": {
@@ -169,12 +170,15 @@ def trim_metrics(path: Path, step: int) -> None:
     if step == 0 or not stat.S_ISREG(path.lstat().st_mode):  # of another run, whose checkpoints were moved away
         os.replace(path, path.with_suffix(".jsonl.old"))
         return
-    with open_regular(path, follow_links=False) as lines, replacing(path, durable=False) as partial:
-        with open_own(partial, truncate=True) as kept:
-            for line in lines:
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    if json.loads(line)["step"] <= step:
-                        kept.write(line.rstrip() + b"\n")
+    with (
+        open_regular(path, follow_links=False) as lines,
+        replacing(path, durable=False) as partial,
+        open_own(partial, truncate=True) as kept,
+    ):
+        for line in iter(lambda: lines.readline(MAX_LINE_BYTES), b""):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    kept.write(line.rstrip() + b"\n")
 
 
 def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:

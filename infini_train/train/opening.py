@@ -13,7 +13,7 @@ from infini_train.parallel import mesh
 from infini_train.train.building import build, empty_carried, open_origin, open_sources
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
-from infini_train.train.checkpointing import restore_session, share_checkpoint
+from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ def open_session(config: RunConfig) -> Session:
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         LOG.info("changed since the checkpoint: %s", note)
-    compat.check_same_data(source.upgrade_identity(checkpoint.state["data"]), source.identity, source.name)
+    with reading_state(checkpoint):
+        identity = source.upgrade_identity(checkpoint.state["data"])
+    compat.check_same_data(identity, source.identity, source.name)
 
 
 def _build_session(config: RunConfig, source: Source, validation: Dataset | None, origin: Checkpoint | None) -> Session:

@@ -10,6 +10,7 @@ would be an old one by the time that another process lets the folder go.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -55,7 +56,12 @@ def hold_folder(directory: Path, is_first: bool) -> Iterator[None]:
         yield
         return
     made, before = _make_folder(directory)
-    with _lock(directory):
+    try:
+        stream = _lock(directory)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    with stream:
         try:
             yield
         except BaseException:
@@ -79,13 +85,12 @@ def _make_folder(directory: Path) -> tuple[list[Path], set[str]]:
         held = set(os.listdir(directory))
         free_bytes = shutil.disk_usage(directory).free
     except (OSError, ValueError) as error:  # ValueError: no file system has such a name
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _remove_empty(made)
         if isinstance(error, OSError):
             raise ConfigError(f"run_dir: {str(directory)[:300]} can't be written: {error.strerror}") from error
         raise ConfigError(f"run_dir: {str(directory)[:300]!a} is no name of a folder: {error}") from error
     if free_bytes < MIN_FREE_BYTES:
+        _remove_empty(made)
         raise ConfigError(f"run_dir: no space left on device for {directory}; free space or choose another run_dir")
     return made, held
 
@@ -95,21 +100,24 @@ def _restore_folder(directory: Path, made: list[Path], before: set[str]) -> None
     with contextlib.suppress(OSError):
         if LOCK not in before and set(os.listdir(directory)) == before | {LOCK}:
             (directory / LOCK).unlink()  # still held: whoever waits for it sees that it has gone (`_is_current`)
-            for path in made:
-                path.rmdir()
+            _remove_empty(made)
 
 
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Holds the lock's file; on a file system without locks nothing is held."""
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()
+
+
+def _lock(directory: Path) -> IO[bytes]:
+    """The folder's lock, held until it is closed; on a file system without locks nothing is held."""
     deadline = time.monotonic() + (HANDOVER_S if _takes_over(directory) else 0.0)
     while (stream := _try_lock(directory / LOCK)) is None:
         if time.monotonic() >= deadline:
             raise ConfigError(f"run_dir: another process is training in {directory}; wait for it or stop it")
         LOG.debug("an earlier start still holds %s", directory)
         time.sleep(POLL_S)
-    with stream:
-        yield
+    return stream
 
 
 def _try_lock(path: Path) -> IO[bytes] | None:
@@ -118,8 +126,9 @@ def _try_lock(path: Path) -> IO[bytes] | None:
         try:
             stream = open_own(path)
         except OSError as error:
-            problem = f"{error.strerror}; remove it, or fix it and rerun"
-            raise ConfigError(f"run_dir: {path} can't be opened: {problem}") from error
+            if error.errno in (errno.ELOOP, errno.EINVAL, errno.EISDIR):  # see open_own
+                raise ConfigError(f"run_dir: {path} {error.strerror}; remove it") from error
+            raise ConfigError(f"run_dir: {path.parent} can't be written: {error.strerror}") from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
