@@ -128,7 +128,7 @@ def parse_index(text: str) -> Index:
     checksum = body.pop("checksum", None)
     unknown = sorted(body.keys() - {field.name for field in fields(Index)})
     if unknown:  # before anything is made of a value that may be of any size
-        raise CheckpointError(f"is corrupt (unknown key {unknown[0][:40]!a})")
+        raise CheckpointError(f"is corrupt ({ascii(unknown[0][:40])[1:-1]}: unknown key)")
     try:
         if checksum != _checksum(body):
             raise CheckpointError("is corrupt (its checksum differs)")

@@ -5,6 +5,7 @@ import logging
 from infini_train.checkpoint import compat, store
 from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.reader import Checkpoint
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree
 from infini_train.config.run import RunConfig, divide_processes
 from infini_train.data.shards import Dataset
@@ -17,6 +18,7 @@ from infini_train.train.checkpointing import reading_state, restore_session, sha
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
+MAX_CHARACTERS = 1000  # of an error, of at most four bytes each; see mesh.broadcast_text
 DATA_LOG = logging.getLogger("infini_train.data")  # damaged documents, which concern one rank
 
 
@@ -32,11 +34,13 @@ def open_session(config: RunConfig) -> Session:
     config = divide_processes(config, mesh.world()[1])
     mesh.connect(config.parallel.timeout_s)
     source, validation = open_sources(config)
-    first = mesh.world()[0] == 0
-    checkpoint = store.find_latest(config.directory, LOG.warning) if first else None
-    if checkpoint is not None:
-        _check_resumable(checkpoint, config, source)
-    origin = open_origin(config, source) if first and checkpoint is None else None
+    checkpoint, origin, problem = None, None, None
+    if mesh.world()[0] == 0:
+        try:
+            checkpoint, origin = _find_start(config, source)
+        except ConfigError as error:
+            problem = error
+    raise_together(problem)
     checkpoint, origin = share_checkpoint(checkpoint), share_checkpoint(origin)
     session = _build_session(config, source, validation, origin)
     if checkpoint is not None:
@@ -49,6 +53,24 @@ def open_session(config: RunConfig) -> Session:
         change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
         LOG.info("new run with the weights of %s%s", origin.path, change)
     return session
+
+
+def raise_together(problem: ConfigError | None) -> None:
+    """Raises rank 0's problem, if it has one, on all ranks: they end with its line instead of waiting for it."""
+    text = mesh.broadcast_text("" if problem is None else str(problem)[:MAX_CHARACTERS])
+    if problem is not None:
+        raise problem
+    if text:
+        raise ConfigError(text)
+
+
+def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The checkpoint to resume from; without any, the one whose weights a new run starts with, if it names one."""
+    checkpoint = store.find_latest(config.directory, LOG.warning)
+    if checkpoint is None:
+        return None, open_origin(config, source)
+    _check_resumable(checkpoint, config, source)
+    return checkpoint, None
 
 
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:

@@ -54,7 +54,7 @@ INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a foreign key": (
         lambda path: path.write_text('{"format_version": 1, "x": [' + "1," * 100_000 + "1]}"),
-        r"index\.json is corrupt \(unknown key 'x'\)$",
+        r"index\.json is corrupt \(x: unknown key\)$",
     ),
 }
 
@@ -108,8 +108,7 @@ def test_a_tensor_of_another_shape_than_the_index_says(folder: Path) -> None:
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["weight/w"]["shape"] = [2, 3]
-    text = json.dumps(header).encode().ljust(size)
-    assert len(text) == size
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
     (folder / "rank-00000.safetensors").write_bytes(content[:8] + text + content[8 + size :])
     checkpoint = open_checkpoint(folder, verify=False)
     with pytest.raises(CheckpointError, match="weight/w is not what the index says"):

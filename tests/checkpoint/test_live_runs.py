@@ -41,7 +41,7 @@ def live(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_reader_raises_no_false_alarm(live: Path) -> None:
     steps = set()
-    for _ in range(400):
+    for _ in range(120):
         problems: list[str] = []
         checkpoint = find_latest(live, problems.append)
         assert checkpoint is not None and problems == []
@@ -61,7 +61,7 @@ def test_values_are_those_of_one_checkpoint(live: Path) -> None:
         assert torch.equal(a, -b) and a[0] == checkpoint.step
         return float(a[0])
 
-    steps = [look_again(read) for _ in range(100)]
+    steps = [look_again(read) for _ in range(50)]
     assert steps == sorted(steps) and steps[-1] > steps[0]
 
 
