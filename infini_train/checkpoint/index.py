@@ -138,12 +138,18 @@ def parse_index(text: str) -> Index:
         raise CheckpointError(f"is corrupt ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
     except RecursionError as error:
         raise CheckpointError("is torn or corrupt (nested too deeply)") from error
-    _check_places(index)
+    _check_content(index)
     return index
 
 
-def _check_places(index: Index) -> None:
-    """Whether each fragment is a part of its tensor and lies in a file of this folder that has room for it."""
+def _check_content(index: Index) -> None:
+    """Whether each fragment is a part of its tensor and lies in a file of this folder that has room for it.
+
+    Of the config only what readers look up in any version is checked; `config.files.validate` does the rest.
+    """
+    model = index.config.get("model", {})
+    if not isinstance(model, dict) or not isinstance(model.get("attention", {}), dict):
+        raise CheckpointError("is corrupt (config.model: is no model)")
     room_bytes = {file.file: file.size_bytes for file in index.files}
     for name in (*room_bytes, *(entry.file for entry in index.fragments)):
         if name not in room_bytes or Path(name).name != name:

@@ -94,6 +94,13 @@ def test_places_that_can_not_be(folder: Path, entry: dict, problem: str) -> None
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("config", [{"model": []}, {"model": {"attention": "infini"}}])
+def test_a_config_that_is_none(folder: Path, config: dict) -> None:
+    forge(folder, lambda index: index.update(config=config))
+    with pytest.raises(CheckpointError, match=r"config\.model: is no model"):
+        open_checkpoint(folder)
+
+
 def test_a_file_of_tensors_that_is_a_pipe(folder: Path) -> None:
     (folder / "rank-00000.safetensors").unlink()
     os.mkfifo(folder / "rank-00000.safetensors")
