@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from infini_train.checkpoint.fragments import CheckpointError, plan_moves, whole_wanted
 from infini_train.checkpoint.index import DTYPE_NAMES, FragmentEntry, group_stored
-from infini_train.checkpoint.reader import check_file, describe_unreadable, identify, read_index
+from infini_train.checkpoint.reader import check_file, describe_unreadable, identify, open_tensors, read_index
 
 
 def find_damage(path: Path, on_file: Callable[[int], None] = lambda size_bytes: None) -> list[str]:
@@ -59,7 +59,7 @@ def _find_problems(path: Path, on_file: Callable[[int], None]) -> list[str]:
 def _misplaced(file: Path, entries: list[FragmentEntry]) -> list[str]:
     """Fragments that do not lie in the file as the index says."""
     try:
-        with safe_open(file, framework="pt") as content:
+        with open_tensors(file) as content:
             keys = set(content.keys())
             found = {
                 key: (DTYPE_NAMES.get((part := content.get_slice(key))[0:0].dtype), tuple(part.get_shape()))

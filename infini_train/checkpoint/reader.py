@@ -22,6 +22,7 @@ from infini_train.checkpoint.fragments import (
     whole_wanted,
 )
 from infini_train.checkpoint.index import DTYPES, FragmentEntry, Index, StoredFile, group_stored, parse_index
+from infini_train.command_errors import first_line
 from infini_train.regular_files import open_regular, read_regular, require_regular
 
 INDEX_FILE = "index.json"
@@ -91,7 +92,7 @@ class Checkpoint:
     def _fill(
         self, plans: Iterable[tuple[Wanted, list[Move[FragmentEntry]], torch.dtype]]
     ) -> Iterator[tuple[Wanted, torch.Tensor]]:
-        opened = lru_cache(_OPEN_FILES)(lambda file: safe_open(self.path / file, framework="pt"))
+        opened = lru_cache(_OPEN_FILES)(lambda file: open_tensors(self.path / file))
         for piece, moves, dtype in plans:
             tensor = torch.empty(piece.numel, dtype=dtype)
             for move in moves:
@@ -104,6 +105,19 @@ class Checkpoint:
             yield piece, tensor
         if self.path.exists():  # otherwise it was removed, but all that was opened is of one checkpoint
             check_same_folder(self.path, self.folder_id)
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, as `safetensors.safe_open` opens it.
+
+    Raises:
+        SafetensorError: it is none, or has gone.
+        OSError: it can't be opened.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # torch maps the file, after safetensors has read its header
+        raise SafetensorError(first_line(error)) from error
 
 
 def _slice(file: Any, move: Move[FragmentEntry]) -> torch.Tensor:

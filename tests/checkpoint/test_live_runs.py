@@ -40,8 +40,8 @@ def live(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_reader_raises_no_false_alarm(live: Path) -> None:
-    steps = set()
-    for _ in range(120):
+    steps: set[int] = set()
+    while len(steps) < 40:
         problems: list[str] = []
         checkpoint = find_latest(live, problems.append)
         assert checkpoint is not None and problems == []
@@ -49,7 +49,6 @@ def test_a_reader_raises_no_false_alarm(live: Path) -> None:
         folders = list_checkpoints(live)
         assert [problem for folder in folders for problem in find_damage(folder)] == []
         assert dangling_pointer(live / "checkpoints") is None
-    assert len(steps) > 10, "it was no live run"
 
 
 def test_values_are_those_of_one_checkpoint(live: Path) -> None:
@@ -61,8 +60,10 @@ def test_values_are_those_of_one_checkpoint(live: Path) -> None:
         assert torch.equal(a, -b) and a[0] == checkpoint.step
         return float(a[0])
 
-    steps = [look_again(read) for _ in range(50)]
-    assert steps == sorted(steps) and steps[-1] > steps[0]
+    steps: list[float] = []
+    while len(set(steps)) < 20:
+        steps.append(look_again(read))
+    assert steps == sorted(steps)
 
 
 def test_what_is_gone_is_not_damaged(tmp_path: Path) -> None:
