@@ -12,6 +12,7 @@ from collections.abc import Callable
 from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
 
+NULL = "embedded null"  # in what Python raises
 OUT_OF_MEMORY = (  # in what torch raises
     "can't allocate memory",
     "out of memory",
@@ -61,11 +62,14 @@ def run_command(
 
 def translate(error: BaseException) -> str | None:
     """One line for an error of the operating system or of the machine's limits; None for any other."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return f"{where}{error.strerror}; fix it and rerun"
+    if isinstance(error, OSError):  # a library's own may have no number and no file
+        name = error.filename
+        where = f"{os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else name}: " if name else ""
+        return f"{where}{error.strerror or first_line(error)}; fix it and rerun"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return f"out of memory: {first_line(error)}; ask for less, or run it where there is more"
+    if isinstance(error, ValueError) and NULL in str(error):
+        return "a file name holds a null character; remove it and rerun"
     if isinstance(error, RecursionError):
         return "the input is nested too deeply to be read"
     if isinstance(error, UnicodeEncodeError):

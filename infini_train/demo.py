@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train import exit_codes
+from infini_train.atomic_files import replacing, write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.writer import explain_disk_errors
+from infini_train.eval.gates import read_gates
+from infini_train.regular_files import read_regular
 
 LOG = logging.getLogger(__name__)
+MAX_NOTE_BYTES = 2**16
 DATA = [sys.executable, "-m", "data_tools"]
 TRAIN = [sys.executable, "-m", "infini_train.cli"]
 PROMPT = "def "
@@ -87,9 +91,11 @@ def _record_source(source: Path, out: Path) -> None:
     """Notes the text in the folder; refuses one that holds the demo of another text."""
     out.mkdir(parents=True, exist_ok=True)
     note = out / "source.txt"
-    if note.exists() and note.read_text(encoding="utf-8") != str(source.resolve()):
-        raise ConfigError(f"--out: {out} holds the demo of {note.read_text(encoding='utf-8')}; choose another folder")
-    note.write_text(str(source.resolve()), encoding="utf-8")
+    if note.exists():
+        noted = read_regular(note, MAX_NOTE_BYTES).decode("utf-8", "replace")
+        if noted != str(source.resolve()):
+            raise ConfigError(f"--out: {out} holds the demo of {noted}; choose another folder")
+    write_atomic(note, str(source.resolve()), durable=False)
 
 
 def _standard_library(source: Path, out: Path) -> list[str]:
@@ -98,7 +104,7 @@ def _standard_library(source: Path, out: Path) -> list[str]:
     folder = out / "text"
     folder.mkdir(exist_ok=True)
     path = folder / "standard_library.jsonl"
-    with path.open("w", encoding="utf-8") as stream:
+    with replacing(path, durable=False) as partial, partial.open("w", encoding="utf-8") as stream:
         for file in sorted(source.rglob("*.py")):
             name = file.relative_to(source)
             if left_out & set(name.parts):
@@ -164,6 +170,8 @@ def _summarise(out: Path, steps: int, result: dict[str, float], seconds: float) 
 
 
 def _last_gates(path: Path) -> tuple[float, float] | None:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if "gates/lowest" in line]
-    return (found[-1]["gates/lowest"], found[-1]["gates/highest"]) if found else None
+    try:
+        found = read_gates(path.parent)
+    except ConfigError:
+        return None
+    return found[-1]["gates/lowest"], found[-1]["gates/highest"]

@@ -48,18 +48,19 @@ def open_regular(path: Path | str, mode: str = "rb", *, follow_links: bool = Tru
     return _open(path, flags, mode, **options)
 
 
-def open_own(path: Path | str, *, truncate: bool = False, permissions: int = 0o666) -> IO[bytes]:
+def open_own(path: Path | str, *, truncate: bool = False, append: bool = False, permissions: int = 0o666) -> IO[bytes]:
     """Opens a file of our own for reading and writing, such as a lock; makes it if there is none.
 
     Args:
         path: of the file.
         truncate: empty it, after the check.
+        append: every write goes to the end of the file.
         permissions: of a new file, less the umask.
 
     Raises:
         OSError: it can't be opened, or a link or something that is no regular file stands in its place.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | (os.O_APPEND if append else 0)
     file = _open(path, flags, "r+b", permissions=permissions)
     if truncate:
         file.truncate()

@@ -1,6 +1,7 @@
 """Saving in the background: training waits for a copy to host memory, a thread writes while it goes on."""
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,10 @@ import torch
 
 from infini_train.checkpoint import store
 from infini_train.checkpoint.fragments import CheckpointError, Fragment
+from infini_train.command_errors import first_line
 from infini_train.config.training import CheckpointConfig
+
+LOG = logging.getLogger(__name__)
 
 POLL_S = 1.0
 
@@ -145,14 +149,21 @@ class BackgroundSaver:
         try:
             folder = store.save(self._run_dir, step, fragments, state, self._config_tree, **self._place)
             if self._place["rank"] == 0:
-                store.prune(self._run_dir, self._retention.keep_last, self._retention.milestone_every_steps)
+                self._prune()
             on_saved(folder)
         except CheckpointError as error:
             self._failure = error
         except Exception as error:  # a lost rank, say: barriers raise whatever their library does
-            problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
             self._failure = CheckpointError(f"{self._run_dir}: saving step {step} failed: {problem}")
             self._failure.__cause__ = error
+
+    def _prune(self) -> None:
+        """Removes old checkpoints; a file system that refuses it does not fail the new one, which is complete."""
+        try:
+            store.prune(self._run_dir, self._retention.keep_last, self._retention.milestone_every_steps)
+        except OSError as error:
+            LOG.warning("warning: %s: old checkpoints can't be removed: %s", self._run_dir, error.strerror)
 
 
 def _fail(error: Exception) -> Iterator[Fragment]:

@@ -78,9 +78,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from infini_train.checkpoint.contents import describe_contents, format_contents
-    from infini_train.checkpoint.store import open_checkpoint, resolve
+    from infini_train.checkpoint.store import look_again, open_checkpoint, resolve
 
-    contents = describe_contents(open_checkpoint(resolve(options.path), verify=False))
+    contents = describe_contents(look_again(lambda: open_checkpoint(resolve(options.path), verify=False)))
     print(json.dumps(contents) if options.json else format_contents(contents))
 
 
@@ -97,8 +97,9 @@ def _verify(options: argparse.Namespace) -> None:
         for folder in folders:
             problems = find_damage(folder, bar.update)
             damaged += problems
+            outcome = "OK" if folder.exists() else "its run has removed it meanwhile"
             with bar.external_write_mode():
-                for line in problems or ["OK"]:
+                for line in problems or [outcome]:
                     print(f"{folder}: {line}", flush=True)
     if damaged:
         problems = "1 problem" if len(damaged) == 1 else f"{len(damaged)} problems"
@@ -110,19 +111,24 @@ def _verify(options: argparse.Namespace) -> None:
 def _reshard(options: argparse.Namespace) -> None:
     import torch
 
+    from infini_train.checkpoint.reader import Checkpoint
     from infini_train.checkpoint.resharding import reshard
-    from infini_train.checkpoint.store import open_checkpoint, resolve
+    from infini_train.checkpoint.store import look_again, open_checkpoint, resolve
 
-    source = open_checkpoint(resolve(options.path))
     kinds = ["master"] if options.weights_only else options.kinds
-    total = sum(entry.numel for entry in source.index.fragments if kinds is None or entry.kind in kinds)
-    with progress_bar(total=total, unit="el", unit_scale=True, desc="reshard") as bar:
-        reshard(
-            source,
-            options.out,
-            kinds=kinds,
-            dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype],
-            max_file_bytes=int(options.max_file_gb * 1e9),
-            on_tensor=bar.update,
-        )
-    print(f"{options.out}: step {source.step}, written as whole tensors")
+
+    def rewrite() -> Checkpoint:
+        source = open_checkpoint(resolve(options.path))
+        total = sum(entry.numel for entry in source.index.fragments if kinds is None or entry.kind in kinds)
+        with progress_bar(total=total, unit="el", unit_scale=True, desc="reshard") as bar:
+            reshard(
+                source,
+                options.out,
+                kinds=kinds,
+                dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype],
+                max_file_bytes=int(options.max_file_gb * 1e9),
+                on_tensor=bar.update,
+            )
+        return source
+
+    print(f"{options.out}: step {look_again(rewrite).step}, written as whole tensors")

@@ -20,6 +20,10 @@ class CheckpointError(ConfigError):
     """A checkpoint that can't be written, read or used; one line that names the folder, file or tensor."""
 
 
+class VanishedError(CheckpointError):
+    """A checkpoint that is not there, or was removed or replaced while it was read, as the run it belongs to may do."""
+
+
 class Piece(Protocol):
     """What fragments, wanted pieces and index entries have in common."""
 
@@ -89,11 +93,21 @@ def whole_wanted(name: str, kind: str, shape: Sequence[int], dtype: torch.dtype 
 
 
 def _check_bounds(piece: Piece) -> None:
+    problem = find_misfit(piece)
+    assert problem is None, problem
+
+
+def find_misfit(piece: Piece) -> str | None:
+    """Why a piece can't be one of its global tensor; None if it can."""
     label = f"{piece.name} ({piece.kind})"
-    assert len(piece.global_shape) == len(piece.start) == len(piece.shape), f"{label}: ranks differ"
+    if not len(piece.global_shape) == len(piece.start) == len(piece.shape):
+        return f"{label}: ranks differ"
     edges = zip(piece.start, piece.shape, piece.global_shape, strict=True)
-    assert all(0 <= start <= start + size <= whole for start, size, whole in edges), f"{label}: slice too large"
-    assert 0 <= piece.flat_start <= piece.flat_start + piece.numel <= math.prod(piece.shape), f"{label}: too long"
+    if not all(0 <= start <= start + size <= whole for start, size, whole in edges):
+        return f"{label}: slice too large"
+    if not 0 <= piece.flat_start <= piece.flat_start + piece.numel <= math.prod(piece.shape):
+        return f"{label}: too long"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry

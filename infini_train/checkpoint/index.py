@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import torch
 
-from infini_train.checkpoint.fragments import CheckpointError, plan_moves, whole_wanted
+from infini_train.checkpoint.fragments import CheckpointError, find_misfit, plan_moves, whole_wanted
 
 FORMAT_VERSION = 1
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -108,14 +109,14 @@ def dump_index(index: Index) -> str:
 
 
 def parse_index(text: str) -> Index:
-    """The inverse of `dump_index`.
+    """The inverse of `dump_index`. What a right checksum does not prove, since anybody can make one, is checked too.
 
     Raises:
         CheckpointError: torn, altered, or of another format; the message names the problem only, not the file.
     """
     try:
         body = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError("is torn or corrupt (not valid JSON)") from error
     if not isinstance(body, dict) or "format_version" not in body:
         raise CheckpointError("is not a checkpoint's index")
@@ -124,13 +125,43 @@ def parse_index(text: str) -> Index:
         raise CheckpointError(
             f"has format version {version}; this program reads {FORMAT_VERSION}, use the one that wrote it"
         )
-    if body.pop("checksum", None) != _checksum(body):
-        raise CheckpointError("is corrupt (its checksum differs)")
+    checksum = body.pop("checksum", None)
+    unknown = sorted(body.keys() - {field.name for field in fields(Index)})
+    if unknown:  # before anything is made of a value that may be of any size
+        raise CheckpointError(f"is corrupt ({ascii(unknown[0][:40])[1:-1]}: unknown key)")
     try:
-        return pydantic.TypeAdapter(Index).validate_json(json.dumps(body), strict=True, extra="forbid")
+        if checksum != _checksum(body):
+            raise CheckpointError("is corrupt (its checksum differs)")
+        index = pydantic.TypeAdapter(Index).validate_json(json.dumps(body), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"is corrupt ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+    except RecursionError as error:
+        raise CheckpointError("is torn or corrupt (nested too deeply)") from error
+    _check_content(index)
+    return index
+
+
+def _check_content(index: Index) -> None:
+    """Whether each fragment is a part of its tensor and lies in a file of this folder that has room for it.
+
+    Of the config only what readers look up in any version is checked; `config.files.validate` does the rest.
+    """
+    model = index.config.get("model", {})
+    if not isinstance(model, dict) or not isinstance(model.get("attention", {}), dict):
+        raise CheckpointError("is corrupt (config.model: is no model)")
+    room_bytes = {file.file: file.size_bytes for file in index.files}
+    for name in (*room_bytes, *(entry.file for entry in index.fragments)):
+        if name not in room_bytes or Path(name).name != name:
+            raise CheckpointError(f"is corrupt (it names the unknown file {name})")
+    for entry in index.fragments:
+        problem = find_misfit(entry)
+        if problem is not None:
+            raise CheckpointError(f"is corrupt ({problem})")
+        room_bytes[entry.file] -= entry.numel * (DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else 0)
+    full = [name for name, size_bytes in room_bytes.items() if size_bytes < 0]
+    if full:
+        raise CheckpointError(f"is corrupt ({full[0]} has no room for what it should hold)")
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,10 +12,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from infini_train.checkpoint.fragments import CheckpointError, Move, Strided, Wanted, plan_moves, whole_wanted
+from infini_train.checkpoint.fragments import (
+    CheckpointError,
+    Move,
+    Strided,
+    VanishedError,
+    Wanted,
+    plan_moves,
+    whole_wanted,
+)
 from infini_train.checkpoint.index import DTYPES, FragmentEntry, Index, StoredFile, group_stored, parse_index
+from infini_train.command_errors import first_line
+from infini_train.regular_files import open_regular, read_regular, require_regular
 
 INDEX_FILE = "index.json"
+MAX_INDEX_BYTES = 2**27  # a fragment takes about 350; parsed they take some ten times as much memory
 _OPEN_FILES = 64  # kept open while reading; far below the usual limit of 1024 descriptors
 
 
@@ -27,6 +39,7 @@ class Checkpoint:
     state: dict[str, Any]  # data position, generators, tokens seen, ...
     config: dict[str, Any]  # the run's config tree
     index: Index
+    folder_id: "FolderId"
 
     @cached_property
     def _groups(self) -> dict[tuple[str, str], list[FragmentEntry]]:
@@ -66,6 +79,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a piece is missing, incomplete, stored twice, or of another shape or dtype.
+            VanishedError: the checkpoint was removed or replaced meanwhile.
         """
         pieces = tuple(wanted)
         try:
@@ -78,22 +92,41 @@ class Checkpoint:
     def _fill(
         self, plans: Iterable[tuple[Wanted, list[Move[FragmentEntry]], torch.dtype]]
     ) -> Iterator[tuple[Wanted, torch.Tensor]]:
-        opened = lru_cache(_OPEN_FILES)(lambda file: safe_open(self.path / file, framework="pt"))
+        opened = lru_cache(_OPEN_FILES)(lambda file: open_tensors(self.path / file))
         for piece, moves, dtype in plans:
             tensor = torch.empty(piece.numel, dtype=dtype)
             for move in moves:
                 try:
                     source = _slice(opened(move.stored.file), move)
                 except (SafetensorError, OSError) as error:
+                    check_same_folder(self.path, self.folder_id)
                     raise CheckpointError(f"{self.path}: {move.stored.file} is missing or corrupt ({error})") from error
                 tensor.as_strided(*move.target).copy_(source)
             yield piece, tensor
+        if self.path.exists():  # otherwise it was removed, but all that was opened is of one checkpoint
+            check_same_folder(self.path, self.folder_id)
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, as `safetensors.safe_open` opens it.
+
+    Raises:
+        SafetensorError: it is none, or has gone.
+        OSError: it can't be opened.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # torch maps the file, after safetensors has read its header
+        raise SafetensorError(first_line(error)) from error
 
 
 def _slice(file: Any, move: Move[FragmentEntry]) -> torch.Tensor:
     """The wanted elements of a stored fragment. safetensors maps the run that holds them; unused pages stay on disk."""
     first, stop = _run(move.source)
-    run = file.get_slice(move.stored.key)[first:stop]
+    stored = file.get_slice(move.stored.key)
+    run = stored[first:stop]
+    if stored.get_shape() != [move.stored.numel] or run.dtype != DTYPES[move.stored.dtype]:
+        raise SafetensorError(f"{move.stored.key} is not what the index says")
     return run.as_strided(move.source.extent, move.source.strides, run.storage_offset())
 
 
@@ -117,6 +150,28 @@ def _choose_dtype(wanted: Wanted, group: list[FragmentEntry]) -> torch.dtype:
     return dtype
 
 
+FolderId = tuple[int, int] | None  # None: there is no folder
+
+
+def identify(path: Path) -> FolderId:
+    """What tells a folder from another one of the same name: one that was removed, or replaced, has another."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_same_folder(path: Path, before: FolderId) -> None:
+    """Whether a checkpoint is still the one that it was.
+
+    Raises:
+        VanishedError: it is not.
+    """
+    if identify(path) != before:
+        raise VanishedError(f"{path}: was removed or replaced while it was read; run the command again")
+
+
 def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """The checkpoint in this folder. Index and file sizes are always checked, with `verify` every file's sha256 too.
 
@@ -124,17 +179,27 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
     Raises:
         CheckpointError: names the file and the problem (missing, torn, corrupt, another format version).
+        VanishedError: there is no such folder, or it was removed or replaced meanwhile.
     """
     path = Path(path)
+    before = identify(path)
     try:
         index = read_index(path)
         for file in index.files:
             check_file(path / file.file, file, verify)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        check_same_folder(path, before)
+        raise type(error)(f"{path}: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from error
-    return Checkpoint(path, index.step, index.state, index.config, index)
+        check_same_folder(path, before)
+        raise CheckpointError(f"{path}: {describe_unreadable(error)}") from error
+    return Checkpoint(path, index.step, index.state, index.config, index, before)
+
+
+def describe_unreadable(error: OSError) -> str:
+    """What the operating system says of a file of a checkpoint, without the folder."""
+    name = f"{Path(os.fsdecode(error.filename)).name} " if error.filename else ""
+    return f"{name}can't be read ({error.strerror})"
 
 
 def read_index(path: Path) -> Index:
@@ -142,22 +207,19 @@ def read_index(path: Path) -> Index:
 
     Raises:
         CheckpointError: missing, torn or corrupt; the message names the file, not the folder.
+        VanishedError: there is no such folder.
+        OSError: it can't be read, or is no regular file.
     """
     if not path.is_dir():
-        raise CheckpointError("no such checkpoint folder")
+        raise VanishedError("no such checkpoint folder")
     try:
-        index = parse_index((path / INDEX_FILE).read_text(encoding="utf-8"))
+        return parse_index(read_regular(path / INDEX_FILE, MAX_INDEX_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{INDEX_FILE} is missing") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{INDEX_FILE} is torn or corrupt (not UTF-8)") from error
     except CheckpointError as error:
         raise CheckpointError(f"{INDEX_FILE} {error}") from error
-    known = {file.file for file in index.files}
-    for name in (*known, *(entry.file for entry in index.fragments)):
-        if name not in known or Path(name).name != name:
-            raise CheckpointError(f"{INDEX_FILE} is corrupt (it names the unknown file {name})")
-    return index
 
 
 def check_file(file: Path, entry: StoredFile, verify: bool) -> None:
@@ -165,10 +227,12 @@ def check_file(file: Path, entry: StoredFile, verify: bool) -> None:
 
     Raises:
         CheckpointError: missing, torn or corrupt; the message names the file, not the folder.
+        OSError: it can't be read, or is no regular file.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{entry.file} is missing")
-    size_bytes = file.stat().st_size
+    try:
+        size_bytes = require_regular(file).st_size
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{entry.file} is missing") from error
     if size_bytes != entry.size_bytes:
         raise CheckpointError(f"{entry.file} is torn ({size_bytes} bytes instead of {entry.size_bytes})")
     if verify and hash_file(file) != entry.sha256:
@@ -177,5 +241,5 @@ def check_file(file: Path, entry: StoredFile, verify: bool) -> None:
 
 def hash_file(path: Path) -> str:
     """The sha256 of a file's bytes, as hex digits."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,23 +10,25 @@ leaves under a temporary name is never taken for a checkpoint, and the next save
 
 import contextlib
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from infini_train.atomic_files import sync_path
-from infini_train.checkpoint.fragments import CheckpointError, Fragment
-from infini_train.checkpoint.index import dump_index, merge_parts, parse_index, parse_part
-from infini_train.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
-from infini_train.checkpoint.sync import describe_failure, write_synced
+from infini_train.checkpoint.fragments import CheckpointError, Fragment, VanishedError
+from infini_train.checkpoint.index import dump_index, merge_parts, parse_part
+from infini_train.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint, read_index
+from infini_train.checkpoint.sync import describe_failure, remove, write_synced
 from infini_train.checkpoint.writer import part_file, write_part
+from infini_train.regular_files import read_regular
 
 __all__ = ["Checkpoint", "CheckpointError", "find_latest", "open_checkpoint", "prune", "resolve", "save"]
 
 FOLDER = "checkpoints"
 LATEST = "latest"
+MAX_POINTER_BYTES = 4096
+LOOKS = 20  # a run would have to prune as often while one checkpoint is read
 _STEP = re.compile(r"step-(\d{8,})")
 _REPLACED = "tmp-replaced"  # an old checkpoint, set aside for the moment in which a new one takes its name
 
@@ -82,7 +84,7 @@ def save(
     if rank == 0:
         attempt(lambda: _publish(aside, final, world_size, state, config_tree))
         if failure is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             with contextlib.suppress(OSError):
                 _pointer_aside(folder).unlink()
     barrier()
@@ -101,7 +103,7 @@ def _prepare(folder: Path, aside: Path) -> None:
         if path.name.startswith("."):  # killed between the two renames of a replacement
             path.rename(folder / f"step-{step:08d}")
     for leftover in folder.glob(".step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     aside.mkdir()
 
 
@@ -118,6 +120,7 @@ def _publish(aside: Path, final: Path, world_size: int, state: dict[str, Any], c
         part_file(aside, rank).unlink()
     sync_path(aside)
     pointer = _pointer_aside(folder)
+    remove(pointer)  # of a process that was killed
     write_synced(pointer, f"{final.name}\n")
     replaced = _aside(final, _REPLACED)
     if final.exists():
@@ -126,13 +129,13 @@ def _publish(aside: Path, final: Path, world_size: int, state: dict[str, Any], c
     sync_path(folder)
     pointer.rename(folder / LATEST)
     sync_path(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def _check_published(final: Path, attempt_id: str) -> None:
     try:
-        attempts = parse_index((final / INDEX_FILE).read_text(encoding="utf-8")).attempt_ids
-    except FileNotFoundError:
+        attempts = read_index(final).attempt_ids
+    except VanishedError:
         attempts = ()
     if attempt_id not in attempts:
         raise CheckpointError("another rank failed; see its error")
@@ -163,16 +166,41 @@ def _stored(folder: Path) -> dict[int, Path]:
 def _latest_step(folder: Path) -> int | None:
     """The step that the `latest` file names; None without a readable one."""
     try:
-        match = _STEP.fullmatch((folder / LATEST).read_text(encoding="utf-8").strip())
+        text = read_regular(folder / LATEST, MAX_POINTER_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
+    match = _STEP.fullmatch(text.strip())
     return int(match[1]) if match else None
+
+
+def _look(folder: Path) -> tuple[dict[int, Path], int | None]:
+    """`_stored` and `_latest_step`, as of one moment: a run that saves and prunes meanwhile is looked at again."""
+    for _ in range(LOOKS):
+        stored, latest = _stored(folder), _latest_step(folder)
+        if latest is None or latest in stored:
+            break
+    return stored, latest
 
 
 def _newest_first(folder: Path) -> list[Path]:
     """The checkpoint named by `latest`, then all others from the highest step down."""
-    stored, latest = _stored(folder), _latest_step(folder)
+    stored, latest = _look(folder)
     return [stored[step] for step in sorted(stored, key=lambda step: (step == latest, step), reverse=True)]
+
+
+T = TypeVar("T")
+
+
+def look_again(read: Callable[[], T]) -> T:
+    """Calls `read`, again where the checkpoint that it has found vanishes: the run that it belongs to has a newer one.
+
+    Raises:
+        VanishedError: `LOOKS` times in a row.
+    """
+    for _ in range(LOOKS - 1):
+        with contextlib.suppress(VanishedError):
+            return read()
+    return read()
 
 
 def find_latest(run_dir: Path, on_problem: Callable[[str], None]) -> Checkpoint | None:
@@ -185,21 +213,27 @@ def find_latest(run_dir: Path, on_problem: Callable[[str], None]) -> Checkpoint 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
     """
-    folder = Path(run_dir) / FOLDER
+    checkpoint, problems = look_again(lambda: _find_valid(Path(run_dir) / FOLDER))
+    if checkpoint is not None:
+        for problem in problems:
+            on_problem(f"{problem}; {checkpoint.path.name} is used instead")
+    return checkpoint
+
+
+def _find_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones."""
     dangling = dangling_pointer(folder)
     problems = [dangling] if dangling else []
     for path in _newest_first(folder):
         try:
-            checkpoint = open_checkpoint(path)
+            return open_checkpoint(path), problems
+        except VanishedError:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
-            continue
-        for problem in problems:
-            on_problem(f"{problem}; {path.name} is used instead")
-        return checkpoint
     if problems:
         raise CheckpointError(f"no valid checkpoint: {problems[0]}; restore one, or move {folder} away to start anew")
-    return None
+    return None, []
 
 
 def resolve(path: Path) -> Path:
@@ -218,7 +252,7 @@ def list_checkpoints(path: Path) -> list[Path]:
         CheckpointError: nothing of the kind is there.
     """
     path = Path(path)
-    if (path / INDEX_FILE).is_file() or _STEP.fullmatch(path.name):
+    if (path / INDEX_FILE).is_file() or (_STEP.fullmatch(path.name) and path.is_dir()):
         return [path]
     for folder in (path / FOLDER, path):
         found = _newest_first(folder)
@@ -243,8 +277,8 @@ def find_step(run_dir: Path, step: int) -> Path:
 
 def dangling_pointer(folder: Path) -> str | None:
     """What is wrong with the `latest` file of a `checkpoints` folder, if it names a checkpoint that is not there."""
-    latest = _latest_step(folder)
-    if latest is None or latest in _stored(folder):
+    stored, latest = _look(folder)
+    if latest is None or latest in stored:
         return None
     return f"{folder / LATEST}: names step-{latest:08d}, which is missing"
 
@@ -265,6 +299,6 @@ def prune(run_dir: Path, keep_last: int, milestone_every_steps: int | None) -> N
     for step in past[keep_last:]:
         if milestone_every_steps is None or step % milestone_every_steps:
             condemned = _aside(folder / f"step-{step:08d}", "tmp-pruned")
-            shutil.rmtree(condemned, ignore_errors=True)
+            remove(condemned)
             stored[step].rename(condemned)  # never half a checkpoint under a checkpoint's name
-            shutil.rmtree(condemned, ignore_errors=True)
+            remove(condemned)

@@ -84,17 +84,21 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     import torch
 
-    from infini_train.checkpoint.store import open_checkpoint, resolve
-    from infini_train.convert.exporting import export_checkpoint
+    from infini_train.checkpoint.store import look_again, open_checkpoint, resolve
+    from infini_train.convert.exporting import Exported, export_checkpoint
     from infini_train.convert.folder import name_dtype
 
-    checkpoint = open_checkpoint(resolve(options.model))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype]
     with _progress("export") as show:
-        found = export_checkpoint(checkpoint, options.folder, dtype=dtype, on_tensor=show)
+
+        def export() -> tuple[int, Exported]:
+            checkpoint = open_checkpoint(resolve(options.model))
+            return checkpoint.step, export_checkpoint(checkpoint, options.folder, dtype=dtype, on_tensor=show)
+
+        step, found = look_again(export)
     for note in found.notes:
         print(f"note: {note}")
-    size = f"{found.parameters:,} parameters of step {checkpoint.step}"
+    size = f"{found.parameters:,} parameters of step {step}"
     print(f"{options.folder}: {size} ({name_dtype(found.dtype)})")
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from infini_train.checkpoint.reader import Checkpoint, open_checkpoint
-from infini_train.checkpoint.store import FOLDER, find_latest, resolve
+from infini_train.checkpoint.store import FOLDER, find_latest, look_again, resolve
 from infini_train.checkpoint.weights import load_weights
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
@@ -53,7 +53,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def open_trained(path: Path, precision: str = "fp32") -> Trained:
-    """Loads a model for evaluation or generation.
+    """Loads a model for evaluation or generation; its run may go on saving and pruning meanwhile.
 
     Args:
         path: a run's folder (its newest checkpoint), or one checkpoint's.
@@ -62,10 +62,13 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
     Raises:
         ConfigError: there is no usable checkpoint or tokenizer.
     """
-    checkpoint = _open(path)
+    return look_again(lambda: _load(_open(path), precision))
+
+
+def _load(checkpoint: Checkpoint, precision: str) -> Trained:
     config = validate(checkpoint.config)
     folder = checkpoint.path.resolve()
-    found = find_tokenizer(folder, checkpoint.state["tokenizer"], checkpoint.special_ids)
+    found = find_tokenizer(folder, checkpoint.state.get("tokenizer"), checkpoint.special_ids)
     if found is None:
         file = next(iter(tokenizer_files(folder)), None)
         problem = "is not the tokenizer the model was trained with" if file else "is missing"

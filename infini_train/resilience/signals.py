@@ -16,6 +16,9 @@ class Stopped(Exception):
 class StopRequest:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
 
+    A signal that whoever started this process had it ignore stays ignored: nohup stays nohup, and Ctrl-C does not reach
+    what a script has put into the background.
+
     Args:
         confirms: whether this process confirms a signal on the console.
 
@@ -32,7 +35,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

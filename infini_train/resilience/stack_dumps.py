@@ -11,6 +11,8 @@ import signal
 import time
 from pathlib import Path
 
+from infini_train.regular_files import open_own
+
 DUMP_SIGNAL = signal.SIGURG
 LOGS = "INFINI_TRAIN_LOGS"  # log folder of this start, set by the batch script
 WANTED = "stacks-wanted"  # a file in it: the batch script then sends the signal to all ranks
@@ -22,8 +24,8 @@ class StackDumps:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"stacks-{rank}.txt"
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.write(f"rank {rank}, process {os.getpid()}, begun {time.strftime('%F %T')}\n")
+        self._file = open_own(self.path, truncate=True)
+        self._file.write(f"rank {rank}, process {os.getpid()}, begun {time.strftime('%F %T')}\n".encode())
         self._file.flush()
         self._empty_bytes = self.path.stat().st_size
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True, chain=False)
@@ -31,7 +33,7 @@ class StackDumps:
     def dump(self) -> None:
         """Writes this rank's stacks now, and requests those of all ranks by creating the file `WANTED`."""
         faulthandler.dump_traceback(self._file, all_threads=True)
-        (self.path.parent / WANTED).touch()
+        open_own(self.path.parent / WANTED).close()
 
     def close(self) -> None:
         """Signals are ignored from now on."""

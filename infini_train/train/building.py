@@ -113,11 +113,12 @@ def open_origin(config: RunConfig, source: Source) -> Checkpoint | None:
     if config.train.init_from is None:
         return None
     try:
-        origin = store.open_checkpoint(store.resolve(Path(config.train.init_from)))
+        path = Path(config.train.init_from)
+        origin = store.look_again(lambda: store.open_checkpoint(store.resolve(path)))
     except CheckpointError as error:
         raise ConfigError(f"train.init_from: {error}") from error
     compat.check_same_model(origin.config, to_tree(config), f"train.init_from: {origin.path}")
-    if origin.state["tokenizer"] != source.tokenizer_sha256:
+    if origin.state.get("tokenizer") != source.tokenizer_sha256:
         raise ConfigError(
             f"train.init_from: {origin.path} was trained with another tokenizer than {source.name};"
             f" encode the text with the tokenizer in {origin.path.parent.parent}"

@@ -1,12 +1,15 @@
 """A session saved to checkpoints, restored from them, and rolled back to one."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from infini_train.checkpoint import rng, store
-from infini_train.checkpoint.fragments import Fragment, Wanted
+from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
+from infini_train.command_errors import first_line
+from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.model.slices import find_slice
 from infini_train.parallel import mesh
@@ -53,18 +56,41 @@ def own_fragments(config: RunConfig, stages: Stages, engine: Engine, carried: Ca
 
 
 def restore_session(session: Session, checkpoint: Checkpoint) -> None:
-    """Takes over weights, optimizer state, carried memory, counters, data position and random generators."""
+    """Takes over weights, optimizer state, carried memory, counters, data position and random generators.
+
+    Raises:
+        CheckpointError: tensors or state are not those of such a run.
+    """
     state = checkpoint.state
     shards = list(session.engine.shards())
     values = (values for _, values in checkpoint.read(_wanted(shard) for shard in shards))
-    session.engine.restore(zip(shards, values, strict=True), state["optimizer_steps"])
+    with reading_state(checkpoint):
+        optimizer_steps = state["optimizer_steps"]
+    session.engine.restore(zip(shards, values, strict=True), optimizer_steps)
     lanes = Lanes.of(session.config, session.place.data[0])
     session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
-    session.step, session.tokens = state["step"], state["tokens"]
-    session.lanes = session.reader.parse(state["lanes"])
-    session.guard.restore(state.get("guard", {}))
+    with reading_state(checkpoint):
+        session.step, session.tokens = state["step"], state["tokens"]
+        session.lanes = session.reader.parse(state["lanes"])
+        session.guard.restore(state.get("guard", {}))
+        rng.restore_rng(state["rng"])
     session.saved = True
-    rng.restore_rng(state["rng"])
+
+
+@contextlib.contextmanager
+def reading_state(checkpoint: Checkpoint) -> Iterator[None]:
+    """What another program wrote may lack values, or hold others than this one writes.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{checkpoint.path}: its state can't be read ({problem}); use another one") from error
 
 
 def _wanted(shard: Shard) -> Wanted:

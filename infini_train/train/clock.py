@@ -76,6 +76,7 @@ class profiled:
     def __init__(self, session: Session) -> None:
         self.step = session.step + 1
         self.folder = session.config.directory / "profile"
+        self.side_files = session.side_files
         wanted = session.place.is_first and self.step in session.config.log.profile_steps
         self.profiler: Any = profile(activities=device.profiled_activities()) if wanted else None
 
@@ -87,9 +88,10 @@ class profiled:
         if self.profiler is None:
             return
         self.profiler.__exit__(*error)
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{self.step:08d}"
-        with replacing(self.folder / f"{name}.json", durable=False) as partial:
-            self.profiler.export_chrome_trace(str(partial))
-        table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-        write_atomic(self.folder / f"{name}.txt", table, durable=False)
+        with self.side_files.tolerate(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / f"{name}.json", durable=False) as partial:
+                self.profiler.export_chrome_trace(str(partial))
+            table = self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+            write_atomic(self.folder / f"{name}.txt", table, durable=False)

@@ -13,10 +13,10 @@ from infini_train.train.checkpointing import roll_back, save_session
 from infini_train.train.clock import Clock, profiled
 from infini_train.train.guards import DivergedError, find_non_finite_tensors, list_names
 from infini_train.train.metrics import Metrics
-from infini_train.train.opening import open_session
+from infini_train.train.opening import open_session, raise_together
 from infini_train.train.optim import learning_rates
 from infini_train.train.reports import announce, is_validation_due, report_memory, report_step, report_validation
-from infini_train.train.run_folder import check_fence, hold_folder
+from infini_train.train.run_folder import check_fence, hold_folder, write_identity
 from infini_train.train.session import Session
 from infini_train.train.status import append_finding, end_status, mark_failure
 from infini_train.train.step import StepResult, train_step
@@ -34,12 +34,22 @@ def train(config: RunConfig) -> Session:
     """
     mesh.complete_environment()
     rank, world_size = mesh.world()
-    with Watchdog(rank, world_size, config.parallel.timeout_s) as watchdog:
+    # the folder is held until the watchdog has seen the other ranks leave it
+    with contextlib.ExitStack() as held, Watchdog(rank, world_size, config.parallel.timeout_s) as watchdog:
         watchdog.set_operation(OPENING)
+        mesh.connect(config.parallel.timeout_s)  # before the lock, which may take longer to get than others wait here
+        problem = None
+        try:
+            held.enter_context(hold_folder(config.directory, is_first=rank == 0))
+        except ConfigError as error:
+            problem = error
+        raise_together(problem)
         session = open_session(config)
+        if rank == 0:
+            write_identity(session.config, session.source)
         watchdog.write_to(config.directory)
         announce(session)
-        with hold_folder(session), mark_failure(session), StopRequest(confirms=rank == 0) as stop:
+        with mark_failure(session), StopRequest(confirms=rank == 0) as stop:
             while run_steps(session, stop, watchdog):
                 watchdog.set_operation(OPENING)  # reads a checkpoint, however long that takes
                 roll_back(session)
@@ -86,7 +96,7 @@ def run_steps(session: Session, stop: StopRequest, watchdog: Watchdog) -> bool:
             if not result.problem and (last or session.step % config.log.memory_every_steps == 0):
                 report_memory(session, metrics, result)
             if last or config.checkpoint.is_due(session.step):
-                check_fence(session)
+                check_fence(config.directory, session.place.is_first)
                 save_session(session)
             if stop.agreed is None and is_validation_due(session):
                 report_validation(session, metrics, stop, set_operation)

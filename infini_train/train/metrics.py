@@ -7,23 +7,27 @@ import contextlib
 import json
 import math
 import os
+import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infini_train.atomic_files import write_atomic
+from infini_train.atomic_files import replacing
 from infini_train.config.files import dump
 from infini_train.config.model import ModelConfig
 from infini_train.logs import is_quiet
 from infini_train.model.variants import mixer_class
+from infini_train.regular_files import open_own, open_regular
+from infini_train.train.board import Board
 from infini_train.train.session import Session
+from infini_train.train.side_files import Lines
 
 MEMORY = "Memory of the model"  # a page of charts
+MAX_LINE_BYTES = 2**20
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
 CHARTS: dict[str, dict[str, list[Any]]] = {
     "Learning": {
@@ -57,6 +61,8 @@ def tensorboard_layout(model: ModelConfig) -> dict[str, dict[str, list[Any]]]:
 class Metrics:
     """Writes one run's metrics, on rank 0 only; a context manager. Drops what an earlier process wrote for later steps.
 
+    A disk that refuses them does not end training: there is a warning, and lines of metrics.jsonl are tried again.
+
     Args:
         session: the run and its place in it.
         total_steps: the run's length.
@@ -68,14 +74,16 @@ class Metrics:
             return
         config, step = session.config, session.step
         self._gate_layers = config.model.gate_layers
-        directory = config.directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
-        trim_metrics(self._path, step)
-        self._jsonl: IO[str] = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        self._board.add_text("config", "```yaml\n" + dump(config) + "```", step)
-        self._board.add_custom_scalars(tensorboard_layout(config.model))
+        self._side_files = session.side_files
+        self._path, self._board_path = config.directory / "metrics.jsonl", config.directory / "tensorboard"
+        with self._side_files.tolerate(self._path):
+            trim_metrics(self._path, step)
+        self._lines = Lines(self._path)
+        self._board: Board | None = None
+        with self._side_files.tolerate(self._board_path):
+            self._board = Board(str(self._board_path), purge_step=step + 1)
+        self._show(lambda board: board.add_text("config", "```yaml\n" + dump(config) + "```", step))
+        self._show(lambda board: board.add_custom_scalars(tensorboard_layout(config.model)))
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -92,8 +100,10 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         if self._writes:
             self._bar.close()
-            self._board.close()
-            self._jsonl.close()
+            self._show(Board.close)
+            with self._side_files.tolerate(self._path):
+                self._lines.flush()
+            self._lines.close()
 
     def tick(self) -> None:
         """Advances the progress bar by a step."""
@@ -104,10 +114,11 @@ class Metrics:
         """Writes numbers by name to metrics.jsonl and TensorBoard."""
         if not self._writes:
             return
-        self._jsonl.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
-        self._jsonl.flush()
+        row = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        with self._side_files.tolerate(self._path):
+            self._lines.append(json.dumps(row))
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, step))
 
     def write_gates(self, step: int, gates_LH: np.ndarray) -> None:
         """Writes sigmoid(gate) of each layer and head: heat map, histogram, and their extremes."""
@@ -115,9 +126,18 @@ class Metrics:
             return
         from infini_train.plots import plot_gate_map  # loads matplotlib, which a start does not wait for
 
-        self._board.add_figure("gates/by layer and head", plot_gate_map(gates_LH, step, self._gate_layers), step)
-        self._board.add_histogram("gates/distribution", gates_LH.ravel(), step)
+        figure = plot_gate_map(gates_LH, step, self._gate_layers)
+        self._show(lambda board: board.add_figure("gates/by layer and head", figure, step))
+        self._show(lambda board: board.add_histogram("gates/distribution", gates_LH.ravel(), step))
         self.write(step, summarise_gates(gates_LH))
+
+    def _show(self, add: Callable[[Board], object]) -> None:
+        """Adds to TensorBoard; after an error no more, since readers stop at a torn record."""
+        board, self._board = self._board, None
+        if board is not None:
+            with self._side_files.tolerate(self._board_path):
+                add(board)
+                self._board = board
 
 
 def summarise_gates(gates_LH: np.ndarray) -> dict[str, float]:
@@ -138,18 +158,27 @@ def _plain(value: float) -> float | None:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops lines after a step (and a torn last line), which a killed process wrote after its last checkpoint."""
-    if not path.exists():
+    """Drops lines after a step (and a torn last line), which a killed process wrote after its last checkpoint.
+
+    What stands there as a link or as no regular file is moved aside: it is not ours.
+
+    Raises:
+        OSError: it can't be read or written.
+    """
+    if not os.path.lexists(path):
         return
-    if step == 0:  # of another run, whose checkpoints were moved away
+    if step == 0 or not stat.S_ISREG(path.lstat().st_mode):  # of another run, whose checkpoints were moved away
         os.replace(path, path.with_suffix(".jsonl.old"))
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_atomic(path, "".join(line + "\n" for line in kept), durable=False)
+    with (
+        open_regular(path, follow_links=False) as lines,
+        replacing(path, durable=False) as partial,
+        open_own(partial, truncate=True) as kept,
+    ):
+        for line in iter(lambda: lines.readline(MAX_LINE_BYTES), b""):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    kept.write(line.rstrip() + b"\n")
 
 
 def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: float) -> str:

@@ -14,18 +14,19 @@ from infini_train.parallel import mesh
 from infini_train.train.building import build, empty_carried, open_origin, open_sources
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
-from infini_train.train.checkpointing import restore_session, share_checkpoint
-from infini_train.train.run_folder import check_space
+from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
+MAX_CHARACTERS = 1000  # of an error, of at most four bytes each; see mesh.broadcast_text
 DATA_LOG = logging.getLogger("infini_train.data")  # damaged documents, which concern one rank
 
 
 def open_session(config: RunConfig) -> Session:
     """Builds this rank's part of model, engine and data; resumes from the run's newest checkpoint if there is one.
 
-    All ranks call it together; rank 0 alone looks for the checkpoint, verifies it, and writes into the run's folder.
+    All ranks call it together; rank 0 alone looks for the checkpoint and verifies it, and the others wait for what it
+    has found. Whoever trains holds the folder meanwhile (`run_folder.hold_folder`).
 
     Raises:
         ConfigError: data, checkpoint, processes and config don't fit each other; nothing was written.
@@ -33,13 +34,13 @@ def open_session(config: RunConfig) -> Session:
     config = divide_processes(config, mesh.world()[1])
     mesh.connect(config.parallel.timeout_s)
     source, validation = open_sources(config)
-    first = mesh.world()[0] == 0
-    checkpoint = store.find_latest(config.directory, LOG.warning) if first else None
-    if checkpoint is not None:
-        _check_resumable(checkpoint, config, source)
-    origin = open_origin(config, source) if first and checkpoint is None else None
-    if first:
-        check_space(config.directory)
+    checkpoint, origin, problem = None, None, None
+    if mesh.world()[0] == 0:
+        try:
+            checkpoint, origin = _find_start(config, source)
+        except ConfigError as error:
+            problem = error
+    raise_together(problem)
     checkpoint, origin = share_checkpoint(checkpoint), share_checkpoint(origin)
     session = _build_session(config, source, validation, origin)
     if checkpoint is not None:
@@ -54,6 +55,24 @@ def open_session(config: RunConfig) -> Session:
     return session
 
 
+def raise_together(problem: ConfigError | None) -> None:
+    """Raises rank 0's problem, if it has one, on all ranks: they end with its line instead of waiting for it."""
+    text = mesh.broadcast_text("" if problem is None else str(problem)[:MAX_CHARACTERS])
+    if problem is not None:
+        raise problem
+    if text:
+        raise ConfigError(text)
+
+
+def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The checkpoint to resume from; without any, the one whose weights a new run starts with, if it names one."""
+    checkpoint = store.find_latest(config.directory, LOG.warning)
+    if checkpoint is None:
+        return None, open_origin(config, source)
+    _check_resumable(checkpoint, config, source)
+    return checkpoint, None
+
+
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:
     for note in compat.check_resumable(checkpoint.config, to_tree(config)):
         LOG.info("changed since the checkpoint: %s", note)
@@ -62,7 +81,9 @@ def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) 
             f"data.train: {source.name} has the ids {source.special_ids} for bos, eos and pad, and the checkpoint was"
             f" trained with {checkpoint.special_ids}; give the original data, or start a new run with train.init_from"
         )
-    compat.check_same_data(source.upgrade_identity(checkpoint.state["data"]), source.identity, source.name)
+    with reading_state(checkpoint):
+        identity = source.upgrade_identity(checkpoint.state["data"])
+    compat.check_same_data(identity, source.identity, source.name)
 
 
 def _build_session(config: RunConfig, source: Source, validation: Dataset | None, origin: Checkpoint | None) -> Session:

@@ -13,6 +13,7 @@ from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine
 from infini_train.train.building import empty_carried
 from infini_train.train.guards import Guard
+from infini_train.train.side_files import SideFiles
 from infini_train.train.step import StepResult
 
 
@@ -34,6 +35,7 @@ class Session:
     step: int = 0
     tokens: int = 0
     saved: bool = False  # whether there is a checkpoint to roll back to
+    side_files: SideFiles = field(default_factory=SideFiles)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:

@@ -19,9 +19,14 @@ from typing import Any
 
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
+from infini_train.regular_files import read_regular
 from infini_train.train.guards import DivergedError
 from infini_train.train.run_folder import check_fence
 from infini_train.train.session import Session
+from infini_train.train.side_files import Lines
+
+FILE = "status.json"
+MAX_BYTES = 2**20
 
 
 def write_status(session: Session, values: dict[str, float], eta_s: float) -> None:
@@ -30,7 +35,7 @@ def write_status(session: Session, values: dict[str, float], eta_s: float) -> No
     Raises:
         ConfigError: a later start of the job has taken over the run's folder.
     """
-    check_fence(session)
+    check_fence(session.config.directory, session.place.is_first)
     total = session.config.train.total_steps
     _write(
         session,
@@ -47,8 +52,10 @@ def write_status(session: Session, values: dict[str, float], eta_s: float) -> No
 def append_finding(session: Session, finding: str, documents: list[str]) -> None:
     """Rank 0: adds what was wrong with the last step, and the documents it read, to findings.jsonl."""
     row = {"time": time.time(), "step": session.step, "finding": finding, "documents": documents}
-    with (session.config.directory / "findings.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    path = session.config.directory / "findings.jsonl"
+    lines = Lines(path)
+    with session.side_files.tolerate(path), contextlib.closing(lines):
+        lines.append(json.dumps(row))
 
 
 def end_status(session: Session, reason: str) -> None:
@@ -65,8 +72,8 @@ def mark_failure(session: Session) -> Iterator[None]:
     except DivergedError:
         raise  # `end_status` has been called
     except Exception:
-        with contextlib.suppress(ConfigError, OSError):  # the disk may be too full even for this
-            check_fence(session)
+        with contextlib.suppress(ConfigError):
+            check_fence(session.config.directory, session.place.is_first)
             _end(session, "failed")
         raise
 
@@ -76,15 +83,25 @@ def _end(session: Session, state: str) -> None:
     _write(session, {**_read(session.config.directory), "state": state})
 
 
+def _restarts() -> int:
+    """How often the job was started again; 0 where the environment does not say."""
+    text = os.environ.get("INFINI_TRAIN_RESTARTS", "")
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_regular(directory / FILE, MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(session: Session, values: dict[str, Any]) -> None:
-    """Replaces the file atomically; not durable, since after a power cut the process is gone too."""
+    """Replaces the file atomically; not durable, since after a power cut the process is gone too.
+
+    A disk that refuses it does not end training.
+    """
     if not session.place.is_first:
         return
     status = {
@@ -92,7 +109,9 @@ def _write(session: Session, values: dict[str, Any]) -> None:
         "name": session.config.name,
         "step": session.step,
         "total_steps": session.config.train.total_steps,
-        "restarts": int(os.environ.get("INFINI_TRAIN_RESTARTS", "0")),
+        "restarts": _restarts(),
         "heartbeat": time.time(),
     }
-    write_atomic(session.config.directory / "status.json", json.dumps(status), durable=False)
+    path = session.config.directory / FILE
+    with session.side_files.tolerate(path):
+        write_atomic(path, json.dumps(status), durable=False)

@@ -31,3 +31,16 @@ def test_handlers_are_put_back_after_an_error():
     with pytest.raises(ValueError), StopRequest():
         raise ValueError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_what_was_ignored_stays_ignored(number):
+    """nohup, and processes that a script puts into the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            assert stop.received is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from infini_train.config.files import dump
+from infini_train.train.run_folder import hold_folder
 from launch.ranks import describe_trouble, read_ranks
 
 pytestmark = pytest.mark.slow
@@ -121,3 +122,15 @@ main(["train", "slow.yaml"])
         for rank in range(2)
     ]
     assert [(rank.communicate(timeout=100)[1], rank.returncode) for rank in ranks] == [("", 0)] * 2
+
+
+def test_a_folder_that_is_held_is_refused_by_all_ranks_in_one_line(configure, tmp_path):
+    config = configure()
+    (tmp_path / "run.yaml").write_text(dump(config))
+    with hold_folder(config.directory, is_first=True):
+        command = [sys.executable, "-m", "infini_train.cli", "train", str(tmp_path / "run.yaml"), "--nproc", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert list(config.directory.iterdir()) == [config.directory / ".lock"]
+    assert done.returncode == 2 and "was here" not in done.stderr
+    refused = f"error: run_dir: another process is training in {config.directory}; wait for it or stop it"
+    assert {line.removeprefix("[rank 1] ") for line in done.stderr.splitlines() if "run_dir" in line} == {refused}

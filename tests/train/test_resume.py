@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from infini_train.checkpoint import store
+from infini_train.checkpoint.fragments import CheckpointError
 from infini_train.checkpoint.index import dump_index, parse_index
 from infini_train.config.errors import ConfigError
 from infini_train.data.sealed import dump_sealed
@@ -279,6 +280,22 @@ def test_a_field_that_may_not_change_is_refused_by_name(assignment, field, confi
     with pytest.raises(ConfigError, match=rf"^{field}: .*resumed run can't change it"):
         open_session(config)
     assert listing(config.directory) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lanes", None), ("lanes", "nonsense"), ("rng", None), ("rng", {}), ("data", None), ("step", None)],
+)
+def test_a_state_that_another_program_wrote_is_refused_in_one_line(key, value, configure):
+    config = configure()
+    folder = save(open_session(config))
+    index = parse_index((folder / "index.json").read_text())
+    index.state.pop(key)
+    if value is not None:
+        index.state[key] = value
+    (folder / "index.json").write_text(dump_index(index))
+    with pytest.raises(CheckpointError, match=rf"^{folder}: its state can't be read \([^\n]*\); use another one$"):
+        open_session(config)
 
 
 def test_other_training_data_are_refused(configure, tools, tmp_path):
