@@ -5,8 +5,10 @@ import logging
 from infini_train.checkpoint import compat, store
 from infini_train.checkpoint.background import BackgroundSaver
 from infini_train.checkpoint.reader import Checkpoint
+from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree
 from infini_train.config.run import RunConfig, divide_processes
+from infini_train.data.model_files import copy_model_files
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Source, open_reader
 from infini_train.parallel import mesh
@@ -49,8 +51,20 @@ def open_session(config: RunConfig) -> Session:
     elif origin is not None:
         kinds = (origin.attention_kind, config.model.attention.kind)
         change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
+        if first:
+            _take_files(origin, config)
         LOG.info("new run with the weights of %s%s", origin.path, change)
     return session
+
+
+def _take_files(origin: Checkpoint, config: RunConfig) -> None:
+    """Chat template, generation config and the like go on with the weights; the tokenizer is the same."""
+    path = origin.path.resolve()
+    try:
+        for home in (path, path.parent.parent):
+            copy_model_files(home, config.directory)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error
 
 
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:

@@ -143,7 +143,8 @@ def test_the_run_folder_has_what_it_needs(save, tmp_path, process_groups):
     found = import_folder(tmp_path / "hf", tmp_path / "run")
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "continue.yaml", "tokenizer.json", "tokenizer_config.json"
+        "checkpoints", "config.yaml", "continue.yaml", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json"
     }  # fmt: skip
     trained = open_trained(run)
     assert (trained.tokenizer.bos_id, trained.tokenizer.eos_id) == (0, 1) and trained.step == 0
