@@ -32,13 +32,13 @@ def read_prompt(text: str, file: Path | None) -> str:
 
 
 def check_text(text: str, option: str) -> str:
-    """A text of the command line, which is UTF-8.
+    """A text of the command line, read as UTF-8 whatever the locale.
 
     Raises:
         ConfigError: it holds bytes that are not; the message begins with the option.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{option}: is not UTF-8 (character {error.start + 1}); convert it") from error
-    return text
+        return text.encode("utf-8", errors="surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
+        raise ConfigError(f"{option}: is not UTF-8 (byte {error.start}); convert it") from error
