@@ -237,7 +237,7 @@ def _generate(options: argparse.Namespace) -> None:
     prompt = read_prompt(options.prompt, options.prompt_file)
     with Spinner(f"loading {options.model}"):
         _prepare()
-        from infini_train.data.tokenizer import decode_stream
+        from infini_train.data.tokenizer import CONTEXT_TOKENS, decode_stream
         from infini_train.inference.generation import generate
         from infini_train.inference.loading import open_trained
 
@@ -249,6 +249,8 @@ def _generate(options: argparse.Namespace) -> None:
     pieces = decode_stream(tokenizer, stream, before=ids)
     with Spinner("reading the prompt"):
         first = next(pieces, "")
+    if prompt[-1:].isspace() and not tokenizer.decode(ids[-CONTEXT_TOKENS:])[-1:].isspace():
+        first = first.lstrip(" ")  # of a tokenizer that drops the prompt's last space, and begins a word with one
     if not options.no_echo:
         sys.stdout.write(prompt)
     for piece in itertools.chain((first,), pieces):

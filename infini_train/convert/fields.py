@@ -105,5 +105,5 @@ def note_fields(tree: Mapping[str, Any]) -> list[str]:
 
 def show(value: Any) -> str:
     """A value of any size and kind, for a line."""
-    text = str(value)
+    text = str(value) if str(value).isprintable() else ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +137,9 @@ def _small_files(folder: Path, file: str, described: dict[str, Any], tokenizer: 
 
 def _left_behind(folder: Path, taken: set[str]) -> list[str]:
     """A line about files that may matter to the model and are not taken along; README, licence and the like may not."""
-    known = {*taken, *(str(folder / name) for name in (CONFIG, INDEX))}
-    names = [path.name for path in sorted(folder.iterdir()) if path.suffix in OF_MODEL and str(path) not in known]
+    known = {os.path.abspath(name) for name in (*taken, folder / CONFIG, folder / INDEX)}
+    files = sorted(path for path in folder.iterdir() if path.suffix in OF_MODEL)
+    names = [path.name for path in files if os.path.abspath(path) not in known]
     return [f"{folder}: not taken along: {show(', '.join(names))}"] if names else []
 
 

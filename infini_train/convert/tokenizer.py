@@ -71,7 +71,7 @@ def _export_json(tokenizer: HuggingFaceTokenizer, folder: Path, is_original: boo
     bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
     if config is None:
         _write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos})
-    if is_original or tokenizer.begins_with_bos():
+    if is_original or _begins_with_bos(tokenizer):
         return []
     if bos is None:
         return [f"each document began with id {tokenizer.bos_id}, which the tokenizer there can't add"]
@@ -80,6 +80,14 @@ def _export_json(tokenizer: HuggingFaceTokenizer, folder: Path, is_original: boo
     write_synced(folder / tokenizer.file_name, json.dumps(tree, ensure_ascii=False))
     _write_config(folder, {"eos_token": eos, **(_read_config(folder) or {}), "bos_token": bos, "add_bos_token": True})
     return [f"{tokenizer.file_name} there adds bos ({bos}) before each text, as each document of the training had it"]
+
+
+def _begins_with_bos(tokenizer: HuggingFaceTokenizer) -> bool:
+    """Whether the file itself makes the library put bos before a text, and nothing after it."""
+    import tokenizers
+
+    ids = tokenizers.Tokenizer.from_buffer(tokenizer.model_bytes).encode("a text").ids
+    return bool(ids == [tokenizer.bos_id, *tokenizer.encode("a text").tolist()])
 
 
 def _adding_bos(bos: str, bos_id: int, earlier: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -73,11 +73,6 @@ class HuggingFaceTokenizer:
         """The token of an id, as the file spells it; None: no such id."""
         return self._model.id_to_token(number)
 
-    def begins_with_bos(self) -> bool:
-        """Whether the library itself puts bos before a text, and nothing after it."""
-        text = "a text"
-        return self._model.encode(text).ids == [self.bos_id, *self.encode(text).tolist()]
-
     def _find_special_ids(self) -> tuple[int, int, int]:
         """Ids of bos, eos and pad; a missing bos or pad is eos."""
         config = self._config()

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infini_train.config.errors import ConfigError
 from infini_train.convert.family import FAMILIES, list_weights, parse_model
-from infini_train.convert.fields import note_fields
+from infini_train.convert.fields import ONE_VALUE, note_fields
 from infini_train.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
@@ -240,3 +242,26 @@ def test_what_is_not_known_is_told():
         "my_switch: 3: this field is not known here; if it changes what the model computes, that is lost",
         "attention_dropout: 0.1: training here has no dropout",
     ]
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([LLAMA3, YARN])
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*LLAMA3, "a"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, derandomize=True)
+@given(
+    kind=st.sampled_from(list(FAMILIES)),
+    changes=st.dictionaries(st.sampled_from([*CHANGED, *ONE_VALUE, "rope_theta", "rope_scaling"]), VALUES, max_size=3),
+)
+def test_any_values_make_a_model_or_one_line(kind, changes):
+    tree = config_of(kind, changes)
+    try:
+        parse_model(tree, "config.json")
+        lines = note_fields(tree)
+    except ConfigError as refused:
+        lines = [str(refused).removeprefix("config.json: ")]
+    assert all(len(line) < 400 and "\n" not in line for line in lines)
