@@ -17,6 +17,8 @@ from infini_train.data.model_files import (
 )
 from infini_train.data.tokenizer import SentencePieceTokenizer, find_tokenizer
 
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+ADDING_BOS = {"add_bos_token": True, "add_eos_token": False}
 KEEPS_TEXT = "ByteLevel"  # the one post-processor that adds no tokens
 LLAMA_TYPES = ("llama", "mistral")  # the model types whose tokenizer there may be a SentencePiece model
 
@@ -67,18 +69,21 @@ def _add_end(path: Path, end: int) -> None:
 
 
 def _export_json(tokenizer: HuggingFaceTokenizer, folder: Path, is_original: bool) -> list[str]:
-    config = _read_config(folder)
     bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
-    if config is None:
-        _write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos})
-    if is_original or _begins_with_bos(tokenizer):
+    names = {"tokenizer_class": GENERIC_CLASS, "bos_token": bos, "eos_token": eos}
+    config = _read_config(folder)
+    if is_original:
+        if config is None:
+            _write_config(folder, names)
         return []
     if bos is None:
         return [f"each document began with id {tokenizer.bos_id}, which the tokenizer there can't add"]
+    _write_config(folder, {**names, **(config or {}), "bos_token": bos, **ADDING_BOS})
+    if _begins_with_bos(tokenizer):
+        return []
     tree = json.loads(tokenizer.model_bytes)
     tree["post_processor"] = _adding_bos(bos, tokenizer.bos_id, tree.get("post_processor"))
     write_synced(folder / tokenizer.file_name, json.dumps(tree, ensure_ascii=False))
-    _write_config(folder, {"eos_token": eos, **(_read_config(folder) or {}), "bos_token": bos, "add_bos_token": True})
     return [f"{tokenizer.file_name} there adds bos ({bos}) before each text, as each document of the training had it"]
 
 
@@ -108,14 +113,12 @@ def _adding_bos(bos: str, bos_id: int, earlier: Mapping[str, Any] | None) -> dic
 
 
 def _export_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, model_type: str) -> list[str]:
-    if _read_config(folder) is None:
-        names = {f"{name}_token": token for name, token in tokenizer.special_tokens().items()}
-        added = {"add_bos_token": True, "add_eos_token": False}
-        _write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **names, **added})
-    note = "each document of the training began with bos"
+    names = {f"{name}_token": token for name, token in tokenizer.special_tokens().items()}
+    _write_config(folder, {"tokenizer_class": GENERIC_CLASS, **names, **(_read_config(folder) or {}), **ADDING_BOS})
+    note = f"{tokenizer.file_name}: each document of the training began with bos"
     if model_type not in LLAMA_TYPES:
         note += f"; transformers can't read a SentencePiece model for {model_type}: encode with sentencepiece itself"
-    return [f"{tokenizer.file_name}: {note}"]
+    return [note]
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -80,6 +80,19 @@ def test_a_trained_tokenizer_adds_bos_and_nothing_else(name, model_type, tmp_pat
     )
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_config_that_says_otherwise_is_changed(name, tmp_path):
+    """Some classes there go by it, and not by tokenizer.json."""
+    byte_level(tmp_path / "run", PROCESSORS["bos"])
+    said = {"tokenizer_class": name, "eos_token": "</s>", "add_bos_token": False, "add_eos_token": True, "chat": "x"}
+    (tmp_path / "run" / "tokenizer_config.json").write_text(json.dumps({**said, "bos_token": "<s>"}))
+    own = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+    theirs, _ = export(tmp_path / "run", own, tmp_path / "x")
+    ids = theirs("you").input_ids
+    assert ids[0] == own.bos_id and ids.count(own.bos_id) == 1 and own.eos_id not in ids
+    assert json.loads((tmp_path / "x" / "tokenizer_config.json").read_text())["chat"] == "x"
+
+
 def test_one_token_may_be_bos_and_eos(tmp_path):
     """As in Qwen's, where tokenizer_config.json names no bos and says that none is added."""
     byte_level(tmp_path / "run", names=("<|endoftext|>",))
