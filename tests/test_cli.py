@@ -224,7 +224,6 @@ def test_prompts_and_sampling(refused, home, tmp_path):
     assert refused("generate", run, "--temperature", "nan").startswith("--temperature: ")
     assert refused("generate", run, "--seed=-1").startswith("--seed: must lie between 0 and ")
     assert refused("generate", run, "--seed", 10**30).startswith("--seed: must lie between 0 and ")
-    assert refused("generate", run, "--seed", "1e23").endswith("argument --seed: invalid int value: '1e23'")
     assert refused("generate", run, "--prompt", os.fsdecode(b"caf\xe9")) == (
         "--prompt: is not UTF-8 (byte 3); convert it"
     )
