@@ -30,6 +30,7 @@ from infini_train.config.run import RunConfig, divide_processes
 from infini_train.convert.commands import add_export, add_import
 from infini_train.environment import world
 from infini_train.eval.commands import add_commands as add_eval_commands
+from infini_train.inference.prompts import read_prompt
 from infini_train.inference.sampling import add_sampling, read_sampling
 from infini_train.plan.command import add_command as add_plan_command
 from infini_train.selftest.commands import add_command as add_selftest_command
@@ -235,41 +236,29 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     sampling = read_sampling(options)
-    prompt = _read_prompt(options)
+    prompt = read_prompt(options.prompt, options.prompt_file)
     with Spinner(f"loading {options.model}"):
         _prepare()
-        from infini_train.data.tokenizer import decode_stream
+        from infini_train.data.tokenizer import CONTEXT_TOKENS, decode_stream
         from infini_train.inference.generation import generate
         from infini_train.inference.loading import open_trained
 
         trained = open_trained(options.model)
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    stop = None if options.ignore_end else tokenizer.eos_id
+    stop = None if options.ignore_end else trained.end_ids
     stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
-    pieces = decode_stream(tokenizer, stream)
+    pieces = decode_stream(tokenizer, stream, before=ids)
     with Spinner("reading the prompt"):
         first = next(pieces, "")
+    if prompt[-1:].isspace() and not tokenizer.decode(ids[-CONTEXT_TOKENS:])[-1:].isspace():
+        first = first.lstrip(" ")  # of a tokenizer that drops the prompt's last space, and begins a word with one
     if not options.no_echo:
         sys.stdout.write(prompt)
     for piece in itertools.chain((first,), pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def _read_prompt(options: argparse.Namespace) -> str:
-    if options.prompt_file is None:
-        return options.prompt
-    try:
-        data = sys.stdin.buffer.read() if str(options.prompt_file) == "-" else options.prompt_file.read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"--prompt-file: {options.prompt_file} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--prompt-file: {options.prompt_file} is not UTF-8 (byte {error.start}); convert it"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

@@ -221,6 +221,12 @@ def test_prompts_and_sampling(refused, home, tmp_path):
     assert "No such file" in refused("generate", run, "--prompt-file", tmp_path / "none.txt")
     assert refused("generate", run, "--top-p", 0).startswith("--top-p: ")
     assert refused("generate", run, "--temperature=-1").startswith("--temperature: ")
+    assert refused("generate", run, "--temperature", "nan").startswith("--temperature: ")
+    assert refused("generate", run, "--seed=-1").startswith("--seed: must lie between 0 and ")
+    assert refused("generate", run, "--seed", 10**30).startswith("--seed: must lie between 0 and ")
+    assert refused("generate", run, "--prompt", os.fsdecode(b"caf\xe9")) == (
+        "--prompt: is not UTF-8 (byte 3); convert it"
+    )
 
 
 def test_a_demo_of_no_text(refused, tmp_path):

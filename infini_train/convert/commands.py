@@ -74,6 +74,8 @@ def _import(options: argparse.Namespace) -> None:
             found = import_folder(options.folder, options.run_dir, tokenizer=options.tokenizer, on_tensor=show)
     except TokenizerError as error:
         raise ConfigError(f"{error} with --tokenizer") from error
+    for note in found.notes:
+        print(f"note: {note}")
     print(
         f"{options.run_dir}: {found.parameters:,} parameters, as stored ({name_dtype(found.dtype)});"
         f" tokenizer {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids\n"

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from infini_train.config.attention import FullConfig
-from infini_train.config.errors import ConfigError
+from infini_train.config.errors import ConfigError, naming
 from infini_train.config.model import ModelConfig, RopeScaling
+from infini_train.convert.fields import check_fields, show
 
 Tree = Mapping[str, Any]
 
@@ -19,13 +20,14 @@ class Family(NamedTuple):
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    defaults: Mapping[str, int] = {}  # sizes, where config.json leaves them out
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "mistral": Family("MistralForCausalLM", defaults={"num_key_value_heads": 8}),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}),
 }
 SIZES = {  # theirs -> ours
     "vocab_size": "vocab_size",
@@ -41,13 +43,8 @@ SCALING = {  # of rope_type llama3: theirs -> ours
     "high_freq_factor": "high_freq_factor",
     ORIGINAL: "original_tokens",
 }
-ONE_VALUE = {  # of fields that may be left out: the only value there is here, and what another one would ask for
-    "hidden_act": ("silu", "another activation than SwiGLU's"),
-    "attention_bias": (False, "biases in all four projections of the attention"),
-    "mlp_bias": (False, "biases in the feed-forward"),
-    "partial_rotary_factor": (1.0, "rotary embedding of a part of the head"),
-    "quantization_config": (None, "quantised weights; take the model in bf16"),
-}
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+SLIDING_WINDOW = 4096  # of Mistral's and Qwen's types, where sliding_window is left out
 
 
 class Weight(NamedTuple):
@@ -67,75 +64,136 @@ def parse_model(tree: Tree, source: str) -> ModelConfig:
     Raises:
         ConfigError: a model that this one can't be made equal to; the message names the field.
     """
-
-    def refuse(field: str, problem: str) -> ConfigError:
-        return ConfigError(f"{source}: {field}: {problem}")
-
-    kind = tree.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise refuse("model_type", f"{kind} can't be imported; those that can are {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    for field, (value, other) in ONE_VALUE.items():
-        if tree.get(field, value) != value:
-            raise refuse(field, f"{tree[field]} asks for {other}, which this model doesn't have")
-    _check_windows(tree, refuse)
-    sizes = {}
-    for theirs, ours in {**SIZES, "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"}.items():
-        value = tree.get(theirs)
-        if value is None and theirs not in SIZES:
-            continue
-        if not isinstance(value, int) or value <= 0:
-            raise refuse(theirs, f"must be a positive number, not {value}")
-        sizes[ours] = value
-    eps = tree.get("rms_norm_eps")
-    if not isinstance(eps, float | int):
-        raise refuse("rms_norm_eps", f"must be a number, not {eps}")
-    theta, scaling = _parse_rope(tree, refuse)
-    return ModelConfig(
-        **sizes,
-        attention=FullConfig(),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(eps),
-        tied_embeddings=bool(tree.get("tie_word_embeddings", False)),
-        qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias,
-    )
+    with naming(source):
+        kind = tree.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise _refuse("model_type", f"{show(kind)} can't be imported; those that can are {', '.join(FAMILIES)}")
+        family = FAMILIES[kind]
+        check_fields(tree)
+        _check_architecture(tree.get("architectures"))
+        tied = tree.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise _refuse("tie_word_embeddings", f"must be true or false, not {show(tied)}")
+        sizes = {ours: _positive(theirs, tree.get(theirs)) for theirs, ours in SIZES.items()}
+        _check_windows(tree, sizes["num_layers"])
+        for theirs, ours in {"num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"}.items():
+            value = tree.get(theirs, family.defaults.get(theirs))
+            if value is not None:
+                sizes[ours] = _positive(theirs, value)
+        eps = _number("rms_norm_eps", tree.get("rms_norm_eps", 1e-6))
+        theta, scaling = _parse_rope(tree)
+        return ModelConfig(
+            **sizes,
+            attention=FullConfig(),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=eps,
+            tied_embeddings=tied,
+            qk_norm=family.qk_norm,
+            qkv_bias=family.qkv_bias,
+        )
 
 
-def _check_windows(tree: Tree, refuse: Any) -> None:
+def _refuse(field: str, problem: str) -> ConfigError:
+    return ConfigError(f"{field}: {problem}")
+
+
+def _positive(field: str, value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _refuse(field, f"must be a positive number, not {show(value)}")
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    if type(value) not in (float, int) or not abs(value) < 1e300:
+        raise _refuse(field, f"must be a number, not {show(value)}")
+    return float(value)
+
+
+def _check_architecture(named: Any) -> None:
+    """That it is a language model, without code of its own; which one, transformers too takes from model_type."""
+    names = named if isinstance(named, list) else [named]
+    known = [family.architecture for family in FAMILIES.values()]
+    if named is not None and not {str(name).lower() for name in names} & {name.lower() for name in known}:
+        raise _refuse("architectures", f"{show(named)} can't be imported; those that can are {', '.join(known)}")
+
+
+def _check_windows(tree: Tree, num_layers: int) -> None:
     """Sliding windows are off: none is given, or a switch says so, which Qwen's types alone have."""
     kind = tree["model_type"]
-    window = tree.get("sliding_window", 4096 if kind == "mistral" else None)
-    if window is not None and (not kind.startswith("qwen") or tree.get("use_sliding_window", False)):
-        raise refuse("sliding_window", f"{window}: attention in a sliding window is not known here")
-    other = [kind for kind in tree.get("layer_types") or () if kind != "full_attention"]
+    window = tree.get("sliding_window", None if kind == "llama" else SLIDING_WINDOW)
+    layers = tree.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or len(layers) != num_layers):
+        raise _refuse("layer_types", f"must name the kind of each of the {num_layers} layers, not {show(layers)}")
+    other = [kind for kind in layers or () if kind != "full_attention"]
     if other:
-        raise refuse("layer_types", f"{other[0]} is not known here; all layers must have full_attention")
+        raise _refuse("layer_types", f"{show(other[0])} is not known here; all layers must have full_attention")
+    if window is None:
+        return
+    if kind.startswith("qwen"):
+        switch, full = tree.get("use_sliding_window", False), tree.get("max_window_layers", 0)
+        if type(switch) is not bool or type(full) is not int:
+            field = "max_window_layers" if type(switch) is bool else "use_sliding_window"
+            raise _refuse(field, f"{show(tree.get(field))} can't be understood")
+        if not switch or layers is not None or full >= num_layers:
+            return
+    raise _refuse("sliding_window", f"{show(window)}: attention in a sliding window is not known here")
 
 
-def _parse_rope(tree: Tree, refuse: Any) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, from the fields of transformers 5 or 4."""
-    field = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
-    rope = tree.get(field) or {}
-    if not isinstance(rope, Mapping):
-        raise refuse(field, f"must be an object, not {rope}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise refuse(field, f"rotary embedding scaled in the way of {kind} is not known here; only that of llama3 is")
+def _parse_rope(tree: Tree) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding, from the fields of transformers 5 or 4.
+
+    As in transformers 5, rope_scaling replaces the whole of rope_parameters, and a rope_theta outside counts where
+    there is none inside.
+    """
+    for field in ("rope_parameters", "rope_scaling"):
+        if not isinstance(tree.get(field) or {}, Mapping):
+            raise _refuse(field, f"must be an object, not {show(tree[field])}")
+    parameters, scaling = tree.get("rope_parameters") or {}, tree.get("rope_scaling") or {}
+    field, rope = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
+    theta = rope.get("rope_theta", tree.get("rope_theta", 10_000.0))
+    kind = _rope_kind(field, rope)
+    if scaling:
+        _check_replaced(parameters, {**rope, "rope_theta": theta}, kind)
+    known = {*ROPE_KEYS, *(SCALING if kind == "llama3" else ())}
+    for name, value in rope.items():
+        if name not in known and value is not None:
+            raise _refuse(f"{field}.{name}", f"{show(value)} is not known here for rope_type {kind}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(field, "rotary embedding of a part of the head is not known here")
-    values = {"rope_theta": rope.get("rope_theta", tree.get("rope_theta", 10_000.0))}
-    if kind == "llama3":
-        values |= {name: rope.get(name) for name in SCALING}
-    for name, value in values.items():
-        if not isinstance(value, float | int):
-            raise refuse(name if name == "rope_theta" else f"{field}.{name}", f"must be a number, not {value}")
-    theta = float(values.pop("rope_theta"))
-    if not values:
-        return theta, None
-    factors = {ours: float(values[theirs]) for theirs, ours in SCALING.items() if theirs != ORIGINAL}
-    return theta, RopeScaling(**factors, original_tokens=int(values[ORIGINAL]))
+        raise _refuse(field, "rotary embedding of a part of the head is not known here")
+    base = _number("rope_theta", theta)
+    if kind == "default":
+        return base, None
+    values = {ours: _number(f"{field}.{theirs}", rope.get(theirs)) for theirs, ours in SCALING.items()}
+    original, outside = values["original_tokens"], tree.get(ORIGINAL)
+    if not original.is_integer() or outside not in (None, original):
+        raise _refuse(f"{field}.{ORIGINAL}", f"must be a whole number, and the same as outside, not {show(original)}")
+    return base, RopeScaling(**{**values, "original_tokens": int(original)})
+
+
+def _check_replaced(parameters: Tree, rope: Tree, kind: str) -> None:
+    """That nothing is lost where rope_scaling replaces the whole of rope_parameters."""
+    lost = [name for name, value in parameters.items() if name not in ("rope_type", "type") and rope.get(name) != value]
+    if _rope_kind("rope_parameters", parameters) not in ("default", kind):
+        lost.append("rope_type")
+    if lost:
+        raise _refuse(
+            "rope_scaling",
+            f"replaces the whole of rope_parameters, and with it {lost[0]} {show(parameters.get(lost[0]))};"
+            " write all into one of the two, and remove the other",
+        )
+
+
+def _rope_kind(field: str, rope: Tree) -> str:
+    """Its rope_type, in either spelling: default or llama3."""
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise _refuse(field, f"rope_type is {show(kinds[0])}, but type {show(kinds[1])}; remove one")
+    kind = kinds[0] if kinds else "default"
+    if kind not in ("default", "llama3"):
+        problem = f"rotary embedding scaled in the way of {show(kind)} is not known here; only that of llama3 is"
+        raise _refuse(field, problem)
+    return str(kind)
 
 
 def describe_model(model: ModelConfig) -> dict[str, Any]:

@@ -17,28 +17,13 @@ from safetensors.torch import save_file
 from infini_train.atomic_files import sync_path
 from infini_train.checkpoint.sync import appearing, write_synced
 from infini_train.config.errors import ConfigError
+from infini_train.data.model_files import read_json
+from infini_train.regular_files import require_regular
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_FILE_BYTES = 2 * 10**9  # twice as much is in memory while a file is written
 _OPEN_FILES = 64  # far below the usual limit of 1024 descriptors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        ConfigError: it can't be read, or is none.
-    """
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}; name a folder in Hugging Face's layout") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: is not a JSON object")
-    return tree
 
 
 class WeightsFolder:
@@ -57,9 +42,9 @@ class WeightsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open = lru_cache(_OPEN_FILES)(self._open_file)
-        if (folder / WEIGHTS).is_file():  # transformers, too, takes it where an index lies beside it
+        if (folder / WEIGHTS).exists():  # transformers, too, takes it where an index lies beside it
             self.files = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
-        elif (folder / INDEX).is_file():
+        elif (folder / INDEX).exists():
             self.files = self._read_index()
         else:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
@@ -83,6 +68,7 @@ class WeightsFolder:
     def _open_file(self, file: str) -> Any:
         path = self.folder / file
         try:
+            require_regular(path)  # a named pipe would make safetensors wait
             return safe_open(path, framework="pt")
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: is missing; copy it again") from error
@@ -105,8 +91,23 @@ class WeightsFolder:
         return DTYPES[found]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, as it is stored, on the CPU."""
-        return self._open(self.files[name]).get_tensor(name)
+        """A tensor, as it is stored, on the CPU.
+
+        Raises:
+            ConfigError: it holds NaN or infinity.
+        """
+        return require_finite(self._open(self.files[name]).get_tensor(name), f"{self.folder}: {name}")
+
+
+def require_finite(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """The weight itself.
+
+    Raises:
+        ConfigError: it holds NaN or infinity; the message begins with `name`.
+    """
+    if not torch.isfinite(weight).all():
+        raise ConfigError(f"{name} holds NaN or infinity, so the model computes nothing; take a sound checkpoint")
+    return weight
 
 
 def write_weights(

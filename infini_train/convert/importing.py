@@ -1,8 +1,9 @@
 """A folder in Hugging Face's layout into the folder of a run: checkpoint, tokenizer, and a config to go on with."""
 
 import dataclasses
+import json
 import math
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,22 +12,31 @@ import torch
 
 from infini_train.checkpoint.fragments import Fragment, whole_fragment
 from infini_train.checkpoint.resharding import write_whole
-from infini_train.checkpoint.store import FOLDER
+from infini_train.checkpoint.store import FOLDER, open_checkpoint
 from infini_train.checkpoint.sync import check_new
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import dump, to_tree, validate
+from infini_train.config.files import dump, load_run, to_tree, validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.config.yaml_text import dump_tree
 from infini_train.convert.family import list_weights, parse_model
-from infini_train.convert.folder import CONFIG, MAX_FILE_BYTES, WeightsFolder, new_folder, read_json
-from infini_train.data.tokenizer import Tokenizer, load_tokenizer
+from infini_train.convert.fields import note_fields, show
+from infini_train.convert.folder import CONFIG, INDEX, MAX_FILE_BYTES, WeightsFolder, new_folder
+from infini_train.data.model_files import (
+    GENERATION_CONFIG,
+    find_tokenizer_files,
+    parse_end_ids,
+    read_json,
+    read_small,
+    write_small,
+)
+from infini_train.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 STEP = "step-00000000"
 CONTINUE = "continue.yaml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there
-TOKENIZER_CONFIG = "tokenizer_config.json"  # names bos and eos of a tokenizer.json
+OF_MODEL = (".json", ".jinja", ".model", ".py", ".txt")  # suffixes of files that may be a part of the model
 FULL_TOKENS = 8192  # window of a full model that is evaluated; its cost grows with the square
 SEGMENT_TOKENS, SEGMENTS = 2048, 16  # of the training that goes on: the paper's segment and training length
 GATE_INIT = -3.0  # new gates read 5 % from the memory, and can still open
@@ -50,6 +60,7 @@ class Imported(NamedTuple):
     dtype: torch.dtype
     parameters: int
     tokenizer: Tokenizer
+    notes: tuple[str, ...]  # what was passed over
 
 
 def import_folder(
@@ -79,31 +90,74 @@ def import_folder(
     model = parse_model(described, str(folder / CONFIG))
     weights = WeightsFolder(folder)
     dtype = _check_weights(weights, model)
-    file, used = _find_tokenizer(folder, tokenizer)
-    if used.vocab_size > model.vocab_size:
-        raise TokenizerError(
-            f"{file}: has {used.vocab_size} ids, more than vocab_size {model.vocab_size} of {folder / CONFIG};"
-            " name the model's own tokenizer"
-        )
-    positions = described.get("max_position_embeddings")
-    known = positions if isinstance(positions, int) and positions > 0 else FULL_TOKENS
-    config = _own_config(model, run_dir, min(known, FULL_TOKENS))
+    file, used = _find_tokenizer(folder, tokenizer, model.vocab_size)
+    small = _small_files(folder, file, described, used)
+    notes = [f"{folder / CONFIG}: {note}" for note in note_fields(described)]
+    notes += _left_behind(folder, {file, *(str(folder / name) for name in small)})
     total = sum(math.prod(weight.shape) for weight in list_weights(model).values())
-    special_ids = [used.bos_id, used.eos_id, used.pad_id]
-    tokens = {"tokenizer": used.sha256, "special_ids": special_ids}
-    state = {"step": 0, "tokens": 0, "data": "imported", **tokens, "imported": described}
     with new_folder(run_dir) as aside:
         fragments = _fragments(weights, model, lambda done: on_tensor(done, total))
-        write_whole(aside / FOLDER / STEP, 0, fragments, state, to_tree(config), max_file_bytes)
+        positions = described.get("max_position_embeddings")
+        known = positions if isinstance(positions, int) and positions > 0 else FULL_TOKENS
+        config = _own_config(model, run_dir, min(known, FULL_TOKENS))
+        write_whole(aside / FOLDER / STEP, 0, fragments, _state(used, described), to_tree(config), max_file_bytes)
         (aside / "config.yaml").write_text(dump(config), encoding="utf-8")
         text = _continuing_config(model, run_dir, min(known, SEGMENT_TOKENS))
         (aside / CONTINUE).write_text(text, encoding="utf-8")
-        if used.file_name is not None:
-            (aside / used.file_name).write_bytes(used.model_bytes)
-            beside = Path(file).with_name(TOKENIZER_CONFIG)
-            if beside.is_file():
-                shutil.copyfile(beside, aside / TOKENIZER_CONFIG)
-    return Imported(model, dtype, total, used)
+        for name, content in small.items():
+            write_small(aside / name, content)
+        _check_readable(aside, run_dir, used)
+    return Imported(model, dtype, total, used, tuple(notes))
+
+
+def _state(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint says besides weights and config."""
+    special_ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    tokens = {"tokenizer": tokenizer.sha256, "special_ids": special_ids}
+    return {"step": 0, "tokens": 0, "data": "imported", **tokens, "imported": described}
+
+
+def _small_files(folder: Path, file: str, described: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer, what lies beside it, and generation_config.json, by their names in the run's folder."""
+    small = {}
+    if tokenizer.file_name is not None:
+        beside = Path(file).parent
+        small = {name: read_small(beside / name) for name in find_tokenizer_files(beside)}
+        small[tokenizer.file_name] = tokenizer.model_bytes
+    path = folder / GENERATION_CONFIG
+    own = read_json(path) if path.exists() else {}
+    ends = parse_end_ids(own, path)
+    more = [end for end in parse_end_ids(described, folder / CONFIG) if end not in (*ends, tokenizer.eos_id)]
+    if more:  # config.json stays with the checkpoint, this file goes on to the runs that begin with it
+        own["eos_token_id"] = [*ends, *more]
+        small[GENERATION_CONFIG] = (json.dumps(own, indent=2) + "\n").encode()
+    elif own:
+        small[GENERATION_CONFIG] = read_small(path)
+    return small
+
+
+def _left_behind(folder: Path, taken: set[str]) -> list[str]:
+    """A line about files that may matter to the model and are not taken along; README, licence and the like may not."""
+    known = {os.path.abspath(name) for name in (*taken, folder / CONFIG, folder / INDEX)}
+    files = sorted(path for path in folder.iterdir() if path.suffix in OF_MODEL)
+    names = [path.name for path in files if os.path.abspath(path) not in known]
+    return [f"{folder}: not taken along: {show(', '.join(names))}"] if names else []
+
+
+def _check_readable(written: Path, run_dir: Path, tokenizer: Tokenizer) -> None:
+    """That what was written opens again, under the eyes of the user who has the original.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    try:
+        checkpoint = open_checkpoint(written / FOLDER / STEP)
+        validate(checkpoint.config)
+        found = find_tokenizer(checkpoint.path, tokenizer.sha256, checkpoint.special_ids)
+        again = load_run(str(written / CONTINUE)).train.init_from
+    except ConfigError as error:
+        raise ConfigError(f"{run_dir}: was not written, since it couldn't be read again: {error}") from error
+    assert found is not None and again == str(run_dir)
 
 
 def _check_weights(weights: WeightsFolder, model: ModelConfig) -> torch.dtype:
@@ -132,13 +186,19 @@ def _check_weights(weights: WeightsFolder, model: ModelConfig) -> torch.dtype:
     return dtypes.pop()
 
 
-def _find_tokenizer(folder: Path, given: str | None) -> tuple[str, Tokenizer]:
+def _find_tokenizer(folder: Path, given: str | None, vocab_size: int) -> tuple[str, Tokenizer]:
     """The tokenizer, and the file or name that it was loaded from."""
     found = next((str(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     name = given or found
     if name is None:
         raise TokenizerError(f"{folder}: holds no {' or '.join(TOKENIZER_FILES)}; name one")
-    return name, load_tokenizer(name)
+    used = load_tokenizer(name)
+    if used.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{name}: has {used.vocab_size} ids, more than vocab_size {vocab_size} of {folder / CONFIG};"
+            " name the model's own tokenizer"
+        )
+    return name, used
 
 
 def _fragments(weights: WeightsFolder, model: ModelConfig, on_tensor: Callable[[int], object]) -> Iterator[Fragment]:
@@ -185,4 +245,5 @@ def _continuing_config(model: ModelConfig, run_dir: Path, segment_tokens: int) -
         "checkpoint": {"every_steps": 250, "keep_last": 3},
     }
     validate(tree)
-    return CONTINUE_HEAD.format(run=run_dir) + dump_tree(tree)
+    name = str(run_dir) if str(run_dir).isprintable() else ascii(str(run_dir))  # a comment must stay on its line
+    return CONTINUE_HEAD.format(run=name) + dump_tree(tree)

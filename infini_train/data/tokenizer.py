@@ -15,6 +15,7 @@ from infini_train.data.manifest import MANIFEST_FILE, Manifest, hash_file, read_
 from infini_train.data.pieces import PieceEncoder
 
 SHORT_CHARS = 1000  # texts up to this length are encoded in one call
+CONTEXT_TOKENS = 32  # before a text that is decoded: more than the bytes of any character
 
 
 class Tokenizer(Protocol):
@@ -148,6 +149,11 @@ class SentencePieceTokenizer:
                 parts[number].append(self._symbol_ids if is_symbol else array.astype(self._dtype))
         return [np.concatenate(part) for part in parts]
 
+    def special_tokens(self) -> dict[str, str]:
+        """Those that the model has of bos, eos, unk and pad, as it spells them."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._model.unk_id(), "pad": self._model.pad_id()}
+        return {name: self._model.id_to_piece(number) for name, number in ids.items() if number >= 0}
+
     def _pieces(self, text: str) -> Iterator[str]:
         """Splits the text around each space symbol, if the model would read that as a space."""
         if not self._keeps_text:
@@ -163,18 +169,23 @@ class SentencePieceTokenizer:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
 
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
     """Text of ids as they arrive; holds a character back until its last byte has arrived.
 
     Decodes a few earlier ids before the new ones, since the first piece of a decode may lose its space.
+
+    Args:
+        tokenizer: of the ids.
+        ids: one after the other.
+        before: ids that the text stands after, such as a prompt's; they are not shown.
     """
-    known: list[int] = []
+    known = list(before[-CONTEXT_TOKENS:])
     new: list[int] = []
     for token in ids:
         new.append(int(token))
-        before, now = tokenizer.decode(known), tokenizer.decode(known + new)
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
+        earlier, now = tokenizer.decode(known), tokenizer.decode(known + new)
+        if len(now) > len(earlier) and not now.endswith("\ufffd"):
+            yield now[len(earlier) :]
             known, new = new, []
     if new and (rest := tokenizer.decode(known + new)[len(tokenizer.decode(known)) :]):
         yield rest

@@ -116,7 +116,7 @@ def evaluate_harness(trained: "Trained", task: HarnessTask, *, lanes: int, out: 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm_eval would fork this process, threads and all, which may hang
     with contextlib.chdir(folder):
         results = simple_evaluate(
-            model=InfiniLM(trained.model, trained.tokenizer, lanes=lanes, seed=task.seed),
+            model=InfiniLM(trained.model, trained.tokenizer, lanes=lanes, seed=task.seed, end_ids=trained.end_ids),
             tasks=list(names),
             num_fewshot=task.num_fewshot,
             limit=task.limit,

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.tokenizer import Tokenizer, decode_stream
 from infini_train.inference.generation import continue_from
 from infini_train.inference.reading import Tail, read_segments, score_tails
 from infini_train.inference.sampling import Sampling
@@ -31,13 +31,23 @@ class InfiniLM(TemplateLM):
         tokenizer: of the model.
         lanes: texts read side by side.
         seed: of sampled generations; each request has its own stream.
+        end_ids: ids that end a generated text; none: the tokenizer's eos.
     """
 
     backend = "causal"
     tokenizer = None  # no chat template
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, lanes: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        lanes: int = 8,
+        seed: int = 0,
+        end_ids: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.end_ids = end_ids or (tokenizer.eos_id,)
         self.model, self.text_tokenizer, self.lanes, self.seed = model, tokenizer, lanes, seed
 
     @property
@@ -132,21 +142,21 @@ class InfiniLM(TemplateLM):
             tail.tokens.tolist(),
             tail.state,
             max_new_tokens=limit,
-            stop_id=self.eot_token_id,
+            stop_id=self.end_ids,
             sampling=sampling,
         )
-        return _cut(self._grow(ids, stops), stops)
+        pieces = decode_stream(self.text_tokenizer, ids, before=tail.tokens.tolist())  # as they follow the context
+        return _cut(_grow(pieces, stops), stops)
 
-    def _grow(self, ids: Iterator[int], stops: Sequence[str]) -> str:
-        """The text of the ids, up to the token with which one of the stops is there."""
-        written: list[int] = []
-        text = ""
-        for token in ids:
-            written.append(token)
-            text = self.text_tokenizer.decode(written)
-            if any(stop and stop in text for stop in stops):
-                break
-        return text
+
+def _grow(pieces: Iterator[str], stops: Sequence[str]) -> str:
+    """The text of the pieces, up to the one with which one of the stops is there."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if any(stop and stop in text for stop in stops):
+            break
+    return text
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

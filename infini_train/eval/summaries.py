@@ -18,6 +18,7 @@ from infini_train.data.words import has_unspaced_words
 from infini_train.eval.measurement import Measurement, add_lanes, add_model, add_out, run
 from infini_train.eval.rouge import MEASURES, Scorer, lead, make_scorer
 from infini_train.eval.summary_writing import MAX_NEW_TOKENS, PAPER, Book, SummaryTask, Written, write_summaries
+from infini_train.inference.prompts import check_text
 from infini_train.inference.sampling import add_sampling, read_sampling
 from infini_train.statistics import bootstrap_rows, percentile_interval
 
@@ -75,7 +76,15 @@ class SummaryTest(Measurement[Written]):
     def measure(self, records: Sequence[Written], on_progress: Callable[[int], object]) -> Iterator[Sequence[Written]]:
         done = {(record.number, record.sample) for record in records}
         model, tokenizer = self.trained.model, self.trained.tokenizer
-        return write_summaries(model, tokenizer, self.task, lanes=self.lanes, done=done, on_progress=on_progress)
+        return write_summaries(
+            model,
+            tokenizer,
+            self.task,
+            lanes=self.lanes,
+            done=done,
+            end_ids=self.trained.end_ids,
+            on_progress=on_progress,
+        )
 
     def describe(self, batch: Sequence[Written], records: Sequence[Written]) -> Iterator[str]:
         first, last = batch[0].number + 1, batch[-1].number + 1
@@ -252,7 +261,9 @@ def _summarise(options: argparse.Namespace) -> None:
         samples=options.samples,
         books=options.books,
         max_book_tokens=options.max_book_tokens,
-        form=PairForm(prompt=options.prompt, separator=options.separator),
+        form=PairForm(
+            prompt=check_text(options.prompt, "--prompt"), separator=check_text(options.separator, "--separator")
+        ),
         book_field=options.text_field,
         summary_field=options.summary_field,
     )

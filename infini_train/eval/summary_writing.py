@@ -164,6 +164,7 @@ def write_summaries(
     *,
     lanes: int,
     done: Collection[tuple[int, int]] = (),
+    end_ids: Collection[int] = (),
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Iterator[list[Written]]:
     """Summaries of the books of a task, a batch of books at a time, in the order of the file.
@@ -174,11 +175,13 @@ def write_summaries(
         task: which books, and how.
         lanes: books read side by side; what is written does not depend on it, rounding aside.
         done: (book, sample) to leave out.
+        end_ids: ids that end a summary; none: the tokenizer's eos.
         on_progress: called with tokens read.
     """
     from infini_train.inference.reading import read_segments
     from infini_train.parallel import device
 
+    stops = end_ids or (tokenizer.eos_id,)
     open_books = (book for book in task.read_books() if _samples_left(task, book, done))
     while batch := list(islice(open_books, lanes)):
         ids = (task.form.encode_book(tokenizer, book.text, task.max_book_tokens) for book in batch)
@@ -191,7 +194,7 @@ def write_summaries(
         for book, text, tail in zip(batch, texts, tails, strict=True):
             for sample in _samples_left(task, book, done):
                 clock = time.perf_counter()
-                said = _write(model, tokenizer, task, tail, _own_stream(task.sampling, book.number, sample))
+                said = _write(model, stops, task, tail, _own_stream(task.sampling, book.number, sample))
                 written.append(
                     Written(
                         number=book.number,
@@ -211,15 +214,13 @@ def write_summaries(
 
 
 def _write(
-    model: "Transformer", tokenizer: Tokenizer, task: SummaryTask, tail: "Tail", sampling: Sampling
+    model: "Transformer", stops: Collection[int], task: SummaryTask, tail: "Tail", sampling: Sampling
 ) -> list[int]:
-    """Ids of a summary, without the eos that may end it."""
+    """Ids of a summary, without the one that may end it."""
     from infini_train.inference.generation import continue_from
 
     prompt, limit = tail.tokens.tolist(), task.max_new_tokens
-    return list(
-        continue_from(model, prompt, tail.state, max_new_tokens=limit, stop_id=tokenizer.eos_id, sampling=sampling)
-    )
+    return list(continue_from(model, prompt, tail.state, max_new_tokens=limit, stop_id=stops, sampling=sampling))
 
 
 def _samples_left(task: SummaryTask, book: Book, done: Collection[tuple[int, int]]) -> Sequence[int]:

@@ -3,26 +3,39 @@
 Legend: B lanes (1), T tokens of a call, D model width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
+from infini_train.config.errors import ConfigError
 from infini_train.inference.reading import FORWARD_SEGMENTS, advance, prefill, segment_of
 from infini_train.inference.sampling import Sampling
 from infini_train.model.transformer import ModelState, Transformer
 
+StopId = int | Collection[int] | None
+
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id."""
+    """One token id.
+
+    Raises:
+        ConfigError: the model gives no numbers, since weights are damaged or training has diverged.
+    """
+    if not logits_V.isfinite().all():
+        raise ConfigError("the model's output is NaN or infinity: its weights are damaged; take an earlier checkpoint")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    ranked = (logits_V.float().cpu() / sampling.temperature).sort(descending=True, stable=True)
+    scaled_V = logits_V.float().cpu() / sampling.temperature
+    if not scaled_V.isfinite().all():  # so near 0 that they overflow
+        scaled_V = (logits_V.double() - logits_V.max()).cpu() / sampling.temperature
+    ranked = scaled_V.sort(descending=True, stable=True)
     probability = ranked.values.softmax(0)
     before = probability.cumsum(0) - probability
     keep = before < sampling.top_p
-    if sampling.top_k:
+    if 0 < sampling.top_k < len(keep):
         keep[sampling.top_k :] = False
+    keep[0] = True  # however small top_p is
     choice = torch.multinomial(probability * keep, 1, generator=generator)
     return int(ranked.indices[choice])
 
@@ -48,16 +61,19 @@ def feed(
 
 
 def generate(
-    model: Transformer, prompt: list[int], *, max_new_tokens: int, stop_id: int | None, sampling: Sampling
+    model: Transformer, prompt: list[int], *, max_new_tokens: int, stop_id: StopId, sampling: Sampling
 ) -> Iterator[int]:
-    """Yields token ids until `stop_id` (not yielded) or `max_new_tokens`.
+    """Yields token ids until one that ends the text (not yielded), or `max_new_tokens`.
 
     Args:
         model: any variant; memory stays constant with `infini` and `local`.
         prompt: token ids; the first one begins a document.
         max_new_tokens: at most this many.
-        stop_id: end of document, or None.
+        stop_id: the id that ends a text, several of them, or None.
         sampling: how to choose.
+
+    Raises:
+        ConfigError: the weights are damaged.
     """
     yield from continue_from(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
 
@@ -68,16 +84,17 @@ def continue_from(
     state: ModelState | None,
     *,
     max_new_tokens: int,
-    stop_id: int | None,
+    stop_id: StopId,
     sampling: Sampling,
 ) -> Iterator[int]:
     """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
+    stops = {stop_id} if isinstance(stop_id, int) else set(stop_id or ())
     generator = torch.Generator().manual_seed(sampling.seed)
     chunk = FORWARD_SEGMENTS * segment_of(model)
     logits_V, state = feed(model, prompt, state, chunk_tokens=chunk)
     for written in range(1, max_new_tokens + 1):
         token = choose_token(logits_V, sampling, generator)
-        if token == stop_id:
+        if token in stops:
             return
         yield token
         if written < max_new_tokens:

@@ -12,6 +12,7 @@ from infini_train.checkpoint.weights import load_weights
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import validate
 from infini_train.config.run import RunConfig
+from infini_train.data.model_files import GENERATION_CONFIG, parse_end_ids, read_json
 from infini_train.data.tokenizer import SentencePieceTokenizer, Tokenizer, find_tokenizer, tokenizer_files
 from infini_train.inference.reading import segment_of
 from infini_train.model.transformer import Transformer
@@ -31,6 +32,7 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_file: Path | None  # None: bytes
     precision: str  # of weights and activations: fp32 or bf16
+    end_ids: tuple[int, ...]  # each ends a text: the tokenizer's eos first, then those of generation_config.json
 
     @property
     def model(self) -> Transformer:
@@ -60,7 +62,7 @@ def open_trained(path: Path, precision: str = "fp32") -> Trained:
         precision: "fp32" or "bf16" weights and activations.
 
     Raises:
-        ConfigError: there is no usable checkpoint or tokenizer.
+        ConfigError: there is no usable checkpoint or tokenizer, or its generation_config.json can't be read.
     """
     return look_again(lambda: _load(_open(path), precision))
 
@@ -80,4 +82,13 @@ def _load(checkpoint: Checkpoint, precision: str) -> Trained:
     added = load_weights(stages.transformers()[0], checkpoint)
     assert not added, f"{checkpoint.path}: lacks {added[0]}, a parameter of its own config"
     stages = stages.to(device.current(), dtype).eval()
-    return Trained(stages, config, checkpoint.step, checkpoint.path, *found, precision)
+    return Trained(stages, config, checkpoint.step, checkpoint.path, *found, precision, _end_ids(checkpoint, found[0]))
+
+
+def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
+    ids = [tokenizer.eos_id, *parse_end_ids(checkpoint.state.get("imported", {}), checkpoint.path)]
+    folder = checkpoint.path.resolve()
+    for path in (home / GENERATION_CONFIG for home in (folder, folder.parent.parent)):
+        if path.exists():
+            ids += parse_end_ids(read_json(path), path)
+    return tuple(dict.fromkeys(ids))

@@ -4,10 +4,13 @@
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from infini_train.command_line import positive
 from infini_train.config.errors import ConfigError
+
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +27,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError("temperature: must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError("temperature: must be a number, and not negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p: must lie in (0, 1]")
         if self.top_k < 0:
             raise ConfigError("top_k: must not be negative")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed: must lie between 0 and {MAX_SEED}")
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -8,6 +8,7 @@ from infini_train.checkpoint.reader import Checkpoint
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree
 from infini_train.config.run import RunConfig, divide_processes
+from infini_train.data.model_files import copy_model_files
 from infini_train.data.shards import Dataset
 from infini_train.data.source import Source, open_reader
 from infini_train.parallel import mesh
@@ -51,6 +52,8 @@ def open_session(config: RunConfig) -> Session:
     elif origin is not None:
         kinds = (origin.attention_kind, config.model.attention.kind)
         change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
+        if mesh.world()[0] == 0:
+            _take_files(origin, config)
         LOG.info("new run with the weights of %s%s", origin.path, change)
     return session
 
@@ -71,6 +74,16 @@ def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, C
         return None, open_origin(config, source)
     _check_resumable(checkpoint, config, source)
     return checkpoint, None
+
+
+def _take_files(origin: Checkpoint, config: RunConfig) -> None:
+    """Chat template, generation config and the like go on with the weights; the tokenizer is the same."""
+    path = origin.path.resolve()
+    try:
+        for home in (path, path.parent.parent):
+            copy_model_files(home, config.directory)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error
 
 
 def _check_resumable(checkpoint: Checkpoint, config: RunConfig, source: Source) -> None:

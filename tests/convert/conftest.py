@@ -38,6 +38,26 @@ def save_model(folder: Path, kind: str = "llama", dtype: str = "float32", shard:
     return model
 
 
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer.json of all bytes with <s> 0 and </s> 1, and what models have beside it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=262, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    model.train_from_iterator(["a text"], trainer)
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+
+
+@pytest.fixture
+def save_text_files() -> Callable[[Path], None]:
+    return save_tokenizer
+
+
 @pytest.fixture
 def save() -> Callable[..., object]:
     return save_model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_the_run_folder_has_what_it_needs(save, tmp_path, process_groups):
     found = import_folder(tmp_path / "hf", tmp_path / "run")
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "continue.yaml", "tokenizer.json", "tokenizer_config.json"
+        "checkpoints", "config.yaml", "continue.yaml", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json"
     }  # fmt: skip
     trained = open_trained(run)
     assert (trained.tokenizer.bos_id, trained.tokenizer.eos_id) == (0, 1) and trained.step == 0
@@ -185,6 +187,15 @@ WEIGHTS = {
     "eight bits": (
         lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}),
         "model.norm.weight is stored as I8; take the model in bf16, fp16 or fp32",
+    ),
+    "not a number": (
+        lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, 2:4].fill_(float("nan")),
+        "model.layers.1.mlp.up_proj.weight holds NaN or infinity, so the model computes nothing; take a sound"
+        " checkpoint",
+    ),
+    "infinite": (
+        lambda tensors: tensors["lm_head.weight"][-1, -1].fill_(-float("inf")),
+        "lm_head.weight holds NaN or infinity, so the model computes nothing; take a sound checkpoint",
     ),
     "mixed": (
         lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}),
@@ -240,3 +251,83 @@ def test_a_failure_leaves_nothing(save, tmp_path):
     import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
     with pytest.raises(ConfigError, match=r"run: exists already; name a new folder"):
         import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_infinity_is_seen_in_every_dtype(dtype, save, tmp_path):
+    save(tmp_path / "hf", dtype=dtype)
+    rewrite(tmp_path / "hf" / "model.safetensors", lambda tensors: tensors["model.norm.weight"][0].fill_(float("inf")))
+    with pytest.raises(ConfigError, match=r"model.norm.weight holds NaN or infinity"):
+        import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_could_not_be_read_again_is_not_written(save, edit, tmp_path):
+    """Whatever it is: here a field that is nested more deeply than a checkpoint's index may be."""
+    save(tmp_path / "hf")
+    deep: list[object] = []
+    for _ in range(300):
+        deep = [deep]
+    edit(tmp_path / "hf", note_of_the_author=deep)
+    with pytest.raises(ConfigError, match=r"run: was not written, since it couldn't be read again: .*recursion"):
+        import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama", "note": "\\udc80"}')
+    with pytest.raises(ConfigError, match=r"config.json: holds '.udc80', which can't be written as UTF-8; remove it"):
+        import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "chat_template.jinja",
+                                  "tokenizer_config.json", "special_tokens_map.json"])  # fmt: skip
+@pytest.mark.parametrize("make", ["pipe", "device"])
+def test_pipes_and_devices_in_a_folder_are_refused(name, make, save, save_text_files, tmp_path):
+    save(tmp_path / "hf")
+    save_text_files(tmp_path / "hf")
+    (tmp_path / "hf" / name).unlink()
+    if make == "pipe":
+        os.mkfifo(tmp_path / "hf" / name)
+    else:
+        (tmp_path / "hf" / name).symlink_to("/dev/zero")
+    kind = {"pipe": "a named pipe", "device": "a device"}[make]
+    with pytest.raises(ConfigError, match=rf"hf/{name}: .*is {kind}, not a file"):
+        import_folder(tmp_path / "hf", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_pipe_among_the_weights_is_refused(save, tmp_path):
+    save(tmp_path / "hf", shard="20KB")
+    file = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=rf"{file.name}: is torn, or no safetensors file .*is a named pipe"):
+        import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+
+
+def test_a_header_that_claims_too_much_is_refused(save, tmp_path):
+    save(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    for header in (b"[" * 100_000, b'{"a": ' * 100_000, b"{}" + b" " * 100_000):
+        for size in (len(header), 2**62):
+            file.write_bytes(size.to_bytes(8, "little") + header)
+            with pytest.raises(ConfigError, match=r"model.safetensors: is torn|is missing among the weights"):
+                import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a: b #c", "'", "{x}", "\u2028", "ünï"])
+def test_odd_names_of_runs_are_kept(name, save, tmp_path, process_groups):
+    save(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / name, tokenizer="byte")
+    assert open_trained(tmp_path / name).config.name == name
+    assert load_run(str(tmp_path / name / "continue.yaml")).train.init_from == str(tmp_path / name)
+
+
+def test_names_that_no_file_can_have_are_refused(save, call, tmp_path, capsys):
+    save(tmp_path / "hf")
+    (tmp_path / "file").write_text("")
+    places = [tmp_path / ("a" * 300), tmp_path / ("a" * 250), tmp_path / "file" / "run", "/proc/run", "/dev/null/run"]
+    places += [tmp_path / os.fsdecode(b"caf\xe9")]
+    capsys.readouterr()
+    for place in places:
+        assert call("import", "hf", tmp_path / "hf", place, "--tokenizer", "byte") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]

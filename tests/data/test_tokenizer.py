@@ -57,6 +57,76 @@ def test_foreign_models_work_with_their_own_spaces(tmp_path) -> None:
     assert tokenizer.pad_id == tokenizer.eos_id == 2  # the model has no pad
 
 
+SPACED = ["the cat sat on the mat", "  the  cat", "a cat\nsat", "é🙂 the cat 🙂", "cat"]
+
+
+def metaspace(folder):
+    """A tokenizer.json in the way of Llama 2: the first space of a text is the tokenizer's own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    model.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=names[:2], show_progress=False)
+    model.train_from_iterator(["the cat sat on the mat"] * 9, trainer)
+    model.add_tokens(names[2:])
+    model.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+def byte_level(folder):
+    """A tokenizer.json in the way of GPT-2 and Llama 3."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(["the cat sat on the mat"] * 9, trainer)
+    model.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+def sentencepiece_with(folder, **options):
+    sizes = {"vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True, "model_type": "bpe"}
+    train(folder / "t.model", **sizes, normalization_rule_name="identity", **options)
+    return load_tokenizer(folder / "t.model")
+
+
+STREAMED = {
+    "bytes": lambda folder: ByteTokenizer(),
+    "dummy prefix": lambda folder: sentencepiece_with(folder, remove_extra_whitespaces=False),
+    "space as suffix": lambda folder: sentencepiece_with(
+        folder, remove_extra_whitespaces=False, treat_whitespace_as_suffix=True
+    ),
+    "no prefix": lambda folder: sentencepiece_with(folder, remove_extra_whitespaces=False, add_dummy_prefix=False),
+    "metaspace": metaspace,
+    "byte level": byte_level,
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_text_after_a_prompt_is_the_rest_of_both(name, tmp_path):
+    """Wherever the prompt ends between two characters, its first new word keeps the space before it."""
+    tokenizer = STREAMED[name](tmp_path)
+    split = 0
+    for text in SPACED:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+        whole = tokenizer.decode(ids)
+        for cut in range(1, len(ids) + 1):
+            prompt = tokenizer.decode(ids[:cut])
+            if not whole.startswith(prompt):
+                continue  # in the middle of a character, or (space as suffix) before a space that is kept back
+            assert prompt + "".join(decode_stream(tokenizer, ids[cut:], before=ids[:cut])) == whole
+            split += 1
+    assert split > 20
+
+
 def test_models_that_do_not_fit_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="can't be read: No such file"):
         load_tokenizer(tmp_path / "t.model")

@@ -70,6 +70,16 @@ def test_generation_stops_at_the_end_of_a_document(tools):
     assert len(free) == 12
 
 
+def test_any_of_several_ids_ends_a_text(tools):
+    model = tools.build("linear")
+    free = list(generate(model, PROMPT, max_new_tokens=12, stop_id=None, sampling=GREEDY))
+    stops = {free[7], free[3]}
+    first = min(free.index(stop) for stop in stops)
+    for given in (stops, tuple(stops), [258, *stops]):
+        assert list(generate(model, PROMPT, max_new_tokens=12, stop_id=given, sampling=GREEDY)) == free[:first]
+    assert list(generate(model, PROMPT, max_new_tokens=12, stop_id=(), sampling=GREEDY)) == free
+
+
 def test_a_seed_gives_one_text(tools):
     model = tools.build("delta")
 
@@ -124,9 +134,34 @@ def test_what_is_kept_shares_the_probability():
     assert count(temperature=1.0, top_p=0.5, top_k=3) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.05)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-38, 1e-30])
+def test_a_temperature_near_zero_takes_the_most_likely(temperature):
+    assert count(temperature=temperature, draws=20) == {1: 1.0}
+
+
+def test_settings_at_their_limits():
+    assert count(temperature=1.0, top_p=5e-324, draws=20) == {1: 1.0}
+    assert set(count(temperature=1.0, top_k=10**30, draws=200)) == {0, 1, 2, 3}
+    assert set(count(temperature=1e300, draws=200)) == {0, 1, 2, 3}
+    generator = torch.Generator().manual_seed(Sampling(seed=2**63 - 1).seed)
+    assert choose_token(LOGITS, GREEDY, generator) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_are_told(temperature, value):
+    logits_V = torch.tensor([0.0, value, 1.0])
+    with pytest.raises(ConfigError, match="^the model's output is NaN or infinity: its weights are damaged"):
+        choose_token(logits_V, Sampling(temperature=temperature), torch.Generator())
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
