@@ -6,6 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from infini_train.child_processes import stop_signals
 from infini_train.parallel import mesh
 
 
@@ -15,6 +16,8 @@ class Stopped(Exception):
 
 class StopRequest:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored already (nohup) stays ignored.
 
     Args:
         confirms: whether this process confirms a signal on the console.
@@ -31,7 +34,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

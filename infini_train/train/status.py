@@ -11,7 +11,6 @@ launch/folder.py reads it, for launch/status.py and launch/watch.py.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
+from infini_train.environment import restarts
 from infini_train.train.guards import DivergedError
 from infini_train.train.run_folder import check_fence
 from infini_train.train.session import Session
@@ -92,7 +92,7 @@ def _write(session: Session, values: dict[str, Any]) -> None:
         "name": session.config.name,
         "step": session.step,
         "total_steps": session.config.train.total_steps,
-        "restarts": int(os.environ.get("INFINI_TRAIN_RESTARTS", "0")),
+        "restarts": restarts(),
         "heartbeat": time.time(),
     }
     write_atomic(session.config.directory / "status.json", json.dumps(status), durable=False)
