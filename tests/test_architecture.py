@@ -55,27 +55,10 @@ ROOMS = {
     "launcher": set(),
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
+OF_COMMANDS = {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"}
 OUTSIDE = {
-    "data_tools": {
-        "data",
-        "config",
-        "command_line",
-        "command_errors",
-        "atomic_files",
-        "regular_files",
-        "child_processes",
-        "exit_codes",
-    },
-    "launch": {
-        "launcher",
-        "config",
-        "command_line",
-        "command_errors",
-        "atomic_files",
-        "regular_files",
-        "exit_codes",
-        "logs",
-    },
+    "data_tools": {"data", "child_processes", *OF_COMMANDS},
+    "launch": {"launcher", "logs", *OF_COMMANDS},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}

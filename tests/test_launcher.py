@@ -1,9 +1,7 @@
 """Ranks on this machine: what the person sees, how failures and signals end them, and that none is left behind."""
 
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from infini_train import launcher
 from infini_train.launcher import Ranks, launch, rank_environment
 
@@ -19,9 +18,7 @@ BEGIN = """\
 import os, signal, sys, time
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 """
-LAUNCHER = (
-    "import sys; from infini_train.launcher import Ranks\nwith Ranks(3, sys.argv[1:]) as r: sys.exit(r.wait())"
-)
+LAUNCHER = "import sys; from infini_train.launcher import Ranks\nwith Ranks(3, sys.argv[1:]) as r: sys.exit(r.wait())"
 SAVES_ON_SIGNAL = """
 seen = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

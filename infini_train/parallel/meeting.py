@@ -7,6 +7,7 @@ project reads itself are therefore signed with INFINI_TRAIN_SECRET, which the ba
 docs/decisions/2026-11-29-rank-store.md says what that protects, and what it doesn't.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -14,6 +15,7 @@ import hmac
 import os
 import socket
 import struct
+import threading
 import time
 from datetime import timedelta
 
@@ -141,12 +143,20 @@ def connect(timeout_s: float) -> dist.TCPStore:
     """
     addresses, port = read_address()
     address = _await_listener(addresses, port, timeout_s)
-    try:
-        return dist.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S)
-        )
-    except RuntimeError as error:
-        raise MeetingError(f"MASTER_PORT: {_describe_stranger()}") from error
+    found: list[dist.TCPStore] = []
+
+    def greet() -> None:
+        with contextlib.suppress(RuntimeError):
+            timeout = timedelta(seconds=ANSWER_S)
+            found.append(dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
+
+    # In a thread: torch waits for ever for the answer of what listens, but stays silent.
+    thread = threading.Thread(target=greet, name="greet the store", daemon=True)
+    thread.start()
+    thread.join(2 * ANSWER_S)
+    if not found:
+        raise MeetingError(f"MASTER_PORT: {_describe_stranger()}")
+    return found[0]
 
 
 def read_address() -> tuple[list[str], int]:

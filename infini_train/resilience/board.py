@@ -4,7 +4,6 @@ Ranks of one launcher share a file without a name (memfd), of which each rank ha
 that a stopped rank could hold, no disk, no port, and nothing left when all have ended.
 """
 
-import contextlib
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from infini_train.environment import BOARD_FD, read_number, world
 from infini_train.parallel import meeting
 
 PAGE_BYTES = 16384
-MAX_CHARACTERS = 2000  # of a report; JSON may write each in six bytes
+MAX_REPORT, MAX_OPERATION = 1000, 200  # characters; JSON may write each in twelve bytes
 TORN_READS = 100  # of a page while its rank writes it: a copy of a few hundred bytes
 
 
@@ -64,7 +63,7 @@ def open_board(timeout_s: float) -> Board:
     if meeting.is_inherited():
         return SharedPages(read_number(BOARD_FD), rank, size)
     meeting.open_store(timeout_s)
-    return StoreBoard(meeting.SignedStore(meeting.connect(timeout_s)), rank)
+    return StoreBoard(meeting.SignedStore(meeting.connect(timeout_s)), rank, size)
 
 
 class SharedPages:
@@ -77,7 +76,7 @@ class SharedPages:
         self._own: dict[str, Any] = {"beat": None, "report": None, "heard": False}
 
     def publish(self, beat: Beat) -> None:
-        self._write(beat=beat._replace(operation=beat.operation[: MAX_CHARACTERS // 10]))
+        self._write(beat=beat._replace(operation=beat.operation[:MAX_OPERATION]))
 
     def read(self, rank: int) -> tuple[Beat | None, bool]:
         found = self._read(rank).get("beat")
@@ -86,7 +85,7 @@ class SharedPages:
     def report(self, text: str) -> str:
         first = self.read_report()
         if not first:
-            self._write(report=[time.monotonic_ns(), text[:MAX_CHARACTERS]])
+            self._write(report=[time.monotonic_ns(), text[:MAX_REPORT]])
         return first or self.read_report()
 
     def read_report(self) -> str:
@@ -102,7 +101,7 @@ class SharedPages:
     def _write(self, **changes: Any) -> None:
         self._own |= changes
         text = json.dumps(self._own).encode()
-        assert len(text) <= PAGE_BYTES - 8, text
+        assert len(text) <= PAGE_BYTES - 8
         head = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
         os.pwrite(self._descriptor, head + text, self._rank * PAGE_BYTES)
 
@@ -121,8 +120,8 @@ class SharedPages:
 class StoreBoard:
     """Signed entries of torch's store, over a connection of its own: another's may be blocked in a wait."""
 
-    def __init__(self, store: meeting.SignedStore, rank: int) -> None:
-        self._signed, self._rank = store, rank
+    def __init__(self, store: meeting.SignedStore, rank: int, world_size: int) -> None:
+        self._signed, self._rank, self._size = store, rank, world_size
         self._known: dict[int, Beat] = {}
         self.hosted_by_rank_0 = not meeting.is_agents_store()
         self.place = f"the store in {'rank 0' if self.hosted_by_rank_0 else 'the launcher'}'s process"
@@ -145,11 +144,10 @@ class StoreBoard:
         return self._signed.read("failure")[0] or ""
 
     def hear(self) -> None:
-        with contextlib.suppress(RuntimeError):  # a stranger made it no number; only rank 0's patience depends on it
-            self._signed.store.add(self._signed.name("heard"), 1)
+        self._signed.set(f"heard/{self._rank}", "yes")
 
     def count_heard(self) -> int:
-        return self._signed.store.add(self._signed.name("heard"), 0)
+        return sum(self._signed.read(f"heard/{rank}")[0] is not None for rank in range(self._size))
 
 
 def parse_beat(text: str) -> Beat | None:

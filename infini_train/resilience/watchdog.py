@@ -184,10 +184,10 @@ class Watchdog:
                     return self._end(f"{report}; this rank was in '{self.operation}'")
                 if finished and (self.rank != 0 or self._have_all_finished()):
                     return None
-                neighbour.check()
-                progress.check()
+                has_reported = neighbour.check() or progress.check()
                 self._ticks += 1
-                self._wake.wait(self.interval_s)
+                if not has_reported:  # otherwise this rank reads its report at once, as soon as the others
+                    self._wake.wait(self.interval_s)
                 self._wake.clear()
         except RuntimeError as error:
             text = " ".join(str(error).split())[:MAX_TEXT]
@@ -208,13 +208,13 @@ class Watchdog:
         Writes past `logging`, whose locks the main thread may hold.
         """
         self._one_end.acquire()
+        if self._stacks and not self._failing.is_set():  # at once: the first rank that ends breaks the others' waits
+            with contextlib.suppress(OSError, ValueError):  # the disk is full, or the main thread has closed it
+                self._stacks.dump()
         if self._failing.wait(1.0) and self._left.wait(LEAVE_S):
             return
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame, STACK_LINES)) if frame else ""
-        if self._stacks:
-            with contextlib.suppress(OSError, ValueError):  # the disk is full, or the main thread has closed it
-                self._stacks.dump()
         sys.stderr.write(f"rank {self.rank} was here:\n{stack}error: {message}\n")
         sys.stderr.flush()
         os._exit(exit_codes.FAILED)
@@ -275,11 +275,11 @@ class Neighbour:
         self.watchdog, self.rank = watchdog, (watchdog.rank + 1) % watchdog.world_size
         self.silence = Silence(watchdog.timeout_s, watchdog.interval_s)
 
-    def check(self) -> None:
-        """Reads its heartbeat; reports the rank when that has stopped."""
+    def check(self) -> bool:
+        """Reads its heartbeat; whether it reported the rank, because that has stopped."""
         watchdog = self.watchdog
         if self.rank == watchdog.rank:
-            return  # all others have finished
+            return False  # all others have finished
         beat, is_foreign = watchdog.read_beat(self.rank)
         if beat is not None and beat.finished:
             self.rank = (self.rank + 1) % watchdog.world_size
@@ -289,6 +289,8 @@ class Neighbour:
         elif self.silence.lasts(None if beat is None else beat.count):
             never = f"rank {self.rank} did not start within {watchdog.timeout_s:g} s"
             watchdog.board.report(never if beat is None else beat.describe_lost(self.rank))
+            return True
+        return False
 
 
 class Progress:
@@ -299,13 +301,15 @@ class Progress:
         # dead ranks are reported first
         self.silence = Silence(watchdog.timeout_s + 4 * watchdog.interval_s, self.period_s)
 
-    def check(self) -> None:
-        """Reads all heartbeats once in a period; reports when none has begun an operation for too long."""
+    def check(self) -> bool:
+        """Reads all heartbeats once in a period; whether it reported that none has begun an operation for too long."""
         watchdog = self.watchdog
         if watchdog.rank != 0 or time.monotonic() < self.silence.checked + self.period_s:
-            return
+            return False
         found = [watchdog.read_beat(rank) for rank in range(watchdog.world_size)]
         if any(is_foreign for _, is_foreign in found):
             self.silence = Silence(self.silence.limit_s, self.period_s)
         elif self.silence.lasts([None if beat is None else beat.operations for beat, _ in found]):
             watchdog.board.report(f"no rank went on for {watchdog.timeout_s:g} s; {watchdog.describe_all()}")
+            return True
+        return False
