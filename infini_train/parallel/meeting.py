@@ -153,7 +153,7 @@ def connect(timeout_s: float) -> dist.TCPStore:
     # In a thread: torch waits for ever for the answer of what listens, but stays silent.
     thread = threading.Thread(target=greet, name="greet the store", daemon=True)
     thread.start()
-    thread.join(2 * ANSWER_S)
+    thread.join(ANSWER_S)
     if not found:
         raise MeetingError(f"MASTER_PORT: {_describe_stranger()}")
     return found[0]

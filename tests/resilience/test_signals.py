@@ -31,3 +31,15 @@ def test_handlers_are_put_back_after_an_error():
     with pytest.raises(ValueError), StopRequest():
         raise ValueError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_after_nohup_a_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
