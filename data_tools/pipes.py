@@ -14,6 +14,7 @@ import subprocess
 import time
 from typing import Any, BinaryIO, cast
 
+from infini_train.child_processes import ending_with_parent
 from infini_train.config.errors import ConfigError
 
 PREFIX = "pipe:"
@@ -72,7 +73,7 @@ class _Output(io.RawIOBase):
 
     def __init__(self, words: list[str]) -> None:
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=ending_with_parent()
         )
 
     def readable(self) -> bool:

@@ -5,7 +5,6 @@ processes get task numbers over pipes; a broken pipe shows each side that the ot
 """
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import shutil
@@ -23,6 +22,7 @@ from data_tools.progress import byte_bar
 from data_tools.task_files import list_files
 from infini_train import exit_codes
 from infini_train.atomic_files import sync_path
+from infini_train.child_processes import end_with_parent
 from infini_train.command_errors import translate
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
@@ -31,7 +31,6 @@ from infini_train.data.writer import explain_disk_errors
 # the source bytes that were read.
 Work = Callable[[int, Path, int, Callable[[int], None]], None]
 
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _REPORT_BYTES = 1_000_000  # a worker reports its progress each time it has read this many
 
 
@@ -163,10 +162,7 @@ def _explain_death(code: int | None) -> str:
 
 def _start(parent: int, connection: "Connection[Any, Any]", folder: Path, work: Work) -> None:
     """A worker's process. If it outlived its parent, it could meet the next run's workers at the same task."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(exit_codes.FAILED)
+    end_with_parent(parent)
     # the parent gives up: what lies aside is removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
     _serve(connection, folder, work)

@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
     with logs.console(
         world()[0],
         quiet=options.quiet,
@@ -181,6 +182,7 @@ def _train(options: argparse.Namespace) -> None:
         words = [*current_words(options.config), *size, *(f"--set={setting}" for setting in options.set)]
         sys.exit(launch(options.nproc, ["train", *words, *repeat_verbosity(options)]))
     _prepare()
+    from infini_train.parallel.meeting import MeetingError
     from infini_train.resilience.signals import Stopped
     from infini_train.resilience.watchdog import LostRankError
     from infini_train.train.guards import DivergedError
@@ -192,7 +194,7 @@ def _train(options: argparse.Namespace) -> None:
         os._exit(fail("interrupted", exit_codes.INTERRUPTED))
     except Stopped as stopped:
         sys.exit(exit_codes.of_signal(signal.Signals[str(stopped)]))
-    except LostRankError as error:
+    except (LostRankError, MeetingError) as error:
         sys.exit(fail(str(error), exit_codes.FAILED))
     except DivergedError as error:
         sys.exit(fail(str(error), exit_codes.DIVERGED))

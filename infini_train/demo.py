@@ -3,16 +3,14 @@
 import json
 import logging
 import shlex
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from infini_train import exit_codes
 from infini_train.atomic_files import replacing, write_atomic
+from infini_train.child_processes import run_child
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.writer import explain_disk_errors
@@ -128,19 +126,10 @@ def _run(command: list[str]) -> str:
     """
     shown = {tuple(DATA): "infini-data", tuple(TRAIN): "infini-train"}[tuple(command[:3])]
     LOG.info("$ %s %s", shown, shlex.join(command[3:]))
-    output = subprocess.PIPE if command[3] in ("eval", "generate") else None
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with subprocess.Popen(command, stdout=output, text=True) as child:
-        signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the command too
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        try:
-            printed, _ = child.communicate()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    if child.returncode:
-        raise CommandError(exit_codes.of_process(child.returncode))
-    return printed or ""
+    code, printed = run_child(command, capture=command[3] in ("eval", "generate"))
+    if code:
+        raise CommandError(code)
+    return printed
 
 
 def _summarise(out: Path, steps: int, result: dict[str, float], seconds: float) -> None:

@@ -1,14 +1,14 @@
 """`--nproc N`: starts N ranks on this machine; handles their output, their signals and how they exit.
 
-Plain processes around torch's TCPStore, with torchrun's environment, instead of torch's elastic agent. The agent kills
-ranks 30 s after it asked them to stop (saving a large checkpoint takes longer), leaves them in the terminal's process
-group (Ctrl-C reaches them twice), shows their output late, and adds reports of its own.
+Plain processes with torchrun's environment instead of torch's elastic agent. The agent kills ranks 30 s after it asked
+them to stop (saving a large checkpoint takes longer), leaves them in the terminal's process group (Ctrl-C reaches them
+twice), shows their output late, and adds reports of its own.
 
-The store lives in this process and listens on loopback only, on a port that the kernel chose: concurrent launches don't
-collide, and the store outlives a dead rank, so the others can still read there which rank died.
+The ranks meet in two files without names that they inherit from this process (memfd; `parallel/meeting.py`,
+`resilience/board.py`): no port is opened for it, nobody else can reach them, and nothing is left of them, however the
+processes end. Imports no torch.
 """
 
-import ctypes
 import math
 import os
 import re
@@ -18,45 +18,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from infini_train import exit_codes
+from infini_train.child_processes import ending_with_parent, stop_signals
+from infini_train.environment import BOARD_FD, STORE_FD
 
 GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the other ranks hang in collectives that never finish
 STACKS_S = 0.5  # for a rank to dump its stacks before it is killed
 HOLD_S = 5.0  # the lines of an error are held back this long, to be shown last if the rank exits with it
-FORWARDED = exit_codes.STOP_SIGNALS
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 FINAL_ERROR = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
 TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")  # torch marks the lines of an uncaught exception
 LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)")
 
 
-def launch(nproc: int, arguments: Sequence[str]) -> int:
+def launch(nproc: int, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
     """Runs `infini-train ARGUMENTS` in `nproc` ranks of this machine; returns the exit code (see `Ranks.wait`)."""
-    command = [sys.executable, "-m", "infini_train.cli", *arguments]
-    with socket.create_server(("127.0.0.1", 0)) as listener, Ranks(nproc, command, listener.getsockname()[1]) as ranks:
-        store = host_store(listener)  # while the ranks import torch themselves
-        code = ranks.wait()
-        del store
-    return code
+    with Ranks(nproc, [sys.executable, "-m", "infini_train.cli", *arguments], environment) as ranks:
+        return ranks.wait()
 
 
-def host_store(listener: socket.socket) -> Any:
-    """The ranks' store, on a socket that is already listening: early connections wait in its backlog."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from torch.distributed import TCPStore
-
-    host, port = listener.getsockname()
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-
-
-def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, nproc: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that torch.distributed reads, and settings that the user's environment may override."""
     return {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
@@ -64,11 +50,8 @@ def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": "lo",
         "PYTHONFAULTHANDLER": "1",  # a stack trace for a segfault
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        **os.environ,
+        **environment,
         "PYTHONUNBUFFERED": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 is a client of the store like the others
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(nproc),
@@ -123,8 +106,8 @@ class Ranks:
     The kernel kills the ranks if this process dies.
     """
 
-    def __init__(self, nproc: int, command: Sequence[str], port: int) -> None:
-        self.nproc, self.command, self.port = nproc, list(command), port
+    def __init__(self, nproc: int, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+        self.nproc, self.command, self.environment = nproc, list(command), environment
         self.ranks: list[Rank] = []
         self.running: list[Rank] = []
         self.troubled: list[Rank] = []  # in the order of detection: the first that fails is the cause
@@ -133,6 +116,7 @@ class Ranks:
         self.kill_at = math.inf
         self._unfinished: dict[Any, bytes] = {}  # start of an incomplete line, by open stream
         self._handlers: dict[int, Any] = {}
+        self._files: dict[str, int] = {}  # in which the ranks meet, by the variable that says which
 
     def __enter__(self) -> Self:
         self._selector = selectors.DefaultSelector()
@@ -141,10 +125,11 @@ class Ranks:
         self._waker.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
         self._previous_fd = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in (*FORWARDED, signal.SIGTSTP, signal.SIGCHLD):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
-                self._handlers[number] = signal.signal(number, lambda *_: None)  # the wakeup fd delivers it
+        for number in (*stop_signals(), signal.SIGTSTP, signal.SIGCHLD):
+            self._handlers[number] = signal.signal(number, lambda *_: None)  # the wakeup fd delivers it
         try:
+            for name in (STORE_FD, BOARD_FD):
+                self._files[name] = os.memfd_create(name)
             for number in range(self.nproc):
                 self._start(number)
         except BaseException:
@@ -166,6 +151,8 @@ class Ranks:
             signal.signal(number, handler)
         for resource in (self._selector, self._wakeup, self._waker):
             resource.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
     def wait(self) -> int:
         """Shows the ranks' output until all have ended, and the first failure last.
@@ -193,21 +180,16 @@ class Ranks:
         return self._report()
 
     def _start(self, number: int) -> None:
-        launcher = os.getpid()
-
-        def die_with_launcher() -> None:
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:
-                os._exit(exit_codes.FAILED)
-
+        files = {name: str(descriptor) for name, descriptor in self._files.items()}
         process = subprocess.Popen(
             self.command,
-            env=rank_environment(number, self.nproc, self.port),
+            env={**rank_environment(number, self.nproc, self.environment), **files},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            pass_fds=tuple(self._files.values()),
             process_group=0,
-            preexec_fn=die_with_launcher,
+            preexec_fn=ending_with_parent(),
         )
         rank = Rank(number, process)
         self.ranks.append(rank)
@@ -222,7 +204,7 @@ class Ranks:
 
     def _read_signals(self) -> None:
         for number in self._wakeup.recv(4096):
-            if number in FORWARDED:
+            if number in exit_codes.STOP_SIGNALS:
                 self._forward(number)
             elif number == signal.SIGTSTP:  # Ctrl-Z
                 self._send(signal.SIGSTOP)

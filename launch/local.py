@@ -5,13 +5,12 @@ The rules of retrying are those of `fail` in slurm/templates/train.sbatch.j2: ch
 
 import logging
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from infini_train import exit_codes
+from infini_train.launcher import launch
 from launch.cluster import RestartConfig
 from launch.console import waiting
 from launch.job import Job
@@ -23,18 +22,11 @@ FINAL = (exit_codes.DONE, exit_codes.DIVERGED, *exit_codes.STOPPED)  # after the
 
 def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
     """Trains in `nproc` processes, retrying after failures as the batch script does; returns the exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "infini_train.cli",
-        "train",
-        job.config,
-        *(f"--set={each}" for each in job.settings),
-    ]
+    arguments = ["train", job.config, *(f"--set={each}" for each in job.settings)]
     retries, newest = 0, newest_checkpoint(Path(job.run_dir))
     for start in range(sys.maxsize):
         environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}
-        code = _wait([*command, f"--nproc={nproc}"], environment)
+        code = launch(nproc, arguments, environment)
         if code in FINAL or (code == exit_codes.MISTAKE and start == 0):
             return code
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
@@ -47,16 +39,6 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
         with waiting(f"retry {retries} of {restart.max_retries} in {wait_s} s"):
             time.sleep(wait_s)
     raise AssertionError("endless")
-
-
-def _wait(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Keeps waiting through Ctrl-C, which the terminal sends to the ranks' launcher too."""
-    with subprocess.Popen(command, env=environment) as process:
-        while True:
-            try:
-                return exit_codes.of_process(process.wait())
-            except KeyboardInterrupt:
-                continue
 
 
 def newest_checkpoint(run_dir: Path) -> str:

@@ -20,6 +20,7 @@ BOTTOM = {
     "command_errors",
     "atomic_files",
     "regular_files",
+    "child_processes",
     "environment",
     "exit_codes",
     "logs",
@@ -27,12 +28,13 @@ BOTTOM = {
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
-    "config": {"environment", "regular_files"},  # notes come from the first rank alone
+    "config": {"regular_files"},
     "command_line": {"config", "logs"},  # errors, and whether notes are wanted
     "command_errors": {"config", "exit_codes"},
     "atomic_files": {"regular_files"},
     "regular_files": set(),
-    "environment": set(),
+    "environment": {"config"},  # a variable that is no number is a user's mistake
+    "child_processes": {"exit_codes"},
     "exit_codes": set(),
     "logs": set(),
     "ops": set(),
@@ -53,9 +55,10 @@ ROOMS = {
     "launcher": set(),
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
+OF_COMMANDS = {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"}
 OUTSIDE = {
-    "data_tools": {"data", "config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"},
-    "launch": {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes", "logs"},
+    "data_tools": {"data", "child_processes", *OF_COMMANDS},
+    "launch": {"launcher", "logs", *OF_COMMANDS},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}

@@ -1,9 +1,7 @@
 """Ranks on this machine: what the person sees, how failures and signals end them, and that none is left behind."""
 
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,19 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
 from infini_train import launcher
-from infini_train.launcher import Ranks, host_store, launch, rank_environment
+from infini_train.launcher import Ranks, launch, rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = """\
 import os, signal, sys, time
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 """
-LAUNCHER = (
-    "import sys; from infini_train.launcher import Ranks\nwith Ranks(3, sys.argv[1:], 9) as r: sys.exit(r.wait())"
-)
+LAUNCHER = "import sys; from infini_train.launcher import Ranks\nwith Ranks(3, sys.argv[1:]) as r: sys.exit(r.wait())"
 SAVES_ON_SIGNAL = """
 seen = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -54,7 +49,7 @@ def run(program, capfd) -> Callable[..., tuple[int, str, str]]:
     """Runs a text in ranks: exit code, what was printed, what was printed as errors."""
 
     def run(text: str, nproc: int = 3) -> tuple[int, str, str]:
-        with Ranks(nproc, program(text), 9) as ranks:
+        with Ranks(nproc, program(text)) as ranks:
             code = ranks.wait()
         return (code, *capfd.readouterr())
 
@@ -62,14 +57,14 @@ def run(program, capfd) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture
-def launched(program) -> Iterator[Callable[[str], tuple[subprocess.Popen, list[int]]]]:
+def launched(program) -> Iterator[Callable[..., tuple[subprocess.Popen, list[int]]]]:
     """A launcher of its own session, as in a terminal, and the ids of its ranks once they are ready."""
     started: list[subprocess.Popen] = []
 
-    def start(text: str) -> tuple[subprocess.Popen, list[int]]:
+    def start(text: str, *prefix: str) -> tuple[subprocess.Popen, list[int]]:
         process = subprocess.Popen(
             # nohup, or a shell's background job, would have it ignore some
-            ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", LAUNCHER, *program(text)],
+            ["env", "--default-signal=INT,HUP,TERM", *prefix, sys.executable, "-c", LAUNCHER, *program(text)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,17 +122,13 @@ def test_an_error_that_is_no_end_is_shown_all_the_same(run):
 def test_the_environment_of_a_rank(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert rank_environment(1, 2 * cores, 77)["OMP_NUM_THREADS"] == "1"
-    found = rank_environment(0, 1, 77)
+    assert rank_environment(1, 2 * cores)["OMP_NUM_THREADS"] == "1"
+    found = rank_environment(0, 1)
     assert found["OMP_NUM_THREADS"] == str(cores)
-    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"], found["MASTER_PORT"]) == (
-        "0",
-        "1",
-        "127.0.0.1",
-        "77",
-    )
+    assert [found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["0", "0", "1", "1"]
+    assert found["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert rank_environment(1, 2 * cores, 77)["OMP_NUM_THREADS"] == "3"
+    assert rank_environment(1, 2 * cores)["OMP_NUM_THREADS"] == "3"
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -255,20 +246,43 @@ def test_handlers_are_put_back(run):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGTSTP)) == before
 
 
-# --------------------------------------------------------------------------------------------------------------- store
+# --------------------------------------------------------------------------------------------------------- the meeting
 
 
-def test_stores_side_by_side_listen_on_loopback_only():
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        ports = [one.getsockname()[1], two.getsockname()[1]]
-        stores = [host_store(one), host_store(two)]
-    clients = [TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False) for port in ports]
-    for client, name in zip(clients, ("one", "two"), strict=True):
-        client.set("name", name)
-    assert [store.get("name") for store in stores] == [b"one", b"two"]
-    tables = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
-    for port in ports:
-        assert re.findall(rf"(\w+):{port:04X} \w+:0000 0A", tables) == ["0100007F"]
+MEET = """
+import contextlib
+from pathlib import Path
+from infini_train.parallel import meeting
+
+store = meeting.open_store(60)
+if rank == 0:
+    store.set("from rank 0", "here")
+assert store.get("from rank 0") == b"here"
+sockets = set()
+for pid in (os.getpid(), os.getppid()):
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(path))
+rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+print("listening:", [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets])
+store.set(f"done {rank}", "")
+store.wait([f"done {other}" for other in range(size)])
+"""
+
+
+def test_ranks_meet_without_a_port(run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code, out, err = run(MEET, nproc=2)
+    assert (code, err) == (0, "")
+    assert sorted(out.splitlines()) == ["[rank 1] listening: []", "listening: []"]
+
+
+def test_an_ignored_hangup_stays_ignored(launched):
+    process, pids = launched(SAVES_ON_SIGNAL, "env", "--ignore-signal=HUP")
+    process.send_signal(signal.SIGHUP)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    wait_until_gone(pids)
 
 
 def test_a_mistake_in_a_real_run_is_told_once(monkeypatch, capfd):

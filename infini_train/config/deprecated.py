@@ -7,12 +7,12 @@ kinds of `data.synthetic`.
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from infini_train.config.data import SYNTHETIC_KINDS
 from infini_train.config.errors import ConfigError, naming
-from infini_train.environment import world
 
 _SECTION = "data.synthetic"
 _OLD_SECTIONS = ("passkey", "needles", "recall")  # below data; later kinds never were sections of their own
@@ -93,5 +93,6 @@ def modernise_override(tree: Mapping[str, Any], base: Mapping[str, Any], assignm
 @functools.cache
 def note_once(message: str) -> None:
     """Logs a warning once; of several ranks only the first does."""
-    if world()[0] == 0:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
         logging.getLogger(__name__).warning("%s", message)

@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
-from infini_train.environment import world
-from infini_train.parallel import device
+from infini_train.environment import read_number, world
+from infini_train.parallel import device, meeting
 
 BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint
 _background: dist.ProcessGroup | None = None
@@ -53,16 +53,14 @@ def complete_environment() -> None:
     """Sets torchrun's variables, which torch and DeepSpeed read, for tasks of srun.
 
     Raises:
-        ConfigError: there are several tasks, but no rendezvous address.
+        ConfigError: there are several tasks, but no rendezvous address, or a variable holds nonsense.
     """
     rank, size = world()
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if size > 1 and name not in os.environ:
-            raise ConfigError(
-                f"{name}: is not set; several processes need it, as in the scripts of infini-launch (or use --nproc)"
-            )
+    if size > 1 and not meeting.is_inherited():
+        meeting.choose_interface()
     if size > 1 and "RANK" not in os.environ:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ["SLURM_LOCALID"])
+        local_rank = read_number("SLURM_LOCALID")
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
 
 
@@ -90,6 +88,7 @@ def connect(timeout_s: float) -> None:
 
     Raises:
         ConfigError: several processes have no rendezvous address, or more were started here than there are GPUs.
+        MeetingError: the processes can't meet at that address.
     """
     complete_environment()
     device.set_current()
@@ -100,7 +99,8 @@ def connect(timeout_s: float) -> None:
     if world()[1] == 1:  # an in-memory store: no port is opened, so any number of such runs live side by side
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    dist.init_process_group(device.backend(), timeout=timeout)
+    store = dist.PrefixStore(meeting.prefix(), meeting.open_store(2 * timeout_s))
+    dist.init_process_group(device.backend(), store=store, rank=world()[0], world_size=world()[1], timeout=timeout)
     global _background
     _background = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
 

@@ -94,6 +94,7 @@ def launch_seconds(count: int = 2000) -> float:
 def _measure_links(rank: int, processes: int, folder: str) -> None:
     """One of the processes; the first one writes what `measure_links` returns."""
     os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # only these processes are to reach each other
     device.configure()
     device.set_current()
     torch.set_num_threads(1)

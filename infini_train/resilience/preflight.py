@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +30,11 @@ import torch.distributed as dist
 
 from infini_train import exit_codes
 from infini_train.command_line import path
+from infini_train.config.errors import ConfigError
 from infini_train.parallel import device
 
 device.prepare()  # before anything else imports megatron-core: its notices are not for this console
-from infini_train.parallel import mesh  # noqa: E402
+from infini_train.parallel import meeting, mesh  # noqa: E402
 
 LIBRARIES = ("infini-train", "torch", "megatron-core", "deepspeed", "numpy")
 MAX_CLOCK_SKEW_S = 5.0
@@ -55,8 +55,11 @@ class Facts(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """All ranks call it; rank 0 prints the result."""
     options = _parse(arguments)
-    rank, size = mesh.world()
-    mesh.complete_environment()
+    try:
+        rank, size = mesh.world()
+        mesh.complete_environment()
+    except ConfigError as error:
+        sys.exit(_fail(f"preflight: {error}", exit_codes.MISTAKE))
     problems = check_node(options.run_dir, options.gpus, options.min_free_gib)
     try:
         verdict, bandwidth = compare_ranks(options.run_dir, problems, options.timeout_s)
@@ -150,16 +153,13 @@ def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple
     rank, size = mesh.world()
     if size == 1:
         return ({"0": f"rank 0 ({node_name()}): {'; '.join(problems)}"} if problems else {}), 0.0
-    timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, timeout, wait_for_workers=False
-    )
-    token = run_dir / f".preflight-{os.environ.get('INFINI_TRAIN_START', os.environ['MASTER_PORT'])}"
+    store = meeting.SignedStore(meeting.open_store(timeout_s))
+    token = run_dir / f".preflight-{os.environ.get('INFINI_TRAIN_START', os.environ.get('MASTER_PORT', ''))}"
     if rank == 0:
         with contextlib.suppress(OSError):  # check_node has reported it
             token.write_text("here", encoding="utf-8")
         store.set("go", "")
-    store.get("go")
+    store.wait_for("go", timeout_s)
     clock_s = time.time()
     if not problems and not _appears(token):
         problems = [f"run_dir: {run_dir} is not the same folder as on rank 0's node; it must be a shared file system"]
@@ -167,11 +167,11 @@ def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple
     if rank == 0:
         store.set("verdict", json.dumps(judge(_collect(store, size, timeout_s))))
         token.unlink(missing_ok=True)
-    verdict = json.loads(store.get("verdict"))
-    bandwidth = 0.0 if verdict else measure_all_reduce(store, timeout)
-    store.add("done", 1)
-    while rank == 0 and store.add("done", 0) < size:  # the store ends with this process
-        time.sleep(0.05)
+    verdict = json.loads(store.wait_for("verdict", timeout_s))
+    bandwidth = 0.0 if verdict else measure_all_reduce(timeout_s)
+    store.set(f"done/{rank}", "")
+    for other in range(size) if rank == 0 else ():  # the store ends with this process
+        store.wait_for(f"done/{other}", timeout_s)
     return verdict, bandwidth
 
 
@@ -184,13 +184,15 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _collect(store: dist.TCPStore, size: int, timeout_s: float) -> list[Facts]:
+def _collect(store: meeting.SignedStore, size: int, timeout_s: float) -> list[Facts]:
     deadline = time.monotonic() + timeout_s
-    while missing := [rank for rank in range(size) if not store.check([f"facts/{rank}"])]:
+    found: dict[int, str] = {}
+    while missing := [rank for rank in range(size) if rank not in found]:
         if time.monotonic() > deadline:
             raise RuntimeError(f"rank {', '.join(map(str, missing))} did not answer within {timeout_s:g} s")
+        found |= {rank: text for rank in missing if (text := store.read(f"facts/{rank}")[0]) is not None}
         time.sleep(0.2)
-    return [Facts(*json.loads(store.get(f"facts/{rank}"))) for rank in range(size)]
+    return [Facts(*json.loads(found[rank])) for rank in range(size)]
 
 
 def judge(facts: Sequence[Facts]) -> dict[str, str]:
@@ -213,14 +215,14 @@ def judge(facts: Sequence[Facts]) -> dict[str, str]:
     return verdict
 
 
-def measure_all_reduce(store: dist.TCPStore, timeout: timedelta) -> float:
+def measure_all_reduce(timeout_s: float) -> float:
     """Checks a sum over all ranks and returns its bus bandwidth in bytes/s: 2 (n - 1) / n of the bytes over the time.
 
     Raises:
         RuntimeError: the sum is wrong, or a rank does not take part.
     """
     rank, size = mesh.world()
-    dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+    mesh.connect(timeout_s / 2)
     elements = 2**26 if device.count() else 2**18
     values = torch.empty(elements, device=device.current())
     best_s = float("inf")
@@ -232,7 +234,7 @@ def measure_all_reduce(store: dist.TCPStore, timeout: timedelta) -> float:
         device.synchronise()
         best_s = min(best_s, time.perf_counter() - start)
     wrong = int((values != size * (size + 1) / 2).sum())
-    dist.destroy_process_group()
+    mesh.stop()
     if wrong:
         raise RuntimeError(f"an all-reduce over {size} ranks gave {wrong} wrong numbers")
     return 2 * (size - 1) / size * values.nbytes / best_s

@@ -6,6 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from infini_train.child_processes import stop_signals
 from infini_train.parallel import mesh
 
 
@@ -16,8 +17,7 @@ class Stopped(Exception):
 class StopRequest:
     """Inside the context, SIGINT, SIGTERM and SIGHUP only set `received`; a second SIGINT interrupts at once.
 
-    A signal that whoever started this process had it ignore stays ignored: nohup stays nohup, and Ctrl-C does not reach
-    what a script has put into the background.
+    A SIGHUP that is ignored already (nohup) stays ignored.
 
     Args:
         confirms: whether this process confirms a signal on the console.
@@ -34,9 +34,8 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
+        for number in stop_signals():
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterable
 
 from infini_train import exit_codes
+from infini_train.command_errors import fail
 from infini_train.command_line import path, processes, repeat_verbosity
 from infini_train.config.errors import ConfigError, naming
+from infini_train.environment import world
 from infini_train.selftest.cases import CASES, Case, choose_cases
 
 DESCRIPTION = """\
@@ -60,7 +62,7 @@ def _selftest(options: argparse.Namespace) -> None:
     started = "RANK" in os.environ
     if options.nproc is not None and started:
         raise ConfigError("--nproc: this process was started as one of several already (RANK is set); leave it out")
-    processes = options.nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    processes = options.nproc or world()[1]
     if options.list and not (options.nproc or started):
         _list(CASES)
         return
@@ -77,14 +79,17 @@ def _selftest(options: argparse.Namespace) -> None:
 
     device.prepare()
     from infini_train.parallel import mesh
+    from infini_train.parallel.meeting import MeetingError
     from infini_train.selftest.run import UnsharedFolderError, run_selftest
 
     try:
         failed = run_selftest(cases, options.folder, options.json)
     except UnsharedFolderError as error:
         raise ConfigError(f"--folder: {error}") from error
+    except MeetingError as error:
+        sys.exit(fail(str(error), exit_codes.FAILED))
     mesh.stop()
-    if failed and os.environ.get("RANK", "0") == "0":
+    if failed and world()[0] == 0:
         print(f"error: {failed} of {len(cases)} cases failed; see docs/selftest.md", file=sys.stderr)
         sys.exit(exit_codes.FAILED)
 

@@ -17,10 +17,12 @@ from typing import Any
 
 from infini_train import __version__
 from infini_train.checkpoint import store
+from infini_train.child_processes import ending_with_parent
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import dump
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
+from infini_train.environment import BOARD_FD, STORE_FD
 from infini_train.parallel import device, mesh
 from infini_train.selftest.cases import STEPS, TIMEOUT_S, Case, configure, reference_of
 from infini_train.selftest.parity import Errors, compare_runs
@@ -60,7 +62,16 @@ class Reference:
         for number, run in enumerate(runs):
             files.append(folder / f"reference-{number}.yaml")
             files[-1].write_text(dump(run), encoding="utf-8")
-        several = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        several = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            STORE_FD,
+            BOARD_FD,
+        )
         self._log = folder / "reference.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -69,6 +80,7 @@ class Reference:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                preexec_fn=ending_with_parent(),
             )
 
     def wait_for(self, run: RunConfig) -> Path:

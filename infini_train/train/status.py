@@ -11,7 +11,6 @@ launch/folder.py reads it, for launch/status.py and launch/watch.py.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
+from infini_train.environment import restarts
 from infini_train.regular_files import read_regular
 from infini_train.train.guards import DivergedError
 from infini_train.train.run_folder import check_fence
@@ -83,12 +83,6 @@ def _end(session: Session, state: str) -> None:
     _write(session, {**_read(session.config.directory), "state": state})
 
 
-def _restarts() -> int:
-    """How often the job was started again; 0 where the environment does not say."""
-    text = os.environ.get("INFINI_TRAIN_RESTARTS", "")
-    return int(text) if text.isdecimal() and len(text) < 10 else 0
-
-
 def _read(directory: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_regular(directory / FILE, MAX_BYTES))
@@ -109,7 +103,7 @@ def _write(session: Session, values: dict[str, Any]) -> None:
         "name": session.config.name,
         "step": session.step,
         "total_steps": session.config.train.total_steps,
-        "restarts": _restarts(),
+        "restarts": restarts(),
         "heartbeat": time.time(),
     }
     path = session.config.directory / FILE

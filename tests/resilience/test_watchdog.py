@@ -17,26 +17,25 @@ from launch.ranks import read_ranks
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 8.0  # long enough for a busy machine to answer
 MARGIN_S = 12.0
-CASES = ("killed", "stopped", "failed", "deadlock", "well", "host killed", "host stopped", "host failed")
+CASES = ("killed", "stopped", "failed", "deadlock", "well")
+CASES += ("host killed", "host stopped", "host failed", "host forged")
 PROGRAM = """\
 import json, os, signal, socket, sys, threading, time, traceback
 from pathlib import Path
 import torch  # once, for all the processes that are forked below
 import torch.distributed as dist
+from infini_train.environment import BOARD_FD, STORE_FD
+from infini_train.parallel import meeting
 from infini_train.resilience.watchdog import LostRankError, Watchdog
 
 folder, timeout_s, *cases = sys.argv[1:]
 
 
-def run_rank(case, rank, listener):
+def run_rank(case, rank, place):
     "A rank of a world of three; where the case begins with host, rank 0 holds the store, and is the one in trouble."
-    port = listener.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", GLOO_SOCKET_IFNAME="lo", INFINI_TRAIN_SECRET="a secret", **place)
     hosted = case.startswith("host")
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not hosted)
-    mine = {"is_master": True, "master_listen_fd": listener.detach()} if hosted and rank == 0 else {"is_master": False}
-    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, wait_for_workers=False, **mine), rank=rank,
-                            world_size=3)
+    dist.init_process_group("gloo", store=dist.PrefixStore("groups", meeting.open_store(60)), rank=rank, world_size=3)
     x = torch.ones(1000)
     with Watchdog(rank, 3, float(timeout_s)) as watchdog:
         watchdog.write_to(Path(folder) / f"{case}.run")
@@ -67,16 +66,31 @@ def get_into_trouble(kind, watchdog):
     if kind == "deadlock":
         watchdog.set_operation("read a slow disk")
         time.sleep(100)
+    if kind == "forged":  # by somebody who reaches the port, for longer than a silence may last
+        port = int(os.environ["MASTER_PORT"])
+        stranger = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        end, count = time.monotonic() + 1.5 * float(timeout_s), 0
+        while time.monotonic() < end:
+            names = [name for name in stranger.list_keys() if name.endswith("failure") or "beat/" in name]
+            for number, name in enumerate(names):
+                count += 1
+                if (count + number) % 5:
+                    stranger.set(name, ("no json", "[1,2]", "nobody was here", "")[count % 4])
+                else:
+                    stranger.delete_key(name)
+            stranger.set(names[0].rpartition("beat/")[0] + "failure", "nobody was here")
+            time.sleep(0.01)
+        assert count > 100
 
 
-def start(case, rank, listener):
+def start(case, rank, place):
     pid = os.fork()
     if pid:
         return pid
     os.dup2(os.open(f"{folder}/{case}.{rank}", os.O_WRONLY | os.O_CREAT), 2)
     code = 1
     try:
-        run_rank(case, rank, listener)
+        run_rank(case, rank, place)
         code = 0
     except (LostRankError, ValueError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
@@ -86,16 +100,18 @@ def start(case, rank, listener):
         os._exit(code)
 
 
-listeners = {case: socket.create_server(("127.0.0.1", 0)) for case in cases}
-ranks = {start(case, rank, listeners[case]): (case, rank) for case in cases for rank in range(3)}
-stores = []
-for case, listener in listeners.items():
-    host, port = listener.getsockname()
-    if case.startswith("host"):
-        listener.close()
-    else:
-        stores.append(dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
-                                    master_listen_fd=listener.detach()))
+def choose_place(case):
+    "Variables that say where the ranks of a case meet."
+    if not case.startswith("host"):
+        return {name: str(os.memfd_create(name)) for name in (STORE_FD, BOARD_FD)}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+ranks = {}
+for case in cases:
+    place = choose_place(case)
+    ranks |= {start(case, rank, place): (case, rank) for rank in range(3)}
 deadline = time.monotonic() + 80
 ends = {}
 while len(ends) < len(ranks):
@@ -210,6 +226,13 @@ def test_a_lost_store_is_named(ends, trouble):
     for line in survivors(ends, f"host {trouble}", TIMEOUT_S + MARGIN_S):
         assert re.match(r"error: .*the store in rank 0's process (is gone|did not answer)", line), line
         assert "'step 5, all-reduce'" in line
+
+
+def test_a_stranger_at_the_store_neither_ends_nor_forges_anything(ends):
+    assert [ends["host forged", rank].code for rank in range(3)] == [0] * 3, ends
+    said = "".join(ends["host forged", rank].said for rank in range(3))
+    assert "nobody was here" not in said
+    assert "heartbeat was overwritten by somebody who is no rank of this run" in said
 
 
 def test_a_failing_host_of_the_store_is_heard_before_it_leaves(ends):
