@@ -20,6 +20,7 @@ BOTTOM = {
     "command_errors",
     "atomic_files",
     "regular_files",
+    "redaction",
     "environment",
     "exit_codes",
     "logs",
@@ -27,14 +28,15 @@ BOTTOM = {
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
-    "config": {"environment"},  # a note about an old spelling comes from the first rank alone
+    "config": {"environment", "redaction"},  # a note comes from the first rank alone; URLs hold no password
     "command_line": {"config", "logs"},  # errors, and whether notes are wanted
-    "command_errors": {"config", "exit_codes"},
+    "command_errors": {"config", "exit_codes", "redaction"},
     "atomic_files": {"regular_files"},
     "regular_files": set(),
+    "redaction": set(),
     "environment": set(),
     "exit_codes": set(),
-    "logs": set(),
+    "logs": {"redaction"},
     "ops": set(),
     "data": set(),
     "model": {"ops"},
@@ -54,8 +56,8 @@ ROOMS = {
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
 OUTSIDE = {
-    "data_tools": {"data", "config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"},
-    "launch": {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes", "logs"},
+    "data_tools": {"data", *BOTTOM - {"environment", "logs"}},
+    "launch": BOTTOM - {"environment"},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}
