@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
-from infini_train.redaction import redact
+from infini_train.redaction import redact_message
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # in what torch raises
 
@@ -75,7 +75,7 @@ def first_line(error: BaseException) -> str:
 def fail(message: str, code: int) -> int:
     """Prints an error's line, without the secrets of a URL or command in it; returns the code."""
     with contextlib.suppress(OSError):  # standard error is full, or its reader has gone
-        print(f"error: {redact(message)}", file=sys.stderr, flush=True)
+        print(f"error: {redact_message(message)}", file=sys.stderr, flush=True)
     return code
 
 

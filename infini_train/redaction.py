@@ -78,11 +78,18 @@ def find_secret_url(tree: Any) -> tuple[str, str] | None:
     return None
 
 
-def redact(text: str) -> str:
-    """The text without what looks like a secret: in URLs, after names that say so, in the forms of known services."""
+def redact_message(text: str) -> str:
+    """The text of an error or a note, without secrets in URLs and in the forms of known services.
+
+    Words after names are left: "api_key: must be text" is what a message looks like.
+    """
     text = _KNOWN_FORMS.sub(MASK, _KEY_BLOCK.sub(MASK, redact_urls(text)))
-    text = _USER_FLAG.sub(rf"\1\2:{MASK}", _HEADER.sub(rf"\1 {MASK}", text))
-    return _FLAG.sub(_mask_value, _ASSIGNMENT.sub(_mask_value, text))
+    return _USER_FLAG.sub(rf"\1\2:{MASK}", _HEADER.sub(rf"\1 {MASK}", text))
+
+
+def redact(text: str) -> str:
+    """The text of a file, without what looks like a secret: as `redact_message`, and values after names that say so."""
+    return _FLAG.sub(_mask_value, _ASSIGNMENT.sub(_mask_value, redact_message(text)))
 
 
 def redact_variable(name: str, value: str) -> str:

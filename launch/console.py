@@ -4,7 +4,7 @@ import logging
 
 from infini_train import logs
 from infini_train.command_line import Spinner
-from infini_train.redaction import redact
+from infini_train.redaction import redact_message
 
 WAIT_IS_SHOWN_AFTER_S = 2.0
 INTERVAL_S = 0.25
@@ -14,7 +14,7 @@ class _Formatter(logging.Formatter):
     """Warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = redact(super().format(record))
+        text = redact_message(super().format(record))
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
