@@ -22,6 +22,7 @@ TIME_LIMIT = re.compile(r"(?:\d+-\d{1,2}(?::\d{1,2}){0,2}|\d+(?::\d{1,2}){0,2})"
 MEMORY = re.compile(r"\d+[KMGT]?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 INTERFACE = re.compile(r"[\^=]{0,2}[A-Za-z0-9_.,-]+")
+READ_ONLY = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "IFS")  # for bash, or for a sane script
 OWN_OPTIONS = ("nodes", "ntasks", "array", "requeue", "no-requeue", "signal", "output", "error", "dependency", "wrap")
 FIELD_OF = {"time": "time_limit", "job-name": "name of the run's config"}  # options that checks here must know of
 EARLY_S = 60  # Slurm may send its signal this much earlier than asked
@@ -135,10 +136,12 @@ class ClusterConfig:
     def _check_software(self) -> None:
         if self.venv is not None:
             _require_text(self.venv, "venv")
+            _require(":" not in self.venv, "venv", "must not hold a colon, which PATH has between its folders")
         for module in self.modules:
             _require_match(WORD, module, "modules", "cuda/12.4")
         for name, value in self.environment.items():
             _require_match(VARIABLE, name, "environment", "NCCL_DEBUG")
+            _require(name not in READ_ONLY, "environment", f"{name} belongs to the shell; leave it out")
             printable = value is None or value.isprintable()
             _require(printable, f"environment.{name}", "must be one line of printable text")
         for name in ("sbatch", "srun"):

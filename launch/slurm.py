@@ -16,13 +16,10 @@ from launch.console import waiting
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
 JOB_ID = re.compile(r"([0-9]{1,18})(?:;.*)?")  # with the cluster's name after it where there are several
-OVERRIDING = {
-    "SLURM_RESTART_COUNT",
-    *(
-        f"SBATCH_{name}"
-        for name in ("JOB_NAME", "TIMELIMIT", "SIGNAL", "REQUEUE", "NO_REQUEUE", "OPEN_MODE", "ARRAY_INX")
-    ),
-}
+OVERRIDING = re.compile(
+    "SLURM_RESTART_COUNT|(SQUEUE|SACCT|SCANCEL)_.*"
+    "|SBATCH_(JOB_NAME|TIMELIMIT|SIGNAL|REQUEUE|NO_REQUEUE|OPEN_MODE|ARRAY_INX)"
+)
 
 
 class QueuedJob(NamedTuple):
@@ -76,19 +73,11 @@ def submit(script: Path, options: Sequence[str] = (), environment: Mapping[str, 
     Raises:
         ConfigError: Slurm refuses it, or sbatch says something else than an ID.
     """
-    said = _run("sbatch", "--parsable", *options, str(script), environment=_clean_environment() | (environment or {}))
+    said = _run("sbatch", "--parsable", *options, str(script), environment=environment)
     numbers = [int(found[1]) for line in said.splitlines() if (found := JOB_ID.fullmatch(line.strip()))]
     if not numbers:
         raise ConfigError(f"sbatch: printed {_last_line(said)[:200]!r} instead of a job's ID; see squeue --me")
     return numbers[-1]
-
-
-def _clean_environment() -> dict[str, str]:
-    """This process's variables without those by which sbatch would replace what the script says of itself.
-
-    A job that submits another one has a restart count, which the new job's script would take for its own.
-    """
-    return {name: value for name, value in os.environ.items() if name not in OVERRIDING}
 
 
 def check(script: Path, options: Sequence[str] = ()) -> str:
@@ -97,7 +86,7 @@ def check(script: Path, options: Sequence[str] = ()) -> str:
     Raises:
         ConfigError: it would not.
     """
-    done = _call("sbatch", "--test-only", *options, str(script), environment=_clean_environment())
+    done = _call("sbatch", "--test-only", *options, str(script))
     text = done.stderr.strip() or done.stdout.strip()
     if done.returncode:
         raise ConfigError(f"sbatch refuses {script}: {_last_line(text)}")
@@ -153,7 +142,7 @@ def _call(*command: str, environment: Mapping[str, str] | None = None) -> subpro
         with waiting(f"waiting for {command[0]}"):
             return subprocess.run(
                 command,
-                env=environment,
+                env=_clean_environment() | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 encoding="utf-8",
@@ -167,6 +156,14 @@ def _call(*command: str, environment: Mapping[str, str] | None = None) -> subpro
         raise ConfigError(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
     except OSError as error:
         raise ConfigError(f"{command[0]}: can't be run: {error.strerror}") from error
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's variables without those that change what is asked of Slurm, or what a script says of itself.
+
+    A job that submits another one has a restart count, which the new job's script would take for its own.
+    """
+    return {name: value for name, value in os.environ.items() if not OVERRIDING.fullmatch(name)}
 
 
 def _last_line(text: str) -> str:

@@ -42,6 +42,8 @@ def test_the_least_is_enough() -> None:
             "venv: can't be used inside a container; give one of the two",
         ),
         ({**LEAST, "signal_before_limit_s": 0}, "signal_before_limit_s: must be positive"),
+        ({**LEAST, "environment": {"UID": "1"}}, "environment: UID belongs to the shell; leave it out"),
+        ({**LEAST, "venv": "/a:b"}, "venv: must not hold a colon, which PATH has between its folders"),
         ({**LEAST, "sbatch": ["--time=2"]}, "sbatch: --time=2: set it as time_limit instead"),
         ({**LEAST, "sbatch": ["--ti=2"]}, "sbatch: --ti=2: set it as time_limit instead"),
         ({**LEAST, "sbatch": ["--job-name=a"]}, "sbatch: --job-name=a: set it as name of the run's config instead"),

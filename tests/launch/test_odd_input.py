@@ -150,6 +150,13 @@ def test_odd_lines_of_squeue_are_left_out(runs: Path, slurm, squeue: str, capsys
     assert lines[2].split()[:3] == [str(runs / "well"), "12", "pending"] and lines[2].endswith("(Resources)")
 
 
+def test_settings_of_squeue_hide_no_job(runs: Path, slurm, monkeypatch, capsys) -> None:
+    slurm(squeue=f"[ -n \"$SQUEUE_STATES\" ] || echo '{QUEUE}'")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    (runs / "well" / "launch" / "job").write_text("12\n")
+    assert " pending " in show(capsys, "status", str(runs))
+
+
 @pytest.mark.parametrize(
     "sacct", ["echo x", "echo '12||||'", "echo '12|FAILED'", "printf '12|\\xff|0:0|1|n\\n'", "exit 1"]
 )
