@@ -80,7 +80,7 @@ def test_an_array_gives_the_bytes_of_one_process(slurm, tmp_path: Path) -> None:
 
 def test_a_failed_task_is_submitted_again_alone(slurm, tmp_path: Path) -> None:
     """Each keeps the part that it has in the whole array; the last one assembles the dataset."""
-    (tmp_path / "text.jsonl").write_text("".join(f'{{"id": "d{i}", "text": "{i} " }}\n' for i in range(99)))
+    write_corpus(tmp_path / "text.jsonl")
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "sbatch": ["--export=NONE"], "venv": sys.prefix}))
     slurm.run("infini-data", "encode", *ENCODE, "one", cwd=tmp_path)
     for tasks in ("0,2", "1"):
