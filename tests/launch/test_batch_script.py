@@ -102,6 +102,14 @@ def test_a_site_that_exports_nothing_gets_its_ranks_going(start):
     assert [path.name for path in files if "SeCrEt" in path.read_text(errors="replace")] == []
 
 
+def test_a_program_that_no_node_finds_is_not_retried(start):
+    """An environment that did not come along, or a Python environment that is not there."""
+    run = start(environment={"PATH": "/usr/bin:/bin"}, sbatch=["--export=NONE"])
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert run.starts() == 1 and "exit code 127" in run.job_log(), run.story()
+    assert "see venv and modules of the cluster's config" in run.launch("status", str(run.directory))
+
+
 def test_starts_that_come_to_nothing_end_the_job(start, slurm, tmp_path):
     """A signal time over the limit would tell the job to stop as it starts, for ever."""
     (tmp_path / "a run's folder").mkdir()
