@@ -4,6 +4,7 @@ Neither may give secrets away. Of the environment only variables on a list of na
 secret are masked, in uncommitted changes too. The files are written for their owner alone (launch/folder.py).
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -56,9 +57,10 @@ def describe_revision(code: Path) -> str:
 
 
 def _git(code: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(code), *arguments]
+    """What git prints of this folder, whatever repository the environment names and whatever its config would run."""
     done = subprocess.run(
-        command,
+        ["git", "-C", str(code), "-c", "core.fsmonitor=false", *arguments],
+        env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

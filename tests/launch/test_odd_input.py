@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from launch import status
 from launch.cli import main
 
 STATUS = [
@@ -75,6 +78,23 @@ def test_an_odd_status_spoils_no_other_run(runs: Path, name: str, content: bytes
     line = assert_both_are_shown(runs, capsys)
     if name in ("deep", "huge", "empty", "not JSON", "a list", "too many digits"):
         assert " unknown " in line and "status.json: " in line, "it says why"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9), st.lists, max_leaves=4
+)
+KEYS = ("state", "step", "total_steps", "loss", "tokens_per_s", "eta_s", "restarts", "heartbeat", "other")
+
+
+@settings(max_examples=100, deadline=None)
+@given(said=st.dictionaries(st.sampled_from(KEYS), JSON))
+def test_whatever_a_status_says_it_makes_a_row(said: dict, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any-status"
+    folder.mkdir(exist_ok=True)
+    (folder / "status.json").write_text(json.dumps(said))
+    rows = status.describe_runs([folder], {})
+    assert status.format_table(rows).count("\n") == 2
+    json.dumps(rows, allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["status.json", *(f"launch/{each}" for each in LAUNCH), "launch/ranks/0.json"])

@@ -78,7 +78,8 @@ def read_environment(caught: Path) -> dict[str, str]:
 
 
 def written(tmp_path: Path) -> dict[str, str]:
-    files = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    """But for revision.txt, which has this checkout's own changes, of this very file perhaps."""
+    files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "revision.txt")
     return {path.name: path.read_text(errors="replace") for path in files}
 
 
@@ -182,7 +183,7 @@ def test_what_would_override_the_script_is_not_passed_on(launch, caught, monkeyp
     assert given["SBATCH_RESERVATION"] == "mine"
 
 
-def test_uncommitted_changes_keep_their_secrets(tmp_path: Path) -> None:
+def test_uncommitted_changes_keep_their_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
@@ -194,7 +195,9 @@ def test_uncommitted_changes_keep_their_secrets(tmp_path: Path) -> None:
     git("commit", "--quiet", "-m", "first")
     path.write_text("lr: 3\nurl: https://u:SeCrEt01X@h\nWANDB_API_KEY=SeCrEt02X\npassword: SeCrEt03X\n")
     (tmp_path / "untracked.txt").write_text("SeCrEt04X")
-    git("config", "diff.external", "touch broken")  # a checkout's config must not choose what runs here
+    for name in ("diff.external", "core.fsmonitor"):  # a checkout's config must not choose what runs here
+        git("config", name, f"touch {tmp_path / 'broken'}")
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))
     text = describe_revision(tmp_path)
     assert "+lr: 3\n" in text and "?? untracked.txt" in text and text.count("***") == 4 and "SeCrEt" not in text
     assert not (tmp_path / "broken").exists()
