@@ -8,6 +8,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.data.cache import is_url
 from infini_train.data.shards import Dataset
+from infini_train.redaction import redact_urls
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -63,4 +64,4 @@ def open_data(trained: "Trained", data: str | None) -> tuple[str, Dataset]:
         raise ConfigError(
             f"--data: {folder} was encoded with another tokenizer than the model's; encode it with --tokenizer {own}"
         )
-    return folder, dataset
+    return redact_urls(folder), dataset  # it is printed and kept with the results
