@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -284,10 +285,20 @@ def load_cluster(name: str, assignments: Iterable[str] = ()) -> ClusterConfig:
     path = resolve(name, "cluster")
     try:
         given = [_quote_text(each) for each in assignments]
-        return validate_cluster(override(read_tree(path), given, "--set-cluster"))
+        return _expand_home(validate_cluster(override(read_tree(path), given, "--set-cluster")))
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+
+
+def _expand_home(cluster: ClusterConfig) -> ClusterConfig:
+    """The config with the home folder in place of ~, which a script's quotes would keep as it is."""
+    home, container = os.path.expanduser, cluster.container
+    if container is not None:
+        image, mounts = home(container.image), tuple(map(home, container.mounts))
+        workdir = container.workdir and home(container.workdir)
+        container = dataclasses.replace(container, image=image, mounts=mounts, workdir=workdir)
+    return dataclasses.replace(cluster, venv=cluster.venv and home(cluster.venv), container=container)
 
 
 def _quote_text(assignment: str) -> str:

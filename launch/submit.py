@@ -192,7 +192,7 @@ def _export(cluster: ClusterConfig) -> list[str]:
     It names variables; their values are in the environment of sbatch.
     """
     chosen = os.environ.get("SBATCH_EXPORT") or cluster.export or "ALL"
-    if not cluster.secret_names or chosen.split(",")[0] == "ALL":
+    if not cluster.secret_names or chosen.upper().split(",")[0] == "ALL":
         return []
-    others = [] if chosen in ("NONE", "NIL") else [chosen]
+    others = [] if chosen.upper() in ("NONE", "NIL") else [chosen]
     return [f"--export={','.join([*others, *cluster.secret_names])}"]

@@ -127,3 +127,14 @@ def test_a_signal_that_leaves_some_time_is_taken(limit: str, signal_s: int) -> N
 )
 def test_a_text_on_the_command_line_needs_no_second_quotes(assignment: str, field: str, value: object) -> None:
     assert getattr(load_cluster("plain", [assignment]), field) == value
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's quotes would keep it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_cluster("plain", ["venv=~/venv"]).venv == "/home/me/venv"
+    settings = ["container.image=~/a.sqsh", "container.mounts=[~/data:/data]", "container.workdir=~/w"]
+    container = load_cluster("pyxis", settings).container
+    assert container is not None
+    assert (container.image, container.mounts) == ("/home/me/a.sqsh", ("/home/me/data:/data",))
+    assert container.workdir == "/home/me/w"

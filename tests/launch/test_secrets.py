@@ -143,6 +143,7 @@ def test_a_secret_that_is_set_nowhere_is_refused_before_anything_is_written(laun
     [
         (None, [], None),
         ("ALL,A", [], None),
+        ("all", [], None),
         ("NONE", [], "--export=WANDB_API_KEY"),
         (None, ["--export=NONE"], "--export=WANDB_API_KEY"),
         ("A,B", ["--export=NONE"], "--export=A,B,WANDB_API_KEY"),
