@@ -27,8 +27,6 @@ def failing(error: BaseException):
             "error: /data/x: Stale file handle; fix it and rerun\n",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", b"y"), "error: y: File name too long; fix it and rerun\n"),
-        (OSError(errno.EIO, "no answer from https://u:secret@h"), "error: no answer from https://u:***@h; fix"),
-        (ConfigError("https://u:secret@h/a: no such file"), "error: https://u:***@h/a: no such file\n"),
         (RecursionError("maximum depth"), "error: the input is nested too deeply to be read\n"),
         (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates"), "error: '\\ud800' can't be written as UTF-8"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes\nstack"), "error: out of memory"),

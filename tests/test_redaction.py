@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infini_train.command_errors import run_command
+from infini_train.config.errors import ConfigError
 from infini_train.redaction import find_secret_url, is_secret_name, redact, redact_urls, redact_variable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,3 +111,15 @@ def test_the_field_of_a_url_with_a_password_is_named() -> None:
     tree = {"data": {"mixture": [{"folder": "s3://a/b"}, {"folder": "https://u:pw@h/a"}]}, "name": "a:b@c"}
     assert find_secret_url(tree) == ("data.mixture.1.folder", "https://u:***@h/a")
     assert find_secret_url({"data": {"train": "https://h:80/a", "parts": [1, None]}}) is None
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("https://u:secret@h/a: no such file"), OSError(5, "I/O error", "s3://u:secret@h")]
+)
+def test_a_commands_error_holds_no_secret(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command(command) == 2
+    shown = capsys.readouterr().err
+    assert "u:***@h" in shown and "secret" not in shown
