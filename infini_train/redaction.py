@@ -23,8 +23,10 @@ _PAIRS += ("SSH_KEY", "AUTH_KEY", "ACCESS_TOKEN", "AUTH_TOKEN", "API_TOKEN", "RE
 _NOT_SECRET = {"PWD", "OLDPWD"}  # the shell's working folders
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_USER_AND_PASSWORD = re.compile(r"(://[^\s/:@\[\]]*):([^\s/]*)@")
-_PASSWORD_WITH_SLASH = re.compile(r"(://[^\s/:@\[\]]*):(?!\d*(?:[/?#]|$)|\*\*\*@)[^\s@\"']{0,200}@")
+_USER_AND_PASSWORD = re.compile(r"(?<!github)(?<!git)(://[^\s/:@\[\]]*):(?!:)([^\s/]*)@")  # github://owner:name@branch
+_PASSWORD_WITH_SLASH = re.compile(
+    r"(?<!github)(?<!git)(://[^\s/:@\[\]]*):(?!:|\d*(?:[/?#]|$)|\*\*\*@)[^\s@\"']{0,200}@"
+)
 _TOKEN_AS_USER = re.compile(r"(\bhttps?://)[^\s/:@?#]+@")
 _PARAMETER = re.compile(r"([?&;])([\w.~%-]+)=([^\s&;#\"']+)")
 _ASSIGNMENT = re.compile(
