@@ -129,12 +129,12 @@ def test_a_text_on_the_command_line_needs_no_second_quotes(assignment: str, fiel
     assert getattr(load_cluster("plain", [assignment]), field) == value
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's quotes would keep it."""
-    monkeypatch.setenv("HOME", "/home/me")
-    assert load_cluster("plain", ["venv=~/venv"]).venv == "/home/me/venv"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_cluster("plain", ["venv=~/venv"]).venv == f"{tmp_path}/venv"
     settings = ["container.image=~/a.sqsh", "container.mounts=[~/data:/data]", "container.workdir=~/w"]
     container = load_cluster("pyxis", settings).container
     assert container is not None
-    assert (container.image, container.mounts) == ("/home/me/a.sqsh", ("/home/me/data:/data",))
-    assert container.workdir == "/home/me/w"
+    assert (container.image, container.mounts) == (f"{tmp_path}/a.sqsh", (f"{tmp_path}/data:/data",))
+    assert container.workdir == f"{tmp_path}/w"
