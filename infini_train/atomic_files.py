@@ -14,23 +14,24 @@ from pathlib import Path
 from infini_train.regular_files import open_own
 
 
-def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True, permissions: int = 0o666) -> None:
     """Writes a file that is replaced whole: a reader sees the old content or the new one, nothing in between.
 
     Args:
         path: of the file; its folder exists.
         content: text, written as UTF-8, or bytes.
         durable: wait until the disk has it, so that it also survives a power cut.
+        permissions: of the file, less the umask; 0o600 for what may hold a secret.
 
     Raises:
         OSError: it can't be written; what was there stays.
     """
-    with replacing(path, durable=durable) as partial:
+    with replacing(path, durable=durable, permissions=permissions) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True, permissions: int = 0o666) -> Iterator[Path]:
     """Gives the path of a hidden file in the same folder, to be written inside; on success it takes the name `path`.
 
     If anything fails, the hidden file is removed and what was at `path` stays; only a process that is killed leaves it.
@@ -40,7 +41,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; a link planted here must not be followed
-        open_own(partial).close()
+        open_own(partial, permissions=permissions).close()
         yield partial
         if durable:
             sync_path(partial)

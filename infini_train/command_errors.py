@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
+from infini_train.redaction import redact_message
 
 NULL = "embedded null"  # in what Python raises
 OUT_OF_MEMORY = (  # in what torch raises
@@ -83,7 +84,8 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: str, code: int) -> int:
-    """Prints an error's line, cut where it is endless; returns the code."""
+    """Prints an error's line, without the secrets of URLs and commands, cut where it is endless; returns the code."""
+    message = redact_message(message)
     if len(message) > MAX_CHARACTERS:
         message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
     with contextlib.suppress(OSError):  # standard error is full, or its reader has gone

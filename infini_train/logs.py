@@ -20,15 +20,20 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from infini_train.redaction import redact_urls
+
 ROOT = "infini_train"
 RUN = f"{ROOT}.train"
 
 
 class RankFormatter(logging.Formatter):
-    """Messages as they are; under --verbose after the time and the rank."""
+    """Messages without secrets of URLs; under --verbose after the time and the rank."""
 
     def __init__(self, rank: int, verbose: bool) -> None:
         super().__init__(f"%(asctime)s rank {rank}: %(message)s" if verbose else "%(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_urls(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):

@@ -74,6 +74,11 @@ def _add_starting(commands: Any) -> None:
     encode.add_argument("parts", type=positive, metavar="N", help="number of tasks; each takes all cores of a node")
     _add_cluster_options(encode)
     encode.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help="only these of the N tasks, as in 3 or 0,7-9: those that failed, as numbered in encode-JOB_NUMBER.out",
+    )
+    encode.add_argument(
         "--dry-run", action="store_true", help="print the script, write nothing; check it with sbatch --test-only"
     )
     encode.add_argument(

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import pydantic
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import override, read_tree, resolve
+from infini_train.redaction import redact, redact_variable
 
 # sbatch parses #SBATCH lines by its own rules, so what goes there is restricted instead of quoted.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@%+\[\]&|*/-]*")
@@ -21,7 +23,10 @@ TIME_LIMIT = re.compile(r"(?:\d+-\d{1,2}(?::\d{1,2}){0,2}|\d+(?::\d{1,2}){0,2})"
 MEMORY = re.compile(r"\d+[KMGT]?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 INTERFACE = re.compile(r"[\^=]{0,2}[A-Za-z0-9_.,-]+")
+READ_ONLY = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "IFS")  # for bash, or for a sane script
 OWN_OPTIONS = ("nodes", "ntasks", "array", "requeue", "no-requeue", "signal", "output", "error", "dependency", "wrap")
+FIELD_OF = {"time": "time_limit", "job-name": "name of the run's config"}  # options that checks here must know of
+EARLY_S = 60  # Slurm may send its signal this much earlier than asked
 
 
 def _require(condition: bool, path: str, message: str) -> None:
@@ -86,7 +91,7 @@ class ClusterConfig:
     container: ContainerConfig | None = None
     venv: str | None = None  # folder of a Python environment with infini-train
     modules: tuple[str, ...] = ()  # for `module load`
-    environment: dict[str, str] = field(default_factory=dict)  # exported before anything else runs
+    environment: dict[str, str | None] = field(default_factory=dict)  # for the job; null: as it is at submission
     sbatch: tuple[str, ...] = ()  # more options, as in --constraint=h100
     srun: tuple[str, ...] = ()  # more options of the ranks' srun, as in --cpu-bind=cores
     preflight: bool = True  # check every node before training
@@ -117,6 +122,13 @@ class ClusterConfig:
                 f"{json.dumps(value)} is not a name that sbatch takes",
             )
         _require_match(TIME_LIMIT, self.time_limit, "time_limit", "30, 12:00:00 or 2-00:00:00")
+        limit_s = parse_time_limit_s(self.time_limit)
+        _require(
+            limit_s is None or limit_s > self.signal_before_limit_s + EARLY_S,
+            "signal_before_limit_s",
+            f"{self.signal_before_limit_s} s, and the minute by which Slurm may be early, leave no time to train within"
+            f' time_limit "{self.time_limit}"; shorten the one or lengthen the other',
+        )
         _require_match(MEMORY, self.memory, "memory", "900G, or 0 for all")
         if self.network_interface is not None:
             _require_match(INTERFACE, self.network_interface, "network_interface", "ib0 or ^lo,docker0")
@@ -125,17 +137,33 @@ class ClusterConfig:
     def _check_software(self) -> None:
         if self.venv is not None:
             _require_text(self.venv, "venv")
+            _require(":" not in self.venv, "venv", "must not hold a colon, which PATH has between its folders")
         for module in self.modules:
             _require_match(WORD, module, "modules", "cuda/12.4")
         for name, value in self.environment.items():
             _require_match(VARIABLE, name, "environment", "NCCL_DEBUG")
-            _require(value.isprintable(), f"environment.{name}", "must be one line of printable text")
+            _require(name not in READ_ONLY, "environment", f"{name} belongs to the shell; leave it out")
+            printable = value is None or value.isprintable()
+            _require(printable, f"environment.{name}", "must be one line of printable text")
         for name in ("sbatch", "srun"):
             for option in getattr(self, name):
+                shown = redact(option)
+                _require(shown == option, name, f"{shown}: holds a secret, which everybody could see; use environment")
                 _require_match(EXTRA, option, name, "--constraint=h100")
         for option in self.sbatch:
-            own = option[2:].partition("=")[0]
-            _require(own not in OWN_OPTIONS, "sbatch", f"{option}: the template sets --{own} itself; leave it out")
+            self._check_sbatch(option)
+        for option in self.srun:
+            own, _, value = option[2:].partition("=")
+            kept = len(own) < 3 or not "export".startswith(own) or value.split(",")[0] == "ALL"
+            _require(kept, "srun", f"{option}: the ranks need the script's environment; write --export=ALL,...")
+
+    def _check_sbatch(self, option: str) -> None:
+        given = option[2:].partition("=")[0]
+        # sbatch accepts the beginning of an option's name, too
+        own = next((own for own in OWN_OPTIONS if own == given or (len(given) > 2 and own.startswith(given))), None)
+        _require(own is None, "sbatch", f"{option}: the template sets --{own} itself; leave it out")
+        other = next((other for other in FIELD_OF if len(given) > 1 and other.startswith(given)), None)
+        _require(other is None, "sbatch", f"{option}: set it as {FIELD_OF.get(other or '')} instead")
 
     @property
     def tasks(self) -> int:
@@ -143,8 +171,65 @@ class ClusterConfig:
         return self.gpus_per_node if self.tasks_per_node is None else self.tasks_per_node
 
     @property
+    def plain_environment(self) -> dict[str, str]:
+        """The variables that may stand in a script."""
+        return {
+            name: value
+            for name, value in self.environment.items()
+            if value is not None and redact_variable(name, value) == value
+        }
+
+    @property
+    def secret_names(self) -> list[str]:
+        """The variables that reach the job through the environment of sbatch, never through a file."""
+        return sorted(self.environment.keys() - self.plain_environment.keys())
+
+    def secret_environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Values of `secret_names`; of those without a value here, the ones of a submission's environment.
+
+        Raises:
+            ConfigError: one has no value in either.
+        """
+        found = {}
+        for name in self.secret_names:
+            value = self.environment[name]
+            value = given.get(name) if value is None else value
+            if value is None:
+                raise ConfigError(f"environment.{name}: is not set here; export it and rerun, or give it a value")
+            found[name] = value
+        return found
+
+    @property
+    def export(self) -> str | None:
+        """What the job gets of the submission's environment, if `sbatch` says so: ALL, NONE or names."""
+        given = (option[2:].partition("=") for option in self.sbatch)
+        return next((value for name, _, value in given if len(name) > 2 and "export".startswith(name)), None)
+
+    @property
     def cores_per_task(self) -> int:
         return self.cores_per_node // self.tasks
+
+
+_TEXTS = {"container.image", "container.workdir"} | {
+    each.name for each in dataclasses.fields(ClusterConfig) if each.type in (str, str | None)
+}
+
+
+def parse_time_limit_s(text: str) -> int | None:
+    """Seconds of a time limit in one of sbatch's forms, which Slurm rounds up to minutes; None: no limit.
+
+    Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    """
+    days, dash, rest = text.rpartition("-")
+    numbers = [int(each) for each in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = 0, *(*numbers, 0)[:2]
+    total_s = ((int(days or "0") * 24 + hours) * 60 + minutes) * 60 + seconds
+    return -(-total_s // 60) * 60 or None
 
 
 def _require_match(pattern: re.Pattern[str], value: str, path: str, example: str) -> None:
@@ -199,7 +284,27 @@ def load_cluster(name: str, assignments: Iterable[str] = ()) -> ClusterConfig:
     """
     path = resolve(name, "cluster")
     try:
-        return validate_cluster(override(read_tree(path), assignments, "--set-cluster"))
+        given = [_quote_text(each) for each in assignments]
+        return _expand_home(validate_cluster(override(read_tree(path), given, "--set-cluster")))
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+
+
+def _expand_home(cluster: ClusterConfig) -> ClusterConfig:
+    """The config with the home folder in place of ~, which a script's quotes would keep as it is."""
+    home, container = os.path.expanduser, cluster.container
+    if container is not None:
+        image, mounts = home(container.image), tuple(map(home, container.mounts))
+        workdir = container.workdir and home(container.workdir)
+        container = dataclasses.replace(container, image=image, mounts=mounts, workdir=workdir)
+    return dataclasses.replace(cluster, venv=cluster.venv and home(cluster.venv), container=container)
+
+
+def _quote_text(assignment: str) -> str:
+    """`time_limit=12:00:00` with quotes: where a field takes text only, nobody need quote it for YAML and the shell."""
+    path, equals, text = assignment.partition("=")
+    first, _, rest = path.strip().partition(".")
+    is_text = path.strip() in _TEXTS or (first == "environment" and bool(rest))
+    looks_like_number = bool(re.fullmatch(r"[-+.\w:]+", text.strip())) and text.strip() not in ("null", "~")
+    return f"{path}={json.dumps(text.strip())}" if equals and is_text and looks_like_number else assignment

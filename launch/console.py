@@ -4,6 +4,7 @@ import logging
 
 from infini_train import logs
 from infini_train.command_line import Spinner
+from infini_train.redaction import redact_message
 
 WAIT_IS_SHOWN_AFTER_S = 2.0
 INTERVAL_S = 0.25
@@ -13,7 +14,7 @@ class _Formatter(logging.Formatter):
     """Warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = redact_message(super().format(record))
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 

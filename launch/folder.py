@@ -3,8 +3,8 @@
 Written by submit and chain:
 
 train.sbatch, run.yaml   the script and the config that were submitted
-revision.txt             git revision of the code, and uncommitted changes
-environment.txt          environment at submission, without variables whose names look secret
+revision.txt             git revision of the code, and uncommitted changes; secrets masked
+environment.txt          variables of the submission that matter to a run; secrets masked
 job                      ID of the newest job (also written by each start)
 submitted                IDs of all jobs of the newest submission: several for a chain
 
@@ -21,59 +21,60 @@ logs/JOB.START/          each rank's output (train-0.log) and exit (train-0.exit
 Written by training:
 
 ranks/RANK.json          what a rank is doing, every 10 s
+
+The folder and what is written at submission are their owner's alone. Whatever is read here may be damaged, missing or
+somebody else's: it counts as absent, and no file can make a command wait or fail.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from infini_train.atomic_files import write_atomic
+from infini_train.regular_files import open_regular, read_regular
+from launch.record import describe_environment, describe_revision
 
-LAST_LINES = 3
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+LAST_LINES, LAST_BYTES = 3, 1 << 16
+MAX_BYTES = 1 << 20  # of a file that this program wrote: all are small
+OWN, FOR_OWNER_ALONE = 0o700, 0o600
+NUMBERS = ("step", "total_steps", "loss", "tokens_per_s", "eta_s", "restarts", "heartbeat")  # of status.json
+START = re.compile(r"([0-9]{1,18})\.([0-9]{1,9})")  # JOB.START
 
 
 def prepare(run_dir: Path, files: Mapping[str, str], code: Path) -> Path:
     """Writes the launch folder of a new submission: the files, the code's revision, the environment."""
     folder = run_dir / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomic(folder / name, text)
-    write_atomic(folder / "revision.txt", describe_revision(code))
-    shown = (f"{name}={value}\n" for name, value in sorted(os.environ.items()) if not SECRET.search(name))
-    write_atomic(folder / "environment.txt", "".join(shown))
+    folder.mkdir(mode=OWN, parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a colleague's
+        folder.chmod(OWN)
+    recorded = {"revision.txt": describe_revision(code), "environment.txt": describe_environment(os.environ)}
+    for name, text in {**files, **recorded}.items():
+        write_atomic(folder / name, text, permissions=FOR_OWNER_ALONE)
     for name in ("bad_nodes", "retries", "last_failure"):  # of an earlier job
         (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def describe_revision(code: Path) -> str:
-    """The commit and the uncommitted changes of a checkout; "not a git checkout" for any other folder."""
-    try:
-        commit = _git(code, "rev-parse", "HEAD")
-        return f"{commit}\n{_git(code, 'status', '--short')}\n{_git(code, 'diff', 'HEAD')}\n"
-    except (OSError, subprocess.SubprocessError):
-        return "not a git checkout\n"
-
-
-def _git(code: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(code), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=True, timeout=30
-    ).stdout.strip()
+def read_text(path: Path) -> str:
+    """A file that this program or its batch script wrote; empty if there is none, or it is anything else."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_regular(path, MAX_BYTES).decode("utf-8", "replace").strip()
+    return ""
 
 
 def read_job(run_dir: Path) -> int | None:
     """ID of the run's newest job."""
-    with contextlib.suppress(OSError, ValueError):
-        return int((run_dir / "launch" / "job").read_text())
-    return None
+    return _job_number(read_text(run_dir / "launch" / "job"))
+
+
+def _job_number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def note_submitted(run_dir: Path, number: int, first: bool) -> None:
@@ -87,56 +88,80 @@ def note_submitted(run_dir: Path, number: int, first: bool) -> None:
 
 def read_submitted(run_dir: Path) -> list[int]:
     """IDs of the jobs of the newest submission, and of one submitted by hand since."""
-    newest = read_job(run_dir)
-    found = set() if newest is None else {newest}
-    with contextlib.suppress(OSError, ValueError):
-        found |= {int(line) for line in (run_dir / "launch" / "submitted").read_text().split()}
-    return sorted(found)
+    newest, lines = read_job(run_dir), read_text(run_dir / "launch" / "submitted").split()
+    return sorted({number for number in (newest, *map(_job_number, lines)) if number is not None})
 
 
 def last_words(run_dir: Path) -> str:
     """The last lines of the batch script's log; empty without any."""
-    with contextlib.suppress(OSError):
-        lines = (run_dir / "launch" / "job.log").read_text(encoding="utf-8", errors="replace").splitlines(True)
-        return "".join(lines[-LAST_LINES:])
+    with contextlib.suppress(OSError), open_regular(run_dir / "launch" / "job.log") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+        return "".join(log.read().decode("utf-8", "replace").splitlines(True)[-LAST_LINES:])
     return ""
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """The last status that training wrote; empty before the first."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+    """The last status that training wrote; empty before the first.
+
+    Values of a wrong type are left out. The key "problem" says in a few words that the file can't be read.
+    """
+    path = run_dir / "status.json"
+    try:
+        found = json.loads(read_regular(path, MAX_BYTES))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        return {"problem": f"status.json: {error.strerror or error}"}
+    except (ValueError, RecursionError):
+        return {"problem": "status.json: is not what training writes"}
+    if not isinstance(found, dict):
+        return {"problem": "status.json: is not what training writes"}
+    kept = {name: found[name] for name in ("state",) if isinstance(found.get(name), str)}
+    return kept | {name: found[name] for name in NUMBERS if is_number(found.get(name))}
+
+
+def printable(text: str, most: int = 300) -> str:
+    """One line for a terminal: no line break or control character, and not too long."""
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[: most + 1])
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number that can be reckoned with and shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18 and math.isfinite(value)
 
 
 def read_failure(run_dir: Path) -> str:
     """The last failure that the batch script recorded; empty without one."""
-    with contextlib.suppress(OSError):
-        return (run_dir / "launch" / "last_failure").read_text(encoding="utf-8", errors="replace").strip()
-    return ""
+    return read_text(run_dir / "launch" / "last_failure")
 
 
 def find_runs(root: Path) -> list[Path]:
     """Folders of runs directly below a folder, and the folder itself if it is one."""
-    candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    return [path for path in candidates if (path / "status.json").is_file() or (path / "launch").is_dir()]
+    candidates = [root, *sorted(path for path in root.iterdir() if _is_folder(path))] if root.is_dir() else []
+    return [path for path in candidates if os.path.lexists(path / "status.json") or _is_folder(path / "launch")]
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # false where a folder on the way may not be entered
 
 
 def newest_logs(run_dir: Path) -> Path | None:
     """The log folder of the newest start."""
-    folders = [path for path in (run_dir / "launch" / "logs").glob("*.*") if path.is_dir()]
-    return max(folders, key=lambda path: tuple(int(part) for part in path.name.split(".")), default=None)
+    folders: list[tuple[int, int, Path]] = []
+    with contextlib.suppress(OSError):
+        for path in (run_dir / "launch" / "logs").iterdir():
+            if (found := START.fullmatch(path.name)) and _is_folder(path):
+                folders.append((int(found[1]), int(found[2]), path))
+    return max(folders)[2] if folders else None
 
 
 def read_fence(run_dir: Path) -> str:
     """The newest start of the run's job, as JOB.START; empty without one."""
-    with contextlib.suppress(OSError):
-        return (run_dir / "launch" / "fence").read_text(encoding="utf-8").strip()
-    return ""
+    return read_text(run_dir / "launch" / "fence")
 
 
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:
     """Seconds since training last reported."""
     beat = status.get("heartbeat")
-    return max(0.0, time.time() - beat) if isinstance(beat, int | float) else None  # clocks differ
+    return None if beat is None else max(0.0, time.time() - beat)  # clocks differ

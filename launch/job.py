@@ -43,8 +43,9 @@ class Job:
             require_line("run_dir", run_dir)
         for setting in self.settings:
             require_line("setting", setting)
-        if self.config.startswith("-"):
-            raise ConfigError(f"{self.config}: looks like an option; write ./{self.config}")
+        for text in (self.config, self.run_dir, *self.scale_dirs.values()):
+            if text.startswith("-"):
+                raise ConfigError(f"{text}: looks like an option; write ./{text}")
         if self.nodes < 1:
             raise ConfigError(f"nodes: must be positive, not {self.nodes}")
 
@@ -123,7 +124,7 @@ def plan_scales(config: str, cluster: ClusterConfig, settings: Sequence[str] = (
 
 
 def job_environment(run: RunConfig, cluster: ClusterConfig) -> dict[str, str]:
-    """What torch, NCCL and megatron-core read; the cluster's own environment takes precedence."""
+    """What torch, NCCL and megatron-core read; the cluster's own environment, but for secrets, takes precedence."""
     values = {
         "OMP_NUM_THREADS": str(min(cluster.cores_per_task, MAX_THREADS) if cluster.gpus_per_node else 1),
         "PYTHONUNBUFFERED": "1",
@@ -144,4 +145,4 @@ def job_environment(run: RunConfig, cluster: ClusterConfig) -> dict[str, str]:
         values["NCCL_SOCKET_IFNAME"] = cluster.network_interface
         if cluster.network_interface[0] not in "^=":  # only NCCL understands these patterns
             values["GLOO_SOCKET_IFNAME"] = cluster.network_interface
-    return {**values, **cluster.environment}
+    return {**values, **cluster.plain_environment}

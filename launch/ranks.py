@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from infini_train.regular_files import read_regular
 from launch import folder
 
 SILENT_S = 60.0  # a shared file system may show a new modification time half a minute late
@@ -36,17 +37,13 @@ def read_ranks(run_dir: Path) -> list[Entry]:
     """The ranks of the newest start; empty for a run of one process, or before training has begun."""
     found: dict[Entry, tuple[float, str, int]] = {}
     for path in (run_dir / "launch" / "ranks").glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            values, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
-            entry = Entry(
-                int(path.stem),
-                str(values["place"]),
-                str(values["operation"]),
-                float(values["for_s"]),
-                time.time() - written,
-                values.get("own_s"),
-                values.get("step_s"),
-            )
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            values, written = json.loads(read_regular(path, folder.MAX_BYTES)), path.stat().st_mtime
+            pace = (values.get(name) if folder.is_number(values.get(name)) else None for name in ("own_s", "step_s"))
+            if not all(folder.is_number(values[name]) for name in ("for_s", "world_size")):
+                continue
+            texts = (folder.printable(str(values[name])) for name in ("place", "operation"))
+            entry = Entry(int(path.stem), *texts, float(values["for_s"]), time.time() - written, *pace)
             found[entry] = written, str(values["start"]), int(values["world_size"])
     _, newest, world_size = max(found.values(), default=(0.0, "", 0))
     if newest and newest != folder.read_fence(run_dir):

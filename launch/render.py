@@ -5,6 +5,7 @@ restricted to harmless characters, is inserted as it is.
 """
 
 import functools
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from launch.cluster import ClusterConfig
 from launch.job import Job, require_line
 
 MAX_NAME = 60
+TASKS = re.compile(r"[0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*", re.ASCII)
 ENCODE_REFUSES = {
     "--part": "the array gives each of its tasks a part; leave it out",
     "--restart": "the tasks of an array can't start over; remove the hidden folder of unfinished work by hand",
@@ -40,11 +42,12 @@ def template_root() -> Path:
 
 def render_training(job: Job, cluster: ClusterConfig) -> str:
     """The batch script of a training run."""
+    run_dir = job.scale_dirs.get(job.nodes * cluster.tasks, job.run_dir)
     train = ["infini-train", "train", job.config, *(f"--set={setting}" for setting in job.settings)]
     return _render(
         "train.sbatch.j2",
         cluster,
-        directives=directives(job.name, job.nodes, cluster),
+        directives=directives(job_name(job.name, run_dir), job.nodes, cluster),
         job=job,
         train=train,
     )
@@ -61,12 +64,18 @@ def render_evaluation(name: str, arguments: Iterable[str], cluster: ClusterConfi
         cluster,
         directives=[Directive(each) for each in wanted],
         command=["infini-train", "eval", *arguments],
-        exports={"OMP_NUM_THREADS": str(cluster.cores_per_task), **cluster.environment},
+        exports={"OMP_NUM_THREADS": str(cluster.cores_per_task), **cluster.plain_environment},
     )
 
 
-def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig) -> str:
+def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig, tasks: str | None = None) -> str:
     """The batch script of `infini-data encode ARGUMENTS` as a job array, one part per task, without GPUs.
+
+    Args:
+        arguments: of the command.
+        parts: how many the corpus is cut into.
+        cluster: where the jobs run.
+        tasks: numbers of the parts to encode, from 0, as in 3,7-9; None: all.
 
     Raises:
         ConfigError: an argument is not a line of text, or is an option that the array sets itself or can't have.
@@ -78,9 +87,11 @@ def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig
         for option, hint in ENCODE_REFUSES.items():
             if len(name) > 2 and option.startswith(name):
                 raise ConfigError(f"encode: {option}: {hint}")
+    if tasks is not None:
+        _check_tasks(tasks, parts)
     wanted = [
         "--job-name=encode",
-        f"--array=0-{parts - 1}",
+        f"--array={tasks or f'0-{parts - 1}'}",
         "--nodes=1",
         "--ntasks=1",
         f"--cpus-per-task={cluster.cores_per_node}",
@@ -97,14 +108,20 @@ def render_encoding(arguments: Iterable[str], parts: int, cluster: ClusterConfig
         cluster,
         directives=[Directive(each) for each in wanted],
         command=["infini-data", "encode", *words],
-        exports={"OMP_NUM_THREADS": "1", **cluster.environment},
+        parts=parts,
+        exports={"OMP_NUM_THREADS": "1", **cluster.plain_environment},
     )
 
 
+def _check_tasks(tasks: str, parts: int) -> None:
+    if not TASKS.fullmatch(tasks) or any(int(number) >= parts for number in re.findall("[0-9]+", tasks)):
+        raise ConfigError(f"--tasks: {tasks!r} does not name tasks of 0 to {parts - 1}, as in 3 or 0,7-9")
+
+
 def directives(name: str, nodes: int, cluster: ClusterConfig) -> list[Directive]:
-    """The #SBATCH options of a training job."""
+    """The #SBATCH options of a training job of this name."""
     found = [
-        f"--job-name={job_name(name)}",
+        f"--job-name={name}",
         f"--nodes={nodes}",
         f"--ntasks-per-node={cluster.tasks}",
         f"--cpus-per-task={cluster.cores_per_task}",
@@ -132,9 +149,18 @@ def gpu_request(count: int, cluster: ClusterConfig) -> str:
     return f"--gres=gpu:{cluster.gpu_type}:{count}" if cluster.gpu_type else f"--gres=gpu:{count}"
 
 
-def job_name(name: str) -> str:
-    """The run's name in characters that sbatch accepts."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")[:MAX_NAME] or "run"
+def job_name(name: str, run_dir: str | None = None) -> str:
+    """A name for sbatch: the run's own where sbatch accepts it and no other run has it, else with a hash after it.
+
+    Jobs of one name run one at a time, which is meant for jobs of one run. So a name that had to be changed, or whose
+    run is not in the folder of this name, is made different from all others.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")
+    if plain == name and len(name) <= MAX_NAME and run_dir in (None, str(Path("runs", name))):
+        return name
+    whole = f"{name}\0{run_dir}".encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(whole).hexdigest()[:8]
+    return f"{plain[: MAX_NAME - 9].rstrip('-') or 'run'}-{digest}"
 
 
 def _finalize(value: Any) -> str:

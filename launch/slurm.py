@@ -1,10 +1,12 @@
 """The commands of Slurm, as functions. Values go as arguments of a process, never through a shell."""
 
 import logging
+import os
+import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,11 @@ from launch.console import waiting
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 60
+JOB_ID = re.compile(r"([0-9]{1,18})(?:;.*)?")  # with the cluster's name after it where there are several
+OVERRIDING = re.compile(
+    "SLURM_RESTART_COUNT|(SQUEUE|SACCT|SCANCEL)_.*"
+    "|SBATCH_(JOB_NAME|TIMELIMIT|SIGNAL|REQUEUE|NO_REQUEUE|OPEN_MODE|ARRAY_INX)"
+)
 
 
 class QueuedJob(NamedTuple):
@@ -21,8 +28,9 @@ class QueuedJob(NamedTuple):
     id: int
     state: str
     elapsed: str
-    nodes: int
+    nodes: int  # 0: unknown
     reason: str  # or its nodes
+    name: str = ""
 
     @property
     def is_running(self) -> bool:
@@ -44,13 +52,32 @@ class EndedJob(NamedTuple):
         return f"Slurm: {self.state}, exit code {self.exit_code}, after {self.elapsed} on {self.nodes}"
 
 
-def submit(script: Path, options: Sequence[str] = ()) -> int:
-    """Submits a script with further options; returns the job's ID.
+def require(program: str) -> None:
+    """Checks, before anything is written, that a program of Slurm is here.
 
     Raises:
-        ConfigError: Slurm refuses it.
+        ConfigError: it is not.
     """
-    return int(_run("sbatch", "--parsable", *options, str(script)).split(";")[0])
+    if shutil.which(program) is None:
+        raise ConfigError(f"{program}: not found; run this on a login node of a Slurm cluster")
+
+
+def submit(script: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> int:
+    """Submits a script with further options; returns the job's ID.
+
+    Args:
+        script: its file.
+        options: of sbatch, which go before those in the script.
+        environment: variables for the job, besides those of this process.
+
+    Raises:
+        ConfigError: Slurm refuses it, or sbatch says something else than an ID.
+    """
+    said = _run("sbatch", "--parsable", *options, str(script), environment=environment)
+    numbers = [int(found[1]) for line in said.splitlines() if (found := JOB_ID.fullmatch(line.strip()))]
+    if not numbers:
+        raise ConfigError(f"sbatch: printed {_last_line(said)[:200]!r} instead of a job's ID; see squeue --me")
+    return numbers[-1]
 
 
 def check(script: Path, options: Sequence[str] = ()) -> str:
@@ -70,9 +97,13 @@ def queue() -> dict[int, QueuedJob]:
     """The user's pending, running and completing jobs; empty where there is no Slurm."""
     if shutil.which("squeue") is None:
         return {}
-    lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R").splitlines()
-    rows = [line.split("|", 4) for line in lines]
-    return {int(row[0]): QueuedJob(int(row[0]), row[1], row[2], int(row[3]), row[4]) for row in rows}
+    lines = _run("squeue", "--me", "--noheader", "--format=%A|%T|%M|%D|%R|%j").splitlines()
+    rows = [line.split("|", 5) for line in lines]
+    return {
+        int(row[0]): QueuedJob(int(row[0]), row[1], row[2], int(row[3]) if row[3].isdecimal() else 0, *row[4:])
+        for row in rows
+        if len(row) >= 5 and row[0].isdecimal()
+    }
 
 
 def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
@@ -85,7 +116,7 @@ def accounts(jobs: Iterable[int]) -> dict[int, EndedJob]:
     if done.returncode:  # "Slurm accounting storage is disabled", or slurmdbd is down: the table goes without it
         return {}
     rows = [line.split("|", 4) for line in done.stdout.splitlines()]
-    return {int(row[0]): EndedJob(int(row[0]), *row[1:]) for row in rows if row[0].isdecimal()}
+    return {int(row[0]): EndedJob(int(row[0]), *row[1:]) for row in rows if len(row) == 5 and row[0].isdecimal()}
 
 
 def end_gently(job: int) -> None:
@@ -98,24 +129,44 @@ def end(job: int) -> None:
     _run("scancel", str(job))
 
 
-def _run(*command: str) -> str:
-    done = _call(*command)
+def _run(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    done = _call(*command, environment=environment)
     if done.returncode:
         raise ConfigError(f"{command[0]}: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     logger.debug("%s", shlex.join(command))
     try:
         with waiting(f"waiting for {command[0]}"):
-            return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            return subprocess.run(
+                command,
+                env=_clean_environment() | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=TIMEOUT_S,
+                check=False,
+            )
     except FileNotFoundError as error:
         raise ConfigError(f"{command[0]}: not found; run this on a login node of a Slurm cluster") from error
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{command[0]}: did not answer within {TIMEOUT_S} s; is Slurm up?") from error
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: can't be run: {error.strerror}") from error
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's variables without those that change what is asked of Slurm, or what a script says of itself.
+
+    A job that submits another one has a restart count, which the new job's script would take for its own.
+    """
+    return {name: value for name, value in os.environ.items() if not OVERRIDING.fullmatch(name)}
 
 
 def _last_line(text: str) -> str:
+    """The last line that says something, fit for a terminal."""
     lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
+    return "".join(each if each.isprintable() else " " for each in lines[-1][:500]) if lines else ""

@@ -28,6 +28,7 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Ma
     notes = [job.reason if job and job.state == "PENDING" else trouble or failure]
     if past and state != "finished":
         notes.append(past.describe())
+    notes.append(status.get("problem", ""))
     return {
         "run": str(run_dir),
         "job": folder.read_job(run_dir),
@@ -52,7 +53,7 @@ def _state(said: str | None, number: int | None, job: QueuedJob | None, past: En
     if number is None or said not in ("training", None):
         return said or "unknown"
     if past is not None:
-        return past.state.split()[0].lower()  # without "by UID"
+        return past.state.partition(" ")[0].lower()  # without "by UID"
     return "failed" if failure else "ended without a word" if said else "not in the queue"
 
 
@@ -68,16 +69,16 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     step, finished = row["step"], row["state"] == "finished"
     return (
-        row["run"],
+        folder.printable(row["run"], 4096),
         _text(row["job"]),
-        row["state"],
-        "-" if step is None else f"{step}/{row['total_steps']}",
+        folder.printable(row["state"], 40),
+        "-" if step is None else f"{step}/{_text(row['total_steps'])}",
         "-" if row["loss"] is None else f"{row['loss']:.4f}",
         "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
         "-" if finished else format_seconds(row["eta_s"]),
         _text(row["restarts"]),
         "-" if finished or row["heartbeat_age_s"] is None else format_seconds(row["heartbeat_age_s"]) + " ago",
-        row["note"],
+        folder.printable(row["note"]),
     )
 
 

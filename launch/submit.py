@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from infini_train.config.errors import ConfigError
@@ -18,7 +18,7 @@ from launch.cluster import ClusterConfig, load_cluster
 from launch.console import waiting
 from launch.job import Job, NodesError, job_environment, plan_job, plan_scales, require_line
 from launch.local import run_locally
-from launch.render import render_encoding, render_training
+from launch.render import job_name, render_encoding, render_training
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _show(_render_scales(options, cluster))
     run = _load_run(options, cluster)
-    _refuse_second_job(run.directory)
+    _warn_of_namesakes(job_name(run.name, str(run.directory)), _refuse_second_job(run.directory))
     print(f"job {_send(run, cluster, options)}; see: infini-launch status, infini-launch logs {run.directory} -f")
     return 0
 
@@ -45,7 +45,7 @@ def chain(options: argparse.Namespace) -> int:
     cluster = _load_cluster(options, "requeue=false")
     run = _load_run(options, cluster)
     numbers: list[int] = []
-    _refuse_second_job(run.directory)
+    _warn_of_namesakes(job_name(run.name, str(run.directory)), _refuse_second_job(run.directory))
     for _ in range(options.count):
         numbers.append(_send(run, cluster, options, numbers[-1] if numbers else None))
     print(f"jobs {', '.join(map(str, numbers))}; each starts if the one before it could not finish the run")
@@ -54,12 +54,15 @@ def chain(options: argparse.Namespace) -> int:
 
 def encode(options: argparse.Namespace) -> int:
     """`infini-launch encode`."""
-    text = render_encoding(options.words, options.parts, _load_cluster(options))
+    cluster = _load_cluster(options)
+    text = render_encoding(options.words, options.parts, cluster, options.tasks)
     if options.dry_run:
         return _show(text)
+    secrets = cluster.secret_environment(os.environ)
     with _script(text) as path:
-        number = slurm.submit(path)
-    print(f"job {number}, {options.parts} tasks; they write into encode-{number}_*.out here")
+        number = slurm.submit(path, _export(cluster), secrets)
+    what = f"{options.parts} tasks" if options.tasks is None else f"tasks {options.tasks} of {options.parts}"
+    print(f"job {number}, {what}; they write into encode-{number}_*.out here")
     return 0
 
 
@@ -77,7 +80,7 @@ def run_local(options: argparse.Namespace) -> int:
         settings=tuple(options.set),
         run_dir=str(run.directory),
         nodes=1,
-        exports=job_environment(run, cluster),
+        exports=job_environment(run, cluster) | cluster.secret_environment(os.environ),
     )
     return run_locally(job, options.nproc, cluster.restart)
 
@@ -138,8 +141,8 @@ def _script(text: str) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------------- submission
 
 
-def _refuse_second_job(run_dir: Path) -> None:
-    """A job that waits or runs would read what a second submission writes.
+def _refuse_second_job(run_dir: Path) -> Mapping[int, slurm.QueuedJob]:
+    """A job that waits or runs would read what a second submission writes; returns the queue.
 
     Raises:
         ConfigError: the queue holds a job of this run.
@@ -149,6 +152,14 @@ def _refuse_second_job(run_dir: Path) -> None:
         if number in queue and queue[number].state != "COMPLETING":
             found = f"job {number} of this run is {queue[number].state.lower()}"
             raise ConfigError(f"{run_dir}: {found}; infini-launch cancel {shlex.quote(str(run_dir))} ends it")
+    return queue
+
+
+def _warn_of_namesakes(name: str, queue: Mapping[int, slurm.QueuedJob]) -> None:
+    """Two checkouts may have a run of the same name and folder."""
+    for job in queue.values():
+        if job.name == name:
+            logger.warning("job %d has the name %s too, and the two run one at a time; --set name=...", job.id, name)
 
 
 def _send(run: RunConfig, cluster: ClusterConfig, options: argparse.Namespace, after: int | None = None) -> int:
@@ -157,13 +168,15 @@ def _send(run: RunConfig, cluster: ClusterConfig, options: argparse.Namespace, a
     The script trains from a copy of the resolved config: what is edited while the job waits does not change it.
     """
     config = run.directory / "launch" / "run.yaml"
+    secrets = cluster.secret_environment(os.environ)
+    slurm.require("sbatch")
     with _naming_options(options, cluster):
         job = plan_job(run, cluster, str(config), nodes=options.nodes)
     files = {"train.sbatch": render_training(job, cluster), "run.yaml": dump(run)}
     with waiting("recording the code's revision"):
         launch_dir = folder.prepare(run.directory, files, Path(__file__).resolve().parent)
     wait = [] if after is None else [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"]
-    number = slurm.submit(launch_dir / "train.sbatch", [*_output(launch_dir), *wait])
+    number = slurm.submit(launch_dir / "train.sbatch", [*_output(launch_dir), *wait, *_export(cluster)], secrets)
     folder.note_submitted(run.directory, number, first=after is None)
     return number
 
@@ -171,3 +184,15 @@ def _send(run: RunConfig, cluster: ClusterConfig, options: argparse.Namespace, a
 def _output(launch_dir: Path) -> list[str]:
     """Where the script's own output goes; %% since sbatch knows patterns, none of which work after a backslash."""
     return [] if "\\" in str(launch_dir) else [f"--output={str(launch_dir).replace('%', '%%')}/slurm-%j.out"]
+
+
+def _export(cluster: ClusterConfig) -> list[str]:
+    """The option that lets the job's secrets through where it would get nothing, or little, of this environment.
+
+    It names variables; their values are in the environment of sbatch.
+    """
+    chosen = os.environ.get("SBATCH_EXPORT") or cluster.export or "ALL"
+    if not cluster.secret_names or chosen.upper().split(",")[0] == "ALL":
+        return []
+    others = [] if chosen.upper() in ("NONE", "NIL") else [chosen]
+    return [f"--export={','.join([*others, *cluster.secret_names])}"]

@@ -21,6 +21,7 @@ BOTTOM = {
     "atomic_files",
     "regular_files",
     "child_processes",
+    "redaction",
     "environment",
     "exit_codes",
     "logs",
@@ -28,15 +29,16 @@ BOTTOM = {
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
-    "config": {"regular_files"},
+    "config": {"regular_files", "redaction"},
     "command_line": {"config", "logs"},  # errors, and whether notes are wanted
-    "command_errors": {"config", "exit_codes"},
+    "command_errors": {"config", "exit_codes", "redaction"},
     "atomic_files": {"regular_files"},
     "regular_files": set(),
+    "redaction": set(),
     "environment": {"config"},  # a variable that is no number is a user's mistake
     "child_processes": {"exit_codes"},
     "exit_codes": set(),
-    "logs": set(),
+    "logs": {"redaction"},
     "ops": set(),
     "data": set(),
     "model": {"ops"},
@@ -55,10 +57,9 @@ ROOMS = {
     "launcher": set(),
     "cli": {"launcher", "convert", "selftest", "plan", "demo", "train", "eval", "inference", "resilience", *STACK},
 }
-OF_COMMANDS = {"config", "command_line", "command_errors", "atomic_files", "regular_files", "exit_codes"}
 OUTSIDE = {
-    "data_tools": {"data", "child_processes", *OF_COMMANDS},
-    "launch": {"launcher", "logs", *OF_COMMANDS},
+    "data_tools": {"data", *BOTTOM - {"environment", "logs"}},
+    "launch": {"launcher", *BOTTOM - {"environment"}},
 }  # rooms of infini_train that other packages may import
 LIBRARY_HOMES = {"deepspeed": {"infini_train/parallel/zero.py"}}
 TORCH_FREE = {"infini_train/config/", *(f"infini_train/{name}.py" for name in BOTTOM), "launch/"}

@@ -52,3 +52,13 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL and path.read_text() == "old"
+
+
+def test_a_file_for_its_owner_alone_is_never_open_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "environment.txt"
+    path.write_text("old")
+    path.chmod(0o644)
+    with replacing(path, permissions=0o600) as partial:
+        assert partial.stat().st_mode & 0o777 == 0o600
+    write_atomic(path, "new", permissions=0o600)
+    assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == "new"

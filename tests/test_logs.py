@@ -43,6 +43,13 @@ def test_lines_go_where_they_belong(settings, out, err, capsys):
     assert (shown.out.splitlines(), shown.err.splitlines()) == (out, err)
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_passwords_of_urls_are_not_shown(verbose: bool, capsys) -> None:
+    with console(verbose=verbose):
+        RUN.info("reads %s", "https://user:secret@host/data")
+    assert capsys.readouterr().out.endswith("reads https://user:***@host/data\n")
+
+
 def test_verbose_names_time_and_rank_and_shows_every_ranks_debug_lines(capsys):
     with console(3, verbose=True):
         speak()

@@ -27,6 +27,7 @@ from infini_train.config.run import RunConfig
 from infini_train.config.values import to_json
 from infini_train.config.variant import AttentionVariant
 from infini_train.config.yaml_text import MAX_BYTES, MAX_DEPTH, SHOWN_CHARACTERS, Budget, dump_tree, parse
+from infini_train.redaction import find_secret_url
 from infini_train.regular_files import read_regular
 
 
@@ -271,8 +272,19 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def load_run(name: str, assignments: Iterable[str] = (), world_size: int | None = None) -> RunConfig:
-    """The run config of this name or path, at the scale of `world_size` processes if it has one, with overrides."""
-    return validate(override(read_tree(_locate(name), world_size), assignments))
+    """The run config of this name or path, at the scale of `world_size` processes if it has one, with overrides.
+
+    Raises:
+        ConfigError: something in it is wrong, or a URL has a password, which would be kept with the run.
+    """
+    tree = override(read_tree(_locate(name), world_size), assignments)
+    if found := find_secret_url(tree):
+        field, shown = found
+        raise ConfigError(
+            f"{field}: {shown}: a password or token in a URL would be kept with the run; leave it out, and give it to"
+            " fsspec in its own config (docs/mixtures.md)"
+        )
+    return validate(tree)
 
 
 def load_model(name: str) -> ModelConfig:

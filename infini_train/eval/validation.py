@@ -10,6 +10,7 @@ from infini_train.data.cache import is_url
 from infini_train.data.huggingface import HuggingFaceTokenizer
 from infini_train.data.shards import Dataset
 from infini_train.data.tokenizer import check_ids
+from infini_train.redaction import redact_urls
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -67,4 +68,4 @@ def open_data(trained: "Trained", data: str | None) -> tuple[str, Dataset]:
         )
     if dataset.manifest.tokenizer.kind != HuggingFaceTokenizer.kind:  # its file doesn't say which ids are special
         check_ids(dataset.manifest, trained.tokenizer, f"--data: {folder}")
-    return folder, dataset
+    return redact_urls(folder), dataset  # it is printed and kept with the results

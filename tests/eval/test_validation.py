@@ -1,13 +1,18 @@
 """Where the validation data of a run are looked for."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
+import numpy as np
 import pytest
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.config.run import RunConfig
-from infini_train.eval.validation import find_validation
+from infini_train.data.shards import ShardWriter
+from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.eval.validation import find_validation, open_data
 
 
 def trained(run_dir: object, validation: object) -> RunConfig:
@@ -54,3 +59,17 @@ def test_whatever_is_nowhere_is_told_in_one_line(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--data: the run has no validation data"):
         config = load_run("debug", ["data.validation=null", "eval.every_steps=null"])
         find_validation(config, run_dir)
+
+
+def test_results_name_a_url_without_its_password(tmp_path: Path) -> None:
+    """A run of before may have one in its config; results are kept in its folder."""
+    with ShardWriter(tmp_path / "shards", ByteTokenizer()) as writer:
+        writer.add(np.arange(9), n_bytes=9, id="a")
+    url = "memory://user:SeCrEt@host/held"
+    files, root = fsspec.core.url_to_fs(url)
+    for path in (tmp_path / "shards").iterdir():
+        files.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    config = load_run("debug", ["data.train=x", f"data.cache_dir={tmp_path / 'cache'}"])
+    trained = SimpleNamespace(checkpoint="runs/a/checkpoints/step-1", config=config, tokenizer=ByteTokenizer())
+    name, dataset = open_data(trained, url)
+    assert len(dataset) == 1 and name == "memory://user:***@host/held"

@@ -223,7 +223,8 @@ def submit(slurm: SlurmCluster, run_tree: dict, tmp_path: Path) -> Callable[...,
         **fields: object,
     ) -> Run:
         if programs:
-            fields["environment"] = {"PATH": f"{programs}:{slurm.environment['PATH']}"}
+            path = {"PATH": f"{programs}:{slurm.environment['PATH']}"}
+            fields["environment"] = {**path, **fields.get("environment", {})}
         directory = tmp_path / "a run's folder"  # a name that wants to be quoted
         run = {**run_tree, "name": tmp_path.name, "run_dir": str(directory)}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))

@@ -26,6 +26,11 @@ signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 saved = run / "checkpoints"
 saved.mkdir(exist_ok=True, parents=True)
 step = max((int(path.name[5:]) for path in saved.iterdir()), default=0)
+(run / ("secret-%d" % rank)).write_text(os.environ.get("SOME_API_KEY", ""))
+while (run / "slow").exists() and not stop:  # a start that comes to nothing before it is told to stop
+    time.sleep(0.1)
+if (run / "slow").exists():
+    sys.exit(143)
 mistake = run / "mistake"
 if mistake.exists():
     if rank:
@@ -86,6 +91,39 @@ def test_a_signal_requeues_and_the_next_step_follows(start, slurm):
         slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
     assert_each_step_once(run, starts=2)
     assert "preemption or time limit: asking the ranks to save" in run.job_log() and "finished" in run.job_log()
+
+
+def test_a_site_that_exports_nothing_gets_its_ranks_going(start):
+    """sbatch --export=NONE, which srun in the job would follow; a secret reaches the ranks all the same."""
+    run = start(sbatch=["--export=NONE"], environment={"SOME_API_KEY": "SeCrEt"})
+    assert_each_step_once(run, starts=1)
+    assert [(run.directory / f"secret-{rank}").read_text() for rank in (0, 1)] == ["SeCrEt"] * 2
+    files = [path for path in (run.directory / "launch").rglob("*") if path.is_file()]
+    assert [path.name for path in files if "SeCrEt" in path.read_text(errors="replace")] == []
+
+
+def test_a_program_that_no_node_finds_is_not_retried(start):
+    """An environment that did not come along, or a Python environment that is not there."""
+    run = start(environment={"PATH": "/usr/bin:/bin"}, sbatch=["--export=NONE"])
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert run.starts() == 1 and "exit code 127" in run.job_log(), run.story()
+    assert "see venv and modules of the cluster's config" in run.launch("status", str(run.directory))
+
+
+def test_starts_that_come_to_nothing_end_the_job(start, slurm, tmp_path):
+    """A signal time over the limit would tell the job to stop as it starts, for ever."""
+    (tmp_path / "a run's folder").mkdir()
+    (tmp_path / "a run's folder" / "slow").touch()
+    run = start()
+    for number in (1, 2, 3):
+        logs = run.directory / "launch" / "logs" / f"{run.job}.{number - 1}"
+        slurm.wait_until((logs / "train-0.log").exists, WAIT_S, run.story)
+        slurm.run("scancel", "--batch", "--signal=USR1", str(run.job))
+        said = lambda number=number: run.job_log().count("is the time limit too short") == number  # noqa: E731
+        slurm.wait_until(said, WAIT_S, run.story)
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert run.starts() == 3 and "given up after 2 retries without a new checkpoint" in run.job_log()
+    assert "is the time limit too short" in run.launch("status", str(run.directory))
 
 
 def test_a_preemption_requeues(start, slurm):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,20 @@ def test_an_array_gives_the_bytes_of_one_process(slurm, tmp_path: Path) -> None:
     wait_for_end()
     assert hashes(tmp_path / "a folder") == hashes(tmp_path / "one")
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_failed_task_is_submitted_again_alone(slurm, tmp_path: Path) -> None:
+    """Each keeps the part that it has in the whole array; the last one assembles the dataset."""
+    write_corpus(tmp_path / "text.jsonl")
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "sbatch": ["--export=NONE"], "venv": sys.prefix}))
+    slurm.run("infini-data", "encode", *ENCODE, "one", cwd=tmp_path)
+    for tasks in ("0,2", "1"):
+        assert not (tmp_path / "data").exists()
+        command = ["infini-launch", "encode", "3", "--cluster=cluster.yaml", "--tasks", tasks, "--", *ENCODE, "data"]
+        said = slurm.run(*command, cwd=tmp_path)
+        assert f", tasks {tasks} of 3;" in said
+        job = int(said.split()[1].rstrip(","))
+        states = lambda job=job: set(slurm.run("squeue", "-h", "-r", "-tall", f"-j{job}", "-o%T").split())  # noqa: E731
+        slurm.wait_until(lambda states=states: states() <= set(ENDS), WAIT_S, slurm.controller_log, every_s=0.5)
+        assert states() == {"COMPLETED"}, [path.read_text() for path in tmp_path.glob("encode-*.out")]
+    assert hashes(tmp_path / "data") == hashes(tmp_path / "one")

@@ -235,6 +235,50 @@ def test_no_value_is_read_by_the_shell(
     assert {path.name for path in folder.iterdir()} == expected, "something else was written"
 
 
+def run_task(folder: Path, text: str, task: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A task of an array that was submitted alone."""
+    write_programs(folder)
+    (folder / "script").write_text(re.sub(r"^(venv|PATH)=.*\n", "", text, flags=re.MULTILINE))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": str(task)}
+    environment = {**slurm, "SLURM_ARRAY_TASK_COUNT": "1", "CAUGHT": str(folder), **variables}
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+    return subprocess.run(["bash", "script"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_task_of_an_array_keeps_its_part_when_it_is_submitted_alone(tmp_path: Path) -> None:
+    cluster = load_cluster("plain")
+    text = render_encoding(["text/"], 7, cluster, "3,5-6")
+    assert (
+        "#SBATCH --array=3,5-6\n" in text
+        and text.splitlines()[3:] == render_encoding(["text/"], 7, cluster).splitlines()[3:]
+    )
+    assert run_task(tmp_path, text, 3).returncode == 0
+    assert (tmp_path / "words").read_text().split("\0")[-2] == "--part=4/7"
+    (tmp_path / "words").unlink()
+    done = run_task(tmp_path, text, 7)
+    assert done.returncode == 2 and done.stderr == "error: task 7 of the array: the tasks of 7 parts are 0 to 6\n"
+    assert not (tmp_path / "words").exists()
+
+
+@pytest.mark.parametrize("tasks", ["7", "0-7", "", "a", "3;touch x", "1,", "3\n", "٣", "99999999999"])
+def test_tasks_that_an_array_has_not_are_refused(tasks: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--tasks: "):
+        render_encoding(["text/"], 7, load_cluster("plain"), tasks)
+
+
+@pytest.mark.parametrize(("preempted", "code"), [("None", 1), ("2026-11-29T22:00:00", 0)])
+def test_a_task_that_is_told_to_stop_as_it_starts_is_not_requeued_for_ever(
+    tmp_path: Path, preempted: str, code: int
+) -> None:
+    """Unless it is preempted."""
+    text = render_encoding(["text/"], 7, load_cluster("plain"))
+    write_programs(tmp_path)
+    text = text.replace("set -euo pipefail", f'set -euo pipefail; scontrol() {{ echo "$1 PreemptTime={preempted} "; }}')
+    done = run_task(tmp_path, text.replace("srun --mpi", "kill -USR1 $$; srun --mpi"), 0)
+    assert done.returncode == code, done.stderr
+    assert ("requeue" in done.stdout) == (code == 0)
+
+
 def test_the_words_of_an_encoding_arrive_as_they_are(tmp_path: Path) -> None:
     write_programs(tmp_path)
     tree = {"gpus_per_node": 8, "cores_per_node": 96, "environment": {"VALUE": EVIL}}
@@ -261,6 +305,33 @@ def test_an_array_refuses_what_its_tasks_cannot_have(word: str) -> None:
 @given(name=st.text(max_size=40))
 def test_a_job_name_is_harmless(name: str) -> None:
     assert set(job_name(name)) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+LONG = "llama-1b-infini-books-segment2048-window32768-delta-update-batch64"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((f"{LONG}-lr1e-4", "runs/a"), (f"{LONG}-lr3e-4", "runs/b")),
+        ((f"{LONG}-lr1e-4", f"runs/{LONG}-lr1e-4"), (f"{LONG}-lr3e-4", f"runs/{LONG}-lr3e-4")),
+        (("обучение", "runs/обучение"), ("проверка", "runs/проверка")),
+        (("a b", "runs/a b"), ("a-b", "runs/a-b")),
+        (("a", "runs/a"), ("-a", "runs/-a")),
+        (("1b", "runs/1b"), ("1b", "/scratch/1b")),
+        (("1b", "/scratch/a/1b"), ("1b", "/scratch/b/1b")),
+        (("", "a"), ("", "b")),
+    ],
+)
+def test_two_runs_have_two_job_names(first: tuple[str, str], second: tuple[str, str]) -> None:
+    """Jobs of one name wait for each other."""
+    names = [job_name(*each) for each in (first, second)]
+    assert names[0] != names[1] and all(0 < len(name) <= 60 and not name.startswith("-") for name in names)
+
+
+@pytest.mark.parametrize("name", ["1b", "8b_16nodes", "a" * 60, "a.b-c"])
+def test_a_name_that_slurm_takes_stays(name: str) -> None:
+    assert job_name(name) == job_name(name, f"runs/{name}") == name
 
 
 @settings(max_examples=50, deadline=None)
