@@ -29,6 +29,7 @@ from infini_train.atomic_files import sync_path
 from infini_train.config.errors import ConfigError
 from infini_train.data.sealed import MAX_BYTES, parse_object
 from infini_train.data.writer import TargetExistsError, explain_disk_errors
+from infini_train.redaction import redact
 from infini_train.regular_files import read_regular
 
 REPORT_FILE = "report.json"
@@ -110,7 +111,12 @@ def _clean(sources: list[str], out: Path, command: dict[str, Any], options: Clea
             return Waiting(for_duplicates=False)
         with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("collect the parts"):
             if is_mine:
-                publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
+                publish(
+                    workplace,
+                    len(plan),
+                    options.new_left_out(),
+                    {"sources": [redact(each) for each in sources], "command": command},
+                )
     return read_report(out)
 
 
@@ -151,7 +157,7 @@ def _is_there(out: Path, sources: list[str], command: dict[str, Any]) -> bool:
         tree = parse_object(read_regular(path, MAX_BYTES))
     except ValueError:
         return False
-    same = (tree.get("sources"), tree.get("command")) == (sources, command)
+    same = (tree.get("sources"), tree.get("command")) == ([redact(each) for each in sources], command)
     return same and all_older(find_files(sources), path.stat().st_mtime_ns)
 
 

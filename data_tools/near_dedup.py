@@ -46,6 +46,7 @@ from infini_train import __version__
 from infini_train.command_errors import translate
 from infini_train.config.errors import ConfigError
 from infini_train.data.writer import explain_disk_errors
+from infini_train.redaction import redact
 
 _TASK_BYTES = 512_000_000
 _SUBMITTED = "launch_script.slurm"  # of datatrove: from then on the work belongs to a job
@@ -132,7 +133,12 @@ def near_dedup(sources: Iterable[str], out: Path | str, options: NearDedupOption
             _run_here(folder, steps, tasks, options.workers)
         with workplace.last_step() as is_mine, explain_disk_errors(out), elapsed_time("collect the parts"):
             if is_mine:
-                publish(workplace, len(plan), options.new_left_out(), {"sources": sources, "command": command})
+                publish(
+                    workplace,
+                    len(plan),
+                    options.new_left_out(),
+                    {"sources": [redact(each) for each in sources], "command": command},
+                )
     return read_report(out)
 
 

@@ -23,6 +23,7 @@ from data_tools.sources import find_files
 from data_tools.storage import SourceFile, is_stream, require_unchanged
 from infini_train.config.errors import ConfigError
 from infini_train.data.sealed import parse_object
+from infini_train.redaction import redact
 
 _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _MIN_TASK_BYTES = 8_000_000
@@ -122,7 +123,9 @@ def make_plan(
             total = _write_lines(files, find_files(sources, print_note))
         tasks_of = plan_tasks(_read_files(files), task_bytes(total, largest), format)
         _write_lines(tasks, _limited(tasks_of))
-        options.write_text(json.dumps({"sources": sources, **command}, indent=1) + "\n", encoding="utf-8")
+        options.write_text(
+            json.dumps({"sources": [redact(each) for each in sources], **command}, indent=1) + "\n", encoding="utf-8"
+        )
         if (folder / _COMMAND).exists():
             _compare(folder, options, files, tasks)
         else:
@@ -153,9 +156,9 @@ def check_sources(folder: Path) -> None:
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> int:
-    """A JSON line for each; the sum of the files' bytes."""
+    """A JSON line for each; the sum of the files' bytes. For the owner alone: a URL may hold a password."""
     total = 0
-    with path.open("w", encoding="utf-8") as out:
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
         for row in rows:
             total += row.bytes if isinstance(row, SourceFile) else 0
             out.write(json.dumps(row) + "\n")

@@ -17,6 +17,7 @@ from data_tools.pipes import is_pipe, split_command
 from data_tools.storage import STDIN, SourceFile, remote_version_of, version_of
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import transport_errors
+from infini_train.redaction import redact
 from infini_train.regular_files import KINDS
 
 _KINDS_SHOWN = 6  # of files that are left out
@@ -56,7 +57,7 @@ def _find(sources: Iterable[str], note: Note) -> Iterator[SourceFile]:
             yield from _find_each(source, names, note)
         elif is_pipe(source):
             split_command(source)  # raises now what would stop the first task
-            yield SourceFile(source, source, source, 0, "")
+            yield SourceFile(source, redact(source), redact(source), 0, "")
         elif "://" in source:
             yield from _find_remote(source, note)
         elif os.path.exists(source):
@@ -92,7 +93,7 @@ def _expand_braces(source: str) -> list[str]:
 def _find_each(pattern: str, names: Iterable[str], note: Note) -> Iterator[SourceFile]:
     """The files of an expanded pattern; single files are named from the folder where its braces begin, as in glob."""
     if is_pipe(pattern):
-        yield from (file._replace(source=pattern) for file in _find(names, note))
+        yield from (file._replace(source=redact(pattern)) for file in _find(names, note))
         return
     base = pattern[: pattern.index("{")].rpartition("/")[0]
     folder = PurePosixPath(base).name or Path(base).resolve().name or "/"
@@ -240,7 +241,7 @@ def _find_remote(url: str, note: Note) -> Iterator[SourceFile]:
             if has_index(file):
                 with contextlib.suppress(OSError):
                     version += f" {remote_version_of(system.info(index_of(file)))}"
-            yield SourceFile(system.unstrip_protocol(file), file_id, source, size, version)
+            yield SourceFile(system.unstrip_protocol(file), redact(file_id), redact(source), size, version)
     _tell_left_out(left_out, url, note)
 
 
