@@ -3,7 +3,7 @@
     python benchmarks/faults.py                         all of it, about half an hour on one core
     python benchmarks/faults.py kills --points 20 --seed 3
     python benchmarks/faults.py --out benchmarks/results/faults/faults.json
-    python benchmarks/faults.py --report                writes docs/results/faults.md from the kept counts
+    python benchmarks/faults_report.py                  writes docs/results/faults.md from the kept counts
 
 Trains a tiny model on this project's own documentation. A run that was hit is started again until it is done, and must
 then equal, bit for bit, one that nothing happened to: losses of all steps, files and state of the last checkpoint. Each
@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no threads of its parent's
-
-from page import ResultPage, as_table, load_results
 
 from data_tools import cli as data_cli
 from data_tools.verify import verify as verify_dataset
@@ -353,51 +351,6 @@ def flip_bits(lab: Laboratory, flips: int, draw: random.Random) -> dict[str, Any
     return tally("flips", {**found, "faults": faults})
 
 
-def tabulate() -> str:
-    """What was tried, with how many, and what was lost."""
-    found = load_results("faults")["faults"]
-    signals, kills, flips = found["signals"], found["kills"], found["flips"]
-    sent = ", ".join(f"{number} {name}" for name, number in signals.items() if name.startswith("SIG"))
-    lost = {name: sum(fault.startswith(name) for fault in kills["faults"]) for name in ("train", "encode")}
-    missed = len(flips["faults"])
-    runs = f"{signals['runs']}, and {signals['runs_of_two']} of two processes"
-    rows = [
-        ["runs hit by signals", runs, sent, f"{len(signals['faults'])} lost"],
-        ["training killed", kills["train_points"], f"of {kills['train_changes']} changes to the disk", lost["train"]],
-        ["encode killed", kills["encode_points"], f"of {kills['encode_changes']} changes", lost["encode"]],
-        ["bits of a checkpoint", flips["checkpoint_flips"], f"in {flips['checkpoint_files']} files", ""],
-        [
-            "bits of a dataset",
-            flips["dataset_flips"],
-            f"in {flips['dataset_files']} files",
-            f"{missed} of both not found",
-        ],
-    ]
-    return as_table(["Tried", "Number", "", "Lost"], [[str(cell) for cell in row] for row in rows])
-
-
-def tabulate_fuzz() -> str:
-    """Calls, how they ended, the slowest and the largest."""
-    rows = []
-    for name, found in load_results("faults").items():
-        if name.startswith("fuzz"):
-            codes = ", ".join(f"{code}: {number:,}" for code, number in found["exit_codes"].items())
-            rows.append(
-                [
-                    str(found["seed"]),
-                    f"{found['inputs']:,}",
-                    codes,
-                    f"{found['slowest_s']:.1f}",
-                    f"{found['most_mb']:,}",
-                ]
-            )
-            rows[-1].append(str(len(found["faults"])))
-    return as_table(["Seed", "Inputs", "Exit codes", "Slowest, s", "Largest, MB", "Faults"], rows)
-
-
-PAGE = ResultPage("faults", "benchmarks/faults.py", {"faults": tabulate, "fuzz": tabulate_fuzz})
-
-
 def main() -> None:
     """Runs the chosen parts; the exit code is 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -408,11 +361,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=500, help="bits of a checkpoint, and of a dataset")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the counts as JSON")
-    parser.add_argument("--report", action="store_true", help="only write the page from the kept counts")
     options = parser.parse_args()
-    if options.report:
-        PAGE.write()
-        return
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         lab = Laboratory(Path(folder))

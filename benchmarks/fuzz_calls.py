@@ -45,6 +45,7 @@ def call(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin = time.monotonic()
         sys.stdout.flush()
+        own_mb = _pages(1) / 2**20
         pid = os.fork()
         if pid == 0:
             _enter(work, environment, out.fileno(), err.fileno())
@@ -62,9 +63,8 @@ def call(
         for file in (out, err):
             file.seek(0)
             texts.append(file.read(SHOWN).decode("utf-8", "replace"))
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - begin
-    return Outcome(code, "".join(texts), texts[1], seconds, (usage.ru_maxrss - own) / 1024, hangs)
+    return Outcome(code, "".join(texts), texts[1], seconds, usage.ru_maxrss / 1024 - own_mb, hangs)
 
 
 def _end(session: int) -> None:
@@ -81,7 +81,7 @@ def _enter(work: Path, environment: Mapping[str, str], out: int, err: int) -> No
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
     os.chdir(work)
     os.environ.update({"HOME": str(work), "PATH": "/usr/bin:/bin", **environment})
-    limit = _address_bytes() + ADDRESS_BYTES
+    limit = _pages(0) + ADDRESS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -101,8 +101,9 @@ def _run(main: Main, arguments: Sequence[str]) -> NoReturn:
         os._exit(code & 255)
 
 
-def _address_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def _pages(column: int) -> int:
+    """Bytes of this process: of its address space (0), or of what is in memory (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 
 
 def judge(outcome: Outcome) -> list[str]:

@@ -110,7 +110,7 @@ def _show_thread_error(arguments: threading.ExceptHookArgs) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="infini-train",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
+from infini_train import exit_codes
 from infini_train.config.errors import ConfigError
 from infini_train.config.paths import expand_home
 from infini_train.logs import is_quiet
@@ -25,7 +26,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose arguments may leave out the command's name.
+    """A parser whose arguments may leave out the command's name, and which reports a mistake in one line.
 
     Attributes:
         commands: parsers by the names of the commands.
@@ -44,6 +45,10 @@ class CommandParser(argparse.ArgumentParser):
         if self.default is None or not args or args[0] in (self.commands or {}) or args[0] in ("-h", "--help"):
             return super().parse_known_args(args, namespace)
         return self.default.parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process; argparse would print the usage first, often more lines than a terminal shows."""
+        self.exit(exit_codes.MISTAKE, f"error: {message.removeprefix('argument ')}; see {self.prog} --help\n")
 
 
 def describe(parser: argparse.ArgumentParser, description: str, examples: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.command_errors import open_missing_streams, run_command
-from infini_train.command_line import non_negative, path, positive, processes
+from infini_train.command_line import CommandParser, non_negative, path, positive, processes
 from launch import console, watch
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they are doing, and end them. Docs: docs/slurm.md."
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="infini-launch",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -44,7 +44,9 @@ def show_status(options: argparse.Namespace) -> int:
 
 def show_logs(options: argparse.Namespace) -> int:
     """`infini-launch logs`."""
-    if folder.newest_logs(options.run) is None and not options.follow:
+    if not options.run.is_dir():
+        raise ConfigError(f"{options.run}: there is no such folder; give the folder of a run that was submitted")
+    if folder.newest_logs(options.run) is None and (not options.follow or folder.read_job(options.run) is None):
         raise ConfigError(f"{options.run}: no job of it has started yet; see infini-launch status")
     shown: Path | None = None
     while True:

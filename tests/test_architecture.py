@@ -14,23 +14,25 @@ PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
 # but ops, which knows tensors only, may import what lies at the bottom.
-BOTTOM = {
-    "config",
-    "command_line",
-    "command_errors",
-    "atomic_files",
-    "regular_files",
-    "child_processes",
-    "redaction",
-    "environment",
-    "exit_codes",
-    "logs",
-}
+BOTTOM = set(
+    [
+        "config",
+        "command_line",
+        "command_errors",
+        "atomic_files",
+        "regular_files",
+        "child_processes",
+        "redaction",
+        "environment",
+        "exit_codes",
+        "logs",
+    ]
+)
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": {"regular_files", "redaction"},
-    "command_line": {"config", "logs"},  # errors, and whether notes are wanted
+    "command_line": {"config", "exit_codes", "logs"},  # errors, and whether notes are wanted
     "command_errors": {"config", "exit_codes", "redaction"},
     "atomic_files": {"regular_files"},
     "regular_files": set(),

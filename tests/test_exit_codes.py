@@ -23,7 +23,7 @@ def test_a_process_ends_with_a_code_as_a_shell_has_it() -> None:
         (r"!~ /\^\(([\d|]+)\)\$/", set(exit_codes.STOPPED)),
         (r"ends \"\$1\" (\d) \| awk '\{print \$3\}'", {exit_codes.BAD_NODE}),
         (r"ends \"\$1\" '(\d\|\d)'", {exit_codes.MISTAKE, exit_codes.DIVERGED}),
-        (r"\"\$code\" = (\d) \] && \[ \"\$start\" = 0", {exit_codes.MISTAKE}),
+        (r"\$code =~ \^\(([\d|]+)\)\$ \]\] && \[ \"\$start\" = 0", {exit_codes.MISTAKE, 126, 127}),
         (r"\"\$code\" = (\d) \]; then # the last checkpoint", {exit_codes.DIVERGED}),
     ],
 )

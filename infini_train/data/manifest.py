@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -281,14 +282,17 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
         ConfigError: of another version, not the index of this manifest, or damaged.
     """
     path = folder / INDEX_FILE
+    mismatch = ConfigError(f"{path}: does not match {MANIFEST_FILE}; copy the dataset again, or encode it again")
     with open_regular(path) as file:
-        header = np.frombuffer(file.read(INDEX_HEADER.itemsize), INDEX_HEADER)[0]
+        head, size = file.read(INDEX_HEADER.itemsize), os.fstat(file.fileno()).st_size
+    if size != manifest.index.bytes or size < INDEX_HEADER.itemsize:
+        raise mismatch
+    header = np.frombuffer(head, INDEX_HEADER)[0]
     if header["magic"] != INDEX_MAGIC:
         raise ConfigError(f"{path}: is not an index of documents; encode the dataset again")
     if (header["version"], header["record_bytes"]) != (INDEX_VERSION, INDEX_RECORD.itemsize):
         raise ConfigError(f"{path}: version {header['version']} is not {INDEX_VERSION}; encode the dataset again")
-    mismatch = ConfigError(f"{path}: does not match {MANIFEST_FILE}; copy the dataset again, or encode it again")
-    if manifest.index.bytes != INDEX_HEADER.itemsize + manifest.documents * INDEX_RECORD.itemsize:
+    if size != INDEX_HEADER.itemsize + manifest.documents * INDEX_RECORD.itemsize:
         raise mismatch
     index = np.memmap(path, INDEX_RECORD, "r", INDEX_HEADER.itemsize, (manifest.documents,))
     if header["documents"] != manifest.documents or index["shard"].max() >= len(manifest.shards):

@@ -2,7 +2,7 @@
 
 Ranks of `--nproc` inherit a file without a name from their launcher and meet there: nobody else can open it, and there
 is no port. All others meet in torch's TCPStore at MASTER_ADDR and MASTER_PORT, which rank 0 opens (torchrun: an agent).
-That store knows no passwords: whoever reaches the port can list, read, change and delete its entries. Entries that this
+That store knows no passwords; whoever reaches the port can list, read, change and delete its entries. Entries that this
 project reads itself are therefore signed with INFINI_TRAIN_SECRET, which the batch script makes anew for each start.
 docs/decisions/2026-11-29-rank-store.md says what that protects, and what it doesn't.
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from infini_train.config.errors import ConfigError, require
 from infini_train.environment import STORE_FD, read_number, world
 
-SECRET = "INFINI_TRAIN_SECRET"
+SECRET_VARIABLE = "INFINI_TRAIN_SECRET"
 ANSWER_S = 10.0  # for a store that listens to answer; another program on its port doesn't
 RETRY_S = 0.2
 SIGNATURE_CHARACTERS = 32  # 128 bits
@@ -37,7 +37,7 @@ class MeetingError(RuntimeError):
 
 
 class SignedStore:
-    """Entries of a store, signed with the run's secret: what somebody else wrote counts as not there."""
+    """Entries of a store, signed with the run's secret; what somebody else wrote counts as not there."""
 
     def __init__(self, store: dist.Store) -> None:
         self.store, self._prefix = store, prefix()
@@ -252,7 +252,7 @@ def _describe_stranger() -> str:
 
 
 def _secret() -> bytes:
-    return os.environb.get(SECRET.encode(), b"")
+    return os.environb.get(SECRET_VARIABLE.encode(), b"")
 
 
 def _is_loopback(address: str) -> bool:

@@ -60,6 +60,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["encode", "2", "--cluster", "plain", "--", "a", "--out", "b"], "error: sbatch: not found"),
         (["cancel", str(tmp_path)], "no job of it is in the queue"),
         (["logs", str(tmp_path)], "no job of it has started yet"),
+        (["logs", str(tmp_path), "-f"], "no job of it has started yet"),
+        (["logs", str(tmp_path / "nowhere"), "-f"], "there is no such folder"),
     ):
         done = launch(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr

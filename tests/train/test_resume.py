@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -315,14 +316,16 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_data(configure
     assert open_session(configure()).source.identity == open_source(configure()).identity
 
 
-def test_training_refuses_special_ids_that_are_not_the_tokenizers(configure):
+def test_training_refuses_special_ids_that_are_not_the_tokenizers(configure, tmp_path):
     """A new run, one that goes on, and one whose checkpoint is of an earlier version."""
-    session = open_session(configure())
-    path = Path(session.config.data.train) / "manifest.json"
+    shutil.copytree(configure().data.train, tmp_path / "copy")
+    changed = f"data.train={tmp_path / 'copy'}"
+    session = open_session(configure(changed))
+    path = tmp_path / "copy" / "manifest.json"
     sealed = path.read_bytes()
     path.write_bytes(dump_sealed({**json.loads(sealed), "eos_id": 3}))
     with pytest.raises(ConfigError, match=r"eos_id is 3 in manifest.json and 257 in the tokenizer"):
-        train(configure())
+        train(configure(changed))
     session.source = dataclasses.replace(session.source, identity=session.source.earlier_identities[0])
     path.write_bytes(sealed)
     save(session)
@@ -330,10 +333,10 @@ def test_training_refuses_special_ids_that_are_not_the_tokenizers(configure):
     with pytest.raises(
         ConfigError, match=r"^data\.train: .* has the ids \(256, 3, 258\) for bos, eos and pad, and the"
     ):
-        open_session(configure())
+        open_session(configure(changed))
     path.write_bytes(sealed.replace(b'"eos_id": 257', b'"eos_id": 256'))
     with pytest.raises(ConfigError, match=r"^data\.train: .*manifest.json: is not as it was written"):
-        open_session(configure())
+        open_session(configure(changed))
 
 
 def test_a_longer_run_goes_on(configure, tools, lines):
