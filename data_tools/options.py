@@ -306,57 +306,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, add_options, short in (
         ("clean", _add_clean_options, "filter and deduplicate text"),
-        (
-            "near-dedup",
-            _add_near_dedup_options,
-            "leave out near duplicates",
-            help_texts.NEAR_DEDUP,
-            help_texts.NEAR_DEDUP_EXAMPLES,
-        ),
-        (
-            "tokenizer",
-            _add_tokenizer_options,
-            "train a tokenizer on text",
-            help_texts.TOKENIZER,
-            help_texts.TOKENIZER_EXAMPLES,
-        ),
-        (
-            "fertility",
-            _add_fertility_options,
-            "measure bytes per token",
-            help_texts.FERTILITY,
-            help_texts.FERTILITY_EXAMPLES,
-        ),
-        (
-            "encode",
-            _add_encode_options,
-            "turn text into shards of token ids",
-            help_texts.ENCODE,
-            help_texts.ENCODE_EXAMPLES,
-        ),
+        ("near-dedup", _add_near_dedup_options, "leave out near duplicates"),
+        ("tokenizer", _add_tokenizer_options, "train a tokenizer on text"),
+        ("fertility", _add_fertility_options, "measure bytes per token"),
+        ("encode", _add_encode_options, "turn text into shards of token ids"),
         ("inspect", _add_inspect_options, "show what a dataset holds"),
-        (
-            "verify",
-            _add_verify_options,
-            "check every hash and every document",
-            help_texts.VERIFY,
-            help_texts.VERIFY_EXAMPLES,
-        ),
-        (
-            "stats",
-            _add_stats_options,
-            "show the distribution of document lengths",
-            help_texts.STATS,
-            help_texts.STATS_EXAMPLES,
-        ),
+        ("verify", _add_verify_options, "check every hash and every document"),
+        ("stats", _add_stats_options, "show the distribution of document lengths"),
         ("merge", _add_merge_options, "join several datasets into one"),
-        (
-            "split",
-            _add_split_options,
-            "hold out whole documents of a dataset",
-            help_texts.SPLIT,
-            help_texts.SPLIT_EXAMPLES,
-        ),
+        ("split", _add_split_options, "hold out whole documents of a dataset"),
     ):
         key = name.replace("-", "_").upper()
         about, examples = getattr(help_texts, key), getattr(help_texts, f"{key}_EXAMPLES")

@@ -14,20 +14,9 @@ PACKAGES = ("infini_train", "data_tools", "launch")
 
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
 # but ops, which knows tensors only, may import what lies at the bottom.
-BOTTOM = set(
-    [
-        "config",
-        "command_line",
-        "command_errors",
-        "atomic_files",
-        "regular_files",
-        "child_processes",
-        "redaction",
-        "environment",
-        "exit_codes",
-        "logs",
-    ]
-)
+FILES = {"atomic_files", "regular_files"}
+PROCESS = {"child_processes", "environment", "exit_codes", "logs", "redaction"}
+BOTTOM = {"config", "command_line", "command_errors", *FILES, *PROCESS}
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
