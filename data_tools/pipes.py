@@ -140,12 +140,14 @@ class _NamedPipe(io.RawIOBase):
     def _wait_for_writer(self, path: str) -> bytes:
         """The first bytes, if there are some already."""
         until = time.monotonic() + _WRITER_PATIENCE_S
+        poll = select.poll()  # select() can't ask about descriptors above 1023
+        poll.register(self._descriptor, select.POLLIN)
         while True:
             try:
                 first = os.read(self._descriptor, _BUFFER_BYTES)
             except BlockingIOError:  # a program has opened it, and has not written yet
                 return b""
-            if first or select.select([self._descriptor], [], [], 0)[0]:  # readable without bytes: its end
+            if first or poll.poll(0) == [(self._descriptor, select.POLLIN)]:  # readable without bytes: its end
                 return first
             if time.monotonic() > until:
                 raise OSError(errno.ETIMEDOUT, "is a named pipe that no program writes into; start that first", path)

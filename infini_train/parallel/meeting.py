@@ -24,7 +24,7 @@ import torch.distributed as dist
 from infini_train.config.errors import ConfigError, require
 from infini_train.environment import STORE_FD, read_number, world
 
-SECRET_VARIABLE = "INFINI_TRAIN_SECRET"
+SIGNED_WITH = "INFINI_TRAIN_SECRET"
 ANSWER_S = 10.0  # for a store that listens to answer; another program on its port doesn't
 RETRY_S = 0.2
 SIGNATURE_CHARACTERS = 32  # 128 bits
@@ -252,7 +252,7 @@ def _describe_stranger() -> str:
 
 
 def _secret() -> bytes:
-    return os.environb.get(SECRET_VARIABLE.encode(), b"")
+    return os.environb.get(SIGNED_WITH.encode(), b"")
 
 
 def _is_loopback(address: str) -> bool:

@@ -313,7 +313,7 @@ def test_a_header_that_claims_too_much_is_refused(save, tmp_path):
                 import_folder(tmp_path / "hf", tmp_path / "run", tokenizer="byte")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a: b #c", "'", "{x}", "\u2028", "ünï"])
+@pytest.mark.parametrize("name", ["a: b #c", "'", "{x}", "ünï"])
 def test_odd_names_of_runs_are_kept(name, save, tmp_path, process_groups):
     save(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / name, tokenizer="byte")
@@ -325,7 +325,7 @@ def test_names_that_no_file_can_have_are_refused(save, call, tmp_path, capsys):
     save(tmp_path / "hf")
     (tmp_path / "file").write_text("")
     places = [tmp_path / ("a" * 300), tmp_path / ("a" * 250), tmp_path / "file" / "run", "/proc/run", "/dev/null/run"]
-    places += [tmp_path / os.fsdecode(b"caf\xe9")]
+    places += [tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "a\nb", tmp_path / "\u2028"]
     capsys.readouterr()
     for place in places:
         assert call("import", "hf", tmp_path / "hf", place, "--tokenizer", "byte") == 2

@@ -28,7 +28,7 @@ def starter(monkeypatch) -> Iterator[None]:
         "RANK": "0",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        meeting.SECRET_VARIABLE: "of this run",
+        meeting.SIGNED_WITH: "of this run",
     }.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -143,7 +143,7 @@ def test_the_store_of_another_run_is_refused(starter, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(MeetingError, match="^WORLD_SIZE: 3, but rank 0 was started for 2;"):
         meeting.open_store(5)
-    monkeypatch.setenv(meeting.SECRET_VARIABLE, "of another run")
+    monkeypatch.setenv(meeting.SIGNED_WITH, "of another run")
     with pytest.raises(MeetingError, match="is not the store of this run"):
         meeting.open_store(5)
     assert theirs is not None
