@@ -50,9 +50,10 @@ def fuzz(scratch: Path, inputs: int, seed: int, seconds: float, limit_s: float) 
     device.MATMUL_PROBE_SIZE = 64
     home, work = scratch / "home", scratch / "work"
     work.mkdir(parents=True)
+    path = {"PATH": f"{home / fuzz_home.PROGRAMS}:/usr/bin:/bin"}
 
     def run(program: str, arguments: Sequence[str]) -> int:
-        outcome = call(PROGRAMS[program], arguments, work, {})
+        outcome = call(PROGRAMS[program], arguments, work, path)
         if outcome.code:
             print(outcome.text, file=sys.stderr)
         return outcome.code
@@ -68,7 +69,7 @@ def fuzz(scratch: Path, inputs: int, seed: int, seconds: float, limit_s: float) 
         shutil.rmtree(work)
         work.mkdir()
         given = generator.draw(work)
-        outcome = call(PROGRAMS[given.program], given.arguments, work, given.environment, limit_s)
+        outcome = call(PROGRAMS[given.program], given.arguments, work, {**path, **given.environment}, limit_s)
         counts[given.kind] += 1
         codes[str(outcome.code)] += 1
         slowest, most_mb = max(slowest, outcome.seconds), max(most_mb, outcome.memory_mb)

@@ -26,13 +26,24 @@ CONFIG = {
     "log": {"every_steps": 1},
     "parallel": {"timeout_s": 20},
 }
+PROGRAMS = "bin"  # first in the PATH of what is fuzzed
 CLUSTER = {"gpus_per_node": 0, "tasks_per_node": 1, "cores_per_node": 2, "time_limit": "01:00:00"}
+SLURM = {  # what stands in for its commands: on a login node the real ones would submit and cancel jobs
+    "sbatch": 'case "$*" in *--test-only*) echo "sbatch: Job 1 to start" >&2;; *) echo 7;; esac',
+    "squeue": "echo '7|RUNNING|1:02|1|node1|tiny'",
+    "sacct": "exit 0",
+    "scancel": "exit 0",
+}
 RECORDS = [{"id": f"d{number}", "text": "some words of text " * (1 + number % 7)} for number in range(60)]
 
 
 def build(home: Path, run: Run) -> None:
     """Fills the folder; `run` calls a command."""
-    home.mkdir(parents=True)
+    programs = home / PROGRAMS
+    programs.mkdir(parents=True)
+    for name, script in SLURM.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
     (home / "a.jsonl").write_text(lines)
     (home / "a.txt").write_text("some words of text " * 50)

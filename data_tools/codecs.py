@@ -33,7 +33,7 @@ def decompress(raw: BinaryIO, path: str) -> BinaryIO:
         case ".gz":
             reader = gzip.GzipFile(fileobj=raw, mode="rb")
         case ".bz2":
-            reader = bz2.BZ2File(raw)
+            reader = _Bz2(raw)
         case ".xz":
             reader = _Frames(raw, lambda: lzma.LZMADecompressor(memlimit=WINDOW_BYTES), padding=b"\0")
         case ".zst":
@@ -138,3 +138,33 @@ class _Frames(io.RawIOBase):
             self._used -= len(self._decoder.unused_data)
             self._decoder = None
         return output
+
+
+class _Bz2(io.RawIOBase):
+    """The streams of a bzip2 file, one after the other.
+
+    Python's own file takes whatever follows the first stream, if that is no stream, for the end: a flipped bit there
+    would lose the rest of a file of many streams, as pbzip2 writes them, in silence.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._decoder, self._has_begun = bz2.BZ2Decompressor(), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._decoder.eof:
+                data = self._decoder.unused_data
+                self._decoder, self._has_begun = bz2.BZ2Decompressor(), False
+            if not data and self._decoder.needs_input and not (data := self._raw.read(_BUFFER_BYTES)):
+                if self._has_begun:
+                    raise EOFError("the file ends within a compressed stream")
+                return 0
+            self._has_begun = True
+            if output := self._decoder.decompress(data, len(buffer)):
+                buffer[: len(output)] = output
+                return len(output)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.pipes import is_pipe
 
@@ -86,11 +86,20 @@ def format_inside(text: str, text_field: str) -> str | None:
     first, _, rest = text.lstrip().partition("\n")
     if not first.startswith("{") or rest.lstrip()[:1] not in ("{", ""):
         return None
+    row = _parse(first)
+    if not isinstance(row, dict):
+        return None
+    # The text may be in another field, as the reader's error about it then says.
+    is_table = isinstance(_parse(rest.lstrip().partition("\n")[0]), dict)
+    return "jsonl" if is_table or isinstance(row.get(text_field), str) else None
+
+
+def _parse(line: str) -> Any:
+    """The JSON value of a line; None if it is none."""
     try:
-        row = json.loads(first)
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return "jsonl" if isinstance(row, dict) and isinstance(row.get(text_field), str) else None
 
 
 def has_index(path: str) -> bool:

@@ -9,6 +9,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from data_tools.pipes import is_pipe
 from data_tools.problems import SettingError
 from data_tools.progress import elapsed_time, print_note
 from data_tools.sources import find_files
-from data_tools.storage import SourceFile, is_stream, require_unchanged
+from data_tools.storage import CTIME, SourceFile, differ_in_ctime, is_stream, require_unchanged
 from infini_train.config.errors import ConfigError
 from infini_train.data.sealed import parse_object
 from infini_train.redaction import redact
@@ -29,6 +31,7 @@ _FILES, _TASKS, _COMMAND = "sources.jsonl", "tasks.jsonl", "command.json"
 _MIN_TASK_BYTES = 8_000_000
 _TASKS_WANTED = 64
 _MAX_TASKS = 1_000_000  # each becomes a folder
+_CHECKS_AT_ONCE, _CHECKED_BETWEEN = 16, 10_000  # sources: threads; files between two looks for errors
 _TASK_RANGES = 10_000  # at most, since a task's list is held in memory
 
 
@@ -151,8 +154,11 @@ def check_sources(folder: Path) -> None:
         ConfigError: one has changed.
     """
     with elapsed_time("check the sources"):
-        for file in _read_files(folder / _FILES):
-            require_unchanged(file.path, file.bytes, file.version)
+        files = _read_files(folder / _FILES)
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:  # a store takes tens of milliseconds for each
+            while some := list(islice(files, _CHECKED_BETWEEN)):
+                for _ in pool.map(lambda file: require_unchanged(file.path, file.bytes, file.version), some):
+                    pass
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> int:
@@ -195,11 +201,14 @@ def _compare(folder: Path, options: Path, files: Path, tasks: Path) -> None:
         if filecmp.cmp(folder / _TASKS, tasks, shallow=False):
             return
         raise SettingError(f"{{path}}: is not the plan of these sources; {end}", path=folder / _TASKS)
+    how = ""
     for before, now in zip(_read_files(folder / _FILES), _read_files(files), strict=False):
         if before != now:
             changed = before.path if before.path == now.path else f"{before.path} or {now.path}"
+            if before.bytes == now.bytes and differ_in_ctime(before.path, before.version, now.version):
+                how = f": {CTIME}"
             break
     else:
         changed = "the number of files"
-    template = f"{{folder}}: holds unfinished work, but the sources have changed since ({{changed}}); {end}"
+    template = f"{{folder}}: holds unfinished work, but the sources have changed since ({{changed}}){how}; {end}"
     raise SettingError(template, folder=folder, changed=changed)

@@ -4,6 +4,7 @@ A record belongs to the range of a file in which its first byte lies. So any div
 record once.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ from data_tools.pipes import is_pipe
 from data_tools.problems import LeftOut, SettingError
 from data_tools.progress import print_note
 from data_tools.sources import find_files
-from data_tools.storage import STDIN, SourceFile, is_stream, open_raw, require_unchanged
+from data_tools.storage import STDIN, SourceFile, UncheckedError, is_stream, open_raw, require_unchanged
 from data_tools.tars import tar_documents
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import refusals
@@ -90,7 +91,8 @@ class Reader(Records):
                 else:
                     self.left_out.documents["empty documents"] += 1
         except ConfigError:
-            require_unchanged(part.path, part.bytes, part.version)  # the reason for what looks like a bad record
+            with contextlib.suppress(UncheckedError):
+                require_unchanged(part.path, part.bytes, part.version)  # the reason for what looks like a bad record
             raise
         require_unchanged(part.path, part.bytes, part.version)
 

@@ -23,6 +23,7 @@ from infini_train.regular_files import KINDS
 _KINDS_SHOWN = 6  # of files that are left out
 _OWN_FILES = ("report.json",)  # of infini-data clean, beside the text
 _BROKEN = "broken link"
+_OF_THE_DISK = "lost+found"  # in the topmost folder of a disk; only root may read it
 
 Note = Callable[[str], None]
 
@@ -166,7 +167,7 @@ def _list(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name != _OF_THE_DISK:
                     (folders if _is_folder(entry) else files).append(folder / entry.name)
     except OSError as error:
         raise ConfigError(f"{folder}: can't be read: {error.strerror}; give permission, or leave it out") from error
@@ -203,12 +204,15 @@ def _find_pattern(pattern: str, note: Note) -> Iterator[SourceFile]:
     fixed = Path(pattern[: pattern.index(next(c for c in pattern if c in "*?["))] + "x").parent
     name = fixed.name or fixed.resolve().name or "/"
     left_out, empty = Counter[str](), True
+    _check_folders(pattern)
     for path in sorted(glob.glob(pattern, recursive=True)):
         try:
             status = os.stat(path)
-        except OSError:
+        except FileNotFoundError:
             left_out[_BROKEN] += 1
             continue
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be read: {error.strerror}; fix it, or leave it out") from error
         if stat.S_ISREG(status.st_mode):
             empty = False
             yield _local(path, f"{name}/{Path(path).relative_to(fixed).as_posix()}", name, status)
@@ -217,6 +221,16 @@ def _find_pattern(pattern: str, note: Note) -> Iterator[SourceFile]:
     _tell_left_out(left_out, pattern, note)
     if empty:
         raise ConfigError(f"{pattern}: no file matches")
+
+
+def _check_folders(pattern: str) -> None:
+    """Raises if a folder that the pattern leads through can't be read: `glob` would take it for an empty one."""
+    for parent in Path(pattern).parents:
+        for folder in glob.iglob(str(parent), recursive=True):
+            if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+                raise ConfigError(f"{folder}: can't be read; give permission, or leave it out of the pattern")
+        if not glob.has_magic(str(parent)):
+            break
 
 
 def _find_remote(url: str, note: Note) -> Iterator[SourceFile]:

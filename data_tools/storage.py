@@ -27,7 +27,12 @@ _LISTED_TIME_KEYS = (
 )  # one file asked for has them in another form
 _LISTED = "listed "  # begins a version of these
 _BUFFER_BYTES = 1 << 20
+CTIME = "its content, or else its permissions, owner or links; size and time of the last change are the same"
 _ADVICE = "let nothing write to the sources, then begin again"
+
+
+class UncheckedError(ConfigError):
+    """Nobody can say now whether a file has changed: its server doesn't answer, say."""
 
 
 class SourceFile(NamedTuple):
@@ -66,11 +71,20 @@ def version_of(status: os.stat_result, path: str) -> str:
     return version
 
 
+def differ_in_ctime(path: str, before: str, now: str) -> bool:
+    """Whether two versions of a local file differ only in the time that chmod, chown, ln and mv set, too."""
+    old, new = before.split(), now.split()
+    is_ctime = (1, 4)  # of the file, and of the index beside it
+    pairs = enumerate(zip(old, new, strict=False))
+    return not is_url(path) and len(old) == len(new) and all(a == b for i, (a, b) in pairs if i not in is_ctime)
+
+
 def remote_version_of(info: Mapping[str, Any]) -> str:
     """The version of a file at a URL, as its file system gives it: of the content, or else its times."""
     for keys, prefix in ((_CONTENT_KEYS, ""), (_TIME_KEYS, ""), (_LISTED_TIME_KEYS, _LISTED)):
         if found := [str(info[key]) for key in keys if info.get(key) is not None]:
-            return prefix + " ".join(found)
+            # Some stores quote an ETag when asked for one file, and don't where they list many.
+            return prefix + " ".join(each.removeprefix("W/").strip('"') for each in found)
     return ""
 
 
@@ -84,6 +98,7 @@ def require_unchanged(path: str, n_bytes: int, version: str) -> None:
 
     Raises:
         ConfigError: it has changed, or can't be found any more.
+        UncheckedError: its storage can't tell now.
     """
     if not version and not n_bytes:
         return
@@ -91,11 +106,24 @@ def require_unchanged(path: str, n_bytes: int, version: str) -> None:
         now_bytes, now = _look(path)
     except (*transport_errors(), ValueError) as error:  # type: ignore[misc]
         reason = getattr(error, "strerror", None) or str(error)
+        if is_url(path) and not _is_gone(error):
+            reason = str(error.__cause__ or reason)
+            advice = "give the same command again"
+            raise UncheckedError(f"{path}: can't be asked whether it has changed: {reason}; {advice}") from error
         raise ConfigError(f"{path}: has changed while the command ran: {reason}; {_ADVICE}") from error
     is_other = bool(version) and not version.startswith(_LISTED) and now != version
     if is_other or (now_bytes or n_bytes) != n_bytes:
         sizes = f" ({n_bytes:,} bytes before, {now_bytes:,} now)" if now_bytes != n_bytes else ""
+        if not sizes and differ_in_ctime(path, version, now):
+            sizes = f" ({CTIME})"
         raise ConfigError(f"{path}: has changed while the command ran{sizes}; {_ADVICE}")
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether a file is not there. Over http fsspec says so of each file that its server doesn't give."""
+    reason = error.__cause__
+    is_plain = reason is None or isinstance(reason, FileNotFoundError) or getattr(reason, "status", None) in (404, 410)
+    return isinstance(error, FileNotFoundError) and is_plain
 
 
 def _look(path: str) -> tuple[int, str]:

@@ -5,11 +5,11 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import numpy as np
 
-from data_tools.codecs import decompress, read_limited
+from data_tools.codecs import MAX_SKIP_BYTES, decompress, read_limited
 from data_tools.documents import Document, FileRange, Meter, Records, parse_json
 from data_tools.pipes import is_pipe
 from data_tools.storage import open_raw
@@ -152,11 +152,11 @@ class _Finite:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._has_ended = False
+        self._has_ended = self.may_end = False
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
-        if not data and self._has_ended:
+        if not data and self._has_ended and not self.may_end:
             raise tarfile.ReadError("unexpected end of data")
         self._has_ended = not data
         return data
@@ -183,8 +183,8 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
     with open_raw(part.path) as raw:
         meter = Meter(raw, records.advance)
         try:
-            file: Any = _Finite(decompress(raw, part.path))
-            with tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictHeader) as tar:
+            file = _Finite(decompress(raw, part.path))
+            with tarfile.open(fileobj=cast(Any, file), mode="r|", tarinfo=_StrictHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                     _check_headers(tar, member)
@@ -198,6 +198,7 @@ def _members(records: Records, part: FileRange) -> Iterator[_Member]:
                             content: Any = tar.extractfile(member)
                             data = read_limited(content, records.options.max_record_bytes)
                         yield _Member(str(path.with_name(base)), extension, data)
+                _check_end(tar, file)
         except ConfigError:
             raise
         except (tarfile.TarError, ValueError, RecursionError) as error:  # tarfile checks few of the numbers
@@ -214,3 +215,13 @@ def _check_headers(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         raise tarfile.ReadError(f"{member.name!r} claims {member.size:,} bytes")
     if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > _MAX_HEADER_BYTES:
         raise tarfile.ReadError(f"global headers of more than {_MAX_HEADER_BYTES:,} bytes")
+
+
+def _check_end(tar: tarfile.TarFile, file: _Finite) -> None:
+    """Raises if more than zeros follows the archive's end: another archive, say, whose samples nobody would read."""
+    file.may_end = True
+    rest, seen = cast(Any, tar.fileobj), 0
+    while seen < MAX_SKIP_BYTES and (piece := rest.read(tarfile.RECORDSIZE)):
+        if piece.count(0) != len(piece):
+            raise tarfile.ReadError("more follows its end, as in archives put together by cat; give each by itself")
+        seen += len(piece)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from infini_train import __version__, exit_codes, logs
 from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
-from infini_train.command_errors import fail, open_missing_streams, run_command
+from infini_train.command_errors import fail, open_missing_streams, run_command, translate
 from infini_train.command_line import (
     CommandParser,
     Spinner,
@@ -198,6 +198,8 @@ def _train(options: argparse.Namespace) -> None:
         sys.exit(fail(str(error), exit_codes.FAILED))
     except DivergedError as error:
         sys.exit(fail(str(error), exit_codes.DIVERGED))
+    except OSError as error:  # a mistake would be a ConfigError; a file system that fails may answer at a retry
+        sys.exit(fail(translate(error) or str(error), exit_codes.FAILED))
 
 
 def _check_world_size(config: RunConfig, options: argparse.Namespace) -> None:

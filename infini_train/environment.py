@@ -48,5 +48,7 @@ def read_number(name: str, missing: int | None = None) -> int:
             raise ConfigError(f"{name}: is not set; whatever starts several processes sets it")
         return missing
     if not (text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) <= MAX_NUMBER):
-        raise ConfigError(f"{name}: this environment variable is {text[:40]!a}, which is no number from 0 up; unset it")
+        raise ConfigError(
+            f"{name}: this environment variable is {text[:40]!a}, not a whole number of 0 or more; correct it"
+        )
     return int(text)

@@ -36,10 +36,15 @@ TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")  # torch marks the lines of an unc
 LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)")
 
 
-def launch(nproc: int, arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+def launch(nproc: int, arguments: Sequence[str]) -> int:
     """Runs `infini-train ARGUMENTS` in `nproc` ranks of this machine; returns the exit code (see `Ranks.wait`)."""
-    with Ranks(nproc, [sys.executable, "-m", "infini_train.cli", *arguments], environment) as ranks:
+    with Ranks(nproc, rank_command(arguments)) as ranks:
         return ranks.wait()
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """What a rank of `infini-train ARGUMENTS` runs."""
+    return [sys.executable, "-m", "infini_train.cli", *arguments]
 
 
 def rank_environment(rank: int, nproc: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -153,6 +158,11 @@ class Ranks:
             resource.close()
         for descriptor in self._files.values():
             os.close(descriptor)
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether a signal asked this process to end: whatever becomes of the ranks, nobody wants them started again."""
+        return self.forwarded > 0 or self.insisted
 
     def wait(self) -> int:
         """Shows the ranks' output until all have ended, and the first failure last.

@@ -21,6 +21,8 @@ _VAGUE = (
 _PAIRS = ("API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "SECRET_KEY", "ACCOUNT_KEY", "SIGNING_KEY", "ENCRYPTION_KEY")
 _PAIRS += ("SSH_KEY", "AUTH_KEY", "ACCESS_TOKEN", "AUTH_TOKEN", "API_TOKEN", "REFRESH_TOKEN", "BEARER_TOKEN")
 _NOT_SECRET = {"PWD", "OLDPWD"}  # the shell's working folders
+_ENDINGS = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "APIKEY", "ACCESSKEY", "SECRETKEY", "PRIVATEKEY")
+_ENDINGS += ("SSHPASS", "DBPASS")  # of words written as one, as in HFTOKEN
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _USER_AND_PASSWORD = re.compile(r"(?<!github)(?<!git)(://[^\s/:@\[\]]*):(?!:)([^\s/]*)@")  # github://owner:name@branch
@@ -34,6 +36,7 @@ _ASSIGNMENT = re.compile(
 )
 _FLAG = re.compile(r"""(?<![\w-])(?P<name>--[\w-]+)(?P<sign>\s+)(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s"'-]\S*)""")
 _USER_FLAG = re.compile(r"(?<!\S)(-u|--user|--proxy-user)([ =]?['\"]?[^\s:'\"/]+):[^\s'\"]+")  # of curl
+_AUTHORIZATION = re.compile(r"""(?i)(\bauthorization["']?\s*[:=]\s*["']?[a-z-]+\s+)[^\s"']+""")  # Token, Digest, ...
 _HEADER = re.compile(r"(?i)\b(basic|bearer)\s+[A-Za-z0-9+/=._~-]{8,}")
 _WEBHOOK = re.compile(r"(https://hooks\.[\w.-]+/)\S+")
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
@@ -54,7 +57,8 @@ _LITERAL = re.compile(r"(?=.*[A-Za-z])(?=.*\d)[\w+/=~-]{8,}")
 def is_secret_name(name: str) -> bool:
     """Whether a variable or setting of this name is likely to hold a secret: KEY, TOKEN or PASSWORD as a word of it."""
     words = {word.upper() for word in _WORDS.findall(name)}
-    return name not in _NOT_SECRET and not words.isdisjoint((*_CLEAR, *_VAGUE))
+    known = not words.isdisjoint((*_CLEAR, *_VAGUE)) or any(word.endswith(_ENDINGS) for word in words)
+    return known and name not in _NOT_SECRET
 
 
 def redact_urls(text: str) -> str:
@@ -86,7 +90,8 @@ def redact_message(text: str) -> str:
     Words after names are left: "api_key: must be text" is what a message looks like.
     """
     text = _KNOWN_FORMS.sub(MASK, _KEY_BLOCK.sub(MASK, redact_urls(text)))
-    return _USER_FLAG.sub(rf"\1\2:{MASK}", _HEADER.sub(rf"\1 {MASK}", text))
+    text = _AUTHORIZATION.sub(rf"\1{MASK}", _HEADER.sub(rf"\1 {MASK}", text))
+    return _USER_FLAG.sub(rf"\1\2:{MASK}", text)
 
 
 def redact(text: str) -> str:
@@ -112,6 +117,7 @@ def _mask_value(found: re.Match[str]) -> str:
     inner = value.strip(quote) if quote else value
     words = [word.upper() for word in _WORDS.findall(name)]
     clear = not set(words).isdisjoint(_CLEAR) or any(pair in "_".join(words) for pair in _PAIRS)
+    clear = clear or any(word.endswith(_ENDINGS) and word != "TOKEN" for word in words)
     secret = (
         bool(_LITERAL.fullmatch(inner))
         or (clear and inner not in _NO_VALUES)

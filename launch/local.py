@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from infini_train import exit_codes
-from infini_train.launcher import launch
+from infini_train.launcher import Ranks, rank_command
 from launch.cluster import RestartConfig
 from launch.console import waiting
 from launch.job import Job
@@ -26,8 +26,9 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
     retries, newest = 0, newest_checkpoint(Path(job.run_dir))
     for start in range(sys.maxsize):
         environment = {**job.exports, **os.environ, "INFINI_TRAIN_RESTARTS": str(start)}
-        code = launch(nproc, arguments, environment)
-        if code in FINAL or (code == exit_codes.MISTAKE and start == 0):
+        with Ranks(nproc, rank_command(arguments), environment) as ranks:
+            code = ranks.wait()
+        if code in FINAL or ranks.was_asked_to_stop or (code == exit_codes.MISTAKE and start == 0):
             return code
         before, newest = newest, newest_checkpoint(Path(job.run_dir))
         retries = retries + 1 if newest == before else 1

@@ -1,11 +1,13 @@
 """The codes that a batch script writes as numbers are those of the programs."""
 
+import errno
 import re
 from pathlib import Path
 
 import pytest
 
-from infini_train import exit_codes
+from infini_train import cli, exit_codes
+from infini_train.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SCRIPT = (ROOT / "slurm" / "templates" / "train.sbatch.j2").read_text(encoding="utf-8")
@@ -39,3 +41,18 @@ def test_every_code_is_listed() -> None:
     named = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
     assert documented == {str(code) for code in named - set(exit_codes.STOPPED)} | {"75"}
     assert set(map(int, re.findall(r"\bexit (\d+)$", BATCH_SCRIPT, re.MULTILINE))) <= {*map(int, documented)}
+
+
+def test_a_file_system_that_fails_while_training_is_worth_a_retry(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 would have the batch script give up at the first start."""
+
+    def train(_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "/data/x")
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "debug"])
+    assert ended.value.code == exit_codes.FAILED
+    assert capfd.readouterr().err.endswith("error: /data/x: Stale file handle; fix it and rerun\n")

@@ -37,6 +37,9 @@ SECRETS = [
     "--password {}",
     "pipe:curl -u user:{} https://host/a.tar",
     "pipe:curl --header 'Authorization: Bearer {}' https://host/a.tar",
+    "pipe:curl --header 'Authorization: Token {}' https://host/a.tar",
+    "+DBPASSWORD={}",
+    "+hftoken: {}",
     "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----",
     "comment hf_{}AbCdEfGhIjKlMnOp",
     "ghp_{}AbCdEfGhIjKlMnOp",
@@ -80,6 +83,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 def test_names_that_hold_secrets() -> None:
     secret = ["WANDB_API_KEY", "GITHUB_PAT", "MYSQL_PWD", "PGPASSWORD", "SLURM_JWT", "hfToken", "SENTRY_DSN", "MY_CRED"]
+    secret += ["HFTOKEN", "DBPASSWORD", "dbpasswd", "AWSSECRET", "ACCESSKEY", "SSHPASS"]
     plain = ["PATH", "PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "SLURM_JOB_ID", "KEYBOARD", "OMP_PLACES", "PASSES"]
     assert [name for name in secret if not is_secret_name(name)] == []
     assert [name for name in plain if is_secret_name(name)] == []

@@ -97,7 +97,7 @@ def _verify(options: argparse.Namespace) -> None:
         for folder in folders:
             problems = find_damage(folder, bar.update)
             damaged += problems
-            outcome = "OK" if folder.exists() else "its run has removed it meanwhile"
+            outcome = "OK" if folder.exists() else "removed by its run in the meantime"
             with bar.external_write_mode():
                 for line in problems or [outcome]:
                     print(f"{folder}: {line}", flush=True)

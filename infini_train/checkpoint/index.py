@@ -149,7 +149,7 @@ def _check_content(index: Index) -> None:
     """
     model = index.config.get("model", {})
     if not isinstance(model, dict) or not isinstance(model.get("attention", {}), dict):
-        raise CheckpointError("is corrupt (config.model: is no model)")
+        raise CheckpointError("is corrupt (config.model is not a model)")
     room_bytes = {file.file: file.size_bytes for file in index.files}
     for name in (*room_bytes, *(entry.file for entry in index.fragments)):
         if name not in room_bytes or Path(name).name != name:

@@ -24,7 +24,7 @@ from infini_train.config.model import ModelConfig
 from infini_train.config.paths import expand_home
 from infini_train.config.renamed import find_renamed, note_renamed
 from infini_train.config.run import RunConfig
-from infini_train.config.values import to_json
+from infini_train.config.values import check_name, to_json
 from infini_train.config.variant import AttentionVariant
 from infini_train.config.yaml_text import MAX_BYTES, MAX_DEPTH, SHOWN_CHARACTERS, Budget, dump_tree, parse
 from infini_train.redaction import find_secret_url
@@ -247,6 +247,11 @@ def _explain(error: pydantic.ValidationError) -> str:
     if first["type"] in ("missing", "missing_argument"):
         return f"{shown}: is missing; give it a value"
     problem = first["msg"].replace("Input should be", "must be").replace("an object", "a mapping")
+    if first["type"] == "path":
+        return f"{shown}: {problem}"
+    limit = context.get("le", context.get("ge"))
+    if isinstance(limit, float):  # pydantic writes 1e-38 with 38 zeros
+        problem = f"{problem.rpartition(' ')[0]} {limit:g}"
     return f"{shown}: {problem}, not {json.dumps(first['input'], default=str)[:80]}"
 
 
@@ -284,7 +289,9 @@ def load_run(name: str, assignments: Iterable[str] = (), world_size: int | None 
             f"{field}: {shown}: a password or token in a URL would be kept with the run; leave it out, and give it to"
             " fsspec in its own config (docs/mixtures.md)"
         )
-    return validate(tree)
+    config = validate(tree)
+    check_name(config.name)
+    return config
 
 
 def load_model(name: str) -> ModelConfig:

@@ -9,7 +9,7 @@ from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
-from infini_train.config.values import FilePath, FolderName
+from infini_train.config.values import FilePath
 
 MAX_MICRO_BATCHES = 4096  # of a rank in one step; each has its own memory
 
@@ -21,7 +21,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    name: FolderName = "run"  # names the run's folder
+    name: str = "run"  # names the run's folder
     run_dir: FilePath | None = None  # all that the run writes; null: runs/ and the name
     seed: int = 0  # of the initial weights and the order of documents
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -155,7 +155,7 @@ def _check_batch_layout(run: RunConfig) -> None:
     )
     micro_batches = run.lanes_per_rank // run.micro_lanes
     require(
-        micro_batches <= MAX_MICRO_BATCHES,
+        parallel.data_size is None or micro_batches <= MAX_MICRO_BATCHES,  # null: divided over processes later
         "train.micro_batch_lanes",
         f"{micro_batches} micro-batches in a step are more than {MAX_MICRO_BATCHES}; raise it, or lower"
         " train.batch_lanes",

@@ -46,16 +46,22 @@ def _check_path(path: str) -> str:
         raise PydanticCustomError("path", "{problem}", {"problem": str(error)}) from error
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> None:
+    """Asked of a run that starts, not of a checkpoint that has its name already.
+
+    Raises:
+        ConfigError: a run can't be called that.
+    """
     parts = name.split("/")
     long = max(len(part.encode()) for part in parts) > MAX_NAME_BYTES - 55  # files add a suffix to it
     if long or not name.isprintable() or not all(part.strip() for part in parts) or {".", ".."} & set(parts):
-        raise PydanticCustomError("name", "must be able to name a folder, in one line of at most 200 bytes")
-    return name
+        raise ConfigError(
+            f"name: must be able to name a folder, in one line of at most 200 bytes, not {name[:80]!a}; for a folder"
+            " elsewhere give run_dir"
+        )
 
 
 FilePath = Annotated[str, AfterValidator(_check_path)]  # may begin with ~
-FolderName = Annotated[str, AfterValidator(_check_name)]
 
 
 def to_json(tree: Any, what: str = "config") -> str:

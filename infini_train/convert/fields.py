@@ -68,6 +68,7 @@ WITHOUT_EFFECT = frozenset({  # on what a model computes for a text
     "tf_legacy_loss", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
     "experts_implementation", "_commit_hash", "_flash_attn_2_enabled", "classifier_dropout", "hidden_dropout",
     "unsloth_version", "unsloth_fixed", "model_name", "max_sequence_length",
+    "is_llama_config", "transformers.js_config",  # of SmolLM2
     # settings of generation that older folders have here
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens",
     "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",

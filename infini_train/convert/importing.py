@@ -127,9 +127,9 @@ def _small_files(folder: Path, file: str, described: dict[str, Any], tokenizer: 
     path = folder / GENERATION_CONFIG
     own = read_json(path) if path.exists() else {}
     ends = parse_end_ids(own, path)
-    more = [end for end in parse_end_ids(described, folder / CONFIG) if end not in (*ends, tokenizer.eos_id)]
-    if more:  # config.json stays with the checkpoint, this file goes on to the runs that begin with it
-        own["eos_token_id"] = [*ends, *more]
+    more = [end for end in parse_end_ids(described, folder / CONFIG) if end not in ends]
+    if set(more) - {tokenizer.eos_id}:  # config.json stays with the checkpoint, this file goes on to later runs
+        own["eos_token_id"] = [*ends, *more]  # all: where this file names any, transformers reads no others
         small[GENERATION_CONFIG] = (json.dumps(own, indent=2) + "\n").encode()
     elif own:
         small[GENERATION_CONFIG] = read_small(path)

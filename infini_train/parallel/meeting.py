@@ -171,7 +171,7 @@ def read_address() -> tuple[list[str], int]:
                 f"{name}: is not set; several processes need it, as in the scripts of infini-launch (or use --nproc)"
             )
     name, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT")
-    require(0 < port < 65536, "MASTER_PORT", f"{port} is no port; choose one from 1 to 65535")
+    require(0 < port < 65536, "MASTER_PORT", f"{port} is not a valid port; choose one from 1 to 65535")
     try:
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ that a stopped rank could hold, no disk, no port, and nothing left when all have
 
 import json
 import os
+import threading
 import time
 import zlib
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,8 @@ from infini_train.parallel import meeting
 
 PAGE_BYTES = 16384
 MAX_REPORT, MAX_OPERATION = 1000, 200  # characters; JSON may write each in twelve bytes
-TORN_READS = 100  # of a page while its rank writes it: a copy of a few hundred bytes
+TORN_READS = 1000  # of a page while its rank writes it: a copy of a few hundred bytes
+TORN_S = 0.001  # before the next of them: a writer may lose its core, or a virtual machine its host, in the middle
 
 
 class Beat(NamedTuple):
@@ -74,6 +76,7 @@ class SharedPages:
     def __init__(self, descriptor: int, rank: int, world_size: int) -> None:
         self._descriptor, self._rank, self._size = descriptor, rank, world_size
         self._own: dict[str, Any] = {"beat": None, "report": None, "heard": False}
+        self._writing = threading.Lock()  # a heartbeat of one thread must not undo a report of the other
 
     def publish(self, beat: Beat) -> None:
         self._write(beat=beat._replace(operation=beat.operation[:MAX_OPERATION]))
@@ -99,11 +102,12 @@ class SharedPages:
         return sum(bool(self._read(rank).get("heard")) for rank in range(self._size))
 
     def _write(self, **changes: Any) -> None:
-        self._own |= changes
-        text = json.dumps(self._own).encode()
-        assert len(text) <= PAGE_BYTES - 8
-        head = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
-        os.pwrite(self._descriptor, head + text, self._rank * PAGE_BYTES)
+        with self._writing:
+            self._own |= changes
+            text = json.dumps(self._own).encode()
+            assert len(text) <= PAGE_BYTES - 8
+            head = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
+            os.pwrite(self._descriptor, head + text, self._rank * PAGE_BYTES)
 
     def _read(self, rank: int) -> dict[str, Any]:
         for _ in range(TORN_READS):
@@ -114,6 +118,7 @@ class SharedPages:
             text = page[8 : 8 + length]
             if zlib.crc32(text) == checksum:
                 return json.loads(text)
+            time.sleep(TORN_S)
         raise RuntimeError(f"rank {rank}'s page is damaged")
 
 

@@ -231,7 +231,9 @@ class Watchdog:
         beat, is_foreign = self.board.read(rank)
         if is_foreign and not self._is_warned:
             self._is_warned = True
-            LOG.warning("warning: rank %d's heartbeat was overwritten by somebody who is no rank of this run", rank)
+            LOG.warning(
+                "warning: rank %d's heartbeat was overwritten by something that is not a rank of this run", rank
+            )
         return beat, is_foreign
 
     def _read_beats(self) -> list[Beat | None]:

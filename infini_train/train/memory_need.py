@@ -4,9 +4,11 @@ The kernel gives out more memory than there is, and kills a process that uses it
 word. What is counted here is less than training takes (infini_train/plan counts all), so nothing that fits is refused.
 """
 
+from infini_train.config.attention import InfiniConfig, RmtConfig
 from infini_train.config.errors import ConfigError
+from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
-from infini_train.model.flops import count_parameters, memory_numbers
+from infini_train.model.flops import count_parameters
 from infini_train.parallel import device
 
 FP32_BYTES, BF16_BYTES, MOMENTS = 4, 2, 2
@@ -17,12 +19,25 @@ def least_bytes(config: RunConfig) -> int:
     parallel, train = config.parallel, config.train
     shards, replicas = parallel.tensor_size * parallel.pipeline_size, parallel.context_size * (parallel.data_size or 1)
     parameters = count_parameters(config.model) // shards
-    weights = parameters * (BF16_BYTES if train.precision == "bf16" else FP32_BYTES)
+    weight_bytes = BF16_BYTES if train.precision == "bf16" else FP32_BYTES
+    weights = parameters * weight_bytes
     if parallel.zero_stage == 3:
         weights //= replicas
     moments = 0 if parallel.offload_optimizer else parameters * MOMENTS * FP32_BYTES // replicas
-    carried = memory_numbers(config.model) // shards * config.lanes_per_rank * FP32_BYTES if train.carry_memory else 0
+    carried = _lane_bytes(config.model, weight_bytes) // shards * config.lanes_per_rank if train.carry_memory else 0
     return weights + moments + carried
+
+
+def _lane_bytes(model: ModelConfig, weight_bytes: int) -> int:
+    """What a lane carries: the compressive memory in fp32, the caches and stores of other variants like the weights.
+
+    Of Recurrent Memory Transformer nothing: Table 2 counts keys and values, and what is handed on is far less.
+    """
+    return sum(
+        attention.memory_numbers(model.shape) * (FP32_BYTES if isinstance(attention, InfiniConfig) else weight_bytes)
+        for attention in model.layers
+        if not isinstance(attention, RmtConfig)
+    )
 
 
 def require_memory(config: RunConfig) -> None:

@@ -88,7 +88,7 @@ def _make_folder(directory: Path) -> tuple[list[Path], set[str]]:
         _remove_empty(made)
         if isinstance(error, OSError):
             raise ConfigError(f"run_dir: {str(directory)[:300]} can't be written: {error.strerror}") from error
-        raise ConfigError(f"run_dir: {str(directory)[:300]!a} is no name of a folder: {error}") from error
+        raise ConfigError(f"run_dir: {str(directory)[:300]!a} is not a valid folder name: {error}") from error
     if free_bytes < MIN_FREE_BYTES:
         _remove_empty(made)
         raise ConfigError(f"run_dir: no space left on device for {directory}; free space or choose another run_dir")

@@ -97,7 +97,7 @@ def test_places_that_can_not_be(folder: Path, entry: dict, problem: str) -> None
 @pytest.mark.parametrize("config", [{"model": []}, {"model": {"attention": "infini"}}])
 def test_a_config_that_is_none(folder: Path, config: dict) -> None:
     forge(folder, lambda index: index.update(config=config))
-    with pytest.raises(CheckpointError, match=r"config\.model: is no model"):
+    with pytest.raises(CheckpointError, match=r"config\.model is not a model"):
         open_checkpoint(folder)
 
 

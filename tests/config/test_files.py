@@ -23,7 +23,7 @@ from infini_train.config.files import (
     to_tree,
     validate,
 )
-from infini_train.config.run import RunConfig
+from infini_train.config.run import RunConfig, divide_processes
 
 RUNS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
 BASE = """
@@ -99,10 +99,6 @@ WRONG = {
         "train.micro_batch_lanes=3",
         "train.micro_batch_lanes: 4 lanes can't be cut",
     ),
-    "endless micro-batches": (
-        "train={batch_lanes: 65536, micro_batch_lanes: 1}",
-        "train.micro_batch_lanes: 65536 micro-batches in a step are more than 4096; raise it",
-    ),
     "validation without data": ("eval.every_steps=5", "data.validation: is needed because eval.every_steps is set"),
     "endless warm-up": ("optim.warmup_steps=20", "optim.warmup_steps: 20 warm-up steps don't fit into a run of 20"),
     "endless decay": (
@@ -154,7 +150,11 @@ WRONG = {
     "a width that no machine holds": ("model.hidden_size=100000", "model.hidden_size: must be less than or equal to"),
     "more than 64 bits": ("seed=100000000000000000000000", "seed: a number of more than 64 bits"),
     "more layers than any model": ("model.num_layers=1000000", "model.num_layers: must be less than or equal to 1000"),
-    "a path of nothing": ("run_dir=''", 'run_dir: must not be empty, not ""'),
+    "an epsilon that fp32 has not": (
+        "optim.eps=1e-50",
+        "optim.eps: must be greater than or equal to 1e-38, not 1e-50",
+    ),
+    "a path of nothing": ("run_dir=''", "run_dir: must not be empty"),
     "a long path": (f"run_dir={'x/' * 3000}", "run_dir: is too long: a name has at most 255 bytes, a path 4095"),
     "a name that is too long": (f"data.train={'x' * 300}", "data.train: is too long: a name has at most 255 bytes"),
     "a name of another folder": ("name=../x", "name: must be able to name a folder"),
@@ -171,6 +171,20 @@ def test_a_wrong_value_gets_one_line_that_names_its_field(base: Path, assignment
         load_run(str(base), [assignment])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_micro_batches_are_counted_where_the_ranks_are_known(base: Path) -> None:
+    config = load_run(str(base), ["train={batch_lanes: 65536, micro_batch_lanes: 1}"])
+    assert divide_processes(config, 16).lanes_per_rank == 4096
+    message = r"^train\.micro_batch_lanes: 8192 micro-batches in a step are more than 4096; raise it"
+    with pytest.raises(ConfigError, match=message):
+        divide_processes(config, 8)
+
+
+def test_a_checkpoint_keeps_the_name_it_has(base: Path) -> None:
+    """Names that are refused today could be given before."""
+    tree = to_tree(load_run(str(base)))
+    assert validate({**tree, "name": "/scratch/run"}).directory == Path("/scratch/run")
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_every_end_of_a_model_stops_generation(place, talker, edit, call, tmp_pa
     assert len(ignored) > 4 and (place != "neither" or said == ignored)
 
 
+@pytest.mark.parametrize("generation", [None, {"top_p": 0.9}, {"eos_token_id": 1}, {"eos_token_id": [100]}])
+def test_no_end_is_lost_on_the_way_out(generation, talker, edit, call, tmp_path):
+    """transformers takes the ends of generation_config.json alone, where it names any."""
+    edit(talker, eos_token_id=[1, 100])
+    if generation is not None:
+        (talker / "generation_config.json").write_text(json.dumps(generation))
+    assert call("import", "hf", talker, tmp_path / "run") == 0
+    assert call("export", "hf", tmp_path / "run", tmp_path / "again") == 0
+    said = json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(said) >= {1, 100} if generation != {"eos_token_id": [100]} else said == [100]
+
+
 def test_what_lies_beside_the_weights_goes_along(talker, call, tmp_path, capsys, monkeypatch):
     """From a model to the run, to a run that begins with it, and out of both."""
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)

@@ -236,6 +236,22 @@ def test_what_is_refused_is_named(changes, line):
     assert str(refused.value).startswith(f"config.json: {line}")
 
 
+def test_nothing_is_told_of_smollm2_as_it_is_published():
+    """HuggingFaceTB/SmolLM2-135M-Instruct."""
+    tree = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+        "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3",
+        "vocab_size": 49152,
+    }  # fmt: skip
+    assert parse_model(tree, "config.json").key_dim == 64
+    assert note_fields(tree) == []
+
+
 def test_what_is_not_known_is_told():
     tree = config_of("llama", {"my_switch": 3, "a_list": [], "off": False, "attention_dropout": 0.1, "head_dim": 8})
     assert note_fields(tree) == [

@@ -72,6 +72,15 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_a_run_that_fails_while_it_stops_is_not_started_again(local):
+    process = local(SAVES.replace("sys.exit(128 + seen[0])", "sys.exit(1)"))
+    read_pids(process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ready" not in out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_stops_the_ranks_and_is_not_retried(local, number):
     process = local(SAVES)

@@ -232,7 +232,7 @@ def test_a_stranger_at_the_store_neither_ends_nor_forges_anything(ends):
     assert [ends["host forged", rank].code for rank in range(3)] == [0] * 3, ends
     said = "".join(ends["host forged", rank].said for rank in range(3))
     assert "nobody was here" not in said
-    assert "heartbeat was overwritten by somebody who is no rank of this run" in said
+    assert "heartbeat was overwritten by something that is not a rank of this run" in said
 
 
 def test_a_failing_host_of_the_store_is_heard_before_it_leaves(ends):

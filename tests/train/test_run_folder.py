@@ -134,9 +134,9 @@ def test_a_planted_lock_is_refused(configure, tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("a\0b", "is no name of a folder"),
-        ("a\ud800", "is no name of a folder"),
-        ("a\udcff", "is no name of a folder"),
+        ("a\0b", "is not a valid folder name"),
+        ("a\ud800", "is not a valid folder name"),
+        ("a\udcff", "is not a valid folder name"),
         ("x" * 300, "File name too long"),
         ("a/" * 3000, "File name too long"),
         ("new/" + "x" * 300, "File name too long"),
