@@ -161,7 +161,7 @@ class Ranks:
 
     @property
     def was_asked_to_stop(self) -> bool:
-        """Whether a signal asked this process to end: whatever becomes of the ranks, nobody wants them started again."""
+        """Whether a signal asked this process to end: whatever becomes of the ranks, they are not started again."""
         return self.forwarded > 0 or self.insisted
 
     def wait(self) -> int:
