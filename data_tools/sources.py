@@ -11,6 +11,8 @@ from typing import Any
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from data_tools.formats import format_of, has_index, index_of, is_searched
 from data_tools.pipes import is_pipe, split_command
@@ -227,7 +229,8 @@ def _check_folders(pattern: str) -> None:
     """Raises if a folder that the pattern leads through can't be read: `glob` would take it for an empty one."""
     for parent in Path(pattern).parents:
         for folder in glob.iglob(str(parent), recursive=True):
-            if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            is_read = os.path.basename(folder) != _OF_THE_DISK and os.path.isdir(folder)
+            if is_read and not os.access(folder, os.R_OK | os.X_OK):
                 raise ConfigError(f"{folder}: can't be read; give permission, or leave it out of the pattern")
         if not glob.has_magic(str(parent)):
             break
@@ -269,12 +272,27 @@ def _list_remote(
     # Over http, asking whether a file is a folder would read all of it.
     named = system.info(path) if format_of(path) else None
     if (named is None or named["type"] != "file") and system.isdir(path):
-        inside = sorted(system.find(path, detail=True).items())
+        inside = sorted(_find_below(system, path).items())
         for name, _ in inside:
             if not is_searched(name):
                 left_out[PurePosixPath(name).suffix.lower() or "without a suffix"] += 1
         return [(name, info) for name, info in inside if is_searched(name)], path.rstrip("/")
     return [(path, named or system.info(path))], path.rpartition("/")[0]
+
+
+def _find_below(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
+    """All files below a folder. The plain search of fsspec leaves out each folder that it can't list."""
+    if type(system).find is not AbstractFileSystem.find or isinstance(system, AsyncFileSystem):
+        return dict(system.find(path, detail=True))
+    found, waiting = dict[str, Mapping[str, Any]](), [path]
+    while waiting:
+        folder = waiting.pop()
+        for info in system.ls(folder, detail=True):
+            if info["type"] != "directory":
+                found[info["name"]] = info
+            elif info["name"].rstrip("/") != folder.rstrip("/"):
+                waiting.append(info["name"])
+    return found
 
 
 def _local(path: str, file_id: str, source: str, status: os.stat_result) -> SourceFile:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import IO
 from infini_train.atomic_files import write_atomic
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import MANIFEST_FILE, FileEntry, TokenizerEntry, hash_file, hash_stream, parse_manifest
-from infini_train.data.sealed import MAX_BYTES
+from infini_train.data.sealed import MAX_BYTES, parse_object
 from infini_train.regular_files import open_own, open_regular, read_regular
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _REFUSALS = (
     ("botocore.exceptions", "BotoCoreError"),  # s3
     ("botocore.exceptions", "ClientError"),
 )
+_NOTE = ".{}.checked"  # beside each copy
 RETRY_AFTER_S = (1.0, 4.0, 16.0)  # for a busy store, or a network that is down for a moment
 
 
@@ -64,7 +66,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache_dir: Path) -> None:
         self.url = url.rstrip("/")
-        self._checked: dict[str, tuple[int, ...]] = {}  # copies that this process has hashed, as they were then
+        self._checked: dict[str, list[int]] = {}  # copies that were hashed, as they were then
         place = f"{self.url}/{MANIFEST_FILE}"
         try:
             import fsspec
@@ -89,7 +91,8 @@ class RemoteFolder:
     def open(self, entry: FileEntry | TokenizerEntry) -> IO[bytes]:
         """The copy of a file, opened for reading and right by its hash; fetched if it is missing or damaged.
 
-        A process hashes a copy when it first opens it, and again only if the file has changed since.
+        A copy is hashed when it is first opened, and again only if the file has changed since; a note beside it tells
+        other processes, and later starts of this one, what it was like then.
 
         Raises:
             OSError: it can't be read, even after retries; starting again may help.
@@ -138,17 +141,34 @@ class RemoteFolder:
         except OSError as error:
             return str(error.strerror)
         stamp = _stamp(file)
-        if self._checked.get(entry.file) == stamp:
+        if stamp in (self._checked.get(entry.file), self._read_note(entry)):
+            self._checked[entry.file] = stamp
             return file
         if isinstance(entry, FileEntry) and os.fstat(file.fileno()).st_size != entry.bytes:
             problem = "has another size than in the manifest"
         elif hash_stream(file) != entry.sha256:
             problem = "is damaged (its hash differs)"
         else:
-            self._checked[entry.file] = stamp
+            self._note(entry, stamp)
             return file
         file.close()
         return problem
+
+    def _note(self, entry: FileEntry | TokenizerEntry, stamp: list[int]) -> None:
+        """Keeps that a copy was right, for this process and for others."""
+        assert entry.file is not None
+        self._checked[entry.file] = stamp
+        with contextlib.suppress(OSError):  # the others will hash it themselves
+            note = json.dumps({"sha256": entry.sha256, "stamp": stamp})
+            write_atomic(self.folder / _NOTE.format(entry.file), note, durable=False)
+
+    def _read_note(self, entry: FileEntry | TokenizerEntry) -> list[int] | None:
+        """What the copy was like when some process found it right; None if that isn't known."""
+        try:
+            note = parse_object(read_regular(self.folder / _NOTE.format(entry.file), 4096, follow_links=False))
+        except (OSError, ValueError):
+            return None
+        return note.get("stamp") if note.get("sha256") == entry.sha256 else None
 
     def _fetch(self, name: str, entry: FileEntry | TokenizerEntry) -> IO[bytes]:
         """Replaces the copy."""
@@ -160,7 +180,7 @@ class RemoteFolder:
         finally:
             partial.unlink(missing_ok=True)
         file = open_regular(path, follow_links=False)
-        self._checked[name] = _stamp(file)
+        self._note(entry, _stamp(file))
         return file
 
     @contextlib.contextmanager
@@ -192,10 +212,10 @@ class RemoteFolder:
         raise AssertionError("the last try returns or raises")
 
 
-def _stamp(file: IO[bytes]) -> tuple[int, ...]:
+def _stamp(file: IO[bytes]) -> list[int]:
     """Changes whenever somebody writes to the file or replaces it."""
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def check_space(cache_dir: Path, missing: Mapping[str, int]) -> None:
