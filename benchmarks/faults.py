@@ -213,6 +213,7 @@ def attempt(faults: list[str], label: str, check: Callable[[], bool]) -> None:
     try:
         if not check():
             faults.append(f"{label}: differs")
+            print(f"FAULT {faults[-1]}", flush=True)
     except (TimeoutError, AssertionError, OSError, KeyError, ValueError) as error:
         faults.append(f"{label}: {type(error).__name__} {error}")
         print(f"FAULT {faults[-1]}", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train import command_line, logs
+from infini_train import cli, command_line, logs
 from infini_train.command_line import (
     CLEAR_LINE,
     CommandParser,
@@ -62,6 +62,12 @@ def test_types_of_values(kind, good, bad):
 def test_a_length_beyond_all_measurements_is_refused(text):
     with pytest.raises(ConfigError, match="is too long; at most 1024M$"):
         parse_length(text)
+
+
+def test_a_tilde_before_a_task_file_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/tmp/mine")
+    options = cli._parser().parse_args(["eval", "harness", "run", "--tasks=~/t.yaml", "--include-path=~"])
+    assert (options.tasks, options.include_path) == (["/tmp/mine/t.yaml"], Path("/tmp/mine"))
 
 
 def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):

@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         elif id(node) in self._sizes:
             self._spend(self._sizes[id(node)], event)
         else:
-            _refuse("a value that holds itself", event)
+            _refuse("an alias that contains itself", event)
         if node.tag in (_INT, _FLOAT) and len(node.value) > MAX_DIGITS:
             _refuse(f"a number of {len(node.value)} characters", event)
         return node
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         if found := _UNREADABLE.search(value):
-            _refuse(f"holds the character {found[0]!a}, which no text here may have", node)
+            _refuse(f"holds the character {found[0]!a}, which is not allowed in a config", node)
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

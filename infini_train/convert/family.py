@@ -71,7 +71,8 @@ def parse_model(tree: Tree, source: str) -> ModelConfig:
         family = FAMILIES[kind]
         check_fields(tree)
         _check_architecture(tree.get("architectures"))
-        tied = tree.get("tie_word_embeddings", False)
+        tied = tree.get("tie_word_embeddings")
+        tied = False if tied is None else tied  # as transformers reads null
         if not isinstance(tied, bool):
             raise _refuse("tie_word_embeddings", f"must be true or false, not {show(tied)}")
         sizes = {ours: _positive(theirs, tree.get(theirs)) for theirs, ours in SIZES.items()}

@@ -106,7 +106,7 @@ def require_finite(weight: torch.Tensor, name: str) -> torch.Tensor:
         ConfigError: it holds NaN or infinity; the message begins with `name`.
     """
     if not torch.isfinite(weight).all():
-        raise ConfigError(f"{name} holds NaN or infinity, so the model computes nothing; take a sound checkpoint")
+        raise ConfigError(f"{name} holds NaN or infinity, so its output would be NaN; use an undamaged checkpoint")
     return weight
 
 

@@ -109,7 +109,7 @@ def strict_json(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
         return {key: strict_json(each) for key, each in value.items()}
-    return [strict_json(each) for each in value] if isinstance(value, list) else value
+    return [strict_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def encode_metadata(note: Mapping[str, Any]) -> bytes:

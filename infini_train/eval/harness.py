@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infini_train.command_line import Spinner, describe, non_negative, path, positive, seed
+from infini_train.command_line import Spinner, describe, location, non_negative, path, positive, seed
 from infini_train.config.errors import ConfigError
 from infini_train.data.shard_file import strict_json
 from infini_train.eval.measurement import add_lanes, add_model, add_out, load
@@ -226,7 +226,12 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     describe(parser, description, EXAMPLES)
     add_model(parser)
     parser.add_argument(
-        "--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks, groups or tags, or .yaml files"
+        "--tasks",
+        nargs="+",
+        type=location,
+        required=True,
+        metavar="TASK",
+        help="names of tasks, groups or tags, or .yaml files",
     )
     parser.add_argument(
         "--include-path", type=path, metavar="DIR", help="folder of the task files (default: that of a .yaml file)"

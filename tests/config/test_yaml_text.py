@@ -29,9 +29,9 @@ BROKEN = {
     "an endless number": ("seed: " + "9" * 5000, "a number of 5000 characters (line 1)"),
     "an endless number in hexadecimal": ("scales: {0x" + "f" * 5000 + ": {}}\n", "a number of 5002 characters"),
     "a list as a key": ("? [a]\n: 1\n", "a key must be text or a number (line 1)"),
-    "text with a NUL": ('run_dir: "a\\0b"\n', "holds the character '\\x00', which no text here may have (line 1)"),
+    "text with a NUL": ('run_dir: "a\\0b"\n', "holds the character '\\x00', which is not allowed in a config (line 1)"),
     "text that UTF-8 can't hold": ('name: "a\\ud800"\n', "holds the character '\\ud800'"),
-    "a value that holds itself": ("model: &a [*a]\n", "a value that holds itself (line 1)"),
+    "an alias that contains itself": ("model: &a [*a]\n", "an alias that contains itself (line 1)"),
     "many keys": ("\n".join(f"k{i}: 1" for i in range(20_000)), "more than 20000 keys and values, which no config"),
     "a long list": ("model: [" + "1, " * 30_000 + "]", "more than 20000 keys and values"),
     "aliases of aliases": (

@@ -195,7 +195,7 @@ WEIGHTS = {
     ),
     "infinite": (
         lambda tensors: tensors["lm_head.weight"][-1, -1].fill_(-float("inf")),
-        "lm_head.weight holds NaN or infinity, so the model computes nothing; take a sound checkpoint",
+        "lm_head.weight holds NaN or infinity, so its output would be NaN; use an undamaged checkpoint",
     ),
     "mixed": (
         lambda tensors: tensors.update({"model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}),
