@@ -20,7 +20,6 @@ def world() -> tuple[int, int]:
     else:
         names = ("RANK", "WORLD_SIZE")
         rank, size = read_number(names[0], 0), read_number(names[1], 1)
-        require("RANK" in os.environ or size == 1, "RANK", f"is not set, but WORLD_SIZE is {size}; set both or neither")
     require(size > 0, names[1], "is 0, but there is at least this process")
     require(rank < size, names[0], f"is {rank}, but ranks are counted from 0 to {size - 1}: {names[1]} is {size}")
     local_size = read_number("LOCAL_WORLD_SIZE", size)
@@ -29,6 +28,17 @@ def world() -> tuple[int, int]:
     if "LOCAL_WORLD_SIZE" in os.environ:
         require(local_rank < local_size, "LOCAL_RANK", f"is {local_rank}, but LOCAL_WORLD_SIZE is {local_size}")
     return rank, size
+
+
+def require_rank() -> None:
+    """Whether each of several processes knows which it is; one that starts them, or trains nothing, need not.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    _, size = world()
+    known = size == 1 or "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    require(known, "RANK", f"is not set, but WORLD_SIZE is {size}; set both or neither")
 
 
 def restarts() -> int:

@@ -76,7 +76,7 @@ def read_regular(path: Path | str, max_bytes: int, *, follow_links: bool = True)
     with open_regular(path, follow_links=follow_links) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"is larger than {max_bytes:,} bytes, the limit for such a file", str(path))
+        raise OSError(errno.EFBIG, f"holds more than {max_bytes:,} bytes, the limit for such a file", str(path))
     return bytes(content)
 
 

@@ -3,6 +3,7 @@
 The rules of retrying are those of `fail` in slurm/templates/train.sbatch.j2: change both.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from infini_train import exit_codes
 from infini_train.launcher import Ranks, rank_command
+from infini_train.regular_files import read_regular
 from launch.cluster import RestartConfig
 from launch.console import waiting
 from launch.job import Job
@@ -43,5 +45,7 @@ def run_locally(job: Job, nproc: int, restart: RestartConfig) -> int:
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest checkpoint; empty without any."""
+    """Name of the checkpoint saved last; empty without any. A damaged one with a higher number may still be there."""
+    with contextlib.suppress(OSError):
+        return read_regular(run_dir / "checkpoints" / "latest", 4096).decode("utf-8", "replace").strip()
     return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="")

@@ -4,7 +4,7 @@ import pytest
 
 from infini_train.cli import main
 from infini_train.config.errors import ConfigError
-from infini_train.environment import restarts, world
+from infini_train.environment import require_rank, restarts, world
 
 NAMES = (
     "RANK",
@@ -58,7 +58,6 @@ def test_the_place_of_a_process(variables, expected, environment):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: "),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: "),
         ({"RANK": "2"}, "RANK: "),
-        ({"WORLD_SIZE": "2"}, "RANK: "),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1.0"}, "LOCAL_RANK: "),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK: "),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE: "),
@@ -75,6 +74,15 @@ def test_nonsense_is_one_line(variables, named, environment, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "debug", "--print-config"])
     assert capsys.readouterr().err.startswith(f"error: {named}")
+
+
+def test_a_rank_that_is_not_set_matters_only_where_several_processes_train(environment, capsys):
+    """Some sites set WORLD_SIZE for everything."""
+    environment({"WORLD_SIZE": "4"})
+    main(["train", "debug", "--print-config"])
+    assert "name: debug" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="^RANK: is not set, but WORLD_SIZE is 4; set both or neither$"):
+        require_rank()
 
 
 def test_the_number_of_restarts(monkeypatch):

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
-from infini_train.environment import read_number, world
+from infini_train.environment import read_number, require_rank, world
 from infini_train.parallel import device, meeting
 
 BACKGROUND_TIMEOUT = timedelta(hours=4)  # the slowest rank's files of a checkpoint
@@ -56,6 +56,7 @@ def complete_environment() -> None:
         ConfigError: there are several tasks, but no rendezvous address, or a variable holds nonsense.
     """
     rank, size = world()
+    require_rank()
     if size > 1 and not meeting.is_inherited():
         meeting.choose_interface()
     if size > 1 and "RANK" not in os.environ:

@@ -45,8 +45,13 @@ def train(config: RunConfig) -> Session:
             problem = error
         raise_together(problem)
         session = open_session(config)
-        if rank == 0:
-            write_identity(session.config, session.source)
+        problem = None
+        try:
+            if rank == 0:
+                write_identity(session.config, session.source)
+        except ConfigError as error:
+            problem = error
+        raise_together(problem)
         watchdog.write_to(config.directory)
         announce(session)
         with mark_failure(session), StopRequest(confirms=rank == 0) as stop:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCAL = """\
 import sys
 from pathlib import Path
+from launch.local import newest_checkpoint
 from launch.cluster import RestartConfig
 from launch.job import Job
 from launch.local import run_locally
@@ -108,3 +109,14 @@ def test_a_failure_is_retried_with_the_jobs_environment(local):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.splitlines() == ["0 set", "1 set"]
+
+
+def test_the_checkpoint_saved_last_counts_as_the_newest(tmp_path):
+    """Not a damaged one with a higher number, from before the run went back."""
+    checkpoints = tmp_path / "checkpoints"
+    assert newest_checkpoint(tmp_path) == ""
+    for step in (500, 410):
+        (checkpoints / f"step-00000{step}").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == "step-00000500"
+    (checkpoints / "latest").write_text("step-00000410\n")
+    assert newest_checkpoint(tmp_path) == "step-00000410"

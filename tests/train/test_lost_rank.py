@@ -134,3 +134,13 @@ def test_a_folder_that_is_held_is_refused_by_all_ranks_in_one_line(configure, tm
     assert done.returncode == 2 and "was here" not in done.stderr
     refused = f"error: run_dir: another process is training in {config.directory}; wait for it or stop it"
     assert {line.removeprefix("[rank 1] ") for line in done.stderr.splitlines() if "run_dir" in line} == {refused}
+
+
+def test_a_folder_that_rank_0_cannot_write_is_refused_by_all_ranks_in_one_line(configure, tmp_path):
+    config = configure()
+    (tmp_path / "run.yaml").write_text(dump(config))
+    (config.directory / "config.yaml").mkdir(parents=True)
+    command = [sys.executable, "-m", "infini_train.cli", "train", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "was here" not in done.stderr
+    assert f"error: run_dir: {config.directory} can't be written: Is a directory" in done.stderr
