@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.local import newest_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = """\
 import sys
 from pathlib import Path
-from launch.local import newest_checkpoint
 from launch.cluster import RestartConfig
 from launch.job import Job
 from launch.local import run_locally
