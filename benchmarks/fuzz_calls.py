@@ -45,7 +45,7 @@ def call(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin = time.monotonic()
         sys.stdout.flush()
-        own_mb = _pages(1) / 2**20
+        own_mb = _anonymous_mb()
         pid = os.fork()
         if pid == 0:
             _enter(work, environment, out.fileno(), err.fileno())
@@ -81,7 +81,7 @@ def _enter(work: Path, environment: Mapping[str, str], out: int, err: int) -> No
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
     os.chdir(work)
     os.environ.update({"HOME": str(work), "PATH": "/usr/bin:/bin", **environment})
-    limit = _pages(0) + ADDRESS_BYTES
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ADDRESS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -101,9 +101,10 @@ def _run(main: Main, arguments: Sequence[str]) -> NoReturn:
         os._exit(code & 255)
 
 
-def _pages(column: int) -> int:
-    """Bytes of this process: of its address space (0), or of what is in memory (1)."""
-    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
+def _anonymous_mb() -> float:
+    """What a process forked from this one begins with; pages of files come as it needs them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def judge(outcome: Outcome) -> list[str]:

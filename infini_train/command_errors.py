@@ -86,6 +86,8 @@ def first_line(error: BaseException) -> str:
 def fail(message: str, code: int) -> int:
     """Prints an error's line, without the secrets of URLs and commands, cut where it is endless; returns the code."""
     message = redact_message(message)
+    # a name with a line end or a terminal's code in it is shown, not obeyed
+    message = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in message)
     if len(message) > MAX_CHARACTERS:
         message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
     with contextlib.suppress(OSError):  # standard error is full, or its reader has gone

@@ -30,6 +30,7 @@ def failing(error: BaseException):
         (OSError(errno.EBADF, "Bad file descriptor", 7), "error: 7: Bad file descriptor; fix it and rerun\n"),
         (OSError("can't load it\nfor a reason"), "error: can't load it; fix it and rerun\n"),
         (ValueError("embedded null byte"), "error: a file name holds a null character; remove it and rerun\n"),
+        (ConfigError("a\nb\x1b[2J: no such folder"), "error: a\\nb\\x1b[2J: no such folder\n"),
         (RecursionError("maximum depth"), "error: the input is nested too deeply to be read\n"),
         (UnicodeEncodeError("utf-8", "a\ud800", 1, 2, "surrogates"), "error: '\\ud800' can't be written as UTF-8"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes\nstack"), "error: out of memory"),

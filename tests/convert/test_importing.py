@@ -190,7 +190,7 @@ WEIGHTS = {
     ),
     "not a number": (
         lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, 2:4].fill_(float("nan")),
-        "model.layers.1.mlp.up_proj.weight holds NaN or infinity, so the model computes nothing; take a sound"
+        "model.layers.1.mlp.up_proj.weight holds NaN or infinity, so its output would be NaN; use an undamaged"
         " checkpoint",
     ),
     "infinite": (

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from infini_train import logs
 from infini_train.config.files import override, validate
 from infini_train.data.shards import ShardWriter
 from infini_train.data.tokenizer import ByteTokenizer
@@ -25,6 +27,17 @@ from tests.launch.private_slurm import ACCOUNTING, PROGRAMS, SlurmCluster, wait_
 REQUIRED = "CI_REQUIRES_SLURM"  # set: without Slurm these tests fail instead of being skipped
 START_S, JOB_S = 400, 600  # on a busy machine
 STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def console_is_left() -> Iterator[None]:
+    """`infini-launch` sets up the log of its whole process, which here goes on to other tests."""
+    loggers = (logging.getLogger(), logging.getLogger(logs.ROOT))
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers = handlers
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """infini-launch as a person on a login node meets it; Slurm itself: test_submit.py, test_batch_script.py."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -100,7 +101,10 @@ def test_waiting_is_shown_on_a_terminal_once_it_takes_long(tmp_path: Path) -> No
     terminal, stderr = os.openpty()
     done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=stderr)
     os.close(stderr)
-    shown = os.read(terminal, 1 << 16).decode()
+    shown = ""
+    with contextlib.suppress(OSError):  # the end, once all of it is read
+        while part := os.read(terminal, 1 << 16).decode():
+            shown += part
     os.close(terminal)
     assert b" pending " in done.stdout and b"(Resources)" in done.stdout
     assert "squeue --me" in shown, "-v shows the commands of Slurm"
