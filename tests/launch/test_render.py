@@ -266,14 +266,17 @@ def test_tasks_that_an_array_has_not_are_refused(tasks: str) -> None:
         render_encoding(["text/"], 7, load_cluster("plain"), tasks)
 
 
-@pytest.mark.parametrize(("preempted", "code"), [("None", 1), ("2026-11-29T22:00:00", 0)])
+@pytest.mark.parametrize(
+    ("restarts", "preempted", "code"), [(0, "None", 0), (1, "None", 1), (1, "2026-11-29T22:00:00", 0)]
+)
 def test_a_task_that_is_told_to_stop_as_it_starts_is_not_requeued_for_ever(
-    tmp_path: Path, preempted: str, code: int
+    tmp_path: Path, restarts: int, preempted: str, code: int
 ) -> None:
-    """Unless it is preempted."""
+    """Once; more often only if it is preempted."""
     text = render_encoding(["text/"], 7, load_cluster("plain"))
     write_programs(tmp_path)
-    text = text.replace("set -euo pipefail", f'set -euo pipefail; scontrol() {{ echo "$1 PreemptTime={preempted} "; }}')
+    begin = f'set -euo pipefail; SLURM_RESTART_COUNT={restarts}; scontrol() {{ echo "$1 PreemptTime={preempted} "; }}'
+    text = text.replace("set -euo pipefail", begin)
     done = run_task(tmp_path, text.replace("srun --mpi", "kill -USR1 $$; srun --mpi"), 0)
     assert done.returncode == code, done.stderr
     assert ("requeue" in done.stdout) == (code == 0)
