@@ -163,6 +163,8 @@ class Reader(Records):
 
     def _json_document(self, line: bytes | bytearray, where: Line, part: FileRange, offset: int) -> Document | None:
         text = self.decode(line, where)
+        if isinstance(line, bytearray):  # a long one, whose memory is better used for its tokens
+            line.clear()
         if not text or text.isspace():  # bad, or blank but for a byte order mark
             return None
         try:
