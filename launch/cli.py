@@ -30,6 +30,7 @@ others are those of infini-train (local)
 """
 Command = Callable[[argparse.Namespace], int]
 logger = logging.getLogger(__name__)
+MAX_CHAIN = 1000  # jobs; more are a mistake, and no queue takes them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +66,7 @@ def _add_starting(commands: Any) -> None:
     )
     chain = _add(commands, "chain", _later("chain"), "submit N jobs of a run, each of which waits for the one before")
     chain.add_argument(
-        "count", type=positive, metavar="N", help="number of jobs; the first that finishes the run ends the chain"
+        "count", type=_chain_length, metavar="N", help="number of jobs; the first that finishes the run ends the chain"
     )
     _add_job_options(chain)
     encode = _add(
@@ -150,6 +151,14 @@ def _add(commands: Any, name: str, command: Command, text: str) -> argparse.Argu
         help="also print the commands given to Slurm; does not reach the ranks",
     )
     return parser
+
+
+def _chain_length(text: str) -> int:
+    """The number of jobs of a chain, as the type of an argument."""
+    value = positive(text)
+    if value > MAX_CHAIN:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_CHAIN}")
+    return value
 
 
 def _add_job_options(parser: argparse.ArgumentParser, cluster_required: bool = True) -> None:

@@ -59,6 +59,10 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["encode", "2", "--cluster", "plain", "--tasks", "2", "--", "a"], "error: --tasks: '2' does not name tasks"),
         (["encode", "2", "--cluster", "plain", "--", "a", "--restart"], "error: encode: --restart: "),
         (["encode", "2", "--cluster", "plain", "--", "a", "--out", "b"], "error: sbatch: not found"),
+        (
+            ["chain", "1001", "1b", "--cluster", "plain"],
+            "error: N: must be at most 1000; see ",
+        ),
         (["cancel", str(tmp_path)], "no job of it is in the queue"),
         (["logs", str(tmp_path)], "no job of it has started yet"),
         (["logs", str(tmp_path), "-f"], "no job of it has started yet"),
