@@ -28,7 +28,7 @@ from infini_train import __version__
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import LOSS_START, MANIFEST_FILE, Manifest, read_manifest, token_dtype
 from infini_train.data.pairs import PairForm
-from infini_train.data.shard_file import ShardRun, source_name
+from infini_train.data.shard_file import ShardRun
 from infini_train.data.tokenizer import Tokenizer, load_tokenizer
 from infini_train.data.writer import check_target, explain_disk_errors
 
@@ -139,7 +139,7 @@ def _is_there(folders: list[Path], sources: list[str], tokenizer: Tokenizer) -> 
     made_ns = min((folder / MANIFEST_FILE).stat().st_mtime_ns for folder in folders)
     found = list(find_files(sources))
     same_tokenizer = all(manifest.tokenizer.sha256 == tokenizer.sha256 for manifest in manifests)
-    names = {source_name(file.source) for file in found}
+    names = {file.source for file in found}
     same_names = {source.name for each in manifests for source in each.sources} == names
     return same_tokenizer and same_names and all_older(found, made_ns)
 

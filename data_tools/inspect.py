@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.problems import SettingError
+from infini_train.command_errors import escape
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import TokenizerEntry
 from infini_train.data.shard_file import strict_json
@@ -41,8 +42,7 @@ def summarise(folder: Path | str) -> str:
     ]
     for source in sorted(manifest.sources, key=lambda s: -s.tokens):
         share = source.tokens / max(manifest.tokens, 1)
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in source.name)
-        lines.append(f"  {name}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})")
+        lines.append(f"  {escape(source.name)}: {source.documents:,} documents, {source.tokens:,} tokens ({share:.1%})")
     return "\n".join(lines)
 
 

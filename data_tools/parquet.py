@@ -5,6 +5,7 @@ from typing import Any
 
 from data_tools.documents import Document, FileRange, Records
 from data_tools.storage import open_raw
+from infini_train.command_errors import first_line
 from infini_train.config.errors import ConfigError
 
 _ROWS, _FEWEST_ROWS = 256, 4  # read at once
@@ -36,7 +37,7 @@ def parquet_documents(records: Records, part: FileRange) -> Iterator[Document]:
     except ConfigError:
         raise
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a name that is not UTF-8 is a ValueError
-        problem = f"is not a readable Parquet file: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        problem = f"is not a readable Parquet file: {first_line(error)}"
         records.left_out.bad(part.path, problem, "fix or remove it")
 
 

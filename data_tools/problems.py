@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from infini_train.command_errors import escape
 from infini_train.config.errors import ConfigError
 
 _PLACES = 5  # bad records that are named
@@ -84,13 +85,13 @@ class LeftOut:
         Raises:
             BadRecordError: the policy is to stop, or there were too many.
         """
-        problem = _one_line(problem)
+        problem = escape(problem[:_LINE_CHARS])
         if self.on_bad_record == "error":
             template = f"{{where}}: {{problem}}; {advice}, or pass {{on_bad_record}} skip"
-            raise BadRecordError(template, where=_one_line(str(where)), problem=problem)
+            raise BadRecordError(template, where=escape(str(where)[:_LINE_CHARS]), problem=problem)
         self.documents["bad records"] += 1
         if len(self.places) < _PLACES:
-            self.places.append(f"{_one_line(str(where))}: {problem}")
+            self.places.append(f"{escape(str(where)[:_LINE_CHARS])}: {problem}")
         self._check_limit()
 
     def add(self, other: "LeftOut") -> None:
@@ -124,8 +125,3 @@ class LeftOut:
                 limit=self.max_bad_records,
                 first=self.places[0],
             )
-
-
-def _one_line(text: str) -> str:
-    """The text with backslashes for what would break the line or steer a terminal; the corpus may name files so."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LINE_CHARS])

@@ -19,6 +19,7 @@ from data_tools.pipes import is_pipe, split_command
 from data_tools.storage import STDIN, SourceFile, remote_version_of, version_of
 from infini_train.config.errors import ConfigError
 from infini_train.data.cache import transport_errors
+from infini_train.data.shard_file import as_utf8
 from infini_train.redaction import redact
 from infini_train.regular_files import KINDS
 
@@ -44,12 +45,7 @@ def find_files(sources: Iterable[str], note: Note = lambda line: None) -> Iterat
         ConfigError: no such file, folder, match or program; a folder can't be read.
     """
     for file in _find(sources, note):
-        yield file._replace(id=_as_utf8(file.id), source=_as_utf8(file.source))
-
-
-def _as_utf8(name: str) -> str:
-    """The name; what is not UTF-8 with backslashes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+        yield file._replace(id=as_utf8(file.id), source=as_utf8(file.source))
 
 
 def _find(sources: Iterable[str], note: Note) -> Iterator[SourceFile]:

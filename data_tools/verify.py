@@ -24,7 +24,7 @@ from infini_train.data.manifest import (
     read_index,
     read_manifest,
 )
-from infini_train.data.shard_file import document_checksum, npy_header, source_name
+from infini_train.data.shard_file import as_utf8, document_checksum, npy_header
 from infini_train.data.tokenizer import tokenizer_of
 from infini_train.data.writer import explain_disk_errors, length_histogram
 from infini_train.regular_files import open_regular
@@ -125,7 +125,7 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, rows: np.ndarray
                     )
                     continue
                 pairs += LOSS_START in note
-                counts = found.sources.setdefault(source_name(str(note["source"])), np.zeros(3, np.int64))
+                counts = found.sources.setdefault(as_utf8(str(note["source"])), np.zeros(3, np.int64))
                 counts += (1, int(row["n_tokens"]), int(row["n_bytes"]))
     except OSError as error:
         return _Checked([f"{path}: can't be read: {error.strerror}"], {}, 0)

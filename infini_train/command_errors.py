@@ -83,11 +83,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def escape(text: str) -> str:
+    """The text on one line, with backslashes for what would break it or steer a terminal, as a file's name may."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def fail(message: str, code: int) -> int:
     """Prints an error's line, without the secrets of URLs and commands, cut where it is endless; returns the code."""
     message = redact_message(message)
-    # a name with a line end or a terminal's code in it is shown, not obeyed
-    message = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in message)
+    message = escape(message)
     if len(message) > MAX_CHARACTERS:
         message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 2 :]}"
     with contextlib.suppress(OSError):  # standard error is full, or its reader has gone

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.atomic_files import write_atomic
+from infini_train.command_errors import escape
 from infini_train.regular_files import open_regular, read_regular
 from launch.record import describe_environment, describe_revision
 
@@ -122,7 +123,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 def printable(text: str, most: int = 300) -> str:
     """One line for a terminal: no line break or control character, and not too long."""
-    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[: most + 1])
+    line = escape(text[: most + 1])
     return line if len(line) <= most else line[: most - 3] + "..."
 
 

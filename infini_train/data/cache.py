@@ -141,7 +141,7 @@ class RemoteFolder:
         except OSError as error:
             return str(error.strerror)
         stamp = _stamp(file)
-        if stamp in (self._checked.get(entry.file), self._read_note(entry)):
+        if self._checked.get(entry.file) == stamp or self._read_note(entry) == stamp:
             self._checked[entry.file] = stamp
             return file
         if isinstance(entry, FileEntry) and os.fstat(file.fileno()).st_size != entry.bytes:

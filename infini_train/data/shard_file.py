@@ -71,7 +71,7 @@ class ShardRun:
         row = (data_offset, tokens.size, n_bytes, json_offset, len(note), len(self.shards))
         self._index.write(np.array(row, INDEX_RECORD).tobytes())
         self.documents += 1
-        source = source_name(source)
+        source = as_utf8(source)
         old = self.sources.get(source, SourceEntry(name=source, documents=0, tokens=0, bytes=0))
         self.sources[source] = SourceEntry(
             name=source, documents=old.documents + 1, tokens=old.tokens + tokens.size, bytes=old.bytes + n_bytes
@@ -117,9 +117,9 @@ def encode_metadata(note: Mapping[str, Any]) -> bytes:
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def source_name(source: str) -> str:
-    """A source as the manifest names it: with backslashes for half a surrogate pair (from a file's name, say)."""
-    return source.encode("utf-8", "backslashreplace").decode("utf-8")
+def as_utf8(name: str) -> str:
+    """An id or a source as datasets name it: with backslashes for half a surrogate pair (from a file's name, say)."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def document_checksum(metadata: Mapping[str, Any], tokens: np.ndarray) -> int:

@@ -7,10 +7,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from infini_train.command_line import positive
+from infini_train.command_line import MAX_SEED, positive
 from infini_train.config.errors import ConfigError
-
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)

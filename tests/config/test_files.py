@@ -24,27 +24,9 @@ from infini_train.config.files import (
     validate,
 )
 from infini_train.config.run import RunConfig, divide_processes
+from tests.config.conftest import BASE, write
 
 RUNS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
-BASE = """
-model: {vocab_size: 259, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160,
-        attention: {kind: infini, segment_tokens: 32}}
-data: {train: shards/train}
-train: {window_tokens: 128, batch_lanes: 4, max_steps: 20}
-optim: {warmup_steps: 5}
-"""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
 
 
 def test_defaults_are_filled_in(base: Path) -> None:

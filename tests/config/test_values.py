@@ -12,27 +12,7 @@ from infini_train.config.data import SYNTHETIC_KINDS, NeedlesConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run, override, read_tree, validate
 from infini_train.config.run import RunConfig
-
-BASE = """
-model: {vocab_size: 259, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_size: 160,
-        attention: {kind: infini, segment_tokens: 32}}
-data: {train: shards/train}
-train: {window_tokens: 128, batch_lanes: 4, max_steps: 20}
-optim: {warmup_steps: 5}
-"""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
-
+from tests.config.conftest import BASE, write
 
 PATHS = ("run_dir", "data.train", "data.validation", "data.cache_dir", "train.init_from")
 
