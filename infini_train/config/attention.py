@@ -15,6 +15,7 @@ from infini_train.config.union import one_of
 from infini_train.config.values import Deviation, GateInit, Layers, Many, Tokens
 from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops, attention_flops
 
+FP32_BYTES = 4
 INITIAL = "an initial value; the checkpoint's weights are used"
 ANY_VIEW = "the same weights whatever they see"
 
@@ -80,6 +81,10 @@ class InfiniConfig(AttentionVariant):
     def memory_numbers(self, shape: LayerShape) -> int:
         """d_k (d_v + 1) for each key-value head: M and z."""
         return shape.key_dim * (shape.value_dim + 1) * shape.kv_heads
+
+    def least_carried_bytes(self, shape: LayerShape, weight_bytes: int) -> int:
+        """The memory is kept in fp32."""
+        return self.memory_numbers(shape) * FP32_BYTES
 
     def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
         """Local attention, and the memory's reads and writes."""
@@ -283,6 +288,10 @@ class RmtConfig(AttentionVariant):
     def memory_numbers(self, shape: LayerShape) -> int:
         """Keys and values of the memory tokens; of these RMT hands only d_model p on, once for all layers."""
         return shape.token_numbers * self.memory_tokens
+
+    def least_carried_bytes(self, shape: LayerShape, weight_bytes: int) -> int:
+        """Far less than Table 2 counts, and once for all layers: nothing is counted."""
+        return 0
 
     @property
     def passes(self) -> float:

@@ -4,9 +4,7 @@ The kernel gives out more memory than there is, and kills a process that uses it
 word. What is counted here is less than training takes (infini_train/plan counts all), so nothing that fits is refused.
 """
 
-from infini_train.config.attention import InfiniConfig, RmtConfig
 from infini_train.config.errors import ConfigError
-from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.model.flops import count_parameters
 from infini_train.parallel import device
@@ -24,20 +22,8 @@ def least_bytes(config: RunConfig) -> int:
     if parallel.zero_stage == 3:
         weights //= replicas
     moments = 0 if parallel.offload_optimizer else parameters * MOMENTS * FP32_BYTES // replicas
-    carried = _lane_bytes(config.model, weight_bytes) // shards * config.lanes_per_rank if train.carry_memory else 0
-    return weights + moments + carried
-
-
-def _lane_bytes(model: ModelConfig, weight_bytes: int) -> int:
-    """What a lane carries: the compressive memory in fp32, the caches and stores of other variants like the weights.
-
-    Of Recurrent Memory Transformer nothing: Table 2 counts keys and values, and what is handed on is far less.
-    """
-    return sum(
-        attention.memory_numbers(model.shape) * (FP32_BYTES if isinstance(attention, InfiniConfig) else weight_bytes)
-        for attention in model.layers
-        if not isinstance(attention, RmtConfig)
-    )
+    lane = sum(layer.least_carried_bytes(config.model.shape, weight_bytes) for layer in config.model.layers) // shards
+    return weights + moments + (lane * config.lanes_per_rank if train.carry_memory else 0)
 
 
 def require_memory(config: RunConfig) -> None:
