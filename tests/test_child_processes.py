@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from infini_train.child_processes import run_child, stop_signals
+from tests.sessions import SAVES, sessions
 
-ROOT = Path(__file__).resolve().parents[1]
 PARENT = """\
 import sys
 from infini_train.child_processes import run_child
@@ -19,43 +19,19 @@ code, printed = run_child([sys.executable, "-c", sys.argv[1]])
 print("parent ends", flush=True)
 sys.exit(code)
 """
-CHILD = """\
-import os, signal, sys, time
-seen = []
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, _: seen.append(number))
-print(os.getpid(), flush=True)
-while not seen:
-    time.sleep(0.01)
-time.sleep(0.3)  # a second delivery would come in here
-print("saved", *seen, flush=True)
-sys.exit(128 + seen[0])
-"""
 
 
 @pytest.fixture
 def started():
     """A parent in a session of its own, and its child's id."""
-    processes: list[subprocess.Popen[str]] = []
+    with sessions(stderr=subprocess.STDOUT) as begin:
 
-    def start(*prefix: str) -> tuple[subprocess.Popen[str], int]:
-        process = subprocess.Popen(
-            ["env", "--default-signal=INT,HUP,TERM", *prefix, sys.executable, "-c", PARENT, CHILD],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        assert process.stdout is not None
-        return process, int(process.stdout.readline())
+        def start(*prefix: str) -> tuple[subprocess.Popen[str], int]:
+            process = begin(*prefix, sys.executable, "-c", PARENT, SAVES)
+            assert process.stdout is not None
+            return process, int(process.stdout.readline().split()[-1])
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def is_running(pid: int) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from infini_train import launcher
 from infini_train.launcher import Ranks, launch, rank_environment
+from tests.sessions import sessions
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = """\
@@ -59,26 +60,14 @@ def run(program, capfd) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture
 def launched(program) -> Iterator[Callable[..., tuple[subprocess.Popen, list[int]]]]:
     """A launcher of its own session, as in a terminal, and the ids of its ranks once they are ready."""
-    started: list[subprocess.Popen] = []
+    with sessions() as begin:
 
-    def start(text: str, *prefix: str) -> tuple[subprocess.Popen, list[int]]:
-        process = subprocess.Popen(
-            # nohup, or a shell's background job, would have it ignore some
-            ["env", "--default-signal=INT,HUP,TERM", *prefix, sys.executable, "-c", LAUNCHER, *program(text)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        assert process.stdout is not None
-        return process, [int(process.stdout.readline().split()[-1]) for _ in range(3)]
+        def start(text: str, *prefix: str) -> tuple[subprocess.Popen, list[int]]:
+            process = begin(*prefix, sys.executable, "-c", LAUNCHER, *program(text))
+            assert process.stdout is not None
+            return process, [int(process.stdout.readline().split()[-1]) for _ in range(3)]
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def wait_until_gone(pids: list[int], seconds: float = 5.0) -> None:

@@ -1,6 +1,5 @@
 """`infini-launch local`: signals, ends and retries, with ranks that are real processes but don't train."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.local import newest_checkpoint
+from tests.sessions import SAVES, sessions
 
-ROOT = Path(__file__).resolve().parents[2]
 LOCAL = """\
 import sys
 from pathlib import Path
@@ -22,44 +21,20 @@ run_dir, sys.executable = sys.argv[1:]  # what the launcher starts instead of Py
 job = Job(name="x", config="debug", settings=(), run_dir=run_dir, nodes=1, exports={"OF_THE_JOB": "set"})
 sys.exit(run_locally(job, 2, RestartConfig(max_retries=2, backoff_s=0)))
 """
-SAVES = """
-seen = []
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, _: seen.append(number))
-print("ready", os.getpid(), flush=True)
-while not seen:
-    time.sleep(0.01)
-time.sleep(0.3)  # a second delivery would come in here
-print("saved", *seen, flush=True)
-sys.exit(128 + seen[0])
-"""
 
 
 @pytest.fixture
 def local(tmp_path):
     """Starts `run_locally` with ranks that run this text."""
-    started: list[subprocess.Popen[str]] = []
+    with sessions() as begin:
 
-    def start(text: str) -> subprocess.Popen[str]:
-        rank = tmp_path / "rank"
-        rank.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{text}")
-        rank.chmod(0o755)
-        process = subprocess.Popen(
-            ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", LOCAL, str(tmp_path / "run"), str(rank)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        def start(text: str) -> subprocess.Popen[str]:
+            rank = tmp_path / "rank"
+            rank.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{text}")
+            rank.chmod(0o755)
+            return begin(sys.executable, "-c", LOCAL, str(tmp_path / "run"), str(rank))
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+        yield start
 
 
 def read_pids(process: subprocess.Popen[str]) -> list[int]:
