@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
@@ -18,7 +17,8 @@ from infini_train.data.manifest import MANIFEST_FILE, is_spelled_as_written, rea
 from infini_train.data.sealed import CHECKSUM, MAX_BYTES, dump_sealed
 from infini_train.data.shards import Dataset, ShardWriter
 from infini_train.data.source import open_source
-from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of
+from infini_train.data.tokenizer import ByteTokenizer, tokenizer_of
+from tests.data.cat import write_cat
 
 
 @pytest.fixture
@@ -120,14 +120,7 @@ def test_ids_are_compared_with_the_tokenizer(folder, changes) -> None:
 
 
 def test_ids_of_a_sentencepiece_model_are_compared_too(tmp_path) -> None:
-    with (tmp_path / "t.model").open("wb") as file:
-        texts = iter(["the cat sat on the mat"] * 9)
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts, model_writer=file, vocab_size=14, minloglevel=2
-        )
-    tokenizer = SentencePieceTokenizer(tmp_path / "t.model")
-    with ShardWriter(tmp_path / "set", tokenizer) as writer:
-        writer.add(tokenizer.encode("the cat"), n_bytes=7, id="a")
+    write_cat(tmp_path)
     assert tokenizer_of(tmp_path / "set").eos_id == 2
     reseal(tmp_path / "set", eos_id=1)
     with pytest.raises(ConfigError, match="set: eos_id is 1 in manifest.json and 2 in the tokenizer"):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import webdataset
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.manifest import INDEX_FILE, MANIFEST_FILE, NPY_HEADER_BYTES, hash_file
 from infini_train.data.sealed import dump_sealed
 from infini_train.data.shards import CorruptDocumentError, Dataset, ShardWriter
-from infini_train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_of
+from infini_train.data.tokenizer import ByteTokenizer, tokenizer_of
+from tests.data.cat import write_cat
 
 LENGTHS = [0, 1, 300, 5000, 17, 64]
 
@@ -200,14 +200,7 @@ def test_a_full_disk_is_told(tmp_path) -> None:
 
 def test_the_tokenizer_lies_beside_the_shards(tmp_path) -> None:
     assert tokenizer_of(write(tmp_path / "bytes")).kind == "byte"
-    with (tmp_path / "t.model").open("wb") as file:
-        texts = iter(["the cat sat on the mat"] * 9)
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts, model_writer=file, vocab_size=14, minloglevel=2
-        )
-    tokenizer = SentencePieceTokenizer(tmp_path / "t.model")
-    with ShardWriter(tmp_path / "set", tokenizer) as writer:
-        writer.add(tokenizer.encode("the cat"), n_bytes=7, id="a")
+    tokenizer = write_cat(tmp_path)
     (tmp_path / "t.model").unlink()
     found = tokenizer_of(tmp_path / "set")
     n_tokens = int(Dataset.open(tmp_path / "set").lengths_tokens[0])
