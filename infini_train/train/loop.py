@@ -13,7 +13,7 @@ from infini_train.train.checkpointing import roll_back, save_session
 from infini_train.train.clock import Clock, profiled
 from infini_train.train.guards import DivergedError, find_non_finite_tensors, list_names
 from infini_train.train.metrics import Metrics
-from infini_train.train.opening import open_session, raise_together
+from infini_train.train.opening import failing_together, open_session
 from infini_train.train.optim import learning_rates
 from infini_train.train.reports import announce, is_validation_due, report_memory, report_step, report_validation
 from infini_train.train.run_folder import check_fence, hold_folder, write_identity
@@ -38,20 +38,12 @@ def train(config: RunConfig) -> Session:
     with contextlib.ExitStack() as held, Watchdog(rank, world_size, config.parallel.timeout_s) as watchdog:
         watchdog.set_operation(OPENING)
         mesh.connect(config.parallel.timeout_s)  # before the lock, which may take longer to get than others wait here
-        problem = None
-        try:
+        with failing_together():
             held.enter_context(hold_folder(config.directory, is_first=rank == 0))
-        except ConfigError as error:
-            problem = error
-        raise_together(problem)
         session = open_session(config)
-        problem = None
-        try:
+        with failing_together():
             if rank == 0:
                 write_identity(session.config, session.source)
-        except ConfigError as error:
-            problem = error
-        raise_together(problem)
         watchdog.write_to(config.directory)
         announce(session)
         with mark_failure(session), StopRequest(confirms=rank == 0) as stop:

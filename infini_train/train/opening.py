@@ -1,6 +1,8 @@
 """A session opened: built new, with the weights of another run, or resumed from the run's newest checkpoint."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from infini_train.checkpoint import compat, store
 from infini_train.checkpoint.background import BackgroundSaver
@@ -35,13 +37,10 @@ def open_session(config: RunConfig) -> Session:
     config = divide_processes(config, mesh.world()[1])
     mesh.connect(config.parallel.timeout_s)
     source, validation = open_sources(config)
-    checkpoint, origin, problem = None, None, None
-    if mesh.world()[0] == 0:
-        try:
+    checkpoint, origin, is_first = None, None, mesh.world()[0] == 0
+    with failing_together():
+        if is_first:
             checkpoint, origin = _find_start(config, source)
-        except ConfigError as error:
-            problem = error
-    raise_together(problem)
     checkpoint, origin = share_checkpoint(checkpoint), share_checkpoint(origin)
     session = _build_session(config, source, validation, origin)
     if checkpoint is not None:
@@ -52,14 +51,24 @@ def open_session(config: RunConfig) -> Session:
     elif origin is not None:
         kinds = (origin.attention_kind, config.model.attention.kind)
         change = "" if kinds[0] == kinds[1] else f"; model.attention.kind: {kinds[0]} -> {kinds[1]}"
-        if mesh.world()[0] == 0:
-            _take_files(origin, config)
+        with failing_together():
+            if is_first:
+                _take_files(origin, config)
         LOG.info("new run with the weights of %s%s", origin.path, change)
     return session
 
 
-def raise_together(problem: ConfigError | None) -> None:
-    """Raises rank 0's problem, if it has one, on all ranks: they end with its line instead of waiting for it."""
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A context for what rank 0 does alone: its `ConfigError` ends all ranks, with its line, instead of their waiting.
+
+    All ranks enter and leave it.
+    """
+    problem = None
+    try:
+        yield
+    except ConfigError as error:
+        problem = error
     text = mesh.broadcast_text("" if problem is None else str(problem)[:MAX_CHARACTERS])
     if problem is not None:
         raise problem
