@@ -1,6 +1,7 @@
 """Settings that must hold before torch or DeepSpeed is imported; what tests of several rooms share; GPU skips."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not HAS_GPU:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one, and say so
 
+
+# A suite started with nohup, or in the background of a script, would hand its deafness to every process that it starts.
+for deaf, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(deaf) is signal.SIG_IGN:
+        signal.signal(deaf, usual)
 
 SEGMENT = 8
 VARIANTS = {

@@ -18,13 +18,11 @@ from infini_train.selftest.cases import CASES, Case
 from infini_train.selftest.parity import TOLERANCES
 
 FAST = {
-    "tp2-sp-linear",
     "tp2-sp-delta",
     "pp2-v2-delta-overlap",
     "cp2-delta-overlap",
     "cp2-linear",
     "dp2-zero3-linear",
-    "dp2-zero2-delta",
     "cp2-delta-bf16",
     "tp2-sp-cp2-delta",
 }
