@@ -11,6 +11,8 @@ docs/results/recall.md, the picture in docs/images/.
 """
 
 import argparse
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -33,16 +35,21 @@ ENOUGH, CHANCE = 0.9, 1 / 8
 
 
 def infini(
-    update: str, features: str = "elu", key_dim: int = 32, heads: int = 2, conv_tokens: int = 0
+    update: str, features: str = "elu", key_dim: int = 32, heads: int = 2, conv_tokens: int = 0, more: str = ""
 ) -> dict[str, str]:
-    """The settings of an arm with this memory; values have 32 numbers per head throughout."""
-    fields = f"segment_tokens: 16, update: {update}, features: {features}, conv_tokens: {conv_tokens}"
+    """The settings of an arm with this memory; values have 32 numbers per head throughout. `more`: further fields."""
+    fields = f"segment_tokens: 16, update: {update}, features: {features}, conv_tokens: {conv_tokens}{more}"
     return {
         "model.attention": f"{{kind: infini, {fields}}}",
         "model.head_dim": str(key_dim),
         "model.value_head_dim": "32",
         "model.num_heads": str(heads),
     }
+
+
+def gated(key_dim: int, read: str = "token", norm: str = "true", gate: str = "head") -> dict[str, str]:
+    """The settings of an arm with the gated delta memory."""
+    return infini("gated_delta", key_dim=key_dim, more=f", read: {read}, read_norm: {norm}, gate: {gate}")
 
 
 def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
@@ -54,6 +61,10 @@ def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
 ARMS = {
     **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (16, 32, 64)},
     **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (16, 32, 64)},
+    **{f"gated delta, key size {size}": gated(size) for size in (16, 32, 64)},
+    "gated delta, reads segments": gated(32, read="segment"),
+    "gated delta, no norm": gated(32, norm="false"),
+    "gated delta, gate from the query": gated(32, gate="query"),
     "linear sharp, key size 32": infini("linear", "sharp"),
     "delta sharp, key size 32": infini("delta", "sharp"),
     "linear, key size 16, 4 heads": infini("linear", key_dim=16, heads=4),
@@ -67,9 +78,11 @@ ARMS = {
 }
 BASELINES = ["transformer_xl", "memorizing", "rmt", "local", "full"]
 TWO_TOKENS = ["two tokens, 2 layers", "two tokens, convolution"]
+SIZES = [f"{update}, key size {size}" for update in ("linear", "delta", "gated delta") for size in (16, 32, 64)]
 PANELS = {
-    "key size, 2 heads (solid: linear, dashed: delta)": list(ARMS)[:6],
-    "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[6:9]],
+    "key size, 2 heads (solid: linear, dashed: delta, dotted: gated delta)": SIZES,
+    "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[12:15]],
+    "gated delta, key size 32": ["gated delta, key size 32", *list(ARMS)[9:12], "delta, key size 32"],
     "key and value as two tokens": ["delta, key size 32", *TWO_TOKENS],
     "the baselines": ["linear, key size 32", "delta, key size 32", *BASELINES],
 }
@@ -98,7 +111,10 @@ def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, A
     train = [sys.executable, "-m", "infini_train.cli", "train", "recall"]
     for name, value in {**settings, "seed": str(seed), "run_dir": str(run)}.items():
         train += ["--set", f"{name}={value}"]
-    subprocess.run(train, check=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(train, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     from infini_train.parallel import device
 
     device.prepare()
@@ -111,6 +127,7 @@ def train_and_ask(run: Path, settings: dict[str, str], seed: int) -> dict[str, A
         "steps": trained.step,
         "parameters": count_parameters(model),
         "memory_numbers": memory_numbers(model),
+        "train_cpu_s": round(cpu_s, 1),  # with the start of Python
         "found": [{"pairs": pairs, **ask(trained, pairs)} for pairs in PAIRS],
     }
 
@@ -160,19 +177,21 @@ def capacity(result: dict[str, Any]) -> int:
 
 def format_table(found: list[dict[str, Any]]) -> str:
     """A row per arm: right answers in %, averaged over seeds; capacity of each seed."""
-    names = ["memory", "numbers", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
+    names = ["memory", "state", "CPU s", "seeds", "holds", *(f"{pairs} pairs" for pairs in PAIRS)]
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in found):
         runs = [result for result in found if result["arm"] == arm]
         holds = ", ".join(str(capacity(run)) for run in runs)
         cells = [f"{100 * mean:.1f}" for mean in np.mean([share(run) for run in runs], 0)]
-        rows.append([arm, f"{runs[0]['memory_numbers']:,}", str(len(runs)), holds, *cells])
+        times = [run["train_cpu_s"] for run in runs if "train_cpu_s" in run]
+        size = f"{4 * runs[0]['memory_numbers']:,}"
+        rows.append([arm, size, f"{np.median(times):.0f}" if times else "-", str(len(runs)), holds, *cells])
     return as_table(names, rows)
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
     """Recall against pairs, the first seed, with Wilson's intervals; a panel for each thing that differs."""
-    figure = Figure(figsize=(18, 4.3), layout="constrained")
+    figure = Figure(figsize=(22, 4.3), layout="constrained")
     first = {result["arm"]: result for result in reversed(found)}
     for axes, (title, arms) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         axes.set_prop_cycle(color=["tab:orange", "tab:red", "tab:pink", "tab:brown", "tab:olive"])
@@ -195,7 +214,7 @@ def draw_arm(axes: Axes, arm: str, result: dict[str, Any]) -> None:
     size = arm.rpartition(" ")[2]
     paired = size.isdigit() and "sharp" not in arm  # linear and delta of one key size
     colour = matplotlib.colormaps["viridis"](("16", "32", "64").index(size) / 3) if paired else None
-    style = "--" if arm.startswith("delta") else "-"
+    style = "--" if arm.startswith("delta") else ":" if arm in SIZES and arm.startswith("gated") else "-"
     bounds = [wilson_interval(row["right"], row["asked"]) for row in result["found"]]
     percent = np.multiply(share(result), 100)
     (line,) = axes.plot(PAIRS, percent, style, color=colour, marker="o", markersize=3, label=arm)

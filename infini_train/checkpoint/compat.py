@@ -94,10 +94,10 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
     differences = _differences(saved_tree, new_tree)
     is_other_kind = any(path == KIND for path, *_ in differences)
     table = same_weight_fields(_kinds(saved_tree, new_tree))
-    adding = {f"{ATTENTION}.{field}" for variant in KINDS.values() for field in variant.adds_parameters}
+    adding = {f"{ATTENTION}.{name}": none for kind in KINDS.values() for name, none in kind.adds_parameters.items()}
     for path, old, new in differences:
-        if path in adding and not (old and old is not _ABSENT):
-            continue  # begins with values that change nothing
+        if path in adding and old in (_ABSENT, adding[path]):
+            continue  # the new parameters have their initial values
         if is_other_kind and path not in adding and path.startswith(f"{ATTENTION}."):
             continue  # what one kind has of its own is no difference in what both have
         if path.startswith("model.") and _lookup(table, path) is None:

@@ -15,8 +15,8 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     """Fills the parameters of a model, or of this rank's part of it, from a checkpoint's fp32 masters.
 
     Where the checkpoint is of another kind of attention, the parameters that a model owes to its kind stay as they are:
-    those of the other kind, if there are any, belong to another memory. So do parameters of a field of the attention
-    that is not set in the checkpoint's model, such as a convolution.
+    those of the other kind, if there are any, belong to another memory. So do parameters that the model owes to a field
+    of the attention with another value in the checkpoint, such as a convolution.
 
     Returns:
         Their names.
@@ -31,7 +31,10 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
         name
         for name, parameter in parameters.items()
         if (field := _field_of(parameter)) is not None
-        and (not same_kind or (field != "kind" and name not in stored and not checkpoint.attention_field(field)))
+        and (
+            not same_kind
+            or (name not in stored and checkpoint.attention_field(field) != getattr(model.config.attention, field))
+        )
     ]
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())

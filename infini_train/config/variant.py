@@ -58,8 +58,9 @@ class AttentionVariant:
     # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
     same_weights: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}
-    # Fields that give a model parameters of their own. A trained model may gain them, and can't lose them.
-    adds_parameters: ClassVar[tuple[str, ...]] = ()
+    # Fields that give a model parameters of their own, and their values that give none. A trained model may gain them,
+    # and can't lose them.
+    adds_parameters: ClassVar[Mapping[str, object]] = {}
 
     @property
     def segment_tokens(self) -> int | None:

@@ -3,14 +3,17 @@
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infini_train.config.attention import InfiniConfig
-from infini_train.model.layers import sum_gradient_over_tensor_ranks
-from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates
-from infini_train.model.parameters import Initial, declare
-from infini_train.ops.attention import InfiniState, infini_attention, write_memory
+from infini_train.config.variant import AttentionVariant
+from infini_train.model.layers import Norm, head_linear, sum_gradient_over_tensor_ranks
+from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates, query_gates
+from infini_train.model.parameters import Initial, constant, declare, owe_to_field
+from infini_train.ops.attention import InfiniState, Mixing, infini_attention, write_memory
 from infini_train.ops.convolution import convolve
+from infini_train.ops.gated_delta import GatedMemory, Writing, empty_gated_memory
 from infini_train.ops.grid import Grid, Recent, no_recent
 from infini_train.ops.memory import Form, Memory, empty_memory
 from infini_train.ops.state import Stored
@@ -19,12 +22,18 @@ from infini_train.ops.state import Stored
 class ConvolvedState(NamedTuple):
     """An `InfiniState`, and the last J layer inputs (normed) that the convolution needs, zeros for other documents."""
 
-    memory: Annotated[Memory, Stored("memory")]
+    memory: Annotated[Memory | GatedMemory, Stored("memory")]
     recent: Annotated[Recent, Stored("recent")]
     before_BJD: Annotated[Tensor, Stored("before_BJD", "lanes tokens hidden")]
 
 
 LayerState = InfiniState | ConvolvedState
+# Large, so that what is hardly there, such as one old token under an unrelated query, is not blown up to full size: its
+# direction hangs on rounding, and so would all that follows.
+READ_NORM_EPS = 1e-2
+# What fades more slowly does not fade at all. Short texts can't tell such decays from none, a million tokens can: so
+# what was learned on short texts holds on long ones.
+SLOWEST_DECAY = 1 / 4096
 
 
 class InfiniAttention(SequenceMixer):
@@ -40,7 +49,7 @@ class InfiniAttention(SequenceMixer):
         super().__init__(spec)
         attention, dtype = spec.attention, spec.parallel.params_dtype
         assert isinstance(attention, InfiniConfig)
-        self.form = Form(attention.update, attention.features)
+        self.form = Form(attention.update, attention.features, attention.read)
         self.gate = head_gates(spec.model, spec.parallel, attention.gate_init)  # the paper's beta
         self.conv: nn.Parameter | None = None
         self.conv_shape = (attention.conv_tokens, spec.model.hidden_size)  # ZeRO-3 empties the parameter
@@ -52,11 +61,22 @@ class InfiniAttention(SequenceMixer):
             initial = Initial(std=std, follows_config=False, std_if_added=added)
             declare(self.conv, initial, field="conv_tokens")
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
+        self.gate_query = query_gates(spec.model, spec.parallel) if attention.gate == "query" else None
+        self.norm_read: Norm | None = None
+        if attention.read_norm:
+            self.norm_read = Norm(spec.model.value_dim, READ_NORM_EPS, dtype, divided=True)
+            owe_to_field(self.norm_read, "read_norm")
+
+    @classmethod
+    def chosen_by(cls, attention: AttentionVariant) -> type[SequenceMixer]:
+        """See `SequenceMixer.chosen_by`."""
+        gated = isinstance(attention, InfiniConfig) and attention.update == "gated_delta"
+        return GatedInfiniAttention if gated else cls
 
     def initial_state(self, lanes: int, like: Tensor) -> LayerState:
         """An empty memory, and nothing seen yet."""
         shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
-        memory = empty_memory(*shape, value_dim, like)
+        memory = self._empty_memory(shape, value_dim, like)
         recent = no_recent(shape, value_dim, self.layout.overlap_tokens, like)
         if self.conv is None:
             return InfiniState(memory, recent)
@@ -76,6 +96,8 @@ class InfiniAttention(SequenceMixer):
             form=self.form,
             rope=self.rope,
             ranks=self.ranks,
+            writing=self._choose_writing(entered_TBD),
+            mixing=Mixing(self.gate_query, self.norm_read),
         )
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 
@@ -84,8 +106,23 @@ class InfiniAttention(SequenceMixer):
         entered_TBD = self.projections.enter(hidden_TBD)
         near_TBD, before_BJD = self._look_back(entered_TBD, state, grid)
         k_BKTD, v_BKTE = self.projections.keys(near_TBD), self.projections.values(entered_TBD)
-        following = write_memory(k_BKTD, v_BKTE, _without_convolution(state), grid, form=self.form, ranks=self.ranks)
+        following = write_memory(
+            k_BKTD,
+            v_BKTE,
+            _without_convolution(state),
+            grid,
+            form=self.form,
+            ranks=self.ranks,
+            writing=self._choose_writing(entered_TBD),
+        )
         return _with_convolution(following, before_BJD)
+
+    def _empty_memory(self, kv_shape: tuple[int, int, int], value_dim: int, like: Tensor) -> Memory | GatedMemory:
+        return empty_memory(*kv_shape, value_dim, like)
+
+    def _choose_writing(self, x_TBD: Tensor) -> Writing | None:
+        """How each token writes a gated memory."""
+        return None
 
     def _look_back(self, x_TBD: Tensor, state: LayerState | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
         """What queries and keys are made of, and what the next call needs; the input itself without convolution."""
@@ -102,6 +139,43 @@ class InfiniAttention(SequenceMixer):
             memory.normaliser_BKD.float().norm(dim=-1).mean().item(),
             memory.written_B.float().mean().item(),
         )
+
+
+class GatedInfiniAttention(InfiniAttention):
+    """With the gated delta memory (ops/gated_delta.py): the layer's input says how each token writes.
+
+    Write strength b = sigmoid(x), decay a = exp(-max(0, softplus(-x) - 1/4096)), a number each a key-value head.
+    """
+
+    figures: ClassVar[tuple[Figure, ...]] = (
+        Figure("norm", "norm of M, by layer"),
+        Figure("written_tokens", per_layer=False),
+    )
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        attention, kv_heads = spec.attention, spec.model.kv_heads
+        assert isinstance(attention, InfiniConfig)
+        self.linear_strength = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
+        self.linear_decay = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
+        for linear, at_first in ((self.linear_strength, 0.0), (self.linear_decay, attention.decay_init)):
+            declare(linear.weight, constant(0.0), field="update")
+            declare(linear.bias, constant(at_first), field="update")
+
+    def _empty_memory(self, kv_shape: tuple[int, int, int], value_dim: int, like: Tensor) -> GatedMemory:
+        return empty_gated_memory(*kv_shape, value_dim, like, self.form.read)
+
+    def _choose_writing(self, x_TBD: Tensor) -> Writing:
+        strength_BKT, decay_BKT = (
+            linear(x_TBD)[0].permute(1, 2, 0).to(torch.promote_types(x_TBD.dtype, torch.float32))
+            for linear in (self.linear_strength, self.linear_decay)
+        )
+        return Writing(F.logsigmoid(-strength_BKT), -(F.softplus(-decay_BKT) - SLOWEST_DECAY).clamp_min(0))
+
+    def measure(self, state: LayerState) -> tuple[float, ...]:
+        """Mean norm of M over lanes and heads, and the mean of the tokens written since documents began."""
+        memory = state.memory
+        return memory.memory_BKDE.float().norm(dim=(-2, -1)).mean().item(), memory.written_B.float().mean().item()
 
 
 def _without_convolution(state: LayerState | None) -> InfiniState | None:

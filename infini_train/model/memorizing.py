@@ -41,5 +41,7 @@ class MemorizingAttention(TransformerXLAttention):
         state = self.initial_state(q_BHTD.shape[0], q_BHTD) if state is None else state
         local_BHTE, recent = self.attend(hidden_TBD, (q_BHTD, k_BKTD, v_BKTE), state.recent, grid)
         found = retrieve(q_BHTD, k_BKTD, v_BKTE, state, grid, self.top_k)
-        mixed_BSHQE = mix_by_gate(fold_queries(local_BHTE, grid), found.memory_BSHQE, self.gate, found.visible_BSQ)
+        mixed_BSHQE = mix_by_gate(
+            fold_queries(local_BHTE, grid), found.memory_BSHQE, self.gate[:, None], found.visible_BSQ
+        )
         return self.projections.join(unfold_queries(mixed_BSHQE, grid)), MemorizingState(found.store, recent)

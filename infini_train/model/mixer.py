@@ -127,6 +127,11 @@ class SequenceMixer(nn.Module, ABC):
         return ()
 
     @classmethod
+    def chosen_by(cls, attention: AttentionVariant) -> "type[SequenceMixer]":
+        """The class that is built, for a variant whose fields choose among several."""
+        return cls
+
+    @classmethod
     def around_stack(cls, config: ModelConfig, parallel: ModelParallelConfig) -> StackMemory | None:
         """A module that runs all layers segment by segment, for a variant that needs their output in between."""
         return None
@@ -199,4 +204,13 @@ def head_gates(config: ModelConfig, parallel: ModelParallelConfig, initial: floa
     gates = nn.Parameter(torch.empty(local_heads, dtype=parallel.params_dtype))
     set_tensor_model_parallel_attributes(gates, True, 0, 1)
     declare(gates, constant(initial), is_gate=True, field="kind")
+    return gates
+
+
+def query_gates(config: ModelConfig, parallel: ModelParallelConfig) -> nn.Parameter:
+    """What a query adds to its head's gate, a vector a head; zeros at first. Divided like the heads."""
+    local_heads = config.num_heads // parallel.tensor_model_parallel_size
+    gates = nn.Parameter(torch.empty(local_heads, config.key_dim, dtype=parallel.params_dtype))
+    set_tensor_model_parallel_attributes(gates, True, 0, 1)
+    declare(gates, constant(0.0), field="gate")
     return gates

@@ -46,6 +46,12 @@ def declare(parameter: nn.Parameter, initial: Initial, *, is_gate: bool = False,
     parameter.traits = Traits(initial, is_gate, field)  # type: ignore[attr-defined]
 
 
+def owe_to_field(module: nn.Module, field: str) -> None:
+    """Notes the field to which a model owes all parameters of a module, which are declared; see `declare`."""
+    for parameter in module.parameters():
+        parameter.traits = parameter.traits._replace(field=field)  # type: ignore[attr-defined]
+
+
 def traits_of(parameter: Tensor) -> Traits | None:
     """What was declared of a parameter; every parameter of a model is declared (`init.initialise` checks it)."""
     return getattr(parameter, "traits", None)

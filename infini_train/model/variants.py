@@ -37,7 +37,7 @@ MIXERS: dict[type[AttentionVariant], type[SequenceMixer]] = {
 def mixer_class(attention: AttentionVariant) -> type[SequenceMixer]:
     """The module of a variant."""
     assert type(attention) in MIXERS, f"{type(attention).__name__} has no module: add it to MIXERS"
-    return MIXERS[type(attention)]
+    return MIXERS[type(attention)].chosen_by(attention)
 
 
 def build_mixer(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_train.ops.gated_delta import GatedMemory, Recalled, Writing, begin_gated, empty_gated_memory
 from infini_train.ops.grid import Grid, Recent, carry_recent
-from infini_train.ops.memory import PAPER, Form, Memory, Ranks, Scanned, begin_scan, empty_memory, read_memory
+from infini_train.ops.memory import PAPER, Form, Memory, Ranks, begin_scan, empty_memory, read_memory
 from infini_train.ops.rope import Rope, rotate
 from infini_train.ops.state import Stored
 
@@ -22,8 +23,18 @@ ROPE = Rope()
 class InfiniState(NamedTuple):
     """All that a layer remembers: the compressive memory, and the open segment's (and overlap's) keys and values."""
 
-    memory: Annotated[Memory, Stored("memory")]
+    memory: Annotated[Memory | GatedMemory, Stored("memory")]
     recent: Annotated[Recent, Stored("recent")]
+
+
+class Mixing(NamedTuple):
+    """What may be added to the paper's form: what each query says of its gate, and a norm of what is read."""
+
+    gate_HD: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+
+
+PLAIN = Mixing()
 
 
 def local_attention(
@@ -78,11 +89,13 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     form: Form = PAPER,
     rope: Rope = ROPE,
     ranks: Ranks | None = None,
+    writing: Writing | None = None,
+    mixing: Mixing = PLAIN,
 ) -> tuple[Tensor, InfiniState]:
     """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
 
     The memory is read before it is written; the gate is not applied where the memory is empty or belongs to another
-    document.
+    document. The gated delta memory (gated_delta.py) takes the place of Eq. 7 to 9 where `form` says so.
 
     Args:
         q_BHTD: queries without rotary embedding.
@@ -94,26 +107,28 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         form: how the memory is written and addressed.
         rope: the rotary frequencies of the local attention.
         ranks: how memory and overlap travel between the ranks of `grid.shard`; not asked on one rank.
+        writing: how each token writes the gated delta memory; None for the paper's updates.
+        mixing: what is added to Eq. 10.
 
     Returns:
         out_BHTE in the dtype of v, and the state after the call, the same on all ranks. A segment left open is carried
         in `state.recent`; if a document started in it, the older memory is dropped at once, since nothing can read it
         any more.
     """
-    kv_heads = k_BKTD.shape[1]
-    k_BKLD, v_BKLE, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, form, ranks)
     q_BSHQD = fold_queries(q_BHTD, grid)
+    k_BKLD, v_BKLE, following, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
     k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
     local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope)  # while memories travel
-    scanned = scan()
-    visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
-    group = q_BSHQD.shape[2] // kv_heads
-    # X: the rows of all query heads of a key-value head
-    q_BSKXD = q_BSHQD.unflatten(2, (kv_heads, group)).flatten(3, 4)
-    memory_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group), form)
-    memory_BSHQE = memory_BSKXE.unflatten(3, (group, -1)).flatten(2, 3)
-    out_BSHQE = mix_by_gate(local_BSHQE, memory_BSHQE, beta_H, visible_BSQ)  # Eq. 10
-    return unfold_queries(out_BSHQE, grid), InfiniState(scanned.final, following())
+    recalled = recall()
+    read_BSHQE = recalled.read_BSHQE
+    assert read_BSHQE is not None
+    if mixing.norm is not None:
+        read_BSHQE = mixing.norm(read_BSHQE)
+    beta_HQ = beta_H[:, None]
+    if mixing.gate_HD is not None:
+        beta_HQ = beta_HQ + (q_BSHQD * mixing.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
+    out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, recalled.visible_BSQ)  # Eq. 10
+    return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, following())
 
 
 def write_memory(
@@ -124,22 +139,53 @@ def write_memory(
     *,
     form: Form = PAPER,
     ranks: Ranks | None = None,
+    writing: Writing | None = None,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    *_, following, scan = _begin_writing(k_BKTD, v_BKTE, state, grid, form, ranks)
-    return InfiniState(scan().final, following())
+    *_, following, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
+    return InfiniState(recall().memory, following())
 
 
-def _begin_writing(
-    k_BKTD: Tensor, v_BKTE: Tensor, state: InfiniState | None, grid: Grid, form: Form, ranks: Ranks | None
-) -> tuple[Tensor, Tensor, Callable[[], Recent], Callable[[], Scanned]]:
-    """Carried and new keys and values joined, the tokens to carry, and the memories entering the segments."""
-    lanes, kv_heads, _, key_dim = k_BKTD.shape
-    memory = empty_memory(lanes, kv_heads, key_dim, v_BKTE.shape[-1], k_BKTD) if state is None else state.memory
+def _begin_recall(  # noqa: PLR0913
+    q_BSHQD: Tensor | None,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    state: InfiniState | None,
+    grid: Grid,
+    form: Form,
+    ranks: Ranks | None,
+    writing: Writing | None,
+) -> tuple[Tensor, Tensor, Callable[[], Recent], Callable[[], Recalled]]:
+    """Carried and new keys and values joined, the tokens to carry, and what is read of the memory once it is here."""
     recent = None if state is None else state.recent
     k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
+    lanes, kv_heads, _, key_dim = k_BKTD.shape
+    sizes = (lanes, kv_heads, key_dim, v_BKTE.shape[-1])
+    if form.update == "gated_delta":
+        assert writing is not None
+        gated = empty_gated_memory(*sizes, k_BKTD, form.read) if state is None else state.memory
+        assert isinstance(gated, GatedMemory)
+        k_BSKQD, v_BSKQE = fold_queries(k_BKTD, grid), fold_queries(v_BKTE, grid)
+        by_segment = tuple(fold_queries(part[..., None], grid)[..., 0] for part in writing)
+        recall = begin_gated(q_BSHQD, k_BSKQD, v_BSKQE, Writing(*by_segment), gated, grid, ranks)
+        return k_BKLD, v_BKLE, following, recall
+
+    memory = empty_memory(*sizes, k_BKTD) if state is None else state.memory
+    assert isinstance(memory, Memory)
     scan = begin_scan(closed_segments(k_BKLD, grid), closed_segments(v_BKLE, grid), memory, grid, form, ranks)
-    return k_BKLD, v_BKLE, following, scan
+
+    def read() -> Recalled:
+        scanned = scan()
+        visible_BSQ = grid.reads_BSQ & (scanned.written_BS > 0)[..., None]
+        if q_BSHQD is None:
+            return Recalled(None, visible_BSQ, scanned.final)
+        group = q_BSHQD.shape[2] // k_BKTD.shape[1]
+        # X: the rows of all query heads of a key-value head
+        q_BSKXD = q_BSHQD.unflatten(2, (-1, group)).flatten(3, 4)
+        read_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group), form)
+        return Recalled(read_BSKXE.unflatten(3, (group, -1)).flatten(2, 3), visible_BSQ, scanned.final)
+
+    return k_BKLD, v_BKLE, following, read
 
 
 def _join_recent(
@@ -167,10 +213,13 @@ def _join_recent(
     return k_BKLD, v_BKLE, lambda: as_recent(last())
 
 
-def mix_by_gate(local_BSHQE: Tensor, memory_BSHQE: Tensor, beta_H: Tensor, visible_BSQ: Tensor) -> Tensor:
-    """sigmoid(beta) of what was remembered and the rest of the local result; all of the latter where nothing was."""
-    share_H = torch.sigmoid(beta_H.to(torch.promote_types(beta_H.dtype, torch.float32))).to(local_BSHQE.dtype)
-    return torch.lerp(local_BSHQE, memory_BSHQE, share_H[:, None, None] * visible_BSQ[:, :, None, :, None])
+def mix_by_gate(local_BSHQE: Tensor, memory_BSHQE: Tensor, beta_HQ: Tensor, visible_BSQ: Tensor) -> Tensor:
+    """sigmoid(beta) of what was remembered and the rest of the local result; all of the latter where nothing was.
+
+    beta_HQ is broadcast to (B, S, H, Q): a number a head (H, 1), or one a query.
+    """
+    share_HQ = torch.sigmoid(beta_HQ.to(torch.promote_types(beta_HQ.dtype, torch.float32))).to(local_BSHQE.dtype)
+    return torch.lerp(local_BSHQE, memory_BSHQE, (share_HQ * visible_BSQ[:, :, None])[..., None])
 
 
 def fold_queries(q_BHTD: Tensor, grid: Grid) -> Tensor:

@@ -63,7 +63,9 @@ class Grid(NamedTuple):
     """One call cut into segments, shared by all layers of one `Layout`.
 
     mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
-    already being read when its segment began, so it may read the memory entering that segment. write_BCN: write weights
+    already being read when its segment began, so it may read the memory entering that segment. document_BSQ and
+    weight_BSQ: document number and write weight of the call's own tokens; in carried and padded places the number of
+    the nearest of them, and 0. write_BCN: write weights
     of the closed segments' tokens, 0 for documents that ended inside the segment. keep_BC: no document started in the
     segment, so the older memory stays. keep_open_B: the same for the segment left open. keep_BP: the same for the shard
     of each rank, None on one rank. count_BC: tokens written. carried_document_BR and carried_weight_BR: marks of the
@@ -80,6 +82,8 @@ class Grid(NamedTuple):
     shard: tuple[int, int]  # this rank, and of how many
     mask_BSQJ: Tensor | None
     reads_BSQ: Tensor
+    document_BSQ: Tensor
+    weight_BSQ: Tensor
     write_BCN: Tensor
     keep_BC: Tensor
     keep_open_B: Tensor
@@ -171,6 +175,8 @@ def make_grid(
         shard=shard,
         mask_BSQJ=cut.mask_BSQJ,
         reads_BSQ=cut.reads_BSQ,
+        document_BSQ=cut.document_BSQ,
+        weight_BSQ=cut.weight_BSQ,
         write_BCN=cut.write_BCN,
         keep_BC=cut.keep_BS[:, : cut.write_BCN.shape[1]],
         keep_open_B=cut.keep_BS[:, -1] if left_open else torch.ones_like(cut.keep_BS[:, -1]),
@@ -195,6 +201,8 @@ class _Cut(NamedTuple):
 
     mask_BSQJ: Tensor | None
     reads_BSQ: Tensor
+    document_BSQ: Tensor
+    weight_BSQ: Tensor
     write_BCN: Tensor
     keep_BS: Tensor
 
@@ -216,11 +224,18 @@ def _cut_segments(document_BL: Tensor, weight_BL: Tensor, tokens: int, layout: L
     before_BS = torch.cat((torch.zeros_like(inside_BSN[:, :1, 0]), inside_BSN[:, :-1, -1]), 1)
     first_query = open_tokens if segments == 1 else 0
     query_BSQ = inside_BSN[:, :, first_query:]
-    write_BCN = weight_BL[:, overlap_tokens:].unflatten(1, (segments, rows))[:, :closed]
+    weight_BSN = weight_BL[:, overlap_tokens:].unflatten(1, (segments, rows))
+    weight_BSQ = weight_BSN[:, :, first_query:]
+    if segments > 1 and open_tokens:
+        weight_BSQ = weight_BSQ.clone()
+        weight_BSQ[:, 0, :open_tokens] = 0
+    write_BCN = weight_BSN[:, :closed]
     write_BCN = torch.where(inside_BSN[:, :closed] == inside_BSN[:, :closed, -1:], write_BCN, 0.0)
     return _Cut(
         _local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
         query_BSQ == before_BS[..., None],
+        query_BSQ.clamp_min(0),
+        weight_BSQ,
         write_BCN,
         inside_BSN[:, :, -1] == before_BS,
     )

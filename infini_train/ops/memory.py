@@ -24,12 +24,15 @@ from torch import Tensor
 from infini_train.ops.grid import Grid
 from infini_train.ops.state import Stored
 
+Read = Literal["segment", "token"]
+
 
 class Form(NamedTuple):
     """How a memory is written and addressed; the default is the paper's."""
 
-    update: Literal["linear", "delta"] = "linear"  # Eq. 8 or Eq. 9
-    features: Literal["elu", "sharp"] = "elu"  # sigma of keys and queries
+    update: Literal["linear", "delta", "gated_delta"] = "linear"  # Eq. 8, Eq. 9, or gated_delta.py
+    features: Literal["elu", "sharp"] = "elu"  # sigma of keys and queries; not asked by gated_delta
+    read: Read = "segment"  # what is older than the segment; or, with gated_delta, than the token
 
 
 PAPER = Form()

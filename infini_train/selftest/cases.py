@@ -43,6 +43,17 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "delta-overlap-conv": InfiniConfig(
         segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2, conv_std=0.3
     ),
+    "gated": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="gated_delta", read_norm=True),
+    "gated-token": InfiniConfig(
+        segment_tokens=SEGMENT_TOKENS,
+        update="gated_delta",
+        read="token",
+        read_norm=True,
+        gate="query",
+        overlap_tokens=3,
+        conv_tokens=2,
+        decay_init=3.0,  # fades fast enough to matter in a window
+    ),
     "local": LocalConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "transformer_xl": TransformerXLConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5),
     "memorizing": MemorizingConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5, stored_tokens=20, top_k=3),
@@ -134,7 +145,14 @@ CASES: tuple[Case, ...] = (
     *_cases("offload", "linear"),
     *_cases("one", "delta-overlap", "delta-overlap-conv", recompute=True),
     *_cases("zero3", "linear", precision="bf16"),
+    *_cases("one", "gated-token", recompute=True, layers=2),
     # 2 processes
+    # two layers: what rounding does to keys and queries of unit length grows from layer to layer
+    *_cases("tp2-sp", "gated", "gated-token", layers=2),
+    *_cases("pp2", "gated-token", layers=2),
+    *_cases("cp2", "gated", "gated-token", layers=2),
+    *_cases("cp2", "gated-token", precision="bf16", layers=2),
+    *_cases("dp2-zero3", "gated-token", layers=2),
     *_cases("tp2", "linear", "linear-conv", "local", "full"),
     *_cases("tp2", "rmt", layers=2),  # a window passes them once a segment: rounding adds up over all of its depth
     *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
@@ -156,6 +174,10 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero3", "linear", tied=True),
     *_cases("dp2-zero3", "linear", precision="bf16"),
     # 4 processes
+    *_cases("tp4-sp", "gated-token", layers=2),
+    *_cases("cp4", "gated", "gated-token", layers=2),
+    *_cases("tp2-sp-cp2", "gated-token", layers=2),
+    *_cases("cp2-dp2-zero3", "gated-token", layers=2),
     *_cases("tp4-sp", "linear", "linear-conv", "delta"),  # more ranks than key-value heads
     *_cases("pp4", "linear", layers=5),
     *_cases("cp4", "linear", "delta", "delta-overlap"),
@@ -172,6 +194,7 @@ CASES: tuple[Case, ...] = (
     *_cases("tp2-pp2", "linear"),
     *_cases("tp2-sp-pp2", "delta"),
     # 8 processes
+    *_cases("tp2-sp-pp2-cp2", "gated-token", layers=2),
     *_cases("tp8-sp", "linear"),
     *_cases("cp8", "delta"),
     *_cases("dp8-zero3", "linear"),

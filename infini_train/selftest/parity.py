@@ -45,13 +45,13 @@ class Tolerances(NamedTuple):
     memory: float
 
 
-# In fp32 layouts differ by the order of sums alone: 8e-6 was the most that was seen on CPU. In bf16 every rank that
+# In fp32 layouts differ by the order of sums alone: 1.1e-5 was the most that was seen on CPU. In bf16 every rank that
 # adds, and every order in which it does, rounds to 8 bits again, so that two layouts are as far from each other as each
 # of them is from fp32: gradients by 7e-2, measured between layouts and between one process in bf16 and one in fp32. The
 # worst tensors, gates and key biases, are sums that nearly cancel. About three times the largest that was seen passes;
 # a sum over ranks that is left out changes gradients by half and more.
 TOLERANCES = {
-    "fp32": Tolerances(1e-5, 1e-5, 1e-5, 1e-5, 1e-5),
+    "fp32": Tolerances(3e-5, 3e-5, 3e-5, 3e-5, 3e-5),
     "bf16": Tolerances(gradient=2e-1, loss=4e-3, grad_norm=6e-2, parameter=5e-1, memory=2e-1),
 }
 
