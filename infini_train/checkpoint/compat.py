@@ -1,16 +1,18 @@
 """Which fields of the config may differ between a checkpoint and the run that uses it; all others are refused."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from infini_train.config.attention import KINDS
+from infini_train.config.attention import KINDS, MixedConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import to_tree, validate
 
 Tree = Mapping[str, Any]
 ATTENTION = "model.attention"
 KIND = f"{ATTENTION}.kind"
+LAYER = "layer "  # in the path of a field of one layer's attention: model.attention.layer 3.update
 
 # path (a section: all of its fields) -> why a resumed run may change it; attention variants add theirs (`initial`)
 _RESUMABLE: Mapping[str, str] = {
@@ -92,13 +94,13 @@ def check_same_model(saved_tree: Tree, new_tree: Tree, source: str = "the checkp
         ConfigError: names the first field of the model that differs.
     """
     differences = _differences(saved_tree, new_tree)
-    is_other_kind = any(path == KIND for path, *_ in differences)
+    of_other_kind = tuple(path.removesuffix("kind") for path, *_ in differences if _without_layer(path) == KIND)
     table = same_weight_fields(_kinds(saved_tree, new_tree))
     adding = {f"{ATTENTION}.{name}": none for kind in KINDS.values() for name, none in kind.adds_parameters.items()}
     for path, old, new in differences:
-        if path in adding and old in (_ABSENT, adding[path]):
+        if (field := _without_layer(path)) in adding and old in (_ABSENT, adding[field]):
             continue  # the new parameters have their initial values
-        if is_other_kind and path not in adding and path.startswith(f"{ATTENTION}."):
+        if field not in adding and path.startswith(of_other_kind):
             continue  # what one kind has of its own is no difference in what both have
         if path.startswith("model.") and _lookup(table, path) is None:
             raise ConfigError(f"{source} is of another model: {path} is {_show(old)} there and {_show(new)} here")
@@ -111,16 +113,23 @@ def _of_variants(table: str, kinds: Collection[str] | None) -> dict[str, str]:
 
 
 def _kinds(*trees: Tree) -> set[str] | None:
-    """The kinds of attention of these configs; None if one does not say."""
-    kinds = {tree.get("model", {}).get("attention", {}).get("kind") for tree in trees}
+    """The kinds of attention of these configs, and of their layers; None if one does not say."""
+    attentions = [tree.get("model", {}).get("attention", {}) for tree in trees]
+    named = [attention.get("variants") for attention in attentions]
+    layers = [variant for variants in named if isinstance(variants, Mapping) for variant in variants.values()]
+    kinds = {attention.get("kind") for attention in (*attentions, *layers)}
     return None if None in kinds else kinds
 
 
 def _lookup(table: Mapping[str, str], path: str) -> str | None:
-    """The reason given for the field or for a section it lies in."""
-    parts = path.split(".")
+    """The reason given for the field or for a section it lies in; all layers share the reasons."""
+    parts = _without_layer(path).split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((table[prefix] for prefix in prefixes if prefix in table), None)
+
+
+def _without_layer(path: str) -> str:
+    return re.sub(rf"^({re.escape(ATTENTION)}\.){LAYER}\d+\.", r"\1", path)
 
 
 def _differences(saved_tree: Tree, new_tree: Tree) -> list[tuple[str, Any, Any]]:
@@ -142,10 +151,14 @@ def _complete(*trees: Tree) -> tuple[Tree, ...]:
     except ConfigError:  # written for a schema that this one can't read: compare what is written
         return trees
     completed = []
+    is_mixed = any(isinstance(run.model.attention, MixedConfig) for run in runs)
     for run in runs:
         model = run.model
         sizes = {"num_kv_heads": model.kv_heads, "head_dim": model.key_dim, "value_head_dim": model.value_dim}
         tree = to_tree(run)
+        if is_mixed:  # what each layer has counts, not what it is called
+            variants = enumerate(model.layers)
+            tree["model"]["attention"] = {f"{LAYER}{number}": to_tree(variant) for number, variant in variants}
         completed.append({**tree, "model": {**tree["model"], **sizes}})
     return tuple(completed)
 

@@ -23,6 +23,9 @@ from infini_train.checkpoint.fragments import (
 )
 from infini_train.checkpoint.index import DTYPES, FragmentEntry, Index, StoredFile, group_stored, parse_index
 from infini_train.command_errors import first_line
+from infini_train.config.errors import ConfigError
+from infini_train.config.files import to_tree, validate
+from infini_train.config.model import ModelConfig
 from infini_train.regular_files import open_regular, read_regular, require_regular
 
 INDEX_FILE = "index.json"
@@ -56,9 +59,21 @@ class Checkpoint:
         """The `model.attention.kind` of its config; None where it is not known."""
         return self.config.get("model", {}).get("attention", {}).get("kind")
 
-    def attention_field(self, name: str) -> Any:
-        """A field of `model.attention` of its config; None where it is not set, or was not known yet."""
-        return self.config.get("model", {}).get("attention", {}).get(name)
+    def attention_fields(self, layer: int | None = None) -> dict[str, Any]:
+        """The fields of `model.attention` of its config, or of a layer's; those not known then are missing."""
+        fields: dict[str, Any] = self.config.get("model", {}).get("attention", {})
+        model = None if layer is None else self._model
+        if model is None or layer is None or not 0 <= layer < model.num_layers:
+            return fields
+        variant = model.layers[layer]
+        return fields if variant is model.attention else to_tree(variant)
+
+    @cached_property
+    def _model(self) -> ModelConfig | None:
+        try:
+            return validate(self.config).model
+        except ConfigError:  # written for another schema
+            return None
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Global names of the tensors of this kind, in the order of writing."""

@@ -1,5 +1,7 @@
 """Weights of a checkpoint into a model."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,8 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
         CheckpointError: a parameter is missing or of another shape.
     """
     parameters = dict(model.named_parameters())
-    same_kind = checkpoint.attention_kind in (None, model.config.attention.kind)
     stored = frozenset(checkpoint.names("master"))
-    added = [
-        name
-        for name, parameter in parameters.items()
-        if (field := _field_of(parameter)) is not None
-        and (
-            not same_kind
-            or (name not in stored and checkpoint.attention_field(field) != getattr(model.config.attention, field))
-        )
-    ]
+    added = [name for name, parameter in parameters.items() if _is_added(name, parameter, model, checkpoint, stored)]
     wanted = [
         Wanted(name, "master", *find_slice(parameter)[:3], 0, parameter.numel())
         for name, parameter in parameters.items()
@@ -47,6 +40,14 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> list[str]:
     return added
 
 
-def _field_of(parameter: Tensor) -> str | None:
+def _is_added(name: str, parameter: Tensor, model: Transformer, checkpoint: Checkpoint, stored: frozenset[str]) -> bool:
+    """Whether the checkpoint's layer has another kind, or its attention another value in the parameter's field."""
     traits = traits_of(parameter)
-    return None if traits is None else traits.field
+    if traits is None or traits.field is None:
+        return False
+    number = re.match(r"layers\.(\d+)\.", name)
+    mine = model.config.attention if number is None else model.config.layers[int(number[1])]
+    theirs = checkpoint.attention_fields(None if number is None else int(number[1]))
+    if theirs.get("kind") not in (None, mine.kind):
+        return True
+    return name not in stored and theirs.get(traits.field) != getattr(mine, traits.field)

@@ -211,6 +211,7 @@ class MemorizingConfig(AttentionVariant):
     gate_init: GateInit = 0.0  # initial beta of its gates; sigmoid(beta) is the share of what was retrieved
 
     has_gates: ClassVar[bool] = True
+    fits_any_layer: ClassVar[bool] = False
     same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("cache_tokens", "stored_tokens", "top_k", "segment_tokens"), ANY_VIEW
     )
@@ -287,6 +288,7 @@ class RmtConfig(AttentionVariant):
     segment_tokens: Tokens = 256  # a token sees its own segment, and the memory tokens
     memory_tokens: Many = 10  # number of memory tokens, read before a segment and written after it
 
+    fits_any_layer: ClassVar[bool] = False
     same_weights: ClassVar[Mapping[str, str]] = {"segment_tokens": ANY_VIEW}
 
     def __post_init__(self) -> None:
@@ -344,16 +346,10 @@ class FullConfig(AttentionVariant):
 
     kind: Literal["full"] = "full"  # chooses this attention
 
+    crosses_ranks: ClassVar[bool] = True
+
     def check_export(self) -> None:
         """Nothing is lost: a plain model computes the same."""
-
-    def check_layout(self, parallel: ParallelConfig) -> None:
-        """Keys and values of the whole window would have to cross ranks."""
-        require(
-            parallel.context_size == 1,
-            "parallel.context_size",
-            "model.attention.kind full has no segments to divide over ranks; use infini or local, or context_size 1",
-        )
 
 
 KINDS: dict[str, type[AttentionVariant]] = {
@@ -366,5 +362,47 @@ KINDS: dict[str, type[AttentionVariant]] = {
 }
 
 
-# One of KINDS, chosen by `kind`.
+# One of KINDS, chosen by `kind`; a layer's can't be mixed again.
 AttentionConfig = Annotated[AttentionVariant, one_of(KINDS)]
+LayerAttentionConfig = Annotated[AttentionVariant, one_of(KINDS, without="mixed")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedConfig(AttentionVariant):
+    """Layers of several kinds, in a pattern: memory in most and full attention in a few, say."""
+
+    kind: Literal["mixed"] = "mixed"  # chooses this attention
+    # name -> attention of the layers of that name: the fields of any other kind, as in
+    # {memory: {kind: infini, update: gated_delta}, whole: {kind: full}}
+    variants: Mapping[str, LayerAttentionConfig]
+    # a name for each layer, from the first one on; repeated if there are more layers, as in [memory, memory, whole]
+    pattern: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.pattern), "model.attention.pattern", "give at least one name of model.attention.variants")
+        for name in self.pattern:
+            known = ", ".join(self.variants) or "none"
+            require(name in self.variants, "model.attention.pattern", f"{name} is none of the variants; known: {known}")
+        for name, variant in self.variants.items():
+            field = f"model.attention.variants.{name}"
+            require(
+                name in self.pattern, field, "no layer has it; put it into model.attention.pattern, or leave it out"
+            )
+            require(
+                variant.fits_any_layer, f"{field}.kind", f"{variant.kind} concerns all layers of a model; use another"
+            )
+
+    def at(self, layer: int, num_layers: int) -> AttentionVariant:
+        """The pattern, again and again."""
+        return self.variants[self.pattern[layer % len(self.pattern)]]
+
+    def check_model(self, num_layers: int) -> None:
+        """The pattern must fit."""
+        require(
+            len(self.pattern) <= num_layers,
+            "model.attention.pattern",
+            f"has {len(self.pattern)} names for {num_layers} layers; shorten it, or raise model.num_layers",
+        )
+
+
+KINDS["mixed"] = MixedConfig

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pydantic
 
@@ -217,6 +217,8 @@ def _section(location: Iterable[int | str]) -> Any:
     for part in location:
         if isinstance(part, int):
             section = get_args(section)[0]
+        elif get_origin(section) is Mapping:
+            section = get_args(section)[1]
         elif variants := _variants(section):
             section = variants.get(str(part))
         elif dataclasses.is_dataclass(section):
@@ -233,7 +235,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     context, location = first.get("ctx", {}), first["loc"]
     if isinstance(context.get("error"), ConfigError):
-        return str(context["error"])
+        return _name_layers(str(context["error"]), location)
     parts = [str(part) for i, part in enumerate(location) if not _variants(_section(location[:i]))]
     shown = ".".join(parts) or "config"
     if first["type"] == "union_tag_invalid":
@@ -253,6 +255,14 @@ def _explain(error: pydantic.ValidationError) -> str:
     if isinstance(limit, float):  # pydantic writes 1e-38 with 38 zeros
         problem = f"{problem.rpartition(' ')[0]} {limit:g}"
     return f"{shown}: {problem}, not {json.dumps(first['input'], default=str)[:80]}"
+
+
+def _name_layers(message: str, location: tuple[int | str, ...]) -> str:
+    """An error of an attention, which knows its fields as those of the model, with the name of its layers' variant."""
+    match location:
+        case ("model", "attention", _, "variants", str(name), *_):
+            return message.replace("model.attention.", f"model.attention.variants.{name}.")
+    return message
 
 
 @functools.cache

@@ -55,6 +55,7 @@ class AttentionVariant:
 
     has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
     crosses_ranks: ClassVar[bool] = False  # its module hands its state to the other ranks of a window (LayerSpec.ranks)
+    fits_any_layer: ClassVar[bool] = True  # also where other layers of the model have other kinds
     # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
     same_weights: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}
@@ -88,8 +89,8 @@ class AttentionVariant:
         require(
             parallel.context_size == 1 or self.crosses_ranks,
             "parallel.context_size",
-            f"{carried} of model.attention.kind {self.kind} does not cross ranks; use infini or local, or"
-            " context_size 1",
+            f"{carried} of model.attention.kind {self.kind} does not cross ranks; use infini, local or full,"
+            " or context_size 1",
         )
 
     def check_export(self) -> str | None:

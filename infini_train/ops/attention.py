@@ -191,9 +191,18 @@ def _begin_recall(  # noqa: PLR0913
 def _join_recent(
     recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Grid, ranks: Ranks | None
 ) -> tuple[Tensor, Tensor, Callable[[], Recent]]:
-    """`carry_recent`, whose carried tokens lie on the left neighbour, and whose next ones on the last rank."""
+    """`carry_recent`, whose carried tokens lie on the left neighbour, and whose next ones on the last rank.
+
+    In one endless segment they lie on all ranks before this one, and nothing is carried to the next window.
+    """
     overlap, (rank, size) = grid.overlap_tokens, grid.shard
     assert size == 1 or ranks is not None
+    if ranks is not None and size > 1 and grid.closed == 0:
+        k_BKLD, v_BKLE = _gather_before(k_BKTD, v_BKTE, rank, ranks)
+        none = Recent(
+            k_BKLD[:, :, :0], v_BKLE[:, :, :0], grid.carried_document_BR[:, :0], grid.carried_weight_BR[:, :0]
+        )
+        return k_BKLD, v_BKLE, lambda: none
     if ranks is None or size == 1 or overlap == 0:
         k_BKLD, v_BKLE, following = carry_recent(recent, k_BKTD, v_BKTE, grid)
         return k_BKLD, v_BKLE, lambda: following
@@ -211,6 +220,14 @@ def _join_recent(
     k_BKLD, v_BKLE, _ = carry_recent(as_recent(left_BKWX), k_BKTD, v_BKTE, grid)
 
     return k_BKLD, v_BKLE, lambda: as_recent(last())
+
+
+def _gather_before(k_BKTD: Tensor, v_BKTE: Tensor, rank: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Keys and values of all ranks up to this one, in order."""
+    joined_PBKTX = ranks.gather(torch.cat((k_BKTD, v_BKTE), -1))()
+    joined_BKLX = joined_PBKTX[: rank + 1].movedim(0, 2).flatten(2, 3)
+    k_BKLD, v_BKLE = joined_BKLX.split((k_BKTD.shape[-1], v_BKTE.shape[-1]), -1)
+    return k_BKLD, v_BKLE
 
 
 def mix_by_gate(local_BSHQE: Tensor, memory_BSHQE: Tensor, beta_HQ: Tensor, visible_BSQ: Tensor) -> Tensor:

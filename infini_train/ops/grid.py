@@ -9,7 +9,7 @@ Document numbers are relative: 0 is the document that was being read when the ca
 Carried tokens of earlier documents have negative numbers, and places before the beginning of everything `NOTHING`.
 
 Several ranks may hold one window, each a contiguous shard of whole segments. Every rank reads the marks of the whole
-window, so no mark has to cross ranks.
+window, so no mark has to cross ranks. In one endless segment the shards before a rank's own are to it an open segment.
 
 Legend: B lanes, T tokens of the call, R recent (carried) tokens, L = R + T padded to whole segments, S segments
 touched, C segments closed by the call, N tokens a segment, W overlap, Q queries a segment, J keys a segment (W + N),
@@ -142,28 +142,35 @@ def make_grid(
         segment_tokens: N, or None for one endless segment (full attention).
         overlap_tokens: W <= N.
         shard: (rank, ranks), of equal contiguous shards of the window. With more than one rank each shard is a whole
-            number of segments and the window begins at a segment's edge.
+            number of segments and the window begins at a segment's edge; full attention then has no carried tokens.
     """
     lanes, tokens = starts_BT.shape
     device = starts_BT.device
     if recent is None:
         recent = no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=device))
     open_tokens = recent.document_BR.shape[1] - overlap_tokens
-    size = open_tokens + tokens if segment_tokens is None else segment_tokens
+    rank, ranks = shard
+    is_endless = segment_tokens is None
+    size = segment_tokens or open_tokens + tokens
     assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
     document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
     weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
-    left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
+    left_open = open_tokens + tokens if is_endless else (open_tokens + tokens) % size
     carried_document_BR, carried_weight_BR = _carry_marks(document_BL, weight_BL, overlap_tokens + left_open)
 
     age_BT = _count_ages(starts_BT)
     last_age_B = age_BT[:, -1]
     keep_BP = None
-    if shard[1] > 1:
-        assert segment_tokens is not None and open_tokens == 0 and tokens % (shard[1] * size) == 0
-        tokens //= shard[1]
-        age_BT = age_BT[:, shard[0] * tokens : (shard[0] + 1) * tokens]
-        document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
+    if ranks > 1:
+        assert open_tokens == 0 and tokens % (ranks * (1 if is_endless else size)) == 0
+        tokens //= ranks
+        age_BT = age_BT[:, rank * tokens : (rank + 1) * tokens]
+        if is_endless:
+            open_tokens, size = rank * tokens, (rank + 1) * tokens
+            left_open = size
+            document_BL, weight_BL = document_BL[:, :size], weight_BL[:, :size]
+        else:
+            document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
     cut = _cut_segments(document_BL, weight_BL, tokens, Layout(size, overlap_tokens), left_open)
     return Grid(
         overlap_tokens=overlap_tokens,

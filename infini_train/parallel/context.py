@@ -23,9 +23,6 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class ContextRanks:
     """`Ranks` (ops/memory.py) over a process group, gloo or NCCL, in the order of the ranks' shards.
 
-    Full attention is not supported: its keys and values would have to cross. The config refuses it, and `make_grid`
-    asserts it.
-
     Attributes:
         sent_bytes: bytes this rank has sent so far, by the formulas of ring collectives over the actual buffers.
     """

@@ -17,6 +17,7 @@ from infini_train.config.attention import (
     InfiniConfig,
     LocalConfig,
     MemorizingConfig,
+    MixedConfig,
     RmtConfig,
     TransformerXLConfig,
 )
@@ -59,6 +60,14 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "memorizing": MemorizingConfig(segment_tokens=SEGMENT_TOKENS, cache_tokens=5, stored_tokens=20, top_k=3),
     "rmt": RmtConfig(segment_tokens=SEGMENT_TOKENS, memory_tokens=3),
     "full": FullConfig(),
+    "mixed": MixedConfig(
+        variants={
+            "memory": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", conv_tokens=2),
+            "near": LocalConfig(segment_tokens=4, overlap_tokens=2),
+            "whole": FullConfig(),
+        },
+        pattern=("memory", "near", "memory", "whole"),
+    ),
 }
 # A large epsilon makes AdamW's step a smooth function of the gradient: with the usual one, a gradient of nearly zero
 # moves its parameter by the whole learning rate, in a direction that rounding decides. The first step is not clipped,
@@ -149,6 +158,10 @@ CASES: tuple[Case, ...] = (
     # 2 processes
     # two layers: what rounding does to keys and queries of unit length grows from layer to layer
     *_cases("tp2-sp", "gated", "gated-token", layers=2),
+    *_cases("tp2-sp", "mixed"),
+    *_cases("pp2", "mixed"),
+    *_cases("cp2", "mixed", "full"),
+    *_cases("dp2-zero3", "mixed"),
     *_cases("pp2", "gated-token", layers=2),
     *_cases("cp2", "gated", "gated-token", layers=2),
     *_cases("cp2", "gated-token", precision="bf16", layers=2),
@@ -175,6 +188,8 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero3", "linear", precision="bf16"),
     # 4 processes
     *_cases("tp4-sp", "gated-token", layers=2),
+    *_cases("cp4", "mixed", "full"),
+    *_cases("cp2-dp2-zero3", "mixed"),
     *_cases("cp4", "gated", "gated-token", layers=2),
     *_cases("tp2-sp-cp2", "gated-token", layers=2),
     *_cases("cp2-dp2-zero3", "gated-token", layers=2),
@@ -195,6 +210,7 @@ CASES: tuple[Case, ...] = (
     *_cases("tp2-sp-pp2", "delta"),
     # 8 processes
     *_cases("tp2-sp-pp2-cp2", "gated-token", layers=2),
+    *_cases("tp2-sp-pp2-cp2", "mixed"),
     *_cases("tp8-sp", "linear"),
     *_cases("cp8", "delta"),
     *_cases("dp8-zero3", "linear"),

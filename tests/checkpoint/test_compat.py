@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ def leaf_paths(section: Any, prefix: str = "") -> list[str]:
     for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(section)):
         members = typing.get_args(hint) or (hint,)  # of an optional section
         variants = [variant for each in members for variant in tables.get(each, {"": each}).values()]
-        sections = [variant for variant in variants if dataclasses.is_dataclass(variant)]
+        is_named = typing.get_origin(hint) is Mapping  # name -> attention, whose fields are known
+        sections = [variant for variant in variants if dataclasses.is_dataclass(variant) and not is_named]
         for variant in sections:
             paths += leaf_paths(variant, f"{prefix}{name}.")
         if not sections:
