@@ -100,6 +100,7 @@ class EvalConfig:
     max_tokens: Total = 65_536  # maximum number of tokens per validation
     batch_lanes: Lanes | None = None  # documents read side by side; null: as many as lanes in a micro-batch
     window_tokens: Tokens | None = None  # sequence length in validation; null: as in training
+    without_memory: bool = False  # also measure the same text with nothing read from the memory; takes as long again
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "batch_lanes", "window_tokens"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from infini_train.command_line import Spinner, path, positive
-from infini_train.config.errors import ConfigError
+from infini_train.config.errors import ConfigError, naming
 from infini_train.data.shard_file import strict_json
 from infini_train.logs import progress_bar
 
@@ -49,11 +49,14 @@ class Measurement(ABC, Generic[RecordT]):
         from infini_train.eval.records import hash_checkpoint
 
         self.trained = trained
+        if trained.without:
+            suffix += f"-without-{'-'.join(trained.without)}".replace(":", "")
         self.folder_name, self.board_name = f"{test}-{trained.step}{suffix}", f"{test}{suffix}"
         self.settings = {
             "checkpoint_sha256": hash_checkpoint(trained.checkpoint),
             **settings,
             "precision": trained.precision,
+            **({"without": list(trained.without)} if trained.without else {}),
         }
 
     @property
@@ -61,7 +64,8 @@ class Measurement(ABC, Generic[RecordT]):
         """First line of pictures: the run and the step."""
         from infini_train.eval.records import find_home
 
-        return f"{find_home(self.trained.checkpoint).name}, step {self.trained.step}"
+        without = f", without {', '.join(self.trained.without)}" if self.trained.without else ""
+        return f"{find_home(self.trained.checkpoint).name}, step {self.trained.step}{without}"
 
     @abstractmethod
     def plan(self, records: Sequence[RecordT]) -> tuple[list[str], int | None]:
@@ -154,6 +158,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="precision of weights and activations (default: %(default)s)",
     )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="leave out a part of the attention, to see what it is worth: memory, local or convolution, in all layers"
+        " or in one (memory:3)",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
 
@@ -202,8 +214,14 @@ def load(options: argparse.Namespace) -> "Trained":
 
         device.prepare()
         from infini_train.inference.loading import open_trained
+        from infini_train.model.ablation import leave_out, parse_parts
 
-        return open_trained(options.model, options.precision)
+        with naming("--without"):
+            parts = parse_parts(options.without)
+        trained = open_trained(options.model, options.precision)
+        with naming("--without"):
+            leave_out(trained.model, parts)
+        return trained._replace(without=tuple(sorted(set(options.without))))
 
 
 def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[Any]]) -> None:

@@ -22,7 +22,8 @@ examples:
   infini-train eval perplexity runs/demo                 the newest checkpoint on the run's validation data
   infini-train eval perplexity runs/demo --stream --data data/books/validation
   infini-train eval perplexity runs/demo/checkpoints/step-00000100 --window-tokens 4096 --json
-  infini-train eval perplexity runs/demo --window-tokens 128 --forget    the same without memory, to compare
+  infini-train eval perplexity runs/demo --without memory     what is the memory worth?
+  infini-train eval perplexity runs/demo --window-tokens 128 --forget    the memory of one window only
 
 infini-train eval RUN is short for infini-train eval perplexity RUN
 """
@@ -91,6 +92,7 @@ def evaluate_run(
         raise ConfigError(f"--data: {folder} holds no text that can be read; try infini-data verify")
     return {
         "checkpoint": str(trained.checkpoint),
+        **({"without": " ".join(trained.without)} if trained.without else {}),
         "data": folder,
         "loss": found.loss,
         "unigram_entropy": found.unigram_entropy,

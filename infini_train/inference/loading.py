@@ -33,6 +33,7 @@ class Trained(NamedTuple):
     tokenizer_file: Path | None  # None: bytes
     precision: str  # of weights and activations: fp32 or bf16
     end_ids: tuple[int, ...]  # each ends a text: the tokenizer's eos first, then those of generation_config.json
+    without: tuple[str, ...] = ()  # parts of the attention that are left out, to see what they are worth
 
     @property
     def model(self) -> Transformer:

@@ -61,6 +61,7 @@ class InfiniAttention(SequenceMixer):
             initial = Initial(std=std, follows_config=False, std_if_added=added)
             declare(self.conv, initial, field="conv_tokens")
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
+        self.parts = ("memory", "local", *["convolution"] * (self.conv is not None))
         self.gate_query = query_gates(spec.model, spec.parallel) if attention.gate == "query" else None
         self.norm_read: Norm | None = None
         if attention.read_norm:
@@ -97,7 +98,7 @@ class InfiniAttention(SequenceMixer):
             rope=self.rope,
             ranks=self.ranks,
             writing=self._choose_writing(entered_TBD),
-            mixing=Mixing(self.gate_query, self.norm_read),
+            mixing=Mixing(self.gate_query, self.norm_read, "memory" not in self.left_out, "local" not in self.left_out),
         )
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 
@@ -129,7 +130,8 @@ class InfiniAttention(SequenceMixer):
         if self.conv is None:
             return x_TBD, None
         before_BJD = state.before_BJD if isinstance(state, ConvolvedState) else None
-        return convolve(x_TBD, self.conv, before_BJD, grid, self.ranks)
+        weight_JD = torch.zeros_like(self.conv) if "convolution" in self.left_out else self.conv
+        return convolve(x_TBD, weight_JD, before_BJD, grid, self.ranks)
 
     def measure(self, state: LayerState) -> tuple[float, ...]:
         """Mean norms of M and z over lanes and heads, and the mean of the tokens written since documents began."""

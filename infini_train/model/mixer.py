@@ -88,6 +88,8 @@ class SequenceMixer(nn.Module, ABC):
     """Attention along time in one layer: what a decoder layer asks of its variant."""
 
     figures: ClassVar[tuple[Figure, ...]] = ()  # of a state, watched in training; `measure` gives their values
+    parts: tuple[str, ...] = ()  # what may be left out, to see what it is worth
+    left_out: frozenset[str] = frozenset()  # of `parts`; set by `model.ablation`
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()

@@ -28,10 +28,16 @@ class InfiniState(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """What may be added to the paper's form: what each query says of its gate, and a norm of what is read."""
+    """What may be added to the paper's form: what each query says of its gate, and a norm of what is read.
+
+    Also what is left out to see what it is worth: without the memory, nothing is read, as if it were empty; without
+    the local attention its result is zero, and the gates stay as they are.
+    """
 
     gate_HD: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    has_memory: bool = True
+    has_local: bool = True
 
 
 PLAIN = Mixing()
@@ -127,7 +133,10 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     beta_HQ = beta_H[:, None]
     if mixing.gate_HD is not None:
         beta_HQ = beta_HQ + (q_BSHQD * mixing.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
-    out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, recalled.visible_BSQ)  # Eq. 10
+    if not mixing.has_local:
+        local_BSHQE = torch.zeros_like(local_BSHQE)
+    visible_BSQ = recalled.visible_BSQ if mixing.has_memory else torch.zeros_like(recalled.visible_BSQ)
+    out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, visible_BSQ)  # Eq. 10
     return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, following())
 
 

@@ -31,7 +31,10 @@ MAX_LINE_BYTES = 2**20
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9  # gates of specialised heads
 CHARTS: dict[str, dict[str, list[Any]]] = {
     "Learning": {
-        "loss, training and validation": ["Multiline", ["loss/train", "loss/validation", "loss/unigram_entropy"]],
+        "loss, training and validation": [
+            "Multiline",
+            ["loss/train", "loss/validation", "loss/validation_without_memory", "loss/unigram_entropy"],
+        ],
         "bits per byte": ["Multiline", ["bits_per_byte/train", "bits_per_byte/validation"]],
         "learning rates": ["Multiline", ["lr/matrices", "lr/gates"]],
         "gradient norm": ["Multiline", ["grad_norm"]],

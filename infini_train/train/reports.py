@@ -11,6 +11,7 @@ from collections.abc import Callable
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
+from infini_train.model.ablation import Part, leaving_out
 from infini_train.parallel import mesh
 from infini_train.resilience.signals import StopRequest
 from infini_train.train.clock import Clock
@@ -106,10 +107,36 @@ def report_validation(
     session: Session, metrics: Metrics, stop: StopRequest, on_operation: Callable[[str], None]
 ) -> None:
     """Perplexity of held-out text, with a memory of its own; abandoned when a signal asks to stop."""
+    start = time.perf_counter()
+    found = _validate(session, stop, on_operation)
+    if found is None:
+        return
+    values = {
+        "loss/validation": found.loss,
+        "perplexity/validation": found.perplexity,
+        "bits_per_byte/validation": found.bits_per_byte,
+        "loss/unigram_entropy": found.unigram_entropy,
+    }
+    worth = ""
+    if session.config.eval.without_memory:
+        with leaving_out(session.stages.transformers(), [Part("memory")]):
+            without = _validate(session, stop, on_operation)
+        if without is None:
+            return
+        values["loss/validation_without_memory"] = without.loss
+        worth = f"; without memory {without.loss:.4f}"
+    metrics.write(session.step, values)
+    LOG.info(
+        f"validation at step {session.step}: loss {found.loss:.4f}  ppl {found.perplexity:.2f}"
+        f"  bpb {found.bits_per_byte:.3f}{worth}  (unigram entropy {found.unigram_entropy:.4f}; {found.tokens:,} tokens"
+        f" in {format_duration(time.perf_counter() - start)}){describe_damage(found.damaged_documents)}"
+    )
+
+
+def _validate(session: Session, stop: StopRequest, on_operation: Callable[[str], None]) -> Perplexity | None:
     config = session.config
     assert session.validation is not None
-    start = time.perf_counter()
-    found = evaluate_perplexity(
+    return evaluate_perplexity(
         session.stages,
         session.validation,
         lanes=config.eval.batch_lanes or default_lanes(session.stages, config.micro_lanes),
@@ -120,22 +147,6 @@ def report_validation(
             f"validation at step {session.step}, a window of {tokens} tokens is done"
         ),
         gives_up=lambda: stop.received is not None,
-    )
-    if found is None:
-        return
-    metrics.write(
-        session.step,
-        {
-            "loss/validation": found.loss,
-            "perplexity/validation": found.perplexity,
-            "bits_per_byte/validation": found.bits_per_byte,
-            "loss/unigram_entropy": found.unigram_entropy,
-        },
-    )
-    LOG.info(
-        f"validation at step {session.step}: loss {found.loss:.4f}  ppl {found.perplexity:.2f}"
-        f"  bpb {found.bits_per_byte:.3f}  (unigram entropy {found.unigram_entropy:.4f}; {found.tokens:,} tokens"
-        f" in {format_duration(time.perf_counter() - start)}){describe_damage(found.damaged_documents)}"
     )
 
 

@@ -58,6 +58,7 @@ def run_dir(trained, configure, validation, capsys):
         f"run_dir={trained}",
         f"data.validation={validation}",
         "eval.every_steps=3",
+        "eval.without_memory=true",
         "log.profile_steps=[2]",
         "optim.min_lr_ratio=0.5",
     )
@@ -74,6 +75,7 @@ def test_numbers_are_in_both_places(run_dir):
     expected = {"loss/train", "perplexity/train", "bits_per_byte/train", "grad_norm", "tokens"}
     expected |= {"data/corrupt_documents", "skipped_steps"}
     expected |= {"loss/validation", "perplexity/validation", "bits_per_byte/validation", "loss/unigram_entropy"}
+    expected |= {"loss/validation_without_memory"}
     expected |= {f"lr/{group}" for group in ("matrices", "vectors", "gates")}
     expected |= {f"speed/{name}" for name in ("step_s", "tokens_per_s", "mfu", "peak_memory_bytes")}
     expected |= {f"seconds/{part}" for part in ("data", "wait", "forward", "backward", "optimizer")}
