@@ -59,6 +59,7 @@ VARIANTS = {
         read_norm=True,
         gate="query",
         overlap_tokens=3,
+        sink_tokens=2,
         conv_tokens=2,
         decay_init=3.0,
     ),

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from infini_train.config.errors import ConfigError, require
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.union import one_of
-from infini_train.config.values import Deviation, GateInit, Layers, Many, Tokens
+from infini_train.config.values import Deviation, Few, GateInit, Layers, Many, Tokens
 from infini_train.config.variant import AttentionVariant, LayerShape, TokenFlops, attention_flops
 
 FP32_BYTES = 4
@@ -49,6 +49,7 @@ class InfiniConfig(AttentionVariant):
     gate: Literal["head", "query"] = "head"  # a gate a head, as in the paper; query: each query also has a say
     gate_init: GateInit = 0.0  # initial beta of the gates; sigmoid(beta) is the share of the memory
     overlap_tokens: Tokens = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
+    sink_tokens: Few = 0  # local attention also sees the document's first tokens, as many as this (0: the paper's form)
     conv_tokens: Many = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
     # standard deviation of those weights at first; null: 1/sqrt(conv_tokens), or 0 when added to a trained model
     conv_std: Deviation | None = None
@@ -62,6 +63,7 @@ class InfiniConfig(AttentionVariant):
         "features": "both features share all weights",
         "read": ANY_VIEW,
         "overlap_tokens": ANY_VIEW,
+        "sink_tokens": ANY_VIEW,
         "segment_tokens": ANY_VIEW,
     }
     initial: ClassVar[Mapping[str, str]] = {"gate_init": INITIAL, "conv_std": INITIAL, "decay_init": INITIAL}
@@ -70,6 +72,7 @@ class InfiniConfig(AttentionVariant):
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
         _check_segment(self.segment_tokens, "conv_tokens", self.conv_tokens)
+        require(self.sink_tokens >= 0, "model.attention.sink_tokens", "must not be negative")
         require(self.conv_std is None or self.conv_std >= 0, "model.attention.conv_std", "must be at least 0, or null")
         require(
             self.read == "segment" or self.update == "gated_delta",
@@ -139,12 +142,16 @@ class LocalConfig(AttentionVariant):
     kind: Literal["local"] = "local"  # chooses this attention
     segment_tokens: Tokens = 256  # a token sees its own segment only
     overlap_tokens: Tokens = 0  # a token also sees this many last tokens of the previous segment
+    sink_tokens: Few = 0  # a token also sees the document's first tokens, as many as this
 
     crosses_ranks: ClassVar[bool] = True
-    same_weights: ClassVar[Mapping[str, str]] = {"overlap_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
+    same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("overlap_tokens", "sink_tokens", "segment_tokens"), ANY_VIEW
+    )
 
     def __post_init__(self) -> None:
         _check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
+        require(self.sink_tokens >= 0, "model.attention.sink_tokens", "must not be negative")
 
     @property
     def seen_tokens(self) -> int:

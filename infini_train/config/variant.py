@@ -73,6 +73,11 @@ class AttentionVariant:
         """Tokens before its segment that local attention sees as well."""
         return 0
 
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens of a document that local attention sees from everywhere in it."""
+        return 0
+
     def at(self, layer: int, num_layers: int) -> "AttentionVariant":
         """The variant of a layer, counted from 0."""
         return self

@@ -78,7 +78,7 @@ class InfiniAttention(SequenceMixer):
         """An empty memory, and nothing seen yet."""
         shape, value_dim = self.projections.kv_shape(lanes), self.projections.value_dim
         memory = self._empty_memory(shape, value_dim, like)
-        recent = no_recent(shape, value_dim, self.layout.overlap_tokens, like)
+        recent = no_recent(shape, value_dim, self.layout.overlap_tokens, like, self.layout.sink_tokens)
         if self.conv is None:
             return InfiniState(memory, recent)
         return ConvolvedState(memory, recent, like.new_zeros(lanes, *self.conv_shape))

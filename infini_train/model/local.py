@@ -17,8 +17,8 @@ class LocalAttention(SequenceMixer):
 
     def initial_state(self, lanes: int, like: Tensor) -> Any:
         """Nothing seen yet: the overlap's invisible places."""
-        overlap_tokens = self.layout.overlap_tokens
-        return no_recent(self.projections.kv_shape(lanes), self.projections.value_dim, overlap_tokens, like)
+        layout, shape = self.layout, self.projections.kv_shape(lanes)
+        return no_recent(shape, self.projections.value_dim, layout.overlap_tokens, like, layout.sink_tokens)
 
     def recent(self, state: Recent) -> Recent:
         """The whole state."""

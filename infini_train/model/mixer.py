@@ -22,7 +22,7 @@ from infini_train.config.variant import AttentionVariant
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.model.parameters import constant, declare
 from infini_train.ops.grid import Grid, Layout, Recent
-from infini_train.ops.memory import Ranks
+from infini_train.ops.ranks import Ranks
 from infini_train.ops.rope import Rope
 
 State = Any  # a NamedTuple that declares its fields (ops.state); each variant has its own
@@ -96,7 +96,8 @@ class SequenceMixer(nn.Module, ABC):
         assert spec.ranks is None or spec.attention.crosses_ranks, (
             f"{type(self).__name__}: a window must lie on one rank"
         )
-        self.layout = Layout(spec.attention.segment_tokens, spec.attention.seen_tokens)
+        attention = spec.attention
+        self.layout = Layout(attention.segment_tokens, attention.seen_tokens, attention.sink_tokens)
         self.ranks = spec.ranks
         self.rope = rope_of(spec.model)
         self.projections = Projections(spec.model, spec.parallel)

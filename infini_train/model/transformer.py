@@ -29,7 +29,7 @@ from infini_train.model.mixer import SequenceMixer, State
 from infini_train.model.stages import Stage
 from infini_train.model.variants import build_mixer, mixer_class
 from infini_train.ops.grid import Grid, Grids, Layout, make_grid
-from infini_train.ops.memory import Ranks
+from infini_train.ops.ranks import Ranks
 from infini_train.ops.state import name_leaves
 
 IGNORED = -100  # label of a position without a target
@@ -116,7 +116,8 @@ class Transformer(nn.Module):
         for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
             if mixer.layout not in found:
                 recent = None if layer_state is None else mixer.recent(layer_state)
-                found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, *mixer.layout, shard)
+                segment, overlap, sinks = mixer.layout
+                found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, segment, overlap, shard, sinks)
         return Grids(tuple(found), tuple(found.values()))
 
     def forward(

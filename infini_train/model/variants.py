@@ -22,7 +22,7 @@ from infini_train.model.local import FullAttention, LocalAttention, TransformerX
 from infini_train.model.memorizing import MemorizingAttention
 from infini_train.model.mixer import LayerSpec, SequenceMixer
 from infini_train.model.recurrent import RmtAttention
-from infini_train.ops.memory import Ranks
+from infini_train.ops.ranks import Ranks
 
 MIXERS: dict[type[AttentionVariant], type[SequenceMixer]] = {
     InfiniConfig: InfiniAttention,

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from infini_train.ops.gated_delta import GatedMemory, Recalled, Writing, begin_gated, empty_gated_memory
 from infini_train.ops.grid import Grid, Recent, carry_recent
-from infini_train.ops.memory import PAPER, Form, Memory, Ranks, begin_scan, empty_memory, read_memory
+from infini_train.ops.memory import PAPER, Form, Memory, begin_scan, empty_memory, read_memory
+from infini_train.ops.ranks import Ranks
 from infini_train.ops.rope import Rope, rotate
+from infini_train.ops.sinks import take_sinks
 from infini_train.ops.state import Stored
 
 ROPE = Rope()
@@ -70,18 +72,16 @@ def local_attention(
     Returns:
         out_BHTE in the dtype of v, and the tokens to carry.
     """
-    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
-    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
+    windows = _open_windows(recent, k_BKTD, v_BKTE, grid, ranks)
+    k_BSKJD, v_BSKJE = windows.k_BSKJD, windows.v_BSKJE
     if overlapping is not None and grid.segments > 1:
-        before = _join_recent(recent, *overlapping, grid, ranks)[:2]
+        before = _open_windows(recent, *overlapping, grid, ranks)
         k_BSKJD, v_BSKJE = (
-            torch.cat(
-                (_key_windows(theirs, grid)[..., : grid.overlap_tokens, :], own[..., grid.overlap_tokens :, :]), -2
-            )
-            for theirs, own in zip(before, (k_BSKJD, v_BSKJE), strict=True)
+            torch.cat((theirs[..., : grid.overlap_tokens, :], own[..., grid.overlap_tokens :, :]), -2)
+            for theirs, own in ((before.k_BSKJD, k_BSKJD), (before.v_BSKJE, v_BSKJE))
         )
     out_BSHQE = _attend_segments(fold_queries(q_BHTD, grid), k_BSKJD, v_BSKJE, grid, rope)
-    return unfold_queries(out_BSHQE, grid), following()
+    return unfold_queries(out_BSHQE, grid), windows.following()
 
 
 def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of them would only hide them)
@@ -122,9 +122,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         any more.
     """
     q_BSHQD = fold_queries(q_BHTD, grid)
-    k_BKLD, v_BKLE, following, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
-    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
-    local_BSHQE = _attend_segments(q_BSHQD, k_BSKJD, v_BSKJE, grid, rope)  # while memories travel
+    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
+    local_BSHQE = _attend_segments(q_BSHQD, windows.k_BSKJD, windows.v_BSKJE, grid, rope)  # while memories travel
     recalled = recall()
     read_BSHQE = recalled.read_BSHQE
     assert read_BSHQE is not None
@@ -137,7 +136,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         local_BSHQE = torch.zeros_like(local_BSHQE)
     visible_BSQ = recalled.visible_BSQ if mixing.has_memory else torch.zeros_like(recalled.visible_BSQ)
     out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, visible_BSQ)  # Eq. 10
-    return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, following())
+    return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, windows.following())
 
 
 def write_memory(
@@ -151,8 +150,8 @@ def write_memory(
     writing: Writing | None = None,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    *_, following, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
-    return InfiniState(recall().memory, following())
+    windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
+    return InfiniState(recall().memory, windows.following())
 
 
 def _begin_recall(  # noqa: PLR0913
@@ -164,10 +163,9 @@ def _begin_recall(  # noqa: PLR0913
     form: Form,
     ranks: Ranks | None,
     writing: Writing | None,
-) -> tuple[Tensor, Tensor, Callable[[], Recent], Callable[[], Recalled]]:
-    """Carried and new keys and values joined, the tokens to carry, and what is read of the memory once it is here."""
-    recent = None if state is None else state.recent
-    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
+) -> tuple["_Windows", Callable[[], Recalled]]:
+    """What local attention sees, and what is read of the memory once it is here."""
+    windows = _open_windows(None if state is None else state.recent, k_BKTD, v_BKTE, grid, ranks)
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     sizes = (lanes, kv_heads, key_dim, v_BKTE.shape[-1])
     if form.update == "gated_delta":
@@ -177,11 +175,12 @@ def _begin_recall(  # noqa: PLR0913
         k_BSKQD, v_BSKQE = fold_queries(k_BKTD, grid), fold_queries(v_BKTE, grid)
         by_segment = tuple(fold_queries(part[..., None], grid)[..., 0] for part in writing)
         recall = begin_gated(q_BSHQD, k_BSKQD, v_BSKQE, Writing(*by_segment), gated, grid, ranks)
-        return k_BKLD, v_BKLE, following, recall
+        return windows, recall
 
     memory = empty_memory(*sizes, k_BKTD) if state is None else state.memory
     assert isinstance(memory, Memory)
-    scan = begin_scan(closed_segments(k_BKLD, grid), closed_segments(v_BKLE, grid), memory, grid, form, ranks)
+    closed = closed_segments(windows.k_BKLD, grid), closed_segments(windows.v_BKLE, grid)
+    scan = begin_scan(*closed, memory, grid, form, ranks)
 
     def read() -> Recalled:
         scanned = scan()
@@ -194,7 +193,28 @@ def _begin_recall(  # noqa: PLR0913
         read_BSKXE = read_memory(q_BSKXD, scanned, visible_BSQ.repeat(1, 1, group), form)
         return Recalled(read_BSKXE.unflatten(3, (group, -1)).flatten(2, 3), visible_BSQ, scanned.final)
 
-    return k_BKLD, v_BKLE, following, read
+    return windows, read
+
+
+class _Windows(NamedTuple):
+    """Carried and new keys and values joined; those that each segment sees, sinks first; and what to carry."""
+
+    k_BKLD: Tensor
+    v_BKLE: Tensor
+    k_BSKJD: Tensor
+    v_BSKJE: Tensor
+    following: Callable[[], Recent]
+
+
+def _open_windows(recent: Recent | None, k_BKTD: Tensor, v_BKTE: Tensor, grid: Grid, ranks: Ranks | None) -> _Windows:
+    k_BKLD, v_BKLE, following = _join_recent(recent, k_BKTD, v_BKTE, grid, ranks)
+    k_BSKJD, v_BSKJE = _key_windows(k_BKLD, grid), _key_windows(v_BKLE, grid)
+    if grid.sinks is None:
+        return _Windows(k_BKLD, v_BKLE, k_BSKJD, v_BSKJE, following)
+    carried = None if recent is None else recent.sinks
+    k_BSKZD, v_BSKZE, sinks = take_sinks(k_BKTD, v_BKTE, carried, grid.sinks, grid.shard, ranks)
+    k_BSKJD, v_BSKJE = torch.cat((k_BSKZD, k_BSKJD), 3), torch.cat((v_BSKZE, v_BSKJE), 3)
+    return _Windows(k_BKLD, v_BKLE, k_BSKJD, v_BSKJE, lambda: following()._replace(sinks=sinks))
 
 
 def _join_recent(
@@ -273,7 +293,7 @@ def closed_segments(x_BKLD: Tensor, grid: Grid) -> Tensor:
 
 def _attend_segments(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, grid: Grid, rope: Rope) -> Tensor:
     first_query = grid.open_tokens if grid.segments == 1 else 0
-    q_rotated = rotate(q_BSHQD, grid.overlap_tokens + first_query, rope)
+    q_rotated = rotate(q_BSHQD, grid.sink_tokens + grid.overlap_tokens + first_query, rope)
     k_rotated = rotate(k_BSKJD, 0, rope)
     group = q_BSHQD.shape[2] // k_BSKJD.shape[2]
     if group > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infini_train.ops.grid import Grid
-from infini_train.ops.memory import Ranks
+from infini_train.ops.ranks import Ranks
 
 
 def convolve(

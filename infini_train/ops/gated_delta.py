@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid
-from infini_train.ops.memory import Memory, Ranks, Read, segmented_scan
+from infini_train.ops.memory import Memory, Read, segmented_scan
+from infini_train.ops.ranks import Ranks
 from infini_train.ops.state import Stored
 
 # Tokens of one triangular solve. More of them make the products larger, and the squares of a chunk too.

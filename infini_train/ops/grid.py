@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_train.ops.sinks import Cuts, SinkGrid, Sinks, find_sinks, no_sinks
 from infini_train.ops.state import Stored
 
 NOTHING = -(2**30)
@@ -32,16 +33,19 @@ class Recent(NamedTuple):
     """Tokens that are still needed: the last W before the open segment, then the open segment.
 
     k_BKRD and v_BKRE carry no rotary embedding. document_BR (int64) is relative to the document being read (0);
-    weight_BR are write weights (fp32, >= 0).
+    weight_BR are write weights (fp32, >= 0). sinks is None where there are none.
     """
 
     k_BKRD: Annotated[Tensor, Stored("k_BKRD", "lanes kv_heads tokens key_dim")]
     v_BKRE: Annotated[Tensor, Stored("v_BKRE", "lanes kv_heads tokens value_dim")]
     document_BR: Annotated[Tensor, Stored("document_BR", "lanes tokens")]
     weight_BR: Annotated[Tensor, Stored("weight_BR", "lanes tokens")]
+    sinks: Annotated[Sinks | None, Stored("sinks")] = None
 
 
-def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int, like: Tensor) -> Recent:
+def no_recent(
+    k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int, like: Tensor, sink_tokens: int = 0
+) -> Recent:
     """The carried tokens before anything was read: W invisible places. k_shape is (B, K, D)."""
     lanes, heads, key_dim = k_shape
     return Recent(
@@ -49,20 +53,26 @@ def no_recent(k_shape: tuple[int, int, int], value_dim: int, overlap_tokens: int
         like.new_zeros(lanes, heads, overlap_tokens, value_dim),
         torch.full((lanes, overlap_tokens), NOTHING, dtype=torch.int64, device=like.device),
         torch.zeros(lanes, overlap_tokens, dtype=torch.float32, device=like.device),
+        no_sinks(k_shape, value_dim, sink_tokens, like),
     )
 
 
 class Layout(NamedTuple):
-    """Segments of N tokens, or one endless segment (None), and the W tokens before a segment that it sees as well."""
+    """Segments of N tokens, or one endless segment (None), and the W tokens before a segment that it sees as well.
+
+    Also the first Z tokens of the document (sinks.py).
+    """
 
     segment_tokens: int | None
     overlap_tokens: int
+    sink_tokens: int = 0
 
 
 class Grid(NamedTuple):
     """One call cut into segments, shared by all layers of one `Layout`.
 
-    mask_BSQJ is None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
+    mask_BSQJ is None where plain causal attention inside each segment is right; its first columns are those of the Z
+    sinks. reads_BSQ: the query's document was
     already being read when its segment began, so it may read the memory entering that segment. document_BSQ and
     weight_BSQ: document number and write weight of the call's own tokens; in carried and padded places the number of
     the nearest of them, and 0. write_BCN: write weights
@@ -93,6 +103,12 @@ class Grid(NamedTuple):
     carried_weight_BR: Tensor
     age_BT: Tensor
     last_age_B: Tensor
+    sinks: SinkGrid | None = None
+
+    @property
+    def sink_tokens(self) -> int:
+        """Z."""
+        return 0 if self.sinks is None else self.sinks.index_BSZ.shape[-1]
 
     @property
     def padding(self) -> int:
@@ -107,6 +123,8 @@ class Grid(NamedTuple):
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        if self.sinks is not None:
+            moved["sinks"] = SinkGrid(*(x.to(device) for x in self.sinks))
         return self._replace(**moved)
 
 
@@ -132,6 +150,7 @@ def make_grid(
     segment_tokens: int | None,
     overlap_tokens: int = 0,
     shard: tuple[int, int] = (0, 1),
+    sink_tokens: int = 0,
 ) -> Grid:
     """The grid of a call.
 
@@ -143,6 +162,7 @@ def make_grid(
         overlap_tokens: W <= N.
         shard: (rank, ranks), of equal contiguous shards of the window. With more than one rank each shard is a whole
             number of segments and the window begins at a segment's edge; full attention then has no carried tokens.
+        sink_tokens: Z.
     """
     lanes, tokens = starts_BT.shape
     device = starts_BT.device
@@ -171,8 +191,8 @@ def make_grid(
             document_BL, weight_BL = document_BL[:, :size], weight_BL[:, :size]
         else:
             document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
-    cut = _cut_segments(document_BL, weight_BL, tokens, Layout(size, overlap_tokens), left_open)
-    return Grid(
+    cut = _cut_segments(document_BL, weight_BL, tokens, Layout(size, overlap_tokens, sink_tokens), left_open)
+    grid = Grid(
         overlap_tokens=overlap_tokens,
         segment_tokens=size,
         open_tokens=open_tokens,
@@ -194,6 +214,13 @@ def make_grid(
         age_BT=age_BT,
         last_age_B=last_age_B,
     )
+    if not sink_tokens:
+        return grid
+    assert not is_endless
+    cuts = Cuts(grid.segments, size, overlap_tokens, open_tokens, sink_tokens, shard)
+    sinks = find_sinks(starts_BT, recent.sinks, cuts)
+    assert grid.mask_BSQJ is not None
+    return grid._replace(mask_BSQJ=torch.cat((sinks.seen_BSQZ, grid.mask_BSQJ), -1), sinks=sinks)
 
 
 def _carry_marks(document_BL: Tensor, weight_BL: Tensor, kept_tokens: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +243,7 @@ class _Cut(NamedTuple):
 
 def _cut_segments(document_BL: Tensor, weight_BL: Tensor, tokens: int, layout: Layout, left_open: int) -> _Cut:
     """Who sees whom and what is written, from the marks of W, open and new tokens."""
-    size, overlap_tokens = layout
+    size, overlap_tokens, sink_tokens = layout
     assert size is not None
     open_tokens = document_BL.shape[1] - overlap_tokens - tokens
     segments, closed = -(-(open_tokens + tokens) // size), (open_tokens + tokens - left_open) // size
@@ -239,7 +266,7 @@ def _cut_segments(document_BL: Tensor, weight_BL: Tensor, tokens: int, layout: L
     write_BCN = weight_BSN[:, :closed]
     write_BCN = torch.where(inside_BSN[:, :closed] == inside_BSN[:, :closed, -1:], write_BCN, 0.0)
     return _Cut(
-        _local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows),
+        _local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows, needed=sink_tokens > 0),
         query_BSQ == before_BS[..., None],
         query_BSQ.clamp_min(0),
         weight_BSQ,
@@ -270,10 +297,10 @@ def _take_shard(
 
 
 def _local_mask(
-    document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int
+    document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int, *, needed: bool
 ) -> Tensor | None:
-    """Query sees key: not later, same document. None where that is plain causal attention."""
-    if overlap_tokens == 0 and first_query == 0 and not _has_inner_start(query_BSQ):
+    """Query sees key: not later, same document. None where that is plain causal attention, unless it is needed."""
+    if not needed and overlap_tokens == 0 and first_query == 0 and not _has_inner_start(query_BSQ):
         return None
     key_BSJ = document_BL.unfold(1, overlap_tokens + rows, rows)
     queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]

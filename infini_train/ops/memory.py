@@ -15,13 +15,14 @@ window.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from infini_train.ops.grid import Grid
+from infini_train.ops.ranks import Ranks
 from infini_train.ops.state import Stored
 
 Read = Literal["segment", "token"]
@@ -55,26 +56,6 @@ class Memory(NamedTuple):
     memory_BKDE: Annotated[Tensor, Stored("memory_BKDE", "lanes kv_heads key_dim value_dim")]
     normaliser_BKD: Annotated[Tensor, Stored("normaliser_BKD", "lanes kv_heads key_dim")]
     written_B: Annotated[Tensor, Stored("written_B", "lanes")]
-
-
-class Ranks(Protocol):
-    """How tensors travel between the ranks that hold one window, each its own shard.
-
-    A call starts a transfer and returns the function that waits for it, so that the computation in between hides it.
-    All ranks call the same methods in the same order with tensors of the same shape.
-    """
-
-    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
-        """Every rank's tensor, (P, ...). Gradients go back to the rank that gave it, summed over all ranks."""
-        ...
-
-    def from_left(self, mine: Tensor) -> Callable[[], Tensor]:
-        """The left neighbour's tensor; zeros on the first rank. Gradients go back to the neighbour."""
-        ...
-
-    def from_last(self, mine: Tensor) -> Callable[[], Tensor]:
-        """The last rank's tensor, without gradient."""
-        ...
 
 
 class _Sigma(torch.autograd.Function):

@@ -27,7 +27,7 @@ from infini_train.config.run import RunConfig
 from infini_train.model.layers import parallel_config
 from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
-from infini_train.ops.memory import Ranks
+from infini_train.ops.ranks import Ranks
 from infini_train.parallel import device, mesh
 from infini_train.parallel.context import ContextRanks
 from infini_train.parallel.pipeline import Stages

@@ -52,6 +52,7 @@ ATTENTIONS: dict[str, AttentionConfig] = {
         read_norm=True,
         gate="query",
         overlap_tokens=3,
+        sink_tokens=2,
         conv_tokens=2,
         decay_init=3.0,  # fades fast enough to matter in a window
     ),
