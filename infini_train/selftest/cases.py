@@ -40,6 +40,7 @@ ATTENTIONS: dict[str, AttentionConfig] = {
     "linear-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, overlap_tokens=3),
     "delta-overlap": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=8),
     "delta-sharp": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", features="sharp"),
+    "delta-sinks": InfiniConfig(segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, sink_tokens=2),
     "linear-conv": InfiniConfig(segment_tokens=SEGMENT_TOKENS, conv_tokens=3),
     "delta-overlap-conv": InfiniConfig(
         segment_tokens=SEGMENT_TOKENS, update="delta", overlap_tokens=3, conv_tokens=2, conv_std=0.3
@@ -52,7 +53,6 @@ ATTENTIONS: dict[str, AttentionConfig] = {
         read_norm=True,
         gate="query",
         overlap_tokens=3,
-        sink_tokens=2,
         conv_tokens=2,
         decay_init=3.0,  # fades fast enough to matter in a window
     ),
@@ -159,9 +159,9 @@ CASES: tuple[Case, ...] = (
     # 2 processes
     # two layers: what rounding does to keys and queries of unit length grows from layer to layer
     *_cases("tp2-sp", "gated", "gated-token", layers=2),
-    *_cases("tp2-sp", "mixed"),
+    *_cases("tp2-sp", "mixed", "delta-sinks"),
     *_cases("pp2", "mixed"),
-    *_cases("cp2", "mixed", "full"),
+    *_cases("cp2", "mixed", "full", "delta-sinks"),
     *_cases("dp2-zero3", "mixed"),
     *_cases("pp2", "gated-token", layers=2),
     *_cases("cp2", "gated", "gated-token", layers=2),
@@ -189,7 +189,7 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero3", "linear", precision="bf16"),
     # 4 processes
     *_cases("tp4-sp", "gated-token", layers=2),
-    *_cases("cp4", "mixed", "full"),
+    *_cases("cp4", "mixed", "full", "delta-sinks"),
     *_cases("cp2-dp2-zero3", "mixed"),
     *_cases("cp4", "gated", "gated-token", layers=2),
     *_cases("tp2-sp-cp2", "gated-token", layers=2),
