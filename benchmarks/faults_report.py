@@ -9,21 +9,22 @@ def tabulate() -> str:
     signals, kills, flips = found["signals"], found["kills"], found["flips"]
     sent = ", ".join(f"{number} {name}" for name, number in signals.items() if name.startswith("SIG"))
     lost = {name: sum(fault.startswith(name) for fault in kills["faults"]) for name in ("train", "encode")}
-    missed = len(flips["faults"])
-    runs = f"{signals['runs']}, and {signals['runs_of_two']} of two processes"
+    runs = f"{signals['runs']} of one process, {signals['runs_of_two']} of two"
     rows = [
         ["runs hit by signals", runs, sent, f"{len(signals['faults'])} lost"],
-        ["training killed", kills["train_points"], f"of {kills['train_changes']} changes to the disk", lost["train"]],
-        ["encode killed", kills["encode_points"], f"of {kills['encode_changes']} changes", lost["encode"]],
-        ["bits of a checkpoint", flips["checkpoint_flips"], f"in {flips['checkpoint_files']} files", ""],
         [
-            "bits of a dataset",
-            flips["dataset_flips"],
-            f"in {flips['dataset_files']} files",
-            f"{missed} of both not found",
+            "training killed",
+            kills["train_points"],
+            f"of {kills['train_changes']} changes to the disk",
+            f"{lost['train']} lost",
         ],
+        ["encode killed", kills["encode_points"], f"of {kills['encode_changes']} changes", f"{lost['encode']} lost"],
+        ["flipped bits of a checkpoint", flips["checkpoint_flips"], f"in {flips['checkpoint_files']} files", ""],
+        ["flipped bits of a dataset", flips["dataset_flips"], f"in {flips['dataset_files']} files", ""],
     ]
-    return as_table(["Tried", "Number", "", "Lost"], [[str(cell) for cell in row] for row in rows])
+    for row, what in zip(rows[-2:], ("checkpoint", "dataset"), strict=True):
+        row[-1] = f"{sum(what in str(fault) for fault in flips['faults'])} undetected"
+    return as_table(["Test", "Trials", "Details", "Failures"], [[str(cell) for cell in row] for row in rows])
 
 
 def tabulate_fuzz() -> str:

@@ -102,3 +102,10 @@ def _refuse_others(status: os.stat_result, path: Path | str) -> None:
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
         raise OSError(code, f"is {kind}, not a file", str(path))
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder and the parents that are missing; only their owner can enter the new ones."""
+    for each in reversed((folder, *folder.parents)):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)

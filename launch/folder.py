@@ -38,7 +38,7 @@ from typing import Any
 
 from infini_train.atomic_files import write_atomic
 from infini_train.command_errors import escape
-from infini_train.regular_files import open_regular, read_regular
+from infini_train.regular_files import make_private, open_regular, read_regular
 from launch.record import describe_environment, describe_revision
 
 LAST_LINES, LAST_BYTES = 3, 1 << 16
@@ -81,10 +81,11 @@ def _job_number(text: str) -> int | None:
 def note_submitted(run_dir: Path, number: int, first: bool) -> None:
     """Records a submitted job; `first`: of its submission."""
     known, folder = [] if first else read_submitted(run_dir), run_dir / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "submitted", "".join(f"{each}\n" for each in [*known, number]))
+    make_private(folder)
+    listed = "".join(f"{each}\n" for each in [*known, number])
+    write_atomic(folder / "submitted", listed, permissions=FOR_OWNER_ALONE)
     if first:
-        write_atomic(folder / "job", f"{number}\n")
+        write_atomic(folder / "job", f"{number}\n", permissions=FOR_OWNER_ALONE)
 
 
 def read_submitted(run_dir: Path) -> list[int]:

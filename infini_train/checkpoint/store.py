@@ -203,37 +203,71 @@ def look_again(read: Callable[[], T]) -> T:
     return read()
 
 
-def find_latest(run_dir: Path, on_problem: Callable[[str], None]) -> Checkpoint | None:
+def find_latest(
+    run_dir: Path, on_problem: Callable[[str], None], on_damaged: Callable[[Path], None] = lambda path: None
+) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies, or None when the run has none at all.
 
     Args:
         run_dir: the run's folder.
         on_problem: receives one line for each newer checkpoint that is torn or corrupt.
+        on_damaged: receives their folders.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
     """
-    checkpoint, problems = look_again(lambda: _find_valid(Path(run_dir) / FOLDER))
+    checkpoint, problems, damaged = look_again(lambda: _find_valid(Path(run_dir) / FOLDER))
     if checkpoint is not None:
         for problem in problems:
             on_problem(f"{problem}; {checkpoint.path.name} is used instead")
+        for path in damaged:
+            on_damaged(path)
     return checkpoint
 
 
-def _find_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
+def _find_valid(folder: Path) -> tuple[Checkpoint | None, list[str], list[Path]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones, and their folders."""
     dangling = dangling_pointer(folder)
-    problems = [dangling] if dangling else []
+    problems, damaged = [dangling] if dangling else [], []
     for path in _newest_first(folder):
         try:
-            return open_checkpoint(path), problems
+            return open_checkpoint(path), problems, damaged
         except VanishedError:
             raise
         except CheckpointError as error:
             problems.append(str(error))
+            damaged.append(path)
     if problems:
         raise CheckpointError(f"no valid checkpoint: {problems[0]}; restore one, or move {folder} away to start anew")
-    return None, []
+    return None, [], []
+
+
+def set_aside(damaged: Iterable[Path], used: Checkpoint) -> list[Path]:
+    """Renames damaged checkpoints, so that they do not count as the last ones when older ones are pruned.
+
+    The one that is used becomes the latest. For the run alone, which holds its folder's lock.
+
+    Returns:
+        Where they are now.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    moved = []
+    for path in damaged:
+        match = _STEP.search(path.name)
+        aside = path.with_name(f"damaged-step-{int(match[1]):08d}" if match else f"damaged-{path.name}")
+        remove(aside)
+        path.rename(aside)
+        moved.append(aside)
+    if moved:
+        folder = used.path.parent
+        pointer = _pointer_aside(folder)
+        remove(pointer)
+        write_synced(pointer, f"step-{used.step:08d}\n")
+        pointer.rename(folder / LATEST)
+        sync_path(folder)
+    return moved
 
 
 def resolve(path: Path) -> Path:

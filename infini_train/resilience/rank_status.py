@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infini_train.atomic_files import write_atomic
+from infini_train.regular_files import make_private
 
 PERIOD_S = 10.0
 STEPS = 16  # whose median is reported
@@ -69,5 +70,5 @@ class RankStatus:
         return {"own_s": own_s, "step_s": step_s}
 
     def _write(self, values: dict[str, object]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
         write_atomic(self.path, json.dumps(values), durable=False)

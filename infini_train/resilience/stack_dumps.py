@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from infini_train.regular_files import open_own
+from infini_train.regular_files import make_private, open_own
 
 DUMP_SIGNAL = signal.SIGURG
 LOGS = "INFINI_TRAIN_LOGS"  # log folder of this start, set by the batch script
@@ -22,7 +22,7 @@ class StackDumps:
     """Dumps stacks into FOLDER/stacks-RANK.txt on a signal; `close` removes the file if there was none."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         self.path = folder / f"stacks-{rank}.txt"
         self._file = open_own(self.path, truncate=True)
         self._file.write(f"rank {rank}, process {os.getpid()}, begun {time.strftime('%F %T')}\n".encode())

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from infini_train.checkpoint import compat, store
 from infini_train.checkpoint.background import BackgroundSaver
@@ -78,10 +79,16 @@ def failing_together() -> Iterator[None]:
 
 def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, Checkpoint | None]:
     """The checkpoint to resume from; without any, the one whose weights a new run starts with, if it names one."""
-    checkpoint = store.find_latest(config.directory, LOG.warning)
+    damaged: list[Path] = []
+    checkpoint = store.find_latest(config.directory, lambda line: LOG.warning("warning: %s", line), damaged.append)
     if checkpoint is None:
         return None, open_origin(config, source)
     _check_resumable(checkpoint, config, source)
+    try:
+        for aside in store.set_aside(damaged, checkpoint):
+            LOG.warning("warning: the damaged checkpoint is now %s; delete it if you don't need it", aside)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error
     return checkpoint, None
 
 

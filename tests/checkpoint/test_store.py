@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted, whole_fragment
-from infini_train.checkpoint.store import find_latest, find_step, open_checkpoint, prune, resolve, save
+from infini_train.checkpoint.store import find_latest, find_step, open_checkpoint, prune, resolve, save, set_aside
 
 
 def save_step(run_dir: Path, step: int, value: float | None = None) -> Path:
@@ -204,6 +204,23 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     (line,) = problems
     assert line.startswith(f"{newest}: {file} is ") and line.endswith("; step-00000001 is used instead")
     assert problem in line or file == "index.json"
+
+
+def test_a_damaged_checkpoint_that_was_set_aside_does_not_count_as_one_of_the_last(tmp_path: Path) -> None:
+    """Else a good one would be pruned for it."""
+    save_step(tmp_path, 1)
+    newest = save_step(tmp_path, 2)
+    flip_last_byte(newest / "rank-00000.safetensors")
+    damaged: list[Path] = []
+    used = find_latest(tmp_path, lambda line: None, damaged.append)
+    assert damaged == [newest]
+    assert set_aside(damaged, used) == [newest.with_name("damaged-step-00000002")]
+    save_step(tmp_path, 3)
+    prune(tmp_path, keep_last=2, milestone_every_steps=None)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*step-*"))
+    assert names == ["damaged-step-00000002", "step-00000001", "step-00000003"]
+    flip_last_byte(tmp_path / "checkpoints" / "step-00000003" / "rank-00000.safetensors")
+    assert found(tmp_path)[0] == "step-00000001"
 
 
 def test_a_deleted_newest_checkpoint_is_reported(tmp_path: Path) -> None:

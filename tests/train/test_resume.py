@@ -149,10 +149,13 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_previous_used(configure, t
     again = open_session(config)
     assert again.step == 2
     problem = next(line for line in lines if "corrupt" in line)
-    assert "step-00000004" in problem and file.name in problem and "step-00000002 is used instead" in problem
+    assert problem.startswith("warning: ") and problem.endswith("; step-00000002 is used instead")
+    assert "step-00000004" in problem and file.name in problem
+    assert (newest.parent / "damaged-step-00000004").is_dir() and not newest.exists()
+    assert (newest.parent / "latest").read_text() == "step-00000002\n"
     assert [step.loss for step in tools.drive(again, 2)] == [step.loss for step in expected]
     save(again)
-    assert open_session(config).step == 4, "the torn checkpoint of the same step is replaced"
+    assert open_session(config).step == 4, "the damaged one is not in the way"
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_new_run(configure):
