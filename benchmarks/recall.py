@@ -47,9 +47,9 @@ def infini(
     }
 
 
-def gated(key_dim: int, read: str = "token", norm: str = "true", gate: str = "head") -> dict[str, str]:
-    """The settings of an arm with the gated delta memory."""
-    return infini("gated_delta", key_dim=key_dim, more=f", read: {read}, read_norm: {norm}, gate: {gate}")
+def gated(key_dim: int, norm: str = "true", gate: str = "head") -> dict[str, str]:
+    """The settings of an arm with the gated delta memory. `read` makes no difference: nothing but pairs is written."""
+    return infini("gated_delta", key_dim=key_dim, more=f", read: token, read_norm: {norm}, gate: {gate}")
 
 
 def two_tokens(conv_tokens: int, layers: int = 1) -> dict[str, str]:
@@ -62,7 +62,6 @@ ARMS = {
     **{f"linear, key size {size}": infini("linear", key_dim=size) for size in (16, 32, 64)},
     **{f"delta, key size {size}": infini("delta", key_dim=size) for size in (16, 32, 64)},
     **{f"gated delta, key size {size}": gated(size) for size in (16, 32, 64)},
-    "gated delta, reads segments": gated(32, read="segment"),
     "gated delta, no norm": gated(32, norm="false"),
     "gated delta, gate from the query": gated(32, gate="query"),
     "linear sharp, key size 32": infini("linear", "sharp"),
@@ -80,9 +79,9 @@ BASELINES = ["transformer_xl", "memorizing", "rmt", "local", "full"]
 TWO_TOKENS = ["two tokens, 2 layers", "two tokens, convolution"]
 SIZES = [f"{update}, key size {size}" for update in ("linear", "delta", "gated delta") for size in (16, 32, 64)]
 PANELS = {
-    "key size, 2 heads (solid: linear, dashed: delta, dotted: gated delta)": SIZES,
-    "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[12:15]],
-    "gated delta, key size 32": ["gated delta, key size 32", *list(ARMS)[9:12], "delta, key size 32"],
+    "key size (dashed: delta, dotted: gated delta)": SIZES,
+    "features, heads": ["linear, key size 32", "delta, key size 32", *list(ARMS)[11:14]],
+    "gated delta, key size 32": ["gated delta, key size 32", *list(ARMS)[9:11], "delta, key size 32"],
     "key and value as two tokens": ["delta, key size 32", *TWO_TOKENS],
     "the baselines": ["linear, key size 32", "delta, key size 32", *BASELINES],
 }
