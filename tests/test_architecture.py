@@ -58,7 +58,7 @@ DEVICE_SHIM = "infini_train/parallel/device.py"
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 ALLOWED_SIZES = {  # (file or file:function, unit) -> (limit, reason)
-    ("infini_train/ops/attention.py:infini_attention", "parameters"): (9, "the inputs of the equations, each named"),
+    ("infini_train/ops/attention.py:infini_attention", "parameters"): (10, "the inputs of the equations, each named"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 

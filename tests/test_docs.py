@@ -13,9 +13,9 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -259,6 +259,8 @@ def config_fields() -> set[str]:
         hints = get_type_hints(parent)
         for field, kind in ((each.name, hints[each.name]) for each in dataclasses.fields(parent)):
             found.add(prefix + field)
+            if get_origin(kind) is Mapping:
+                continue  # of names; what a name stands for has fields elsewhere
             for section in (kind, *get_args(kind)):
                 for variant in TABLES.get(section, {"": section}).values():  # these share a prefix
                     if dataclasses.is_dataclass(variant) and isinstance(variant, type):
@@ -278,8 +280,9 @@ def unknown_fields(codes: list[str]) -> list[str]:
     for code in codes:
         path = re.fullmatch(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:[=:].*)?", code.removeprefix("--set "))
         is_file = path and path[1].endswith(SUFFIXES)
-        if path and not is_file and path[1].split(".")[0] in SECTIONS and path[1] not in FIELDS:
-            found.append(code)
+        if path and not is_file and path[1].split(".")[0] in SECTIONS:
+            field = re.sub(r"^model\.attention\.variants\.\w+\.", "model.attention.", path[1])
+            found += [code] * (field not in FIELDS)
     return found
 
 

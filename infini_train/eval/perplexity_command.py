@@ -73,8 +73,7 @@ def evaluate_run(
 
     folder, dataset = open_data(trained, data)
     window = _choose_window(trained.config, window_tokens, stream)
-    begin = time.perf_counter()
-    total = dataset.manifest.tokens + dataset.manifest.documents
+    begin, total = time.perf_counter(), dataset.manifest.tokens + dataset.manifest.documents
     total = min(total, max_tokens or total)
     with progress_bar(total=total, unit="tok", unit_scale=True) as bar:
         found = evaluate_perplexity(

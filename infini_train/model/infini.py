@@ -11,7 +11,7 @@ from infini_train.config.variant import AttentionVariant
 from infini_train.model.layers import Norm, head_linear, sum_gradient_over_tensor_ranks
 from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates, query_gates
 from infini_train.model.parameters import Initial, constant, declare, owe_to_field
-from infini_train.ops.attention import InfiniState, Mixing, infini_attention, write_memory
+from infini_train.ops.attention import Additions, InfiniState, infini_attention, write_memory
 from infini_train.ops.convolution import convolve
 from infini_train.ops.gated_delta import GatedMemory, Writing, empty_gated_memory
 from infini_train.ops.grid import Grid, Recent, no_recent
@@ -97,8 +97,13 @@ class InfiniAttention(SequenceMixer):
             form=self.form,
             rope=self.rope,
             ranks=self.ranks,
-            writing=self._choose_writing(entered_TBD),
-            mixing=Mixing(self.gate_query, self.norm_read, "memory" not in self.left_out, "local" not in self.left_out),
+            additions=Additions(
+                self._choose_writing(entered_TBD),
+                self.gate_query,
+                self.norm_read,
+                has_memory="memory" not in self.left_out,
+                has_local="local" not in self.left_out,
+            ),
         )
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 

@@ -29,20 +29,22 @@ class InfiniState(NamedTuple):
     recent: Annotated[Recent, Stored("recent")]
 
 
-class Mixing(NamedTuple):
-    """What may be added to the paper's form: what each query says of its gate, and a norm of what is read.
+class Additions(NamedTuple):
+    """What may be beside the paper's form, and what is left out of it.
 
-    Also what is left out to see what it is worth: without the memory, nothing is read, as if it were empty; without
-    the local attention its result is zero, and the gates stay as they are.
+    How each token writes a gated delta memory, what each query says of its gate, and a norm of what is read. To see
+    what a part is worth, it can be left out: without the memory, nothing is read, as if it were empty; without the
+    local attention its result is zero, and the gates stay as they are.
     """
 
+    writing: Writing | None = None
     gate_HD: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
     has_memory: bool = True
     has_local: bool = True
 
 
-PLAIN = Mixing()
+PLAIN = Additions()
 
 
 def local_attention(
@@ -95,8 +97,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     form: Form = PAPER,
     rope: Rope = ROPE,
     ranks: Ranks | None = None,
-    writing: Writing | None = None,
-    mixing: Mixing = PLAIN,
+    additions: Additions = PLAIN,
 ) -> tuple[Tensor, InfiniState]:
     """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
 
@@ -113,8 +114,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         form: how the memory is written and addressed.
         rope: the rotary frequencies of the local attention.
         ranks: how memory and overlap travel between the ranks of `grid.shard`; not asked on one rank.
-        writing: how each token writes the gated delta memory; None for the paper's updates.
-        mixing: what is added to Eq. 10.
+        additions: what is beside the paper's form.
 
     Returns:
         out_BHTE in the dtype of v, and the state after the call, the same on all ranks. A segment left open is carried
@@ -122,19 +122,19 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         any more.
     """
     q_BSHQD = fold_queries(q_BHTD, grid)
-    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
+    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, additions.writing)
     local_BSHQE = _attend_segments(q_BSHQD, windows.k_BSKJD, windows.v_BSKJE, grid, rope)  # while memories travel
     recalled = recall()
     read_BSHQE = recalled.read_BSHQE
     assert read_BSHQE is not None
-    if mixing.norm is not None:
-        read_BSHQE = mixing.norm(read_BSHQE)
+    if additions.norm is not None:
+        read_BSHQE = additions.norm(read_BSHQE)
     beta_HQ = beta_H[:, None]
-    if mixing.gate_HD is not None:
-        beta_HQ = beta_HQ + (q_BSHQD * mixing.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
-    if not mixing.has_local:
+    if additions.gate_HD is not None:
+        beta_HQ = beta_HQ + (q_BSHQD * additions.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
+    if not additions.has_local:
         local_BSHQE = torch.zeros_like(local_BSHQE)
-    visible_BSQ = recalled.visible_BSQ if mixing.has_memory else torch.zeros_like(recalled.visible_BSQ)
+    visible_BSQ = recalled.visible_BSQ if additions.has_memory else torch.zeros_like(recalled.visible_BSQ)
     out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, visible_BSQ)  # Eq. 10
     return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, windows.following())
 

@@ -169,58 +169,58 @@ def make_grid(
     if recent is None:
         recent = no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=device))
     open_tokens = recent.document_BR.shape[1] - overlap_tokens
-    rank, ranks = shard
-    is_endless = segment_tokens is None
     size = segment_tokens or open_tokens + tokens
     assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
     document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
     weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
-    left_open = open_tokens + tokens if is_endless else (open_tokens + tokens) % size
+    left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
     carried_document_BR, carried_weight_BR = _carry_marks(document_BL, weight_BL, overlap_tokens + left_open)
-
     age_BT = _count_ages(starts_BT)
-    last_age_B = age_BT[:, -1]
-    keep_BP = None
+    marks = _Marks(document_BL, weight_BL, None, open_tokens, size, left_open)
+    rank, ranks = shard
     if ranks > 1:
-        assert open_tokens == 0 and tokens % (ranks * (1 if is_endless else size)) == 0
+        assert open_tokens == 0 and tokens % (ranks * (segment_tokens or 1)) == 0
         tokens //= ranks
-        age_BT = age_BT[:, rank * tokens : (rank + 1) * tokens]
-        if is_endless:
-            open_tokens, size = rank * tokens, (rank + 1) * tokens
-            left_open = size
-            document_BL, weight_BL = document_BL[:, :size], weight_BL[:, :size]
-        else:
-            document_BL, weight_BL, keep_BP = _take_shard(document_BL, weight_BL, overlap_tokens, shard)
-    cut = _cut_segments(document_BL, weight_BL, tokens, Layout(size, overlap_tokens, sink_tokens), left_open)
+        marks = (_take_prefix if segment_tokens is None else _take_shard)(marks, overlap_tokens, shard)
+    found = _cut_segments(marks, tokens, overlap_tokens, sink_tokens)._asdict()
+    keep_BS, closed = found.pop("keep_BS"), found["write_BCN"].shape[1]
     grid = Grid(
+        **found,
         overlap_tokens=overlap_tokens,
-        segment_tokens=size,
-        open_tokens=open_tokens,
+        segment_tokens=marks.segment_tokens,
+        open_tokens=marks.open_tokens,
         tokens=tokens,
-        segments=cut.keep_BS.shape[1],
-        closed=cut.write_BCN.shape[1],
+        segments=keep_BS.shape[1],
+        closed=closed,
         shard=shard,
-        mask_BSQJ=cut.mask_BSQJ,
-        reads_BSQ=cut.reads_BSQ,
-        document_BSQ=cut.document_BSQ,
-        weight_BSQ=cut.weight_BSQ,
-        write_BCN=cut.write_BCN,
-        keep_BC=cut.keep_BS[:, : cut.write_BCN.shape[1]],
-        keep_open_B=cut.keep_BS[:, -1] if left_open else torch.ones_like(cut.keep_BS[:, -1]),
-        keep_BP=keep_BP,
-        count_BC=(cut.write_BCN > 0).sum(-1),
+        keep_BC=keep_BS[:, :closed],
+        keep_open_B=keep_BS[:, -1] if marks.left_open else torch.ones_like(keep_BS[:, -1]),
+        keep_BP=marks.keep_BP,
+        count_BC=(found["write_BCN"] > 0).sum(-1),
         carried_document_BR=carried_document_BR,
         carried_weight_BR=carried_weight_BR,
-        age_BT=age_BT,
-        last_age_B=last_age_B,
+        age_BT=age_BT[:, rank * tokens : (rank + 1) * tokens],
+        last_age_B=age_BT[:, -1],
     )
-    if not sink_tokens:
-        return grid
-    assert not is_endless
-    cuts = Cuts(grid.segments, size, overlap_tokens, open_tokens, sink_tokens, shard)
-    sinks = find_sinks(starts_BT, recent.sinks, cuts)
+    return _add_sinks(grid, starts_BT, recent.sinks, sink_tokens) if sink_tokens else grid
+
+
+def _add_sinks(grid: Grid, starts_BT: Tensor, carried: Sinks | None, sink_tokens: int) -> Grid:
+    cuts = Cuts(grid.segments, grid.segment_tokens, grid.overlap_tokens, grid.open_tokens, sink_tokens, grid.shard)
+    sinks = find_sinks(starts_BT, carried, cuts)
     assert grid.mask_BSQJ is not None
     return grid._replace(mask_BSQJ=torch.cat((sinks.seen_BSQZ, grid.mask_BSQJ), -1), sinks=sinks)
+
+
+class _Marks(NamedTuple):
+    """Document numbers and write weights of W, open and new tokens; keep_BP, and sizes in tokens: see `Grid`."""
+
+    document_BL: Tensor
+    weight_BL: Tensor
+    keep_BP: Tensor | None
+    open_tokens: int
+    segment_tokens: int
+    left_open: int
 
 
 def _carry_marks(document_BL: Tensor, weight_BL: Tensor, kept_tokens: int) -> tuple[Tensor, Tensor]:
@@ -241,11 +241,9 @@ class _Cut(NamedTuple):
     keep_BS: Tensor
 
 
-def _cut_segments(document_BL: Tensor, weight_BL: Tensor, tokens: int, layout: Layout, left_open: int) -> _Cut:
-    """Who sees whom and what is written, from the marks of W, open and new tokens."""
-    size, overlap_tokens, sink_tokens = layout
-    assert size is not None
-    open_tokens = document_BL.shape[1] - overlap_tokens - tokens
+def _cut_segments(marks: _Marks, tokens: int, overlap_tokens: int, sink_tokens: int) -> _Cut:
+    """Who sees whom and what is written."""
+    document_BL, weight_BL, _, open_tokens, size, left_open = marks
     segments, closed = -(-(open_tokens + tokens) // size), (open_tokens + tokens - left_open) // size
     if segments > 1:  # padding goes on with the last document but comes after every query and is never written
         padding = segments * size - open_tokens - tokens
@@ -280,20 +278,27 @@ def _count_ages(starts_BT: Tensor) -> Tensor:
     return place_T - torch.where(starts_BT, place_T, -LONG).cummax(1).values
 
 
-def _take_shard(
-    document_BL: Tensor, weight_BL: Tensor, overlap_tokens: int, shard: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _take_shard(marks: _Marks, overlap_tokens: int, shard: tuple[int, int]) -> _Marks:
     """A shard's marks after those of the W tokens before it, and keep_BP.
 
     Document 0 is then the one that was being read when the shard began.
     """
     rank, ranks = shard
-    tokens = (document_BL.shape[1] - overlap_tokens) // ranks
-    last_BP = document_BL[:, overlap_tokens + tokens - 1 :: tokens]
+    tokens = (marks.document_BL.shape[1] - overlap_tokens) // ranks
+    last_BP = marks.document_BL[:, overlap_tokens + tokens - 1 :: tokens]
     before_BP = F.pad(last_BP[:, :-1], (1, 0))
     part = slice(rank * tokens, rank * tokens + overlap_tokens + tokens)
-    document_BL = (document_BL[:, part] - before_BP[:, rank, None]).clamp_min(NOTHING)
-    return document_BL, weight_BL[:, part], last_BP == before_BP
+    document_BL = (marks.document_BL[:, part] - before_BP[:, rank, None]).clamp_min(NOTHING)
+    weight_BL = marks.weight_BL[:, part]
+    return marks._replace(document_BL=document_BL, weight_BL=weight_BL, keep_BP=last_BP == before_BP)
+
+
+def _take_prefix(marks: _Marks, overlap_tokens: int, shard: tuple[int, int]) -> _Marks:
+    """The marks of one endless segment up to the end of a shard; the shards before it are its open tokens."""
+    rank, ranks = shard
+    tokens = marks.document_BL.shape[1] // ranks
+    stop = (rank + 1) * tokens
+    return _Marks(marks.document_BL[:, :stop], marks.weight_BL[:, :stop], None, rank * tokens, stop, stop)
 
 
 def _local_mask(

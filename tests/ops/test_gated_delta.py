@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infini_train.ops import gated_delta, gated_reference, reference
-from infini_train.ops.attention import InfiniState, Mixing, infini_attention, write_memory
+from infini_train.ops.attention import Additions, InfiniState, infini_attention, write_memory
 from infini_train.ops.gated_delta import GatedMemory, Writing, unit
 from infini_train.ops.gated_reference import GatedInputs
 from infini_train.ops.grid import make_grid, no_recent
@@ -79,8 +79,7 @@ class Draw(NamedTuple):
             form=self.form,
             rope=ROPE,
             ranks=ranks,
-            writing=mine.writing,
-            mixing=self.mixing,
+            additions=mine.additions,
         )
 
     @property
@@ -89,12 +88,12 @@ class Draw(NamedTuple):
         return Writing(torch.nn.functional.logsigmoid(-strength), torch.nn.functional.logsigmoid(decay))
 
     @property
-    def mixing(self) -> Mixing:
+    def additions(self) -> Additions:
         weight = self.inputs.norm_E
         norm = None
         if weight is not None:
             norm = lambda x: torch.nn.functional.rms_norm(x, weight.shape, weight, gated_reference.EPS)  # noqa: E731
-        return Mixing(self.inputs.gate_HD, norm)
+        return Additions(self.writing, self.inputs.gate_HD, norm)
 
     def attend_in_pieces(self, *places: int):
         edges = [0, *places, self.inputs.q_BHTD.shape[2]]
@@ -116,10 +115,12 @@ class Draw(NamedTuple):
         return gated_reference.attend(inputs, self.marks, memory, form, self.form.read)
 
 
-def draw(  # noqa: PLR0913
-    read="token", *, batch=2, heads=2, kv_heads=2, tokens=12, segment_tokens=4, key_size=4, value_size=4,
-    overlap_tokens=0, seed=0, start_share=0.0, plain_mixing=False, filled=True,
-):  # fmt: skip
+def draw(read="token", seed=0, start_share=0.0, plain_additions=False, filled=True, **shape):
+    """`shape`: any of the sizes below."""
+    sizes = {"batch": 2, "heads": 2, "kv_heads": 2, "tokens": 12, "segment_tokens": 4, "key_size": 4, "value_size": 4}
+    batch, heads, kv_heads, tokens, segment_tokens, key_size, value_size, overlap_tokens = (
+        {**sizes, "overlap_tokens": 0} | shape
+    ).values()
     source = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -128,7 +129,7 @@ def draw(  # noqa: PLR0913
     q, k = normal(batch, heads, tokens, key_size), normal(batch, kv_heads, tokens, key_size)
     v, beta = normal(batch, kv_heads, tokens, value_size), normal(heads)
     logits = normal(batch, kv_heads, tokens), (2 + normal(batch, kv_heads, tokens)).detach().requires_grad_()
-    extra = (None, None) if plain_mixing else (normal(heads, key_size), normal(value_size))
+    extra = (None, None) if plain_additions else (normal(heads, key_size), normal(value_size))
     starts = torch.rand(batch, tokens, generator=source) < start_share
     weights = torch.tensor([0, 0.25, 1, 1, 2.5])[torch.randint(5, (batch, tokens), generator=source)]
     weights = weights if start_share else torch.ones_like(weights)
@@ -186,7 +187,7 @@ def test_outputs_state_and_gradients_equal_the_reference(ops, shape, read, start
 
 
 def test_the_papers_gate_and_no_norm(ops, read):
-    given = draw(read, seed=3, start_share=0.1, plain_mixing=True)
+    given = draw(read, seed=3, start_share=0.1, plain_additions=True)
     fast, slow = (without_entering(results(*f()), read) for f in (given.attend, given.attend_by_reference))
     ops.assert_same(fast, slow)
     ops.assert_same(gradients(given, fast), gradients(given, slow))
