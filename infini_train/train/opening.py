@@ -17,7 +17,7 @@ from infini_train.parallel import mesh
 from infini_train.train.building import build, empty_carried, open_origin, open_sources
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
-from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint
+from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint, warn_of_checkpoint
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def failing_together() -> Iterator[None]:
 
 def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, Checkpoint | None]:
     """The checkpoint to resume from; without any, the one whose weights a new run starts with, if it names one."""
-    checkpoint = store.find_latest(config.directory, LOG.warning)
+    checkpoint = store.find_latest(config.directory, warn_of_checkpoint)
     if checkpoint is None:
         return None, open_origin(config, source)
     _check_resumable(checkpoint, config, source)
