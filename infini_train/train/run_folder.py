@@ -116,7 +116,7 @@ def _lock(directory: Path) -> IO[bytes]:
     while (stream := _try_lock(directory / LOCK)) is None:
         if time.monotonic() >= deadline:
             raise ConfigError(f"run_dir: another process is training in {directory}; wait for it or stop it")
-        LOG.debug("another process holds %s", directory)
+        LOG.debug("an earlier start still holds %s", directory)
         time.sleep(POLL_S)
     return stream
 
