@@ -50,4 +50,4 @@ PAGE = ResultPage("faults", "benchmarks/faults_report.py", {"faults": tabulate, 
 
 
 if __name__ == "__main__":
-    PAGE.write()
+    PAGE.main(__doc__)

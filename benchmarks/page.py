@@ -4,6 +4,7 @@ A block of a page begins with ``<!-- NAME: written by PROGRAM -->`` and ends wit
 outside the blocks is written by hand.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +37,14 @@ class ResultPage:
         return text
 
     def write(self) -> None:
-        """Brings the file up to date."""
+        """Brings the file up to date, and says which it was."""
         self.path.write_text(self.render(), encoding="utf-8")
+        print(f"written: {self.path.relative_to(ROOT)}")
+
+    def main(self, description: str | None) -> None:
+        """The whole of a program that only writes the page."""
+        argparse.ArgumentParser(description=description).parse_args()
+        self.write()
 
 
 def fill_between(text: str, begin: str, end: str, block: str) -> str:

@@ -1,5 +1,6 @@
 """The tables and the plot of docs/results/table2.md from the files of benchmarks/table2.py."""
 
+import argparse
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
-from page import IMAGES, ResultPage, as_table, load_results  # noqa: E402
+from page import IMAGES, ROOT, ResultPage, as_table, load_results  # noqa: E402
 
 ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
@@ -21,7 +22,9 @@ Found = dict[str, Any]
 def write_report() -> None:
     """Writes the tables into the page, and the plot."""
     if found := load():
-        draw(found, IMAGES / "table2_memory.png")
+        image = IMAGES / "table2_memory.png"
+        draw(found, image)
+        print(f"written: {image.relative_to(ROOT)}")
     PAGE.write()
 
 
@@ -154,4 +157,5 @@ PAGE = ResultPage(
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     write_report()

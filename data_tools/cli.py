@@ -1,31 +1,34 @@
 """infini-data: train a tokenizer, encode text into shards, and look after them."""
 
-import argparse
-import os
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Any
+from infini_train.interrupts import ending_at_once
 
-from data_tools import combine, fertility, inspect, lengths
-from data_tools.clean import CleanOptions, Waiting, clean_corpus
-from data_tools.documents import ReadOptions
-from data_tools.duplicates import NearKeys, disk_bytes
-from data_tools.encode import EncodeOptions, encode_corpus
-from data_tools.filters import FilterOptions
-from data_tools.options import build_parser, flag_of
-from data_tools.problems import LeftOut, SettingError
-from data_tools.progress import byte_bar, elapsed_time
-from data_tools.readers import documents, texts
-from data_tools.tokenizer import TokenizerOptions, train_tokenizer
-from data_tools.verify import seal, verify
-from infini_train import exit_codes
-from infini_train.command_errors import open_missing_streams, run_command
-from infini_train.config.errors import ConfigError
-from infini_train.data.manifest import Manifest
-from infini_train.data.pairs import PairForm
-from infini_train.data.writer import TargetExistsError
+with ending_at_once():  # the imports take seconds
+    import argparse
+    import os
+    import signal
+    import sys
+    from collections.abc import Iterator, Sequence
+    from dataclasses import fields
+    from typing import Any
+
+    from data_tools import combine, fertility, inspect, lengths
+    from data_tools.clean import CleanOptions, Waiting, clean_corpus
+    from data_tools.documents import ReadOptions
+    from data_tools.duplicates import NearKeys, disk_bytes
+    from data_tools.encode import EncodeOptions, encode_corpus
+    from data_tools.filters import FilterOptions
+    from data_tools.options import build_parser, flag_of
+    from data_tools.problems import LeftOut, SettingError
+    from data_tools.progress import byte_bar, elapsed_time
+    from data_tools.readers import documents, texts
+    from data_tools.tokenizer import TokenizerOptions, train_tokenizer
+    from data_tools.verify import seal, verify
+    from infini_train import exit_codes
+    from infini_train.command_errors import open_missing_streams, run_command
+    from infini_train.config.errors import ConfigError
+    from infini_train.data.manifest import Manifest
+    from infini_train.data.pairs import PairForm
+    from infini_train.data.writer import TargetExistsError
 
 
 def _read_options(options: argparse.Namespace) -> ReadOptions:
@@ -246,8 +249,9 @@ def explain(error: ConfigError, command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for damage found, 2 for a mistake of the user, 130 for Ctrl-C."""
-    open_missing_streams()
-    options = build_parser().parse_args(arguments)
+    with ending_at_once():
+        open_missing_streams()
+        options = build_parser().parse_args(arguments)
     # exits, so that what was written aside is removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED))
     return run_command(

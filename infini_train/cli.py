@@ -1,39 +1,42 @@
 """infini-train: train, eval, generate, plan, checkpoint, import, export, selftest, demo; each calls one function."""
 
-import argparse
-import errno
-import itertools
-import os
-import signal
-import sys
-import threading
-from collections.abc import Sequence
+from infini_train.interrupts import ending_at_once
 
-from infini_train import __version__, exit_codes, logs
-from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
-from infini_train.command_errors import fail, open_missing_streams, run_command, translate
-from infini_train.command_line import (
-    CommandParser,
-    Spinner,
-    add_verbosity,
-    describe,
-    location,
-    path,
-    positive,
-    processes,
-    repeat_verbosity,
-)
-from infini_train.config.errors import ConfigError
-from infini_train.config.files import config_roots, load_run, scale_sizes
-from infini_train.config.renamed import current_words
-from infini_train.config.run import RunConfig, divide_processes
-from infini_train.convert.commands import add_export, add_import
-from infini_train.environment import world
-from infini_train.eval.commands import add_commands as add_eval_commands
-from infini_train.inference.prompts import read_prompt
-from infini_train.inference.sampling import add_sampling, read_sampling
-from infini_train.plan.command import add_command as add_plan_command
-from infini_train.selftest.commands import add_command as add_selftest_command
+with ending_at_once():  # the imports take seconds
+    import argparse
+    import errno
+    import itertools
+    import os
+    import signal
+    import sys
+    import threading
+    from collections.abc import Sequence
+
+    from infini_train import __version__, exit_codes, logs
+    from infini_train.checkpoint.commands import add_commands as add_checkpoint_commands
+    from infini_train.command_errors import fail, open_missing_streams, run_command, translate
+    from infini_train.command_line import (
+        CommandParser,
+        Spinner,
+        add_verbosity,
+        describe,
+        location,
+        path,
+        positive,
+        processes,
+        repeat_verbosity,
+    )
+    from infini_train.config.errors import ConfigError
+    from infini_train.config.files import config_roots, load_run, scale_sizes
+    from infini_train.config.renamed import current_words
+    from infini_train.config.run import RunConfig, divide_processes
+    from infini_train.convert.commands import add_export, add_import
+    from infini_train.environment import world
+    from infini_train.eval.commands import add_commands as add_eval_commands
+    from infini_train.inference.prompts import read_prompt
+    from infini_train.inference.sampling import add_sampling, read_sampling
+    from infini_train.plan.command import add_command as add_plan_command
+    from infini_train.selftest.commands import add_command as add_selftest_command
 
 DESCRIPTION = "Pretrain and evaluate language models with compressive memory (Infini-attention)."
 EPILOG = """\
@@ -81,8 +84,9 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit codes: see the end of --help."""
-    open_missing_streams()
-    options = _parser().parse_args(arguments)
+    with ending_at_once():
+        open_missing_streams()
+        options = _parser().parse_args(arguments)
     hook, threading.excepthook = threading.excepthook, _show_thread_error
     try:
         code = run_command(lambda: _run(options))

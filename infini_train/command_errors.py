@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from infini_train import exit_codes
+from infini_train import exit_codes, interrupts
 from infini_train.config.errors import ConfigError
 from infini_train.redaction import redact_message
 
@@ -45,6 +45,7 @@ def run_command(
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        interrupts.end_at_the_next()
         return fail(interrupted, exit_codes.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         _silence_stdout()

@@ -30,7 +30,7 @@ _PASSWORD_WITH_SLASH = re.compile(
     r"(?<!github)(?<!git)(://[^\s/:@\[\]]*):(?!:|\d*(?:[/?#]|$)|\*\*\*@)[^\s@\"']{0,200}@"
 )
 _TOKEN_AS_USER = re.compile(r"(\bhttps?://)[^\s/:@?#]+@")
-_PARAMETER = re.compile(r"([?&;])([\w.~%-]+)=([^\s&;#\"']+)")
+_PARAMETER = re.compile(r"([?&;])([\w.~%-]+)=([^\s&;#\"']*[^\s&;#\"':,])")  # a message may go on with a colon
 _ASSIGNMENT = re.compile(
     r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)(?P<sign>["']?\s*(?::=|=>|[=:])\s*)(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s"',;&(){}\[\]]+)"""
 )
@@ -38,7 +38,7 @@ _FLAG = re.compile(r"""(?<![\w-])(?P<name>--[\w-]+)(?P<sign>\s+)(?P<value>"[^"\n
 _USER_FLAG = re.compile(r"(?<!\S)(-u|--user|--proxy-user)([ =]?['\"]?[^\s:'\"/]+):[^\s'\"]+")  # of curl
 _AUTHORIZATION = re.compile(r"""(?i)(\bauthorization["']?\s*[:=]\s*["']?[a-z-]+\s+)[^\s"']+""")  # Token, Digest, ...
 _HEADER = re.compile(r"(?i)\b(basic|bearer)\s+[A-Za-z0-9+/=._~-]{8,}")
-_WEBHOOK = re.compile(r"(https://hooks\.[\w.-]+/)\S+")
+_WEBHOOK = re.compile(r"(https://hooks\.[\w.-]+/)\S*[^\s:,]")
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _KNOWN_FORMS = re.compile(
     r"""(?<![\w-])(?:

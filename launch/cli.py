@@ -1,15 +1,18 @@
 """infini-launch: submit, watch and end training jobs on Slurm. No torch; pydantic and Jinja only when needed."""
 
-import argparse
-import logging
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from infini_train.interrupts import ending_at_once
 
-from infini_train.command_errors import open_missing_streams, run_command
-from infini_train.command_line import CommandParser, non_negative, path, positive, processes
-from launch import console, watch
+with ending_at_once():  # the imports take seconds
+    import argparse
+    import logging
+    import sys
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from infini_train.command_errors import open_missing_streams, run_command
+    from infini_train.command_line import CommandParser, non_negative, path, positive, processes
+    from launch import console, watch
 
 DESCRIPTION = "Submit training jobs to Slurm, see how they are doing, and end them. Docs: docs/slurm.md."
 EPILOG = """\
@@ -35,9 +38,10 @@ MAX_CHAIN = 1000  # jobs; more are a mistake, and no queue takes them
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
-    open_missing_streams()
-    options = build_parser().parse_args(arguments)
-    console.configure(options.level)
+    with ending_at_once():
+        open_missing_streams()
+        options = build_parser().parse_args(arguments)
+        console.configure(options.level)
     sys.exit(run_command(lambda: options.command(options)))
 
 

@@ -27,10 +27,12 @@ somebody else's: it counts as absent, and no file can make a command wait or fai
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +46,9 @@ from launch.record import describe_environment, describe_revision
 LAST_LINES, LAST_BYTES = 3, 1 << 16
 MAX_BYTES = 1 << 20  # of a file that this program wrote: all are small
 OWN, FOR_OWNER_ALONE = 0o700, 0o600
+TEXTS = ("state", "host")
 NUMBERS = ("step", "total_steps", "loss", "tokens_per_s", "eta_s", "restarts", "heartbeat")  # of status.json
+LOCK = ".lock"  # of infini_train/train/run_folder.py: rank 0 holds it as long as it lives
 START = re.compile(r"([0-9]{1,18})\.([0-9]{1,9})")  # JOB.START
 
 
@@ -118,7 +122,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         return {"problem": "status.json: is not what training writes"}
     if not isinstance(found, dict):
         return {"problem": "status.json: is not what training writes"}
-    kept = {name: found[name] for name in ("state",) if isinstance(found.get(name), str)}
+    kept = {name: found[name] for name in TEXTS if isinstance(found.get(name), str)}
     return kept | {name: found[name] for name in NUMBERS if is_number(found.get(name))}
 
 
@@ -161,6 +165,21 @@ def newest_logs(run_dir: Path) -> Path | None:
 def read_fence(run_dir: Path) -> str:
     """The newest start of the run's job, as JOB.START; empty without one."""
     return read_text(run_dir / "launch" / "fence")
+
+
+def has_process(run_dir: Path, status: Mapping[str, Any]) -> bool | None:
+    """Whether rank 0 of this run is alive, by its lock; None: that can't be asked here.
+
+    A lock that another machine holds need not be seen here, so only the run's own host can say that there is none.
+    """
+    try:
+        with open_regular(run_dir / LOCK, follow_links=False) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, it is somebody else's, or the file system has no locks
+        return None
+    return False if status.get("host") == socket.gethostname() else None
 
 
 def heartbeat_age_s(status: Mapping[str, Any]) -> float | None:

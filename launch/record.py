@@ -59,7 +59,7 @@ def describe_revision(code: Path) -> str:
 def _git(code: Path, *arguments: str) -> str:
     """What git prints of this folder, whatever repository the environment names and whatever its config would run."""
     done = subprocess.run(
-        ["git", "-C", str(code), "-c", "core.fsmonitor=false", *arguments],
+        ["git", "-C", str(code), "-c", "core.fsmonitor=false", "-c", "status.relativePaths=false", *arguments],
         env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -68,4 +68,4 @@ def _git(code: Path, *arguments: str) -> str:
         check=True,
         timeout=30,
     )
-    return done.stdout.strip()
+    return done.stdout.rstrip()  # a status line may begin with a blank

@@ -7,6 +7,8 @@ from typing import Any
 from launch import folder, ranks
 from launch.slurm import EndedJob, QueuedJob
 
+RUNNING = ("training", "starting")
+UNHEARD_S = 300.0  # without a report: longer than steps and checkpoints usually take
 COLUMNS = ("run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note")
 
 
@@ -24,7 +26,12 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Ma
     past = ended.get(number) if number is not None and job is None else None
     failure = folder.read_failure(run_dir)
     state = _state(status.get("state"), number, job, past, failure)
-    trouble = ranks.describe_trouble(ranks.read_ranks(run_dir)) if state == "training" else ""
+    trouble = ""
+    if state == "training":
+        entries = ranks.read_ranks(run_dir)
+        trouble = ranks.describe_trouble(entries)
+        if job is None:  # Slurm knows better
+            state, trouble = _look_for_life(run_dir, status, entries, trouble)
     notes = [job.reason if job and job.state == "PENDING" else trouble or failure]
     if past and state != "finished":
         notes.append(past.describe())
@@ -37,12 +44,28 @@ def describe_run(run_dir: Path, queue: Mapping[int, QueuedJob] | None, ended: Ma
         "total_steps": status.get("total_steps"),
         "loss": status.get("loss"),
         "tokens_per_s": status.get("tokens_per_s"),
-        "eta_s": status.get("eta_s"),
+        "eta_s": status.get("eta_s") if state in RUNNING else None,
         "restarts": status.get("restarts"),
         "heartbeat_age_s": folder.heartbeat_age_s(status),
         "slurm": past._asdict() if past else job._asdict() if job else None,
         "note": "; ".join(note for note in notes if note),
     }
+
+
+def _look_for_life(
+    run_dir: Path, status: Mapping[str, Any], entries: list[ranks.Entry], trouble: str
+) -> tuple[str, str]:
+    """State and note of a run that says it is training, whose process may have been killed."""
+    age_s = folder.heartbeat_age_s(status)
+    if age_s is None or min([age_s, *(entry.age_s for entry in entries)]) <= ranks.SILENT_S:
+        return "training", trouble
+    alive = folder.has_process(run_dir, status)
+    if alive is False:
+        return "dead", "no process; start it again to resume"
+    if alive is None and age_s > UNHEARD_S:
+        where = f" from {status['host']}" if "host" in status else ""
+        return "silent", "; ".join(filter(None, (f"no report{where} for {format_seconds(age_s)}", trouble)))
+    return "training", trouble
 
 
 def _state(said: str | None, number: int | None, job: QueuedJob | None, past: EndedJob | None, failure: str) -> str:
@@ -75,7 +98,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         "-" if step is None else f"{step}/{_text(row['total_steps'])}",
         "-" if row["loss"] is None else f"{row['loss']:.4f}",
         "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
-        "-" if finished else format_seconds(row["eta_s"]),
+        format_seconds(row["eta_s"]),
         _text(row["restarts"]),
         "-" if finished or row["heartbeat_age_s"] is None else format_seconds(row["heartbeat_age_s"]) + " ago",
         folder.printable(row["note"]),

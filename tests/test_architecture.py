@@ -15,20 +15,21 @@ PACKAGES = ("infini_train", "data_tools", "launch")
 # A room (a folder or a top-level module of infini_train) and the rooms it may import. Each may import itself, and all
 # but ops, which knows tensors only, may import what lies at the bottom.
 FILES = {"atomic_files", "regular_files"}
-PROCESS = {"child_processes", "environment", "exit_codes", "logs", "redaction"}
+PROCESS = {"child_processes", "environment", "exit_codes", "interrupts", "logs", "redaction"}
 BOTTOM = {"config", "command_line", "command_errors", *FILES, *PROCESS}
 MODEL = {"model", "ops"}
 STACK = {"checkpoint", "parallel", "data", *MODEL}
 ROOMS = {
     "config": {"regular_files", "redaction"},
     "command_line": {"config", "exit_codes", "logs"},  # errors, and whether notes are wanted
-    "command_errors": {"config", "exit_codes", "redaction"},
+    "command_errors": {"config", "exit_codes", "interrupts", "redaction"},
     "atomic_files": {"regular_files"},
     "regular_files": set(),
     "redaction": set(),
     "environment": {"config"},  # a variable that is no number is a user's mistake
     "child_processes": {"exit_codes"},
     "exit_codes": set(),
+    "interrupts": {"exit_codes"},
     "logs": {"redaction"},
     "ops": set(),
     "data": set(),

@@ -101,6 +101,13 @@ def test_the_program_itself_is_left_as_it_is() -> None:
     assert changed == {}
 
 
+def test_a_message_that_goes_on_after_a_url_keeps_its_colon() -> None:
+    line = "data.train: https://h/x?token=abc: a token"
+    assert redact_urls(line) == redact_urls(redact_urls(line)) == "data.train: https://h/x?token=***: a token"
+    assert redact_urls("https://h/x?sig=a:b,c&x=1, next") == "https://h/x?sig=***&x=1, next"
+    assert redact_urls("https://hooks.h.com/T0/B1: no answer") == "https://hooks.h.com/***: no answer"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200))
 def test_masking_twice_changes_nothing_more(text: str) -> None:

@@ -40,6 +40,20 @@ def test_the_tables_are_those_of_the_files(programs, name):
     assert text.count("\n| ") >= 2 * len(page.blocks)
 
 
+@pytest.mark.parametrize(
+    "name", [*sorted({*PROGRAMS} - {"plan_report"}), "table2", "plan", "key_books", "needle_texts", "tar_writers"]
+)
+def test_help_writes_nothing(name, monkeypatch, capsys):
+    def fail(*_):
+        raise AssertionError(f"{name} --help writes")
+
+    monkeypatch.setattr("page.ResultPage.write", fail)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
 def test_every_block_has_its_program(programs):
     written = {(page.name, block) for page in (each["PAGE"] for each in programs.values()) for block in page.blocks}
     pages = {path: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}

@@ -28,7 +28,7 @@ from infini_train.config.values import check_name, to_json
 from infini_train.config.variant import AttentionVariant
 from infini_train.config.yaml_text import MAX_BYTES, MAX_DEPTH, SHOWN_CHARACTERS, Budget, dump_tree, parse
 from infini_train.redaction import find_secret_url
-from infini_train.regular_files import read_regular
+from infini_train.regular_files import read_regular, require_regular
 
 
 def config_roots() -> list[Path]:
@@ -56,10 +56,21 @@ def _locate(name: str, kind: str = "run") -> Path:
     if found is not None:
         return found
     known = [file.stem for root in config_roots() for file in sorted((root / kind).glob("*.yaml"))]
-    near = _nearest_file(name, [*known, *map(str, path.parent.glob("*.y*ml"))])
+    near = _nearest_file(name, [*known, *(str(file) for file in path.parent.glob("*.y*ml") if file != path)])
+    if odd := _describe_odd(path):
+        raise ConfigError(f"{_shorten(name)}: {odd}{near if path.is_dir() else ''}")
     problem = "no such file" if is_file else f"no {kind} config of this name"
     near = near or ("" if is_file else f"; known: {', '.join(known) or 'none'}")
     raise ConfigError(f"{_shorten(name)}: {problem}{near}")
+
+
+def _describe_odd(path: Path) -> str:
+    """Why something that is there is no config; empty if nothing is there."""
+    try:
+        require_regular(path)
+    except OSError as error:
+        return f"{error.strerror}; a config must be a regular file" if path.exists() else ""
+    return "a config's file name must end in .yaml"
 
 
 def _require_path(name: str) -> str:
@@ -150,6 +161,9 @@ def _find_included(name: str, path: Path) -> Path:
     bases = [path.parent, *config_roots()]
     found = next((base / name for base in bases if find_renamed(base / name)[0].is_file()), None)
     if found is None:
+        odd = next((base / name for base in bases if (base / name).exists()), None)
+        if odd is not None:
+            raise ConfigError(f"{path}: include {name}: {_describe_odd(odd)}")
         beside = [file.name for file in path.parent.glob("*.yaml") if file != path]
         shipped = [str(file.relative_to(root)) for root in config_roots() for file in root.rglob("*.yaml")]
         near = _nearest_file(name, beside + shipped)

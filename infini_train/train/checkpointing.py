@@ -98,15 +98,20 @@ def _wanted(shard: Shard) -> Wanted:
     return Wanted(shard.name, shard.kind, global_shape, start, shape, shard.flat_start, shard.values.numel())
 
 
+def warn_of_checkpoint(problem: str) -> None:
+    """The line for a checkpoint that is passed over, for `store.find_latest`."""
+    LOG.warning("warning: %s", problem)
+
+
 def roll_back(session: Session) -> None:
     """Returns to weights and step of the newest checkpoint, but skips the text read since; memories start empty.
 
     All ranks call it together. If no checkpoint can be read, nothing changes.
     """
-    found = store.find_latest(session.config.directory, LOG.warning) if session.place.is_first else None
+    found = store.find_latest(session.config.directory, warn_of_checkpoint) if session.place.is_first else None
     checkpoint = share_checkpoint(found)
     if checkpoint is None:
-        LOG.warning("no checkpoint can be read to go back to; step %d is left out only", session.step)
+        LOG.warning("warning: no checkpoint can be read to go back to; only step %d is left out", session.step)
         return
     lanes, skipped, rollbacks = session.lanes, session.guard.skipped, session.guard.rollbacks
     restore_session(session, checkpoint)

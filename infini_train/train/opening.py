@@ -18,7 +18,7 @@ from infini_train.parallel import mesh
 from infini_train.train.building import build, empty_carried, open_origin, open_sources
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
-from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint
+from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint, warn_of_checkpoint
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ LOG = logging.getLogger(__name__)
 LOCK = ".lock"
 MIN_FREE_BYTES = 2**20
 HANDOVER_S = 120.0  # an earlier start of the same job sees the fence at its next report or checkpoint
+GLANCE_S = 0.5  # `infini-launch status` asks for the lock, and lets it go at once
 POLL_S = 0.2
 MAX_FENCE_BYTES = 4096
 START = "INFINI_TRAIN_START"  # the number of this start, set by `infini-launch`'s scripts
@@ -111,7 +112,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _lock(directory: Path) -> IO[bytes]:
     """The folder's lock, held until it is closed; on a file system without locks nothing is held."""
-    deadline = time.monotonic() + (HANDOVER_S if _takes_over(directory) else 0.0)
+    deadline = time.monotonic() + (HANDOVER_S if _takes_over(directory) else GLANCE_S)
     while (stream := _try_lock(directory / LOCK)) is None:
         if time.monotonic() >= deadline:
             raise ConfigError(f"run_dir: another process is training in {directory}; wait for it or stop it")

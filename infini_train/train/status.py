@@ -3,7 +3,7 @@
 status.json is one object, replaced whole by rank 0 at every report:
 
     state                what the run does or how it ended: training, finished, failed, diverged, stopped by SIGNAL
-    name, step, total_steps, restarts, heartbeat (when it was written, in seconds since 1970)
+    name, step, total_steps, restarts, heartbeat (when it was written, in seconds since 1970), host (of rank 0)
     loss, tokens_per_s, eta_s, skipped_steps    of the last report; missing before the first
 
 launch/folder.py reads it, for launch/status.py and launch/watch.py.
@@ -11,6 +11,7 @@ launch/folder.py reads it, for launch/status.py and launch/watch.py.
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,7 @@ def _write(session: Session, values: dict[str, Any]) -> None:
         "total_steps": session.config.train.total_steps,
         "restarts": restarts(),
         "heartbeat": time.time(),
+        "host": socket.gethostname(),
     }
     path = session.config.directory / FILE
     with session.side_files.tolerate(path):

@@ -104,6 +104,30 @@ def test_a_pipe_is_no_config(tmp_path: Path) -> None:
         read_tree(Path("/dev/zero"))
 
 
+def test_what_is_no_regular_yaml_file_is_named_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("f.yaml")
+    os.mkfifo("pipe")
+    (tmp_path / "own").mkdir()
+    for name in ("own.yaml", "own.txt"):
+        (tmp_path / name).write_text("name: own\n")
+    problems = {
+        "f.yaml": "is a named pipe, not a file; a config must be a regular file",
+        "pipe": "is a named pipe, not a file; a config must be a regular file",
+        "/dev/zero": "is a device, not a file; a config must be a regular file",
+        "own": "is a folder, not a file; a config must be a regular file; did you mean own.yaml?",
+        "own.txt": "a config's file name must end in .yaml",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(ConfigError) as caught:
+            load_run(name)
+        assert str(caught.value) == f"{name}: {problem}"
+    (tmp_path / "including.yml").write_text("include: [f.yaml]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run("including.yml")
+    assert str(caught.value) == f"including.yml: include f.yaml: {problems['f.yaml']}"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -111,7 +135,7 @@ def test_a_pipe_is_no_config(tmp_path: Path) -> None:
         ("x/" * 3000, "is too long"),
         ("a\0.yaml", "holds the character '\\x00'"),
         ("", "CONFIG: must not be empty"),
-        (".", "no run config of this name"),
+        (".", ".: is a folder, not a file; a config must be a regular file"),
     ],
 )
 def test_what_is_no_path_of_a_config(name: str, message: str) -> None:

@@ -205,6 +205,7 @@ def test_the_table_joins_what_training_and_slurm_say(tmp_path: Path) -> None:
     assert rows[-1]["slurm"]["exit_code"] == "0:0" and rows[0]["slurm"]["nodes"] == 2
     unknown = status.describe_runs(folder.find_runs(tmp_path), None)
     assert [row["state"] for row in unknown][1] == "training", "nobody knows better"
+    assert [row["eta_s"] for row in rows] == [3700.0, *[None] * 6], "only what runs has time left"
     table = status.format_table(rows)
     lines = table.splitlines()
     assert lines[0].split() == ["run", "job", "state", "step", "loss", "tok/s", "left", "restarts", "heard", "note"]

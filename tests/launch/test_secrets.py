@@ -203,6 +203,11 @@ def test_uncommitted_changes_keep_their_secrets(tmp_path: Path, monkeypatch: pyt
     assert "+lr: 3\n" in text and "?? untracked.txt" in text and text.count("***") == 4 and "SeCrEt" not in text
     assert not (tmp_path / "broken").exists()
 
+    (tmp_path / "untracked.txt").unlink()
+    (tmp_path / "code").mkdir()
+    _, first, *_ = describe_revision(tmp_path / "code").splitlines()
+    assert first == " M config.yaml", "from the repository's root, with its leading blank"
+
 
 def test_odd_values_stay_on_their_line() -> None:
     given = {"NCCL_A": "1\nNCCL_B=2", "PATH": "/a\udcff", "TZ": "naïve"}
