@@ -80,7 +80,7 @@ def failing_together() -> Iterator[None]:
 def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, Checkpoint | None]:
     """The checkpoint to resume from; without any, the one whose weights a new run starts with, if it names one."""
     damaged: list[Path] = []
-    checkpoint = store.find_latest(config.directory, lambda line: LOG.warning("warning: %s", line), damaged.append)
+    checkpoint = store.find_latest(config.directory, warn_of_checkpoint, damaged.append)
     if checkpoint is None:
         return None, open_origin(config, source)
     _check_resumable(checkpoint, config, source)
