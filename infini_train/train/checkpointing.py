@@ -103,12 +103,25 @@ def warn_of_checkpoint(problem: str) -> None:
     LOG.warning("warning: %s", problem)
 
 
+def set_damaged_aside(damaged: list[Path], used: Checkpoint) -> None:
+    """Renames damaged checkpoints, and says so; they stay in the way where the folder can't be written."""
+    try:
+        for aside in store.set_aside(damaged, used):
+            LOG.warning("warning: the damaged checkpoint is now %s; delete it if you don't need it", aside)
+    except OSError as error:
+        LOG.warning("warning: %s: a damaged checkpoint can't be renamed: %s", used.path.parent, error.strerror)
+
+
 def roll_back(session: Session) -> None:
     """Returns to weights and step of the newest checkpoint, but skips the text read since; memories start empty.
 
     All ranks call it together. If no checkpoint can be read, nothing changes.
     """
-    found = store.find_latest(session.config.directory, warn_of_checkpoint) if session.place.is_first else None
+    found, damaged = None, []
+    if session.place.is_first:
+        found = store.find_latest(session.config.directory, warn_of_checkpoint, damaged.append)
+    if found is not None:
+        set_damaged_aside(damaged, found)
     checkpoint = share_checkpoint(found)
     if checkpoint is None:
         LOG.warning("warning: no checkpoint can be read to go back to; only step %d is left out", session.step)

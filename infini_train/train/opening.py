@@ -18,7 +18,13 @@ from infini_train.parallel import mesh
 from infini_train.train.building import build, empty_carried, open_origin, open_sources
 from infini_train.train.carry import KIND as CARRY
 from infini_train.train.carry import Lanes, join_lanes
-from infini_train.train.checkpointing import reading_state, restore_session, share_checkpoint, warn_of_checkpoint
+from infini_train.train.checkpointing import (
+    reading_state,
+    restore_session,
+    set_damaged_aside,
+    share_checkpoint,
+    warn_of_checkpoint,
+)
 from infini_train.train.session import Session
 
 LOG = logging.getLogger(__name__)
@@ -84,11 +90,7 @@ def _find_start(config: RunConfig, source: Source) -> tuple[Checkpoint | None, C
     if checkpoint is None:
         return None, open_origin(config, source)
     _check_resumable(checkpoint, config, source)
-    try:
-        for aside in store.set_aside(damaged, checkpoint):
-            LOG.warning("warning: the damaged checkpoint is now %s; delete it if you don't need it", aside)
-    except OSError as error:
-        raise ConfigError(f"run_dir: {config.directory} can't be written: {error.strerror}") from error
+    set_damaged_aside(damaged, checkpoint)
     return checkpoint, None
 
 
