@@ -99,7 +99,7 @@ class HaystackSource:
         elif name == "repeated":
             self._ids = encode_after(tokenizer, " " + " ".join(find_wording("paper").filler))
         else:
-            self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in _read_prose(Path(name))])
+            self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in read_prose(Path(name))])
         self.prose_tokens = None if name in HAYSTACKS else len(self._ids)
 
     def draw(self, seed: Sequence[int]) -> Haystack:
@@ -111,7 +111,7 @@ class HaystackSource:
         return RepeatedHaystack(self._ids, int(np.random.default_rng(seed).integers(0, len(self._ids))))
 
 
-def _read_prose(path: Path) -> list[str]:
+def read_prose(path: Path) -> list[str]:
     """The texts of a file, stripped, without empty ones; line breaks inside a text stay."""
     try:
         whole = path.read_text(encoding="utf-8")
