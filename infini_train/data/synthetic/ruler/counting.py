@@ -7,13 +7,14 @@ import numpy as np
 
 from infini_train.data.synthetic.ruler.items import ItemEncoder, NumberTokens, Shuffle, finite_row
 from infini_train.data.synthetic.ruler.layout import Frame, RulerText, fits, lay_out
-from infini_train.data.synthetic.ruler.tasks import EXAMPLE_BELOW_TOKENS, CommonWordsTask, FrequentWordsTask
+from infini_train.data.synthetic.ruler.tasks import CommonWordsTask, FrequentWordsTask, WordRepeats
 from infini_train.data.synthetic.ruler.words import MadeUpWords, RealWords, Words, draw_letters
 
 DOTS = "..."
 NUMBER = " {}."  # before a word of a numbered list
 _ZETA_2 = math.pi**2 / 6
 _CHUNK = 4096
+_BLOCK_WORDS = 512
 _LEAST_DRAWN = 53  # from here on the fourth word always occurs more often than the fifth
 _COMMON_INTRO = (
     "Here is a numbered list of words, in which some appear more often than the others. Memorize those that appear most"
@@ -40,9 +41,9 @@ class CommonWordsDraft:
 
     Args:
         task: of RULER.
+        repeats: of its words.
         encoder: of the items.
         numbers: tokens of the numbers in items.
-        length_tokens: of the text; decides how often words occur.
         seed: determines everything.
 
     Attributes:
@@ -52,20 +53,14 @@ class CommonWordsDraft:
     def __init__(
         self,
         task: CommonWordsTask,
+        repeats: WordRepeats,
         encoder: ItemEncoder,
         numbers: NumberTokens,
-        length_tokens: int,
         seed: Sequence[int],
     ) -> None:
         self.task, self._encoder, self._numbers, self._seed = task, encoder, numbers, list(seed)
-        is_short = length_tokens < EXAMPLE_BELOW_TOKENS
-        self.repeats = task.short_repeats if is_short else task.repeats
-        example = (
-            (task.short_example_words, task.short_example_repeats)
-            if is_short
-            else (task.example_words, task.example_repeats)
-        )
-        self._example = self._solve_example(*example)
+        self.repeats = (repeats.common, repeats.uncommon)
+        self._example = self._solve_example(repeats.example_words, (repeats.example_common, repeats.example_uncommon))
         text, list_tokens = self._lay(RealWords([*self._seed, 3]), task.common + 1)
         self.min_tokens = 1 + text.prompt_tokens + text.answer_tokens
         self._around_tokens = self.min_tokens - list_tokens
@@ -96,7 +91,8 @@ class CommonWordsDraft:
     def _lay(self, words: Words, count: int) -> tuple[RulerText, int]:
         """A text with this many different words, and the tokens of its list."""
         size = self._count_items(count, self.repeats)
-        row = finite_row(self._encoder, size, self._list_items(words, size, self.repeats, [*self._seed, 4, count]))
+        make = self._list_items(words, size, self.repeats, [*self._seed, 4, count])
+        row = finite_row(self._encoder, size, make, block_items=_BLOCK_WORDS)
         references = tuple(words[np.arange(self.task.common)])
         frame = Frame(
             head=f"{self._example}{_COMMON_INTRO}",
@@ -184,7 +180,7 @@ class FrequentWordsDraft:
         def make(places: np.ndarray) -> list[str]:
             return [self.vocabulary[i] for i in np.searchsorted(ends, order[places], "right")]
 
-        row = finite_row(self._encoder, size, make)
+        row = finite_row(self._encoder, size, make, block_items=_BLOCK_WORDS, recur=True)
         references = tuple(self.vocabulary[1 : self.task.asked + 1])
         frame = Frame(
             head=_FREQUENT_INTRO,

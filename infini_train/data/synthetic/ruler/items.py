@@ -35,17 +35,19 @@ class ItemEncoder:
         self._known = tokenizer.encode(self._before)
         self._kept: dict[str, np.ndarray] = {}
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each item, with its separator; of texts that recur, from memory."""
+    def encode(self, texts: Sequence[str], recur: bool = True) -> list[np.ndarray]:
+        """int32 ids of each item, with its separator; those of texts that recur are kept."""
         missing = list(dict.fromkeys(text for text in texts if text not in self._kept))
         found = dict(zip(missing, self.encode_after([f"{self.front}{t}{self.back}" for t in missing]), strict=True))
-        if len(self._kept) < _KEPT_TEXTS:
+        if recur and len(self._kept) < _KEPT_TEXTS:
             self._kept |= found
         return [found[text] if text in found else self._kept[text] for text in texts]
 
     def encode_after(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text as it stands after an item."""
-        size, ids = len(self._known), self.tokenizer.encode_many([self._before + text for text in texts])
+        size, whole = len(self._known), [self._before + text for text in texts]
+        is_long = len(texts) > BLOCK_ITEMS  # many at once take threads, which take time to start
+        ids = self.tokenizer.encode_many(whole) if is_long else [self.tokenizer.encode(text) for text in whole]
         if any(len(each) <= size or not np.array_equal(self._known, each[:size]) for each in ids):
             raise ConfigError(
                 "tokenizer: joins the end of a line or sentence with the next; RULER can't be read with it"
@@ -58,11 +60,20 @@ class ItemHaystack:
 
     Args:
         encoder: of the items.
-        make_block: the texts of the block with this number: `BLOCK_ITEMS`, the same at every call.
+        make_block: the texts of the block with this number, the same at every call.
+        block_items: number of them.
+        recur: whether the same texts come again and again.
     """
 
-    def __init__(self, encoder: ItemEncoder, make_block: Callable[[int], Sequence[str]]) -> None:
-        self._encoder, self._make_block = encoder, make_block
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        make_block: Callable[[int], Sequence[str]],
+        *,
+        block_items: int = BLOCK_ITEMS,
+        recur: bool = True,
+    ) -> None:
+        self._encoder, self._make_block, self._block_items, self._recur = encoder, make_block, block_items, recur
         self._ends = [0]
         self._number, self._texts = -1, list[str]()
         self._ids, self._starts = np.zeros(0, np.int32), np.zeros(1, np.int64)
@@ -71,8 +82,8 @@ class ItemHaystack:
         if number == self._number:
             return
         self._texts = list(self._make_block(number))
-        assert 0 < len(self._texts) <= BLOCK_ITEMS
-        ids = self._encoder.encode(self._texts)
+        assert len(self._texts) == self._block_items
+        ids = self._encoder.encode(self._texts, self._recur)
         self._ids = np.concatenate(ids)
         self._starts, self._number = np.cumsum([0, *map(len, ids)]), number
 
@@ -82,12 +93,12 @@ class ItemHaystack:
 
     def text(self, item: int) -> str:
         """An item, without its separator."""
-        self._load(item // BLOCK_ITEMS)
-        return self._texts[item % BLOCK_ITEMS]
+        self._load(item // self._block_items)
+        return self._texts[item % self._block_items]
 
     def offset(self, item: int) -> int:
         """Tokens before an item."""
-        block, rest = divmod(item, BLOCK_ITEMS)
+        block, rest = divmod(item, self._block_items)
         while len(self._ends) <= block:
             self._extend()
         if not rest:
@@ -101,7 +112,7 @@ class ItemHaystack:
             self._extend()
         block = bisect.bisect_right(self._ends, tokens) - 1
         self._load(block)
-        return block * BLOCK_ITEMS + int(np.searchsorted(self._starts, tokens - self._ends[block], "right")) - 1
+        return block * self._block_items + int(np.searchsorted(self._starts, tokens - self._ends[block], "right")) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `Haystack.read`."""
@@ -117,13 +128,20 @@ class ItemHaystack:
         return np.concatenate(chunks)
 
 
-def finite_row(encoder: ItemEncoder, size: int, make: Callable[[np.ndarray], list[str]]) -> ItemHaystack:
+def finite_row(
+    encoder: ItemEncoder,
+    size: int,
+    make: Callable[[np.ndarray], list[str]],
+    *,
+    block_items: int = BLOCK_ITEMS,
+    recur: bool = False,
+) -> ItemHaystack:
     """A row of `size` items, made from their places; after the end comes the last one again, which is not read."""
 
     def make_block(number: int) -> list[str]:
-        return make(np.minimum(np.arange(number * BLOCK_ITEMS, (number + 1) * BLOCK_ITEMS), size - 1))
+        return make(np.minimum(np.arange(number * block_items, (number + 1) * block_items), size - 1))
 
-    return ItemHaystack(encoder, make_block)
+    return ItemHaystack(encoder, make_block, block_items=block_items, recur=recur)
 
 
 class NumberTokens:

@@ -3,12 +3,16 @@
 Imports no torch.
 """
 
+import hashlib
 import re
 import uuid
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from infini_train.data.synthetic.haystack import read_prose
 from infini_train.data.synthetic.ruler.items import BLOCK_ITEMS, ItemEncoder, ItemHaystack
 from infini_train.data.synthetic.ruler.layout import Frame, Part, RulerText, fits, lay_out
 from infini_train.data.synthetic.ruler.tasks import Kind, NeedleTask, VariableTask
@@ -46,13 +50,32 @@ _VARIABLE_QUESTION = (
 # ---------------------------------------------------------------------------------------------------------- haystacks
 
 
+@dataclass(frozen=True)
+class EssayFile:
+    """The sentences of a file, in its order."""
+
+    path: Path
+    sha256: str
+    sentences: tuple[str, ...]
+
+
+def read_essays(path: Path) -> EssayFile:
+    """Reads a text or .jsonl file; see `read_prose`.
+
+    Raises:
+        ConfigError: it can't be read, or holds no text.
+    """
+    sentences = split_sentences(read_prose(path))
+    return EssayFile(path, hashlib.sha256(path.read_bytes()).hexdigest(), tuple(sentences))
+
+
 def noise_hay(encoder: ItemEncoder) -> ItemHaystack:
     """RULER's five sentences, in every line."""
     return ItemHaystack(encoder, lambda number: [NOISE] * BLOCK_ITEMS)
 
 
 def essay_hay(encoder: ItemEncoder, sentences: Sequence[str]) -> ItemHaystack:
-    """The sentences from the first on, over and over."""
+    """The sentences from the first on, and again when there are no more, as published."""
     size = len(sentences)
 
     def make_block(number: int) -> list[str]:
@@ -80,7 +103,7 @@ def needle_hay(encoder: ItemEncoder, task: NeedleTask, avoid: set[str], seed: Se
         values = _draw(random, task.value, BLOCK_ITEMS, avoid)
         return [_NEEDLE.format(kind=task.value, key=k, value=v) for k, v in zip(keys, values, strict=True)]
 
-    return ItemHaystack(encoder, make_block)
+    return ItemHaystack(encoder, make_block, recur=False)
 
 
 def split_sentences(texts: Sequence[str]) -> list[str]:

@@ -84,7 +84,7 @@ def _parse(line: str, place: str) -> tuple[str, tuple[str, ...], tuple[str, ...]
         if not texts and field != "related":
             raise ConfigError(f'{place}: "{field}" must not be empty')
         found.append(tuple(dict.fromkeys(text.strip() for text in texts)))
-    return (tree["question"].strip(), *found)  # type: ignore[return-value]
+    return (tree["question"].strip(), *found)
 
 
 class QuestionDraft:

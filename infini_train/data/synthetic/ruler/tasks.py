@@ -4,12 +4,12 @@ Parameters, lines that hide something, and the beginnings of answers are RULER's
 same in other words. Imports no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["words", "numbers", "uuids"]
 Hay = Literal["noise", "essay", "needles"]
-EXAMPLE_BELOW_TOKENS = 4096  # shorter texts of cwe repeat their words less often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,16 @@ class VariableTask:
     answer_tokens: int = 30
 
 
+class WordRepeats(NamedTuple):
+    """How often a common and an uncommon word occur, in a list and in the example before it; words of the example."""
+
+    common: int
+    uncommon: int
+    example_common: int
+    example_uncommon: int
+    example_words: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonWordsTask:
     """A numbered list in which some words are common, after a solved example with a shorter one.
@@ -52,21 +62,15 @@ class CommonWordsTask:
     Attributes:
         name: of the task.
         common: number of common words, which are the answer.
-        repeats: how often a common and an uncommon word occur.
-        example_words: different words of the example.
-        example_repeats: as `repeats`, in the example.
-        short_repeats, short_example_words, short_example_repeats: the same below `EXAMPLE_BELOW_TOKENS`.
+        long, short: how often words occur, in texts of at least `long_from_tokens` and in shorter ones.
         answer_tokens: tokens that the model may write.
     """
 
     name: str
     common: int = 10
-    repeats: tuple[int, int] = (30, 3)
-    example_words: int = 40
-    example_repeats: tuple[int, int] = (10, 3)
-    short_repeats: tuple[int, int] = (6, 1)
-    short_example_words: int = 20
-    short_example_repeats: tuple[int, int] = (3, 1)
+    long: WordRepeats = WordRepeats(30, 3, 10, 3, 40)
+    short: WordRepeats = WordRepeats(6, 1, 3, 1, 20)
+    long_from_tokens: int = 4096
     answer_tokens: int = 120
 
 
@@ -126,12 +130,7 @@ QUESTION_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, 
 ESSAY_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, NeedleTask) and task.hay == "essay")
 
 
-def share_found(references: tuple[str, ...] | list[str], said: str) -> float:
-    """RULER's string_match_all: the share of the references that occur in what was said, in any case."""
-    return sum(found(references, said)) / len(references)
-
-
-def found(references: tuple[str, ...] | list[str], said: str) -> list[bool]:
-    """Which references occur in what was said, in any case, also inside of longer words."""
+def find_references(references: Sequence[str], said: str) -> list[bool]:
+    """Which references occur in what was said, in any case, also inside of longer words; as RULER matches them."""
     lowered = said.lower()
     return [reference.lower() in lowered for reference in references]

@@ -6,7 +6,7 @@ from typing import Protocol
 from infini_train.data.synthetic.ruler.counting import NUMBER, CommonWordsDraft, FrequentWordsDraft
 from infini_train.data.synthetic.ruler.items import ItemEncoder, ItemHaystack, NumberTokens
 from infini_train.data.synthetic.ruler.layout import RulerText
-from infini_train.data.synthetic.ruler.needles import NeedleDraft, essay_hay, noise_hay, varied_hay
+from infini_train.data.synthetic.ruler.needles import EssayFile, NeedleDraft, essay_hay, noise_hay, varied_hay
 from infini_train.data.synthetic.ruler.questions import HEADER, QuestionDraft, QuestionFile
 from infini_train.data.synthetic.ruler.tasks import (
     TASKS,
@@ -34,19 +34,17 @@ class RulerWriter:
 
     Args:
         tokenizer: the model's.
-        essays: sentences for the tasks that hide needles in essays; None: the shipped sentences, in random order.
+        essays: for the tasks that hide needles in them; None: the shipped sentences, in random order.
         questions: a file for each of the tasks that ask about documents.
 
     Raises:
         ConfigError: the tokenizer joins what must be kept apart.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, essays: Sequence[str] | None, questions: Mapping[str, QuestionFile]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, essays: EssayFile | None, questions: Mapping[str, QuestionFile]) -> None:
         self._lines, self._words, self._documents = (ItemEncoder(tokenizer, end) for end in ("\n", " ", "\n\n"))
         self._noise = noise_hay(self._lines)
-        self._essays = None if essays is None else essay_hay(self._words, essays)
+        self._essays = None if essays is None else essay_hay(self._words, essays.sentences)
         self._questions = questions
         self._numbers = NumberTokens(self._words, NUMBER)
         self._headers = NumberTokens(self._documents, HEADER)
@@ -68,11 +66,19 @@ class RulerWriter:
             case NeedleTask() | VariableTask() as task:
                 return NeedleDraft(task, self._noise, self._lines, seed)
             case CommonWordsTask() as task:
-                return CommonWordsDraft(task, self._words, self._numbers, length_tokens, seed)
+                return self._draft_common(task, length_tokens, seed)
             case FrequentWordsTask() as task:
                 return FrequentWordsDraft(task, self._words, length_tokens, seed)
             case QuestionTask() as task:
                 return QuestionDraft(task, self._questions[name], sample, self._documents, self._headers, seed)
+
+    def _draft_common(self, task: CommonWordsTask, length_tokens: int, seed: Sequence[int]) -> CommonWordsDraft:
+        """A long list, except where RULER has a short one, or where a tokenizer with short tokens leaves no room."""
+        if length_tokens >= task.long_from_tokens:
+            draft = CommonWordsDraft(task, task.long, self._words, self._numbers, seed)
+            if draft.min_tokens <= length_tokens:
+                return draft
+        return CommonWordsDraft(task, task.short, self._words, self._numbers, seed)
 
     def _essay_hay(self, seed: Sequence[int]) -> ItemHaystack:
         return self._essays or varied_hay(self._words, [*seed, 3])
