@@ -198,7 +198,7 @@ class NeedleDraft:
             head=_VARIABLE_INTRO,
             question=_VARIABLE_QUESTION.format(value=value, count=len(names)),
             references=tuple(names),
-            answer=f" {' '.join(names)}",
+            answer=f" {', '.join(names)}",
             answer_tokens=task.answer_tokens,
         )
         return lines, frame

@@ -75,7 +75,7 @@ def writer(tokenizer: Tokenizer, questions: QuestionFile) -> RulerWriter:
 
 @pytest.fixture(scope="session")
 def read_whole(tokenizer: Tokenizer) -> Callable[[RulerText], str]:
-    """Gives a function that reads a prompt in uneven windows, and checks that they are the ids of the text made whole."""
+    """Reads a prompt in uneven windows, and checks that they are the ids of the text made whole."""
 
     def read(text: RulerText) -> str:
         cuts = [0, *np.random.default_rng(0).integers(0, text.prompt_tokens, 9), text.prompt_tokens]
