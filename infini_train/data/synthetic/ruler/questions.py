@@ -14,7 +14,7 @@ from infini_train.data.synthetic.ruler.items import ItemEncoder, NumberTokens, f
 from infini_train.data.synthetic.ruler.layout import Frame, RulerText, fits, lay_out
 from infini_train.data.synthetic.ruler.tasks import QuestionTask
 
-FIELDS = ("question", "answers", "context", "related")  # of a line; the last one may be left out
+FIELDS = ("question", "answers", "context", "group")  # of a line; the last one may be left out
 _CHUNK = 256
 _ORDER = "Answer the question from the documents. Write the answer alone, without any other words."
 _HEAD = f"{_ORDER}\n\nThese are the documents.\n\n"
@@ -27,7 +27,7 @@ class Question(NamedTuple):
     question: str
     answers: tuple[str, ...]  # each is right
     context: tuple[int, ...]  # documents that are always there
-    related: tuple[int, ...]  # documents that are taken before any other
+    related: tuple[int, ...]  # documents of its group, which are taken before any other
 
 
 @dataclass(frozen=True)
@@ -53,38 +53,51 @@ def read_questions(path: Path) -> QuestionFile:
         raise ConfigError(f"{path} can't be read ({error.strerror}); give a .jsonl file of questions") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; give a .jsonl file of questions") from error
-    documents: dict[str, int] = {}
-
-    def number(texts: Sequence[str]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(documents.setdefault(text, len(documents)) for text in texts))
-
-    questions = []
-    for place, line in enumerate(lines, start=1):
-        if line.strip():
-            asked, answers, context, related = _parse(line, f"{path}:{place}")
-            gold = number(context)
-            questions.append(Question(asked, answers, gold, tuple(i for i in number(related) if i not in gold)))
-    if not questions:
+    parsed = [_parse(line, f"{path}:{place}") for place, line in enumerate(lines, start=1) if line.strip()]
+    if not parsed:
         raise ConfigError(f"{path} holds no question")
-    return QuestionFile(path, hashlib.sha256(content).hexdigest(), tuple(questions), tuple(documents))
+    documents: dict[str, int] = {}
+    groups: dict[str, dict[int, None]] = {}
+    contexts = []
+    for line in parsed:
+        contexts.append(tuple(documents.setdefault(text, len(documents)) for text in line.context))
+        if line.group:
+            groups.setdefault(line.group, {}).update(dict.fromkeys(contexts[-1]))
+    of_group = {name: tuple(numbers) for name, numbers in groups.items()}
+    questions = tuple(
+        Question(line.question, line.answers, context, of_group.get(line.group, ()))
+        for line, context in zip(parsed, contexts, strict=True)
+    )
+    return QuestionFile(path, hashlib.sha256(content).hexdigest(), questions, tuple(documents))
 
 
-def _parse(line: str, place: str) -> tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+class _Line(NamedTuple):
+    """A line of the file."""
+
+    question: str
+    answers: tuple[str, ...]
+    context: tuple[str, ...]
+    group: str  # empty: none
+
+
+def _parse(line: str, place: str) -> _Line:
     try:
         tree = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{place}: is no JSON; every line must be an object with {', '.join(FIELDS[:3])}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("question"), str) or not tree["question"].strip():
         raise ConfigError(f'{place}: needs a "question", a text')
+    if not isinstance(tree.get("group", ""), str):
+        raise ConfigError(f'{place}: "group" must be a text')
     found = []
-    for field in FIELDS[1:]:
-        texts = tree.get(field, [] if field == "related" else None)
+    for field in ("answers", "context"):
+        texts = tree.get(field)
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(f'{place}: "{field}" must be a list of texts, none of them empty')
-        if not texts and field != "related":
+        if not texts:
             raise ConfigError(f'{place}: "{field}" must not be empty')
         found.append(tuple(dict.fromkeys(text.strip() for text in texts)))
-    return (tree["question"].strip(), *found)
+    return _Line(tree["question"].strip(), *found, tree.get("group", ""))
 
 
 class QuestionDraft:
@@ -115,9 +128,10 @@ class QuestionDraft:
         self.question = question = file.questions[number]
         random = np.random.default_rng(self._seed)
         known = {*question.context, *question.related}
+        group = np.array([i for i in question.related if i not in question.context], np.int64)
         others = np.array([i for i in range(len(file.documents)) if i not in known], np.int64)
-        related = random.permutation(np.array(question.related, np.int64))
-        self._first = np.concatenate((question.context, related, random.permutation(others))).astype(np.int64)
+        taken = (question.context, random.permutation(group), random.permutation(others))
+        self._first = np.concatenate(taken).astype(np.int64)
         self.frame = Frame(
             head=_HEAD,
             question=f"{_ORDER}\n\nQuestion: {question.question} Answer:",
@@ -132,7 +146,7 @@ class QuestionDraft:
         self._around_tokens = self.min_tokens - documents_tokens
 
     def _choose(self, places: np.ndarray) -> np.ndarray:
-        """Documents in the order in which they are taken: own, related, others; then all of the file again."""
+        """Documents in the order in which they are taken: its own, its group's, others; then all of the file again."""
         size, again = len(self._first), len(self._file.documents)
         return np.where(places < size, self._first[np.minimum(places, size - 1)], (places - size) % again)
 

@@ -60,7 +60,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> QuestionFile:
             "question": f"Where is item {i}?",
             "answers": [f"room {i}", f"the room with number {i}", f"room {i}"],
             "context": [f"Item {i} is in room {i}. It is blue.", f"Room {i} is on floor {i % 5}."][: 1 + (i % 3 == 0)],
-            "related": [f"Item {i} came from shop {j}." for j in range(2)],
+            "group": f"group {i % 10}",
         }
         for i in range(30)
     ]

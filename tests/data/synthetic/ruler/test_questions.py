@@ -21,6 +21,7 @@ def documents_of(whole: str) -> list[str]:
 def test_the_documents_are_there_and_others_are_taken_in_turn(writer, read_whole, questions, tokenizer, sample):
     asked = questions.questions[sample]
     own, related = ({questions.documents[i] for i in numbers} for numbers in (asked.context, asked.related))
+    assert own < related and {f"Item {i} is in room {i}. It is blue." for i in range(sample % 10, 30, 10)} <= related
     for length_tokens in (700, 2000, 20_000):
         text = writer.draft("qa_1", length_tokens, sample, [1, sample]).place(length_tokens)
         whole = read_whole(text)
@@ -29,7 +30,7 @@ def test_the_documents_are_there_and_others_are_taken_in_turn(writer, read_whole
         assert whole.endswith(f"Question: Where is item {sample}? Answer:")
         assert whole.count("Answer the question from the documents.") == 2
         if len(found) >= len(own | related):
-            assert related <= set(found), "related documents come before any other"
+            assert related <= set(found), "those of the group come before any other"
         if len(found) <= len(questions.documents):
             assert len(set(found)) == len(found)
         else:
@@ -61,7 +62,7 @@ def test_own_documents_lie_anywhere(writer, read_whole):
             r'"context" must be a list of texts, none of them empty',
         ),
         ('{"question": "a?", "answers": ["c"], "context": ["b", ""]}', r'"context" must be a list of texts, none of'),
-        ('{"question": "a?", "answers": ["c"], "context": ["b"], "related": 3}', r'"related" must be a list of texts'),
+        ('{"question": "a?", "answers": ["c"], "context": ["b"], "group": 3}', r'"group" must be a text'),
     ],
 )
 def test_bad_lines_are_refused(tmp_path, line, message):
