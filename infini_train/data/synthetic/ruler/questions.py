@@ -97,7 +97,8 @@ def _parse(line: str, place: str) -> _Line:
         if not texts:
             raise ConfigError(f'{place}: "{field}" must not be empty')
         found.append(tuple(dict.fromkeys(text.strip() for text in texts)))
-    return _Line(tree["question"].strip(), *found, tree.get("group", ""))
+    answers, context = found
+    return _Line(tree["question"].strip(), answers, context, tree.get("group", ""))
 
 
 class QuestionDraft:
