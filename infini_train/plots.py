@@ -40,7 +40,8 @@ def plot_retrieval(
     image = axes.imshow(100 * share_LC, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set(xlabel=column_axis, ylabel="tokens")
     axes.set_title(title, fontsize=9)
-    axes.set_xticks(range(len(columns)), columns)
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 12 else {}
+    axes.set_xticks(range(len(columns)), columns, **slanted)
     axes.set_yticks(range(len(lengths)), lengths)
     for (row, column), share in np.ndenumerate(share_LC):
         if np.isnan(share):

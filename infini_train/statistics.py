@@ -9,7 +9,7 @@ Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within this many s
 DRAWS = 2000  # resamples of a bootstrap
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
 
     Unlike the textbook's p +- 1.96 sqrt(p (1 - p) / n) it stays inside [0, 1] and does not shrink to nothing when all

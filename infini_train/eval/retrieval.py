@@ -238,6 +238,16 @@ class RetrievalScore:
         """Interval of the accuracy, as if the parts of an answer were independent."""
         return wilson_interval(self.right_parts, self.parts)
 
+    @property
+    def score(self) -> float:
+        """The accuracy as a mean over samples, whose answers have equally many parts."""
+        return self.accuracy
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """Interval of the score, as if the parts of an answer were right or wrong together: at least wide enough."""
+        return wilson_interval(self.samples * self.right_parts / self.parts if self.parts else 0, self.samples)
+
     def to_json(self, part: str) -> dict[str, Any]:
         """As plain values, the parts by their name (digit, word); needs at least one answer."""
         return {

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 AnswerT = TypeVar("AnswerT", bound=RetrievalAnswer)
 DEPTHS = ("0", "0.5", "1")
+INTERVALS = {"exact_match": "exact_interval", "accuracy": "interval", "score": "score_interval"}  # of `RetrievalScore`
 
 
 class RetrievalTest(Measurement[AnswerT]):
@@ -48,7 +49,7 @@ class RetrievalTest(Measurement[AnswerT]):
         places: fields of the answer (with _token) whose phases against the segments are counted, besides the question.
         exact_title: what the table of exact matches is called.
         joint: between length and column, in lines of progress.
-        mapped: what the heat map shows: exact_match or accuracy.
+        mapped: what the heat map shows: a name of `INTERVALS`.
         map_name: what TensorBoard calls the heat map.
     """
 
@@ -141,8 +142,7 @@ class RetrievalTest(Measurement[AnswerT]):
         shape = (len(grid.lengths_tokens), len(columns))
         found = [scores[cell] for cell in grid.cells()]
         share_LC = np.array([getattr(score, self.mapped) for score in found]).reshape(shape)
-        interval = "exact_interval" if self.mapped == "exact_match" else "interval"
-        interval_LC2 = np.array([getattr(score, interval) for score in found]).reshape(*shape, 2)
+        interval_LC2 = np.array([getattr(score, INTERVALS[self.mapped]) for score in found]).reshape(*shape, 2)
         what, column_axis = self.map_texts()
         title = f"{self.title}\n{what}\nn = {grid.samples} prompts a cell, 95 % interval below"
         lengths = [format_length(length) for length in grid.lengths_tokens]
@@ -184,15 +184,8 @@ def name_suffix(grid: RetrievalGrid, precision: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_of: str, digits_of: str) -> None:
-    """Gives a parser the options that all grids share; see `read_grid`.
-
-    Args:
-        parser: of a retrieval test.
-        lengths: the default.
-        depths_of: whose depth.
-        digits_of: whose digits.
-    """
+def add_lengths(parser: argparse.ArgumentParser, lengths: Sequence[str]) -> None:
+    """Gives a parser RUN, the lengths and the other options of every grid; see `read_lengths`."""
     add_model(parser)
     parser.add_argument(
         "--lengths",
@@ -202,6 +195,33 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
         help=f"numbers of tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(lengths)})",
     )
     parser.add_argument(
+        "--samples", type=positive, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (default: %(default)s)")
+    add_lanes(parser, "prompts")
+
+
+def read_lengths(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `RetrievalGrid` that `add_lengths` asks for.
+
+    Raises:
+        ConfigError: a length is none.
+    """
+    lengths_tokens = tuple(map(parse_length, options.lengths))
+    return {"lengths_tokens": lengths_tokens, "samples": options.samples, "seed": options.seed}
+
+
+def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_of: str, digits_of: str) -> None:
+    """Gives a parser the options of grids that have depths and digits; see `read_grid`.
+
+    Args:
+        parser: of a retrieval test.
+        lengths: the default.
+        depths_of: whose depth.
+        digits_of: whose digits.
+    """
+    add_lengths(parser, lengths)
+    parser.add_argument(
         "--depths",
         nargs="+",
         default=DEPTHS,
@@ -210,32 +230,21 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
         f" end (default: {' '.join(DEPTHS)})",
     )
     parser.add_argument(
-        "--samples", type=positive, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
-    )
-    parser.add_argument(
         "--digits",
         type=positive,
         default=5,
         metavar="N",
         help=f"digits of {digits_of} (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (default: %(default)s)")
-    add_lanes(parser, "prompts")
 
 
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a `RetrievalGrid` that a command line asks for.
+    """The fields of a `RetrievalGrid` that `add_grid` asks for.
 
     Raises:
         ConfigError: a length or a depth is none.
     """
-    return {
-        "lengths_tokens": tuple(map(parse_length, options.lengths)),
-        "depths": parse_depths(options.depths),
-        "samples": options.samples,
-        "seed": options.seed,
-        "digits": options.digits,
-    }
+    return {**read_lengths(options), "depths": parse_depths(options.depths), "digits": options.digits}
 
 
 def parse_depths(texts: Sequence[str]) -> tuple[float, ...]:

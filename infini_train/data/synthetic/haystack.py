@@ -99,7 +99,8 @@ class HaystackSource:
         elif name == "repeated":
             self._ids = encode_after(tokenizer, " " + " ".join(find_wording("paper").filler))
         else:
-            self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in _read_prose(Path(name))])
+            texts = read_prose(Path(name), f"give {', '.join(HAYSTACKS)}, or a text or .jsonl file")
+            self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in texts])
         self.prose_tokens = None if name in HAYSTACKS else len(self._ids)
 
     def draw(self, seed: Sequence[int]) -> Haystack:
@@ -111,12 +112,19 @@ class HaystackSource:
         return RepeatedHaystack(self._ids, int(np.random.default_rng(seed).integers(0, len(self._ids))))
 
 
-def _read_prose(path: Path) -> list[str]:
-    """The texts of a file, stripped, without empty ones; line breaks inside a text stay."""
+def read_prose(path: Path, advice: str = "give a text or .jsonl file") -> list[str]:
+    """The texts of a file, stripped, without empty ones; line breaks inside a text stay.
+
+    Args:
+        path: a text, or JSON lines with a "text" each.
+        advice: what to do if it can't be read.
+
+    Raises:
+        ConfigError: it can't be read or holds no text.
+    """
     try:
         whole = path.read_text(encoding="utf-8")
     except OSError as error:
-        advice = f"give {', '.join(HAYSTACKS)}, or a text or .jsonl file"
         raise ConfigError(f"{path} can't be read ({error.strerror}); {advice}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; give a text or .jsonl file") from error
