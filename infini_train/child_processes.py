@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from infini_train import exit_codes
 
+SAVING = "saving after this step"  # what a rank of a run says to a stop signal
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may be
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from infini_train import exit_codes
-from infini_train.child_processes import ending_with_parent, stop_signals
+from infini_train.child_processes import SAVING, ending_with_parent, stop_signals
 from infini_train.environment import BOARD_FD, STORE_FD
 
 GRACE_S = 5.0  # from SIGTERM to SIGKILL after a failure: the other ranks hang in collectives that never finish
@@ -33,6 +33,7 @@ STACKS_S = 0.5  # for a rank to dump its stacks before it is killed
 HOLD_S = 5.0  # the lines of an error are held back this long, to be shown last if the rank exits with it
 FINAL_ERROR = re.compile(rb"(  \+ Exception Group )?Traceback \(most recent call last\):|error: |Fatal Python error: ")
 TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ")  # torch marks the lines of an uncaught exception
+NOT_SAVING = b"another rank died; ending without a checkpoint\n"  # a checkpoint needs all ranks
 LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)")
 
 
@@ -278,7 +279,8 @@ class Ranks:
                     self._note_trouble(rank)
                 rank.block.append(words)
             else:
-                rank.show([line], error=error)
+                not_saving = error and rank.ended and line.rstrip().endswith(SAVING.encode())
+                rank.show([NOT_SAVING if not_saving else line], error=error)
         return bool(data)
 
     def _release(self, rank: Rank) -> None:

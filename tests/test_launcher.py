@@ -108,6 +108,28 @@ def test_an_error_that_is_no_end_is_shown_all_the_same(run):
     assert "ZeroDivisionError" in err
 
 
+def test_ranks_that_outlive_one_do_not_claim_to_save(run, tmp_path, monkeypatch):
+    """The launcher asks them to end with the signal that otherwise means saving."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    text = """
+from infini_train.resilience.signals import StopRequest
+if rank == 1:
+    while not os.path.exists("ready"):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+with StopRequest(confirms=rank == 0) as stop:
+    if rank == 0:
+        open("ready", "w").close()
+    while not stop.received:
+        time.sleep(0.05)
+sys.exit(1)
+"""
+    code, _, err = run(text, nproc=2)
+    assert code == 128 + signal.SIGKILL and "saving after" not in err
+    assert "another rank died; ending without a checkpoint\n" in err
+
+
 def test_the_environment_of_a_rank(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))

@@ -6,7 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from infini_train.child_processes import stop_signals
+from infini_train.child_processes import SAVING, stop_signals
 from infini_train.parallel import mesh
 
 
@@ -57,4 +57,4 @@ class StopRequest:
         if not self._confirms:
             return
         with contextlib.suppress(OSError):  # print and logging are not safe in a handler, and the terminal may be gone
-            os.write(2, f"\n{self.received}: saving after this step\n".encode())
+            os.write(2, f"\n{self.received}: {SAVING}\n".encode())
