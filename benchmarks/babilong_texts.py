@@ -3,8 +3,8 @@
     python benchmarks/babilong_texts.py --out runs/babilong/texts.jsonl
     infini-data tokenizer runs/babilong/texts.jsonl --vocab-size 1000 --out runs/babilong/tokenizer.model
 
-A line a text, each of the tasks in turn; the same seed gives the same texts. A small vocabulary then has the words of the
-facts, and of varied hay, whole.
+A line a text, each of the tasks in turn; the same seed gives the same texts. A small vocabulary then has the words of
+the facts, and of varied hay, whole.
 """
 
 import argparse

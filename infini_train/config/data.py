@@ -128,7 +128,9 @@ class BabilongConfig(SyntheticConfig):
     def __post_init__(self) -> None:
         require(bool(self.tasks), "data.synthetic.tasks", "give at least one")
         require(
-            self.max_facts >= LEAST_FACTS, "data.synthetic.max_facts", f"must be at least {LEAST_FACTS}, for any question"
+            self.max_facts >= LEAST_FACTS,
+            "data.synthetic.max_facts",
+            f"must be at least {LEAST_FACTS}",
         )
         for name in ("questions", "min_segments", "grow_below_loss", "answer_weight"):
             require(getattr(self, name) > 0, f"data.synthetic.{name}", "must be positive")

@@ -46,6 +46,7 @@ class RetrievalTest(Measurement[AnswerT]):
     Attributes:
         part: what an answer consists of: digit, word.
         places: fields of the answer (with _token) whose phases against the segments are counted, besides the question.
+        shows_parts: whether right parts are shown besides exact matches; pointless where an answer has one part.
         exact_title: what the table of exact matches is called.
         joint: between length and column, in lines of progress.
         mapped: what the heat map shows: exact_match or accuracy.
@@ -55,6 +56,7 @@ class RetrievalTest(Measurement[AnswerT]):
     file, picture = "answers.jsonl", "heatmap.png"
     part: str
     places: tuple[str, ...] = ()
+    shows_parts = True
     exact_title, joint = "exact match", ""
     mapped: str
     map_name: str
@@ -115,8 +117,8 @@ class RetrievalTest(Measurement[AnswerT]):
             if score.samples == self.grid.samples:
                 name = f"{format_length(cell[0]):>6} {self.joint}{self.column_name(cell[1:]):<{width}}"
                 exact = format_share(score.exact_match, score.exact_interval)
-                parts = format_share(score.accuracy, score.interval)
-                yield f"{name} exact {score.exact}/{score.samples} = {exact}   {self.part}s {parts}"
+                parts = f"   {self.part}s {format_share(score.accuracy, score.interval)}" * self.shows_parts
+                yield f"{name} exact {score.exact}/{score.samples} = {exact}{parts}"
 
     def summarise(self, records: Sequence[AnswerT]) -> dict[str, Any]:
         own = [answer for answer in records if answer.prompt in self.wanted]
@@ -131,7 +133,8 @@ class RetrievalTest(Measurement[AnswerT]):
         prefix, step = f"eval/{self.board_name}", self.trained.step
         for cell, score in scores.items():
             board.add_scalar(f"{prefix}/exact match/{self.cell_name(cell)}", score.exact_match, step)
-            board.add_scalar(f"{prefix}/{self.part}s/{self.cell_name(cell)}", score.accuracy, step)
+            if self.shows_parts:
+                board.add_scalar(f"{prefix}/{self.part}s/{self.cell_name(cell)}", score.accuracy, step)
         board.add_figure(f"{prefix}/{self.map_name}", figure, step)
 
     def _draw(self, scores: dict[Any, RetrievalScore]) -> "Figure":
@@ -155,14 +158,15 @@ class RetrievalTest(Measurement[AnswerT]):
         width = max(len(self.exact_title), *(len(self.column_name(column)) for column in self.grid.columns())) + 1
         lines = [
             f"{results['checkpoint']}, step {results['step']}",
-            f"{self.heading(results)}, {results['digits']} digits, seed {results['seed']}, {results['samples']} samples"
-            " a cell; in %, with Wilson's 95 % interval",
+            f"{self.heading(results)}, seed {results['seed']}, {results['samples']} samples a cell; in %, with Wilson's"
+            " 95 % interval",
         ]
         rows = {
             self.column_name(column): [cells[(length, *column)] for length in lengths] for column in self.grid.columns()
         }
         rows["all"] = results["lengths"]
-        for title, share in ((self.exact_title, "exact_match"), (f"{self.part}s", f"{self.part}_accuracy")):
+        tables = [(self.exact_title, "exact_match"), (f"{self.part}s", f"{self.part}_accuracy")]
+        for title, share in tables[: 1 + self.shows_parts]:
             lines += ["", f"{title:<{width}}" + "".join(f"{format_length(length):>18}" for length in lengths)]
             for label, row in rows.items():
                 shares = (format_share(cell[share], cell[f"{share}_95"]) for cell in row)
@@ -184,14 +188,20 @@ def name_suffix(grid: RetrievalGrid, precision: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_of: str, digits_of: str) -> None:
+def add_grid(
+    parser: argparse.ArgumentParser,
+    lengths: Sequence[str],
+    *,
+    depths_of: str | None = None,
+    digits_of: str | None = None,
+) -> None:
     """Gives a parser the options that all grids share; see `read_grid`.
 
     Args:
         parser: of a retrieval test.
         lengths: the default.
-        depths_of: whose depth.
-        digits_of: whose digits.
+        depths_of: whose depth; None: there are no depths to choose.
+        digits_of: whose digits; None: there are none.
     """
     add_model(parser)
     parser.add_argument(
@@ -201,24 +211,22 @@ def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_
         metavar="N",
         help=f"numbers of tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(lengths)})",
     )
-    parser.add_argument(
-        "--depths",
-        nargs="+",
-        default=DEPTHS,
-        metavar="P",
-        help=f"depths of {depths_of}: 0 start, 1 end; one whole number N above 1: N depths, evenly spaced from start to"
-        f" end (default: {' '.join(DEPTHS)})",
-    )
+    if depths_of is not None:
+        parser.add_argument(
+            "--depths",
+            nargs="+",
+            default=DEPTHS,
+            metavar="P",
+            help=f"depths of {depths_of}: 0 start, 1 end; one whole number N above 1: N depths, evenly spaced from"
+            f" start to end (default: {' '.join(DEPTHS)})",
+        )
     parser.add_argument(
         "--samples", type=positive, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
     )
-    parser.add_argument(
-        "--digits",
-        type=positive,
-        default=5,
-        metavar="N",
-        help=f"digits of {digits_of} (default: %(default)s)",
-    )
+    if digits_of is not None:
+        parser.add_argument(
+            "--digits", type=positive, default=5, metavar="N", help=f"digits of {digits_of} (default: %(default)s)"
+        )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (default: %(default)s)")
     add_lanes(parser, "prompts")
 
@@ -229,13 +237,12 @@ def read_grid(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a length or a depth is none.
     """
-    return {
-        "lengths_tokens": tuple(map(parse_length, options.lengths)),
-        "depths": parse_depths(options.depths),
-        "samples": options.samples,
-        "seed": options.seed,
-        "digits": options.digits,
-    }
+    fields = {"lengths_tokens": tuple(map(parse_length, options.lengths)), "samples": options.samples}
+    if "depths" in options:
+        fields["depths"] = parse_depths(options.depths)
+    if "digits" in options:
+        fields["digits"] = options.digits
+    return {**fields, "seed": options.seed}
 
 
 def parse_depths(texts: Sequence[str]) -> tuple[float, ...]:

@@ -161,9 +161,10 @@ class _World:
     def _ask_before(self) -> list[Round]:
         """About objects that were in two places; the first question is about the last move of one of them."""
         moved = [thing for thing, past in self._histories.items() if len(past) > 1]
-        latest, earlier = [], []
+        latest: list[Round] = []
+        earlier: list[Round] = []
         for thing in moved:
-            past, seen = self._histories[thing], set()
+            past, seen = self._histories[thing], set[str]()
             for place, before in zip(past[:0:-1], past[-2::-1], strict=True):
                 if place not in seen:
                     (earlier if seen else latest).append(Round(f"Where was the {thing} before the {place}?", before))
@@ -171,7 +172,7 @@ class _World:
         return [latest[i] for i in self._random.permutation(len(latest))] + earlier
 
     def _ask_gifts(self) -> list[Round]:
-        """About the last gift of those that a question fits; each gift is as likely as another to be asked for first."""
+        """About the latest of the gifts that fit a question; all questions are equally likely to be the first."""
         rounds: dict[str, str] = {}
         for giver, thing, receiver in self._gifts:  # later answers to a question replace earlier ones
             rounds[f"What did {giver} give to {receiver}?"] = thing
@@ -196,7 +197,7 @@ class _World:
     def _find_handlings(self) -> list[Callable[[], None]]:
         """What can be done with objects now; in qa5 taking and giving are equally likely, so all of one of them."""
         able = self._people if self._task == "qa5" else tuple(self._mentioned)
-        takes = [
+        takes: list[Callable[[], None]] = [
             partial(self._take, person, thing)
             for thing, place in self._lying.items()
             for person in able
@@ -205,7 +206,7 @@ class _World:
         held = [(thing, person) for thing, person in self._holders.items()]
         if self._task != "qa5":
             return takes + [partial(self._drop, person, thing) for thing, person in held]
-        gives = [
+        gives: list[Callable[[], None]] = [
             partial(self._give, _Gift(person, thing, other))
             for thing, person in held
             for other in self._people

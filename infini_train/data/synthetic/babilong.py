@@ -4,13 +4,13 @@ Hay with the facts in it, in their order, then the question and the answer. A fa
 the hay; the hay as a whole ends where the length requires. Ids are generated as they are read. Imports no torch.
 """
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from infini_train.config.data import BabiTask
-from infini_train.data.synthetic.babi import ANSWERS, Round, Story
+from infini_train.config.data import LEAST_FACTS, BabiTask
+from infini_train.data.synthetic.babi import ANSWERS, Round, Story, draw_story
 from infini_train.data.synthetic.haystack import Haystack, HaystackSource
 from infini_train.data.synthetic.needles import EncodedNeedles, Needles, NeedleText
 from infini_train.data.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ _ENDS = (".", "!", "?")
 _CLOSING = "\"'”’)"  # may follow the end of a sentence
 _SENTENCE_TOKENS = 512  # where no sentence ends within as many tokens, the hay is cut within one
 _CUE = "Answer:"
+_SAMPLES = 64  # stories of a task whose lengths are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,7 @@ class SentenceHay:
     def find_cut(self, hay: Haystack, token: int, hay_tokens: int) -> int:
         """Where to cut the hay near a token: at its start, or after the first sentence that ends from there on.
 
-        Where that is past `hay_tokens`, it is the end of the last sentence before. Later tokens never give an earlier
-        place.
+        Where that is past `hay_tokens`, it is the end of the last sentence before.
         """
         if token == 0:
             return 0
@@ -110,9 +110,34 @@ class EncodedStory:
             hay: drawn from them.
             hay_tokens: in the whole text.
         """
-        drawn = np.sort(random.integers(0, hay_tokens + 1, len(self.story.facts))).tolist()
-        places = [sentences.find_cut(hay, token, hay_tokens) for token in drawn]
+        drawn = random.integers(0, hay_tokens + 1, len(self.story.facts)).tolist()
+        places = sorted(sentences.find_cut(hay, token, hay_tokens) for token in drawn)
         return self._encoded.place(hay, places, hay_tokens)
+
+
+def draw_fitting(
+    random: np.random.Generator, tokenizer: Tokenizer, task: BabiTask, max_facts: int, room_tokens: int
+) -> EncodedStory:
+    """A random story that fits into the room without hay; stories that don't are drawn again with fewer facts.
+
+    Args:
+        random: determines the story.
+        tokenizer: the model's.
+        task: see `draw_story`.
+        max_facts: see `draw_story`.
+        room_tokens: at least `count_least_tokens`.
+    """
+    encoded = EncodedStory(tokenizer, draw_story(random, task, max_facts))
+    while encoded.min_tokens > room_tokens:
+        max_facts = max(min(max_facts, len(encoded.story.facts)) * 3 // 4, LEAST_FACTS)
+        encoded = EncodedStory(tokenizer, draw_story(random, task, max_facts))
+    return encoded
+
+
+def count_least_tokens(tokenizer: Tokenizer, tasks: Iterable[BabiTask]) -> int:
+    """Tokens of the longest text with the fewest facts and no hay, of many such texts of these tasks."""
+    stories = (draw_story(np.random.default_rng(seed), task, LEAST_FACTS) for task in tasks for seed in range(_SAMPLES))
+    return max(EncodedStory(tokenizer, story).min_tokens for story in stories)
 
 
 def spell_round(asked: Round) -> tuple[str, tuple[str, ...]]:
@@ -127,6 +152,6 @@ def is_right(task: BabiTask, asked: Round, said: str) -> bool:
     within a word.
     """
     sentence, question = said.lower().split(".")[0], asked.question.lower()
-    candidates: Collection[str] = [word.lower() for word in ANSWERS[task]]
+    candidates = [word.lower() for word in ANSWERS[task]]
     found = {word for word in candidates if word in sentence and word not in question}
     return found == {asked.answer.lower()}

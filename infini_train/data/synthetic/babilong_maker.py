@@ -4,17 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infini_train.config.data import LEAST_FACTS, BabilongConfig
+from infini_train.config.data import BabilongConfig
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.lanes import IGNORED
-from infini_train.data.synthetic.babi import Round, draw_story
-from infini_train.data.synthetic.babilong import EncodedStory, SentenceHay, spell_round
+from infini_train.data.synthetic.babi import Round
+from infini_train.data.synthetic.babilong import SentenceHay, count_least_tokens, draw_fitting, spell_round
 from infini_train.data.synthetic.needles import encode_round
 from infini_train.data.synthetic.pressure import weigh_writes
 from infini_train.data.synthetic.reader import Difficulty, Text
 from infini_train.data.tokenizer import Tokenizer
-
-_SAMPLES = 64  # stories a task whose lengths are measured
 
 
 class BabilongMaker:
@@ -42,21 +40,12 @@ class BabilongMaker:
             self._sentences = SentenceHay(config.haystack, tokenizer)
         self.max_size = window_tokens // segment_tokens
         self.min_size = min(config.min_segments, self.max_size)
-        needed = self._longest_tokens()
+        needed = count_least_tokens(tokenizer, config.tasks) + 1  # bos
         if self.min_size * segment_tokens < needed:
             raise ConfigError(
                 f"data.synthetic.min_segments: {self.min_size} segments of {segment_tokens} tokens can't hold a text of"
                 f" {needed} tokens; use {-(-needed // segment_tokens)} or more, and a window of as many segments"
             )
-
-    def _longest_tokens(self) -> int:
-        """Length of the longest text with the fewest facts and no hay, including bos, of many such texts."""
-        stories = (
-            draw_story(np.random.default_rng(seed), task, LEAST_FACTS)
-            for task in self.config.tasks
-            for seed in range(_SAMPLES)
-        )
-        return max(EncodedStory(self._tokenizer, story).min_tokens for story in stories) + 1
 
     def compose(
         self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
@@ -85,11 +74,7 @@ class BabilongMaker:
         """
         room = segments * self.segment_tokens - 1  # bos
         task = self.config.tasks[random.integers(len(self.config.tasks))]
-        max_facts = self.config.max_facts
-        encoded = EncodedStory(self._tokenizer, draw_story(random, task, max_facts))
-        while encoded.min_tokens > room:
-            max_facts = max(min(max_facts, len(encoded.story.facts)) * 3 // 4, LEAST_FACTS)
-            encoded = EncodedStory(self._tokenizer, draw_story(random, task, max_facts))
+        encoded = draw_fitting(random, self._tokenizer, task, self.config.max_facts, room)
         further = self._ask_further(encoded.story.rounds[1:], room - encoded.min_tokens)
         least = encoded.min_tokens + sum(map(len, further))
         shortest = max(least, (segments - 1) * self.segment_tokens + 1)
