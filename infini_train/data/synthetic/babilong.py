@@ -19,7 +19,7 @@ _ENDS = (".", "!", "?")
 _CLOSING = "\"'”’)"  # may follow the end of a sentence
 _SENTENCE_TOKENS = 512  # where no sentence ends within as many tokens, the hay is cut within one
 _CUE = "Answer:"
-_SAMPLES = 64  # stories of a task whose lengths are measured
+_SAMPLES = 16  # stories of a task whose lengths are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ def draw_fitting(
 
 
 def count_least_tokens(tokenizer: Tokenizer, tasks: Iterable[BabiTask]) -> int:
-    """Tokens of the longest text with the fewest facts and no hay, of many such texts of these tasks."""
+    """Tokens of the longest text with the fewest facts and no hay, of a sample of such texts of these tasks."""
     stories = (draw_story(np.random.default_rng(seed), task, LEAST_FACTS) for task in tasks for seed in range(_SAMPLES))
     return max(EncodedStory(tokenizer, story).min_tokens for story in stories)
 
