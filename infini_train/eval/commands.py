@@ -11,7 +11,7 @@ examples:
   infini-train eval context runs/demo                    by position in the document, and by visible context
   infini-train eval passkey runs/demo --lengths 4K 32K   a key hidden in 4K and 32K tokens
   infini-train eval needles runs/demo --task multikey    several things to remember
-  infini-train eval babilong runs/demo --tasks qa1 qa2   facts scattered in other text
+  infini-train eval babilong runs/demo --tasks qa2       follow facts scattered in other text
   infini-train eval gates runs/demo                      which heads read the memory, over training
   infini-train eval summarise runs/stories --data test.jsonl       summaries of whole books
   infini-train eval harness runs/demo --include-path tasks --tasks questions    of lm-evaluation-harness
