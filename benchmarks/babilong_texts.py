@@ -1,7 +1,7 @@
 """Writes BABILong texts, to train a tokenizer on them (docs/babilong.md).
 
     python benchmarks/babilong_texts.py --out runs/babilong/texts.jsonl
-    infini-data tokenizer runs/babilong/texts.jsonl --vocab-size 1000 --out runs/babilong/tokenizer.model
+    infini-data tokenizer runs/babilong/texts.jsonl --vocab-size 1500 --out runs/babilong/tokenizer.model
 
 A line a text, each of the tasks in turn; the same seed gives the same texts. A small vocabulary then has the words of
 the facts, and of varied hay, whole.
