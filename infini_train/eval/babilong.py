@@ -19,7 +19,7 @@ from infini_train.data.synthetic.needles import NeedleText, encode_round
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.eval.measurement import add_out, run
 from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
-from infini_train.eval.retrieval_test import RetrievalTest, add_grid, name_suffix, read_grid
+from infini_train.eval.retrieval_test import RetrievalTest, add_lengths, name_suffix, read_lengths
 
 if TYPE_CHECKING:
     from infini_train.inference.loading import Trained
@@ -240,7 +240,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
         " lies beside another), qa5 (who gave what to whom)."
     )
     describe(parser, description, EXAMPLES)
-    add_grid(parser, LENGTHS)
+    add_lengths(parser, LENGTHS)
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=("qa1",), metavar="TASK", help="what is asked (default: qa1)"
     )
@@ -264,6 +264,6 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 def _babilong(options: argparse.Namespace) -> None:
     grid = BabilongGrid(
-        **read_grid(options), tasks=tuple(options.tasks), haystack=options.haystack, max_facts=options.max_facts
+        **read_lengths(options), tasks=tuple(options.tasks), haystack=options.haystack, max_facts=options.max_facts
     )
     run(options, lambda trained: BabilongTest(trained, grid, lanes=options.lanes))

@@ -188,21 +188,8 @@ def name_suffix(grid: RetrievalGrid, precision: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def add_grid(
-    parser: argparse.ArgumentParser,
-    lengths: Sequence[str],
-    *,
-    depths_of: str | None = None,
-    digits_of: str | None = None,
-) -> None:
-    """Gives a parser the options that all grids share; see `read_grid`.
-
-    Args:
-        parser: of a retrieval test.
-        lengths: the default.
-        depths_of: whose depth; None: there are no depths to choose.
-        digits_of: whose digits; None: there are none.
-    """
+def add_lengths(parser: argparse.ArgumentParser, lengths: Sequence[str]) -> None:
+    """Gives a parser RUN, the lengths and the other options of every grid; see `read_lengths`."""
     add_model(parser)
     parser.add_argument(
         "--lengths",
@@ -211,38 +198,57 @@ def add_grid(
         metavar="N",
         help=f"numbers of tokens of prompt and answer; K is 1024, M is 1024 K (default: {' '.join(lengths)})",
     )
-    if depths_of is not None:
-        parser.add_argument(
-            "--depths",
-            nargs="+",
-            default=DEPTHS,
-            metavar="P",
-            help=f"depths of {depths_of}: 0 start, 1 end; one whole number N above 1: N depths, evenly spaced from"
-            f" start to end (default: {' '.join(DEPTHS)})",
-        )
     parser.add_argument(
         "--samples", type=positive, default=10, metavar="N", help="prompts per cell of the grid (default: %(default)s)"
     )
-    if digits_of is not None:
-        parser.add_argument(
-            "--digits", type=positive, default=5, metavar="N", help=f"digits of {digits_of} (default: %(default)s)"
-        )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed (default: %(default)s)")
     add_lanes(parser, "prompts")
 
 
+def read_lengths(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `RetrievalGrid` that `add_lengths` asks for.
+
+    Raises:
+        ConfigError: a length is none.
+    """
+    lengths_tokens = tuple(map(parse_length, options.lengths))
+    return {"lengths_tokens": lengths_tokens, "samples": options.samples, "seed": options.seed}
+
+
+def add_grid(parser: argparse.ArgumentParser, lengths: Sequence[str], *, depths_of: str, digits_of: str) -> None:
+    """Gives a parser the options of grids that have depths and digits; see `read_grid`.
+
+    Args:
+        parser: of a retrieval test.
+        lengths: the default.
+        depths_of: whose depth.
+        digits_of: whose digits.
+    """
+    add_lengths(parser, lengths)
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        default=DEPTHS,
+        metavar="P",
+        help=f"depths of {depths_of}: 0 start, 1 end; one whole number N above 1: N depths, evenly spaced from start to"
+        f" end (default: {' '.join(DEPTHS)})",
+    )
+    parser.add_argument(
+        "--digits",
+        type=positive,
+        default=5,
+        metavar="N",
+        help=f"digits of {digits_of} (default: %(default)s)",
+    )
+
+
 def read_grid(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a `RetrievalGrid` that a command line asks for.
+    """The fields of a `RetrievalGrid` that `add_grid` asks for.
 
     Raises:
         ConfigError: a length or a depth is none.
     """
-    fields = {"lengths_tokens": tuple(map(parse_length, options.lengths)), "samples": options.samples}
-    if "depths" in options:
-        fields["depths"] = parse_depths(options.depths)
-    if "digits" in options:
-        fields["digits"] = options.digits
-    return {**fields, "seed": options.seed}
+    return {**read_lengths(options), "depths": parse_depths(options.depths), "digits": options.digits}
 
 
 def parse_depths(texts: Sequence[str]) -> tuple[float, ...]:
