@@ -8,6 +8,8 @@ from infini_train.config.union import one_of
 from infini_train.config.values import Factor, Few, FilePath, Many, Total
 
 NeedleTask = Literal["single", "multikey", "multivalue", "multiquery", "variables"]
+BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5"]
+LEAST_FACTS = 3  # of a story in which something can be asked
 VALUE_EACH: tuple[NeedleTask, ...] = ("multikey", "multivalue", "multiquery")  # with as many values as needles
 
 
@@ -107,6 +109,40 @@ class NeedlesConfig(SyntheticConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BabilongConfig(SyntheticConfig):
+    """Facts of bAbI tasks scattered in other text, made while training (docs/babilong.md)."""
+
+    kind: Literal["babilong"] = "babilong"  # chooses these texts
+    tasks: tuple[BabiTask, ...] = ("qa1",)  # tasks to mix
+    haystack: FilePath = "varied"  # varied, repeated, or a text or .jsonl file
+    tokenizer: FilePath | None = None  # a .model or tokenizer.json; null: bytes
+    max_facts: Many = 10  # maximum number of facts in a text, as far as they fit
+    questions: Many = 1  # maximum number of questions at a text's end, each a different one about the same facts
+    min_segments: Many = 4  # length of the shortest texts, in segments
+    grow_below_loss: Factor = 0.25  # texts grow, up to a window, while the running mean loss (nats) is below this
+    text_weight: Factor = 0.1  # share of the loss for all text but the answers
+    answer_weight: Factor = 1.0  # share for the answers
+    pressure: Factor = 1.0  # scales write weights of grown texts to simulate up to N windows; 1: off
+    pressure_share: Factor = 0.5  # share of the grown texts that get pressure
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "data.synthetic.tasks", "give at least one")
+        require(
+            self.max_facts >= LEAST_FACTS,
+            "data.synthetic.max_facts",
+            f"must be at least {LEAST_FACTS}",
+        )
+        for name in ("questions", "min_segments", "grow_below_loss", "answer_weight"):
+            require(getattr(self, name) > 0, f"data.synthetic.{name}", "must be positive")
+        require(self.text_weight >= 0, "data.synthetic.text_weight", "must not be negative")
+        _check_pressure(self.pressure, self.pressure_share)
+
+    @property
+    def tokenizer_file(self) -> str | None:
+        return self.tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecallConfig(SyntheticConfig):
     """Key-value pairs, then a question for each of them (docs/needles.md)."""
 
@@ -130,6 +166,7 @@ SYNTHETIC_KINDS: dict[str, type[SyntheticConfig]] = {
     "passkey": PasskeyConfig,
     "needles": NeedlesConfig,
     "recall": RecallConfig,
+    "babilong": BabilongConfig,
 }
 
 

@@ -223,7 +223,7 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
         return what, "needles at the depth of the asked one" if self.grid.task in ONE_ASKED else "needles"
 
     def heading(self, results: dict[str, Any]) -> str:
-        return f"{results['task']} in {results['haystack']} hay"
+        return f"{results['task']} in {results['haystack']} hay, {results['digits']} digits"
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -147,7 +147,7 @@ class PasskeyTest(RetrievalTest[PasskeyAnswer]):
         return what, "depth of the key (0 start, 1 end)"
 
     def heading(self, results: dict[str, Any]) -> str:
-        return f"wording {results['wording']}"
+        return f"wording {results['wording']}, {results['digits']} digits"
 
     def notes(self, results: dict[str, Any]) -> list[str]:
         found = results["all"]

@@ -1,8 +1,8 @@
 """Retrieval tests: grids of prompts that hide something, a model's answers to them, and scores by cell.
 
-What the tests of passkeys and needles share; each of them writes its own prompts. A grid is made of lengths and
-columns; a column is whatever else distinguishes cells: a depth, or a number of needles and a depth. An answer has parts
-(digits, words), each right or wrong. Imports torch late.
+What the tests of passkeys, needles and BABILong share; each of them writes its own prompts. A grid is made of lengths
+and columns; a column is whatever else distinguishes cells: a depth, a number of needles and a depth, a task. An answer
+has parts (digits, words), each right or wrong. Imports torch late.
 """
 
 import math

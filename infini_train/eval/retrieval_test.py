@@ -47,6 +47,7 @@ class RetrievalTest(Measurement[AnswerT]):
     Attributes:
         part: what an answer consists of: digit, word.
         places: fields of the answer (with _token) whose phases against the segments are counted, besides the question.
+        shows_parts: whether right parts are shown besides exact matches; pointless where an answer has one part.
         exact_title: what the table of exact matches is called.
         joint: between length and column, in lines of progress.
         mapped: what the heat map shows: a name of `INTERVALS`.
@@ -56,6 +57,7 @@ class RetrievalTest(Measurement[AnswerT]):
     file, picture = "answers.jsonl", "heatmap.png"
     part: str
     places: tuple[str, ...] = ()
+    shows_parts = True
     exact_title, joint = "exact match", ""
     mapped: str
     map_name: str
@@ -116,8 +118,8 @@ class RetrievalTest(Measurement[AnswerT]):
             if score.samples == self.grid.samples:
                 name = f"{format_length(cell[0]):>6} {self.joint}{self.column_name(cell[1:]):<{width}}"
                 exact = format_share(score.exact_match, score.exact_interval)
-                parts = format_share(score.accuracy, score.interval)
-                yield f"{name} exact {score.exact}/{score.samples} = {exact}   {self.part}s {parts}"
+                parts = f"   {self.part}s {format_share(score.accuracy, score.interval)}" * self.shows_parts
+                yield f"{name} exact {score.exact}/{score.samples} = {exact}{parts}"
 
     def summarise(self, records: Sequence[AnswerT]) -> dict[str, Any]:
         own = [answer for answer in records if answer.prompt in self.wanted]
@@ -132,7 +134,8 @@ class RetrievalTest(Measurement[AnswerT]):
         prefix, step = f"eval/{self.board_name}", self.trained.step
         for cell, score in scores.items():
             board.add_scalar(f"{prefix}/exact match/{self.cell_name(cell)}", score.exact_match, step)
-            board.add_scalar(f"{prefix}/{self.part}s/{self.cell_name(cell)}", score.accuracy, step)
+            if self.shows_parts:
+                board.add_scalar(f"{prefix}/{self.part}s/{self.cell_name(cell)}", score.accuracy, step)
         board.add_figure(f"{prefix}/{self.map_name}", figure, step)
 
     def _draw(self, scores: dict[Any, RetrievalScore]) -> "Figure":
@@ -155,14 +158,15 @@ class RetrievalTest(Measurement[AnswerT]):
         width = max(len(self.exact_title), *(len(self.column_name(column)) for column in self.grid.columns())) + 1
         lines = [
             f"{results['checkpoint']}, step {results['step']}",
-            f"{self.heading(results)}, {results['digits']} digits, seed {results['seed']}, {results['samples']} samples"
-            " a cell; in %, with Wilson's 95 % interval",
+            f"{self.heading(results)}, seed {results['seed']}, {results['samples']} samples a cell; in %, with Wilson's"
+            " 95 % interval",
         ]
         rows = {
             self.column_name(column): [cells[(length, *column)] for length in lengths] for column in self.grid.columns()
         }
         rows["all"] = results["lengths"]
-        for title, share in ((self.exact_title, "exact_match"), (f"{self.part}s", f"{self.part}_accuracy")):
+        tables = [(self.exact_title, "exact_match"), (f"{self.part}s", f"{self.part}_accuracy")]
+        for title, share in tables[: 1 + self.shows_parts]:
             lines += ["", f"{title:<{width}}" + "".join(f"{format_length(length):>18}" for length in lengths)]
             for label, row in rows.items():
                 shares = (format_share(cell[share], cell[f"{share}_95"]) for cell in row)

@@ -1,1 +1,1 @@
-"""Texts made on the fly to train and to evaluate on: passkey, needles and recall, their makers and their reader."""
+"""Texts made on the fly to train and to evaluate on, their makers and their reader."""

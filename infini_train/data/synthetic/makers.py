@@ -9,6 +9,7 @@ from typing import Any
 
 from infini_train.config.data import SyntheticConfig
 from infini_train.config.errors import naming
+from infini_train.data.synthetic.babilong_maker import BabilongMaker
 from infini_train.data.synthetic.needle_maker import NeedleMaker
 from infini_train.data.synthetic.passkey_maker import PasskeyMaker
 from infini_train.data.synthetic.reader import TextMaker
@@ -40,6 +41,7 @@ MAKERS: dict[str, Kind] = {
     "passkey": Kind(_in_bytes(PasskeyMaker), text_version=1),
     "needles": Kind(NeedleMaker, text_version=2),
     "recall": Kind(_in_bytes(RecallMaker), text_version=1, extra_ids=PAIR_IDS),
+    "babilong": Kind(BabilongMaker, text_version=1),
 }
 
 

@@ -1,4 +1,4 @@
-"""Needle and recall texts as training windows: exact layout, the same for any split of the lanes, resumable."""
+"""Needle, recall and BABILong texts as training windows: exact layout, the same for any split of lanes, resumable."""
 
 import dataclasses
 import json
@@ -11,11 +11,12 @@ import pytest
 import sentencepiece
 
 from infini_train.config.attention import FullConfig
-from infini_train.config.data import DataConfig, NeedlesConfig, RecallConfig
+from infini_train.config.data import BabilongConfig, DataConfig, NeedlesConfig, RecallConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_run
 from infini_train.data.lanes import IGNORED
 from infini_train.data.source import open_reader, open_source, text_segment
+from infini_train.data.synthetic.babilong_maker import BabilongMaker
 from infini_train.data.synthetic.needle_maker import NeedleMaker
 from infini_train.data.synthetic.needles import THINGS
 from infini_train.data.synthetic.reader import Progress, SyntheticReader
@@ -39,6 +40,8 @@ NEEDLE = (
 def reader_of(kind: str, rows: slice = slice(None)) -> SyntheticReader:
     if kind == "needles":
         maker = NeedleMaker(NEEDLES, WINDOW, SEGMENT, ByteTokenizer())
+    elif kind == "babilong":
+        maker = BabilongMaker(BabilongConfig(grow_below_loss=0.5), WINDOW, SEGMENT, ByteTokenizer())
     else:
         joined = kind == "recall"
         maker = RecallMaker(
@@ -47,7 +50,7 @@ def reader_of(kind: str, rows: slice = slice(None)) -> SyntheticReader:
     return SyntheticReader(maker, LANES, WINDOW, SEGMENT, 7, rows)
 
 
-@pytest.fixture(params=["needles", "recall", "recall, two tokens"])
+@pytest.fixture(params=["needles", "recall", "recall, two tokens", "babilong"])
 def kind(request) -> str:
     return request.param
 

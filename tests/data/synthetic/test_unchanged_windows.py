@@ -1,6 +1,6 @@
 """Synthetic windows stay what they were, bit for bit: a resumed run goes on with the texts it would have seen.
 
-The hashes were taken before these texts had a room of their own.
+The hashes were taken before these texts had a room of their own; those of later kinds, when the kind came.
 """
 
 import hashlib
@@ -33,6 +33,11 @@ CASES = {
         [BYTES, "data.synthetic.haystack={prose}", "data.synthetic.min_segments=6", "data.synthetic.text_weight=0"],
     ),
     "needles repeated": ("needles", [FILE, "data.synthetic.haystack=repeated", "data.synthetic.questions=1"]),
+    "babilong": (
+        "babilong",
+        [BYTES, "data.synthetic.tasks=[qa1,qa2,qa3,qa4,qa5]", "data.synthetic.min_segments=5"],
+    ),
+    "babilong prose": ("babilong", [FILE, "data.synthetic.haystack={prose}", "data.synthetic.max_facts=4"]),
     "passkey plain": (
         "passkey_no_conv",
         [
@@ -56,6 +61,8 @@ HASHES = {
     "needles bytes": "f1dc5f21f0fce2e6be9f6faefdb6d93173f56572fa3cf5ac1aa49e03d228d2ad",
     "needles prose": "c417a28820057fedd2e3027d2ec59704bea1b53167486b564d11b4e42fb7922e",
     "needles repeated": "c864daccbb1ee3b55e4caf40e6e0b46129da386d2369f04f0a8d14fc24132e54",
+    "babilong": "e736224caab9c8a44149c5918e892242b6951c3339261f047a8f7fe4ee1f46e5",
+    "babilong prose": "862915d72751b989b652954355efef8b796bb42b6d15786faa341a9269b599cf",
     "passkey plain": "17b412135cccbd2645cbf5f918b9f355723c5d930b3548ab9a0482decf80f570",
     "passkey full attention": "ccb50046c38c584c6d1362c5822157dc9841141223d015934acf11c225573257",
     "passkey other seed": "a895c25cb244e3e86e00ed93cd94fddc1865509d218779e5a9d700adced78547",
