@@ -164,7 +164,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PART",
         help="leave out a part of the attention, to see what it is worth: memory, local or convolution, in all layers"
-        " or in one (memory:3)",
+        " or in one (memory:3; default: nothing)",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
 
