@@ -161,7 +161,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without",
         nargs="+",
-        default=[],
         metavar="PART",
         help="leave out a part of the attention, to see what it is worth: memory, local or convolution, in all layers"
         " or in one (memory:3; default: nothing)",
@@ -216,12 +215,13 @@ def load(options: argparse.Namespace) -> "Trained":
         from infini_train.inference.loading import open_trained
         from infini_train.model.ablation import leave_out, parse_parts
 
+        without = options.without or []
         with naming("--without"):
-            parts = parse_parts(options.without)
+            parts = parse_parts(without)
         trained = open_trained(options.model, options.precision)
         with naming("--without"):
             leave_out(trained.model, parts)
-        return trained._replace(without=tuple(sorted(set(options.without))))
+        return trained._replace(without=tuple(sorted(set(without))))
 
 
 def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[Any]]) -> None:
