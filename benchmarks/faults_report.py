@@ -32,7 +32,7 @@ def tabulate_fuzz() -> str:
     rows = []
     for name, found in load_results("faults").items():
         if name.startswith("fuzz"):
-            codes = ", ".join(f"{code}: {number:,}" for code, number in found["exit_codes"].items())
+            codes = ", ".join(f"{code}: {number:,}" for code, number in (found["exit_codes"] or {}).items()) or "-"
             rows.append(
                 [
                     str(found["seed"]),
