@@ -57,6 +57,8 @@ BASES = {
     "infini-train eval perplexity": "HOME/run --data HOME/data/validation --max-tokens 200",
     "infini-train eval context": "HOME/run --data HOME/data/train --contexts 16 --targets 1 --target-tokens 4 --out c",
     "infini-train eval passkey": "HOME/run --lengths 512 --depths 0 --samples 1 --out passkey",
+    "infini-train eval ruler": "HOME/run --tasks niah_single_1 --lengths 1K --samples 1 --out ruler",
+    "infini-train eval babilong": "HOME/run --tasks qa1 --lengths 1K --samples 1 --out babilong",
     "infini-train eval needles": "HOME/run --lengths 512 --depths 0 --samples 1 --needles 1 --out needles",
     "infini-train eval summarise": "HOME/run --data HOME/books.jsonl --max-new-tokens 3 --out summaries",
     "infini-train eval gates": "HOME/run",

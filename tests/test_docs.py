@@ -322,7 +322,8 @@ def test_the_import_rules_of_the_architecture_are_those_that_are_tested() -> Non
     assert rows
     found: dict[str, set[str]] = {name: set() for name in rules["BOTTOM"]} | {
         "command_line": {"config", "exit_codes", "logs"},
-        "command_errors": {"config", "exit_codes", "redaction"},
+        "command_errors": {"config", "exit_codes", "interrupts", "redaction"},
+        "interrupts": {"exit_codes"},
         "atomic_files": {"regular_files"},
         "child_processes": {"exit_codes"},
         "environment": {"config"},

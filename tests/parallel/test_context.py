@@ -138,7 +138,8 @@ def check_local(job, ranks):
     shards = (x.chunk(ranks.size, 2)[ranks.rank] for x in window[1:4])
     out, found_recent = local_attention(*shards, None, grid, ranks=ranks)
     torch.testing.assert_close(out, expected.chunk(ranks.size, 2)[ranks.rank], rtol=1e-10, atol=1e-10)
-    for found, right in zip(found_recent, recent, strict=True):
+    assert found_recent.sinks is None is recent.sinks
+    for found, right in zip(found_recent[:4], recent[:4], strict=True):
         assert torch.equal(found, right)
     weight = directions({"out": expected, "memory_BKDE": out[:0], "normaliser_BKD": out[:0]}, 1)[0]["out"]
     slopes = gradients_of(window, [(weight.chunk(ranks.size, 2)[ranks.rank] * out).sum()])
@@ -347,10 +348,10 @@ def test_memories_cross_in_fp32(run, update):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "segment", "open_tokens"), [(28, 4, 0), (24, 8, 0), (32, None, 0), (32, 4, 1)], ids=str
+    ("tokens", "segment", "open_tokens"), [(28, 4, 0), (24, 8, 0), (33, None, 0), (32, None, 2), (32, 4, 1)], ids=str
 )
 def test_what_a_shard_cannot_be(tokens, segment, open_tokens):
-    """Parts of segments, no segments at all, or a window that goes on with an open segment."""
+    """Parts of segments, shards of different lengths, or a window that goes on with an open segment."""
     marks = torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens)
     first = torch.zeros(1, open_tokens, dtype=torch.bool), torch.ones(1, open_tokens)
     recent = None

@@ -55,7 +55,7 @@ def test_all_processes_are_used(processes) -> None:
 
 def test_cases_are_chosen_by_name_and_precision() -> None:
     names = [case.name for case in choose_cases(2, ["cp2-*"], "bf16")]
-    assert names == ["cp2-delta-bf16", "cp2-linear-conv-bf16"]
+    assert names == ["cp2-gated-token-2layers-bf16", "cp2-delta-bf16", "cp2-linear-conv-bf16"]
     assert [case.name for case in choose_cases(4, ["tp4-sp-delta", "pp4*"])] == ["tp4-sp-delta", "pp4-linear-5layers"]
     with pytest.raises(ConfigError, match="^no case for 2 processes"):
         choose_cases(2, ["cp4-linear"])

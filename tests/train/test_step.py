@@ -238,6 +238,11 @@ def test_gradients_flow_through_all_segments_of_the_window(attention, reaches, c
         assert not gradient_T[: WINDOW - 8].any()
 
 
+def tensors(state):
+    """Those of a state, some of whose fields may be None."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(leaf)]
+
+
 @pytest.mark.parametrize("attention", ["linear", "delta"])
 def test_gradients_end_at_the_window(attention, configure, tools):
     session = open_session(configure(f"model.attention={tools.attention[attention]}", "train.micro_batch_lanes=4"))
@@ -245,11 +250,11 @@ def test_gradients_end_at_the_window(attention, configure, tools):
     tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(first, 1)))
     _, state = model(tokens, model.make_grids(starts, weights, None), None, labels)
     carried = model.carry_over(state)
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(carried) if torch.is_tensor(leaf)]
+    leaves = tensors(carried)
     assert leaves and not any(leaf.requires_grad for leaf in leaves)
-    assert any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(state)), "inside the window they flow"
+    assert any(leaf.requires_grad for leaf in tensors(state)), "inside the window they flow"
     result = step(session, first)
-    assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(result.states))
+    assert not any(leaf.requires_grad for leaf in tensors(result.states))
 
 
 def test_clipping_and_parts_of_the_time(configure):
