@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infini_train.config.attention import InfiniConfig
 from infini_train.config.data import DataConfig
 from infini_train.config.errors import require
 from infini_train.config.model import ModelConfig
@@ -50,6 +51,11 @@ class RunConfig:
             f"{decay} steps after {warmup} of warm-up don't fit into a run of {self.train.total_steps}",
         )
 
+        require(
+            not self.eval.without_memory or any(isinstance(layer, InfiniConfig) for layer in self.model.layers),
+            "eval.without_memory",
+            "no layer has a compressive memory to leave out (kind infini); set it to false",
+        )
         _check_model_layout(self)
         _check_batch_layout(self)
 

@@ -46,13 +46,13 @@ class InfiniConfig(AttentionVariant):
     conv_tokens: Many = 0  # queries and keys also take in this many tokens before theirs (0: the paper's form)
     # standard deviation of those weights at first; null: 1/sqrt(conv_tokens), or 0 when added to a trained model
     conv_std: Deviation | None = None
-    # gated_delta: what the decay's sigmoid is taken of at first; from 8.3 on nothing fades
+    # gated_delta: what the decay's sigmoid is taken of at first; from 8.3 on nothing fades, and it can't learn to
     decay_init: GateInit = 8.0
 
     has_gates: ClassVar[bool] = True
     crosses_ranks: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {
-        "update": "the updates share all weights, but those by which gated_delta writes, which begin anew",
+        "update": "all weights but gated_delta's own are shared; those begin anew, or are left out",
         "features": "both features share all weights",
         "read": ANY_VIEW,
         "overlap_tokens": ANY_VIEW,

@@ -102,7 +102,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     """Infini-attention (arXiv 2404.07143, Eq. 7 to 10) over all segments of the call at once.
 
     The memory is read before it is written; the gate is not applied where the memory is empty or belongs to another
-    document. The gated delta memory (gated_delta.py) takes the place of Eq. 7 to 9 where `form` says so.
+    document (where every token reads all before it, it is applied everywhere, and an empty memory gives zeros).
+    The gated delta memory (gated_delta.py) takes the place of Eq. 7 to 9 where `form` says so.
 
     Args:
         q_BHTD: queries without rotary embedding.

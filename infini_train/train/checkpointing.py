@@ -119,7 +119,10 @@ def roll_back(session: Session) -> None:
     """
     found, damaged = None, []
     if session.place.is_first:
-        found = store.find_latest(session.config.directory, warn_of_checkpoint, damaged.append)
+        try:
+            found = store.find_latest(session.config.directory, warn_of_checkpoint, damaged.append)
+        except store.CheckpointError as error:  # none is valid; the other ranks wait for what is found
+            warn_of_checkpoint(str(error))
     if found is not None:
         set_damaged_aside(damaged, found)
     checkpoint = share_checkpoint(found)

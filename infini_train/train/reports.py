@@ -121,10 +121,9 @@ def report_validation(
     if session.config.eval.without_memory:
         with leaving_out(session.stages.transformers(), [Part("memory")]):
             without = _validate(session, stop, on_operation)
-        if without is None:
-            return
-        values["loss/validation_without_memory"] = without.loss
-        worth = f"; without memory {without.loss:.4f}"
+        if without is not None:  # else a signal asks to stop
+            values["loss/validation_without_memory"] = without.loss
+            worth = f"; without memory {without.loss:.4f}"
     metrics.write(session.step, values)
     LOG.info(
         f"validation at step {session.step}: loss {found.loss:.4f}  ppl {found.perplexity:.2f}"
