@@ -74,3 +74,15 @@ def test_impossible_sizes_are_refused(kind: str, changes: dict[str, object], mes
     with pytest.raises(ConfigError) as caught:
         validate(tree({**ATTENTIONS[kind], **changes}))
     assert str(caught.value) == message
+
+
+def test_a_memory_that_is_not_there_is_not_measured() -> None:
+    tree = {
+        "model": {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 32},
+        "data": {"train": "a"},
+        "train": {"window_tokens": 512, "batch_lanes": 4, "max_steps": 1000},
+        "eval": {"without_memory": True},
+    }
+    validate(tree)
+    with pytest.raises(ConfigError, match="^eval.without_memory: no layer has a compressive memory"):
+        validate({**tree, "model": {**tree["model"], "attention": {"kind": "memorizing"}}})
