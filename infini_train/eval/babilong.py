@@ -1,22 +1,20 @@
 """`infini-train eval babilong`: questions about facts scattered in other text, after BABILong. Imports torch late."""
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infini_train.command_line import describe, format_length, location, positive
+from infini_train.command_line import describe, format_length, positive
 from infini_train.config.data import LEAST_FACTS, BabiTask
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.babi import ANSWERS, TASKS, Round
 from infini_train.data.synthetic.babilong import SentenceHay, count_least_tokens, draw_fitting, is_right, spell_round
-from infini_train.data.synthetic.haystack import HAYSTACKS
 from infini_train.data.synthetic.needles import NeedleText, encode_round
 from infini_train.data.tokenizer import Tokenizer
+from infini_train.eval.hay import add_haystack, hash_prose, name_hay, note_repeats
 from infini_train.eval.measurement import add_out, run
 from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
 from infini_train.eval.retrieval_test import RetrievalTest, add_lengths, name_suffix, read_lengths
@@ -69,7 +67,7 @@ class BabilongGrid(RetrievalGrid):
     @property
     def hay(self) -> str:
         """Name of the haystack; prose, where it is a file."""
-        return self.haystack if self.haystack in HAYSTACKS else "prose"
+        return name_hay(self.haystack)
 
     def columns(self) -> list[tuple[BabiTask]]:
         return [(task,) for task in self.tasks]
@@ -196,10 +194,9 @@ class BabilongTest(RetrievalTest[BabilongAnswer]):
 
     def __init__(self, trained: "Trained", grid: BabilongGrid, *, lanes: int) -> None:
         prompts = BabilongPrompts(grid, trained.tokenizer, trained.step_tokens)
-        prose = Path(grid.haystack).read_bytes() if grid.hay == "prose" else None
         settings = {
             "haystack": grid.hay,
-            "haystack_sha256": None if prose is None else hashlib.sha256(prose).hexdigest(),
+            "haystack_sha256": hash_prose(grid.haystack),
             "max_facts": grid.max_facts,
             "seed": grid.seed,
         }
@@ -209,10 +206,7 @@ class BabilongTest(RetrievalTest[BabilongAnswer]):
 
     def plan(self, records: Sequence[BabilongAnswer]) -> tuple[list[str], int | None]:
         there, total = super().plan(records)
-        prose_tokens = self.prompts.hay.source.prose_tokens
-        if prose_tokens is not None and prose_tokens < max(self.grid.lengths_tokens):
-            there.insert(0, f"the haystack has {prose_tokens:,} tokens; longer prompts meet parts of it again")
-        return there, total
+        return [*note_repeats(self.prompts.hay.source.prose_tokens, self.grid.lengths_tokens), *there], total
 
     def column_name(self, column: tuple[Any, ...]) -> str:
         return str(column[0])
@@ -244,13 +238,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=("qa1",), metavar="TASK", help="what is asked (default: qa1)"
     )
-    parser.add_argument(
-        "--haystack",
-        type=location,
-        default="varied",
-        metavar="HAY",
-        help=f"the hay: {', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
-    )
+    add_haystack(parser, "varied")
     parser.add_argument(
         "--max-facts",
         type=positive,

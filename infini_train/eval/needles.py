@@ -1,18 +1,16 @@
 """`infini-train eval needles`: several things hidden in hay or prose, after RULER. Imports torch late."""
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from infini_train.command_line import describe, format_length, location, positive
+from infini_train.command_line import describe, format_length, positive
 from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError, naming
-from infini_train.data.synthetic.haystack import HAYSTACKS, HaystackSource
+from infini_train.data.synthetic.haystack import HaystackSource
 from infini_train.data.synthetic.needles import (
     ONE_ASKED,
     TASKS,
@@ -26,6 +24,7 @@ from infini_train.data.synthetic.needles import (
 from infini_train.data.synthetic.passkey import choose_before
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
+from infini_train.eval.hay import add_haystack, hash_prose, name_hay, note_repeats
 from infini_train.eval.measurement import add_out, run
 from infini_train.eval.retrieval import RetrievalAnswer, RetrievalGrid, RetrievalPrompts
 from infini_train.eval.retrieval_test import RetrievalTest, add_grid, name_suffix, read_grid
@@ -85,7 +84,7 @@ class NeedleGrid(RetrievalGrid):
     @property
     def hay(self) -> str:
         """Name of the haystack; prose, where it is a file."""
-        return self.haystack if self.haystack in HAYSTACKS else "prose"
+        return name_hay(self.haystack)
 
     def columns(self) -> list[tuple[int, float]]:
         return [(needles, depth) for needles in self.needles for depth in self.depths]
@@ -192,11 +191,10 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
 
     def __init__(self, trained: "Trained", grid: NeedleGrid, *, lanes: int) -> None:
         prompts = NeedlePrompts(grid, trained.tokenizer, trained.step_tokens)
-        prose = Path(grid.haystack).read_bytes() if grid.hay == "prose" else None
         settings = {
             "task": grid.task,
             "haystack": grid.hay,
-            "haystack_sha256": None if prose is None else hashlib.sha256(prose).hexdigest(),
+            "haystack_sha256": hash_prose(grid.haystack),
             "digits": grid.digits,
             "seed": grid.seed,
         }
@@ -205,10 +203,7 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
 
     def plan(self, records: Sequence[NeedleAnswer]) -> tuple[list[str], int | None]:
         there, total = super().plan(records)
-        prose_tokens = self.prompts.source.prose_tokens
-        if prose_tokens is not None and prose_tokens < max(self.grid.lengths_tokens):
-            there.insert(0, f"the haystack has {prose_tokens:,} tokens; longer prompts meet parts of it again")
-        return there, total
+        return [*note_repeats(self.prompts.source.prose_tokens, self.grid.lengths_tokens), *there], total
 
     def column_name(self, column: tuple[Any, ...]) -> str:
         needles, depth = column
@@ -243,13 +238,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default="multikey", help="what is hidden and asked (default: %(default)s)"
     )
-    parser.add_argument(
-        "--haystack",
-        type=location,
-        default="repeated",
-        metavar="HAY",
-        help=f"the hay: {', '.join(HAYSTACKS)}, or a text or .jsonl file of prose (default: %(default)s)",
-    )
+    add_haystack(parser, "repeated")
     parser.add_argument(
         "--needles",
         nargs="+",
