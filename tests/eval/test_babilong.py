@@ -1,11 +1,9 @@
 """BABILong: prompts lie within their length, oracles score as they must, and the command writes, resumes, refuses."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,6 +15,7 @@ from infini_train.eval.babilong import BabilongGrid, BabilongPrompts, BabilongTe
 from infini_train.eval.measurement import run_measurement
 from infini_train.eval.retrieval import answer_prompts, summarise_answers
 from infini_train.inference.loading import open_trained
+from tests.eval.speaker import Speaker
 
 BYTE = ByteTokenizer()
 SMALL = ("--lengths", "400", "1K", "--tasks", "qa1", "qa4", "--samples", "2", "--lanes", "4")
@@ -26,46 +25,24 @@ def grid_of(**changes) -> BabilongGrid:
     return BabilongGrid(**{"lengths_tokens": (400, 900), "tasks": TASKS, "samples": 3, "max_facts": 20, **changes})
 
 
-class Oracle:
-    """Stands where a model stands: says the right answer, or always the same."""
+def say_right(prompt, text) -> str:
+    """For `Speaker`: the right answer, and more after its sentence."""
+    return f" {text.asked.answer}.{' nothing' * 9}"
 
-    def __init__(self, prompts: BabilongPrompts, constant: bool) -> None:
-        self.config = SimpleNamespace(segment_tokens=16)
-        self.answers = {}
-        for length in prompts.grid.lengths_tokens:
-            for prompt in prompts.grid.prompts(length):
-                text = prompts.write(prompt)
-                answer = ANSWERS[prompt.task][0] if constant else text.asked.answer
-                self.answers[bytes(text.read(0, text.prompt_tokens).tolist())] = answer
 
-    def make_grids(self, starts_BT, weights_BT, state):
-        return self
-
-    def to(self, device):
-        return self
-
-    def decode(self, tokens_BT, grid, state):
-        seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
-        return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
-
-    def prefill(self, tokens_BT, grid, state):
-        return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
-
-    def _next(self, seen: list[int]) -> torch.Tensor:
-        text, token = bytes(seen[1:]), 0
-        for prompt, answer in self.answers.items():
-            if text.startswith(prompt):
-                token = f" {answer}.{' nothing' * 9}".encode()[len(text) - len(prompt)]
-        return torch.nn.functional.one_hot(torch.tensor(token), 259).float()
-
-    def logits(self, hidden_TBV):
-        return hidden_TBV
+def say_the_same(prompt, text) -> str:
+    """For `Speaker`: always the same answer of a task."""
+    return f" {ANSWERS[prompt.task][0]}.{' nothing' * 9}"
 
 
 def test_an_oracle_is_always_right_and_a_constant_seldom():
     prompts = BabilongPrompts(grid_of(lengths_tokens=(400,), samples=24), BYTE, 16)
     for constant in (False, True):
-        answers = [a for batch in answer_prompts(Oracle(prompts, constant), prompts, lanes=24) for a in batch]
+        answers = [
+            a
+            for batch in answer_prompts(Speaker(prompts, say_the_same if constant else say_right), prompts, lanes=24)
+            for a in batch
+        ]
         found = summarise_answers(prompts.grid, answers, 16, "word", ())
         assert found["complete"] and [cell["task"] for cell in found["cells"]] == list(TASKS)
         shares = [cell["exact_match"] for cell in found["cells"]]

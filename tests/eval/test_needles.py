@@ -2,11 +2,9 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.config.errors import ConfigError
@@ -17,6 +15,7 @@ from infini_train.eval.measurement import run_measurement
 from infini_train.eval.needles import NeedleGrid, NeedlePrompts, NeedleTest
 from infini_train.eval.retrieval import answer_prompts, summarise_answers
 from infini_train.inference.loading import open_trained
+from tests.eval.speaker import Speaker
 
 BYTE = ByteTokenizer()
 SMALL = ("--lengths", "900", "1K", "--needles", "2", "3", "--depths", "0", "1", "--samples", "2", "--lanes", "8")
@@ -26,44 +25,21 @@ def grid_of(task: str = "multikey", **changes) -> NeedleGrid:
     return NeedleGrid(**{"task": task, "lengths_tokens": (900, 1200), "needles": (2, 3), "samples": 3, **changes})
 
 
-class Reader:
-    """Stands where a model stands: looks the answer up by the question, and says it, or half of it."""
+def say_share(share: float):
+    """For `Speaker`: the answer, or half of it."""
 
-    def __init__(self, prompts: NeedlePrompts, share: float) -> None:
-        self.config, self.share = SimpleNamespace(segment_tokens=16), share
-        texts = [prompts.write(p) for length in prompts.grid.lengths_tokens for p in prompts.grid.prompts(length)]
-        self.answers = {bytes(text.read(0, text.prompt_tokens).tolist()): text.needles.answer for text in texts}
+    def speak(prompt, text) -> str:
+        answer = text.needles.answer
+        return " " + ", ".join(answer[: round(share * len(answer))])
 
-    def make_grids(self, starts_BT, weights_BT, state):
-        return self
-
-    def to(self, device):
-        return self
-
-    def decode(self, tokens_BT, grid, state):
-        seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
-        return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
-
-    def prefill(self, tokens_BT, grid, state):
-        return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
-
-    def _next(self, seen: list[int]) -> torch.Tensor:
-        text, token = bytes(seen[1:]), 0
-        for prompt, answer in self.answers.items():
-            if text.startswith(prompt):
-                words = answer[: round(self.share * len(answer))]
-                token = (" " + ", ".join(words) + " " * 99).encode()[len(text) - len(prompt)]
-        return torch.nn.functional.one_hot(torch.tensor(token), 259).float()
-
-    def logits(self, hidden_TBV):
-        return hidden_TBV
+    return speak
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_oracles_score_as_they_must(task):
     prompts = NeedlePrompts(grid_of(task, samples=2, needles=(2, 4)), BYTE, 16)
     for share in (1.0, 0.5):
-        answers = [a for batch in answer_prompts(Reader(prompts, share), prompts, lanes=4) for a in batch]
+        answers = [a for batch in answer_prompts(Speaker(prompts, say_share(share)), prompts, lanes=4) for a in batch]
         found = summarise_answers(prompts.grid, answers, 16, "word", ())
         one = task in ("single", "multikey")
         assert found["complete"] and len(found["cells"]) == 2 * (3 if task == "single" else 6 if one else 2)

@@ -2,11 +2,9 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.config.errors import ConfigError
@@ -18,6 +16,7 @@ from infini_train.eval.measurement import run_measurement
 from infini_train.eval.retrieval import answer_prompts, score_cells
 from infini_train.eval.ruler import RulerGrid, RulerPrompts, RulerTest, choose_tasks
 from infini_train.inference.loading import open_trained
+from tests.eval.speaker import Speaker
 
 BYTE = ByteTokenizer()
 
@@ -38,38 +37,6 @@ def grid_of(*tasks: str, qa=None, **changes) -> RulerGrid:
     return RulerGrid(**{"tasks": tasks, "lengths_tokens": (2500,), "samples": 2, "questions": questions, **changes})
 
 
-class Speaker:
-    """Stands where a model stands: says what `speak` makes of a prompt's references."""
-
-    def __init__(self, prompts: RulerPrompts, speak) -> None:
-        self.config = SimpleNamespace(segment_tokens=16)
-        texts = [prompts.write(p) for length in prompts.grid.lengths_tokens for p in prompts.grid.prompts(length)]
-        self.said = {bytes(text.read(0, text.prompt_tokens).tolist()): speak(text) for text in texts}
-
-    def make_grids(self, starts_BT, weights_BT, state):
-        return self
-
-    def to(self, device):
-        return self
-
-    def decode(self, tokens_BT, grid, state):
-        seen_BT = tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1)
-        return torch.stack([self._next(lane) for lane in seen_BT.tolist()])[None], (seen_BT,)
-
-    def prefill(self, tokens_BT, grid, state):
-        return (tokens_BT if state is None else torch.cat((state[0], tokens_BT), 1),)
-
-    def _next(self, seen: list[int]) -> torch.Tensor:
-        text, token = bytes(seen[1:]), 0
-        for prompt, said in self.said.items():
-            if text.startswith(prompt):
-                token = (said + " " * 199).encode()[len(text) - len(prompt)]
-        return torch.nn.functional.one_hot(torch.tensor(token), 259).float()
-
-    def logits(self, hidden_TBV):
-        return hidden_TBV
-
-
 def listed(text) -> str:
     """A right answer in the form that the prompt asks for, within the tokens that may be written."""
     return f" {', '.join(text.references)}"
@@ -87,7 +54,11 @@ def listed(text) -> str:
 )
 def test_every_task_scores_as_published(qa, speak, expected):
     prompts = RulerPrompts(grid_of(*TASKS, qa=qa), BYTE, 16)
-    answers = [a for batch in answer_prompts(Speaker(prompts, speak), prompts, lanes=3) for a in batch]
+    answers = [
+        a
+        for batch in answer_prompts(Speaker(prompts, lambda prompt, text: speak(text)), prompts, lanes=3)
+        for a in batch
+    ]
     scores = {cell[1]: 100 * score.score for cell, score in score_cells(prompts.grid, answers).items()}
     assert set(scores) == set(TASKS)
     for name, score in scores.items():
