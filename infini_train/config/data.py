@@ -72,11 +72,13 @@ class NeedlesConfig(SyntheticConfig):
 
     kind: Literal["needles"] = "needles"  # chooses these texts
     tasks: tuple[NeedleTask, ...] = ("multikey",)  # tasks to mix
-    haystack: FilePath = "varied"  # varied, repeated, or a text or .jsonl file
+    haystack: FilePath = "varied"  # varied, words, tokens, assorted, repeated, or a text or .jsonl file
     tokenizer: FilePath | None = None  # a .model or tokenizer.json; null: bytes
     needles: Many = 4  # maximum number of needles in a text, as far as they fit
     questions: Many = 1  # number of questions at a text's end, each about another needle; above 1 for multikey only
     digits: Few = 5  # number of digits of a value
+    min_digits: Few | None = None  # each text draws its number of digits, from this up to digits; null: always digits
+    varied_wording: bool = False  # half of the texts use random words around things, values and questions, if they fit
     min_segments: Many = 4  # length of the shortest texts, in segments
     grow_below_loss: Factor = 0.25  # texts grow, up to a window, while the running mean loss (nats) is below this
     text_weight: Factor = 0.1  # share of the loss for all text but the answers
@@ -94,11 +96,13 @@ class NeedlesConfig(SyntheticConfig):
             "data.synthetic.questions",
             "only multikey has more than one; add it to data.synthetic.tasks",
         )
+        least = self.digits if self.min_digits is None else self.min_digits
+        require(0 < least <= self.digits, "data.synthetic.min_digits", "must lie between 1 and data.synthetic.digits")
         require(self.questions <= self.needles, "data.synthetic.questions", "can't be more than data.synthetic.needles")
         _check_pressure(self.pressure, self.pressure_share)
         require(
-            self.needles <= 10**self.digits or not set(VALUE_EACH) & set(self.tasks),
-            "data.synthetic.digits",
+            self.needles <= 10**least or not set(VALUE_EACH) & set(self.tasks),
+            "data.synthetic.digits" if self.min_digits is None else "data.synthetic.min_digits",
             f"there are not {self.needles} different values of so few digits; raise it, or lower"
             " data.synthetic.needles",
         )

@@ -11,8 +11,10 @@ from infini_train.command_line import describe, format_length, positive
 from infini_train.config.data import VALUE_EACH
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.haystack import HaystackSource
+from infini_train.data.synthetic.needle_wordings import NEEDLE_WORDINGS, PASS_KEY, find_needle_wording
 from infini_train.data.synthetic.needles import (
     ONE_ASKED,
+    OWN_WORDING,
     TASKS,
     THINGS,
     EncodedNeedles,
@@ -63,6 +65,7 @@ class NeedleGrid(RetrievalGrid):
     task: Task
     needles: tuple[int, ...] = (4,)  # hidden in a text; with variables, links of the asked chain
     haystack: str = "repeated"
+    wording: str = PASS_KEY.name
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +75,10 @@ class NeedleGrid(RetrievalGrid):
             raise ConfigError("--needles: the same one is given twice")
         if self.task not in TASKS:
             raise ConfigError(f"--task: {self.task}: no such task; choose one of {', '.join(TASKS)}")
+        with naming("--wording"):
+            find_needle_wording(self.wording)
+        if self.wording != PASS_KEY.name and self.task in OWN_WORDING:
+            raise ConfigError(f"--wording: {self.task} has its own; leave it out, or choose another --task")
         if max(self.needles) > len(THINGS):
             raise ConfigError(f"--needles: {max(self.needles)} are too many; at most {len(THINGS)}")
         if self.task in VALUE_EACH and max(self.needles) > 10**self.digits:
@@ -137,7 +144,8 @@ class NeedlePrompts(RetrievalPrompts):
 
     def _encode(self, prompt: NeedlePrompt) -> tuple[EncodedNeedles, np.random.Generator]:
         random = np.random.default_rng([*self._seed(prompt), prompt.sample])
-        needles = draw_needles(random, self.grid.task, prompt.needles, self.grid.digits)
+        wording = find_needle_wording(self.grid.wording)
+        needles = draw_needles(random, self.grid.task, prompt.needles, self.grid.digits, wording)
         return EncodedNeedles(self.tokenizer, needles, self._intro), random
 
     def write(self, prompt: NeedlePrompt) -> NeedleText:
@@ -196,9 +204,11 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
             "haystack": grid.hay,
             "haystack_sha256": hash_prose(grid.haystack),
             "digits": grid.digits,
+            "wording": grid.wording,
             "seed": grid.seed,
         }
-        suffix = f"-{grid.task}-{grid.hay}{name_suffix(grid, trained.precision)}"
+        worded = "" if grid.wording == PASS_KEY.name else f"-{grid.wording}"
+        suffix = f"-{grid.task}-{grid.hay}{worded}{name_suffix(grid, trained.precision)}"
         super().__init__(trained, "needles", suffix, settings, prompts, lanes=lanes)
 
     def plan(self, records: Sequence[NeedleAnswer]) -> tuple[list[str], int | None]:
@@ -218,7 +228,9 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
         return what, "needles at the depth of the asked one" if self.grid.task in ONE_ASKED else "needles"
 
     def heading(self, results: dict[str, Any]) -> str:
-        return f"{results['task']} in {results['haystack']} hay, {results['digits']} digits"
+        return (
+            f"{results['task']} in {results['haystack']} hay, {results['wording']} wording, {results['digits']} digits"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -240,6 +252,12 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
     add_haystack(parser, "repeated")
     parser.add_argument(
+        "--wording",
+        choices=NEEDLE_WORDINGS,
+        default=PASS_KEY.name,
+        help="words that tell and ask for several things (default: %(default)s)",
+    )
+    parser.add_argument(
         "--needles",
         nargs="+",
         type=positive,
@@ -253,6 +271,10 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 def _needles(options: argparse.Namespace) -> None:
     grid = NeedleGrid(
-        **read_grid(options), task=options.task, needles=tuple(options.needles), haystack=options.haystack
+        **read_grid(options),
+        task=options.task,
+        needles=tuple(options.needles),
+        haystack=options.haystack,
+        wording=options.wording,
     )
     run(options, lambda trained: NeedleTest(trained, grid, lanes=options.lanes))

@@ -73,10 +73,21 @@ def test_a_prompt_does_not_depend_on_the_rest_of_the_grid():
     np.testing.assert_array_equal(first.read(0, first.tokens), second.read(0, second.tokens))
 
 
+def test_another_wording_asks_for_the_same_values_in_other_words():
+    usual, other = (NeedlePrompts(grid_of(wording=name), BYTE, 16) for name in ("pass_key", "magic"))
+    for prompt in usual.grid.prompts(2048):
+        texts = [prompts.write(prompt) for prompts in (usual, other)]
+        whole = [BYTE.decode(text.read(0, text.tokens)) for text in texts]
+        assert texts[0].needles.answer == texts[1].needles.answer
+        assert "special magic number" in whole[1] and "pass key" not in whole[1] and "magic" not in whole[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"task": "none"}, "--task: none: no such task; choose one of single, multikey"),
+        ({"wording": "none"}, "--wording: none: no such wording; choose one of pass_key, magic, locker"),
+        ({"wording": "magic", "task": "variables"}, "--wording: variables has its own; leave it out"),
         ({"needles": (0,)}, "--needles: must be positive"),
         ({"needles": (2, 2)}, "--needles: the same one is given twice"),
         ({"needles": (1000,)}, "--needles: 1000 are too many; at most"),

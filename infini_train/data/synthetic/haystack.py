@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from infini_train.config.errors import ConfigError
-from infini_train.data.synthetic.wordings import SENTENCES, find_wording
+from infini_train.data.synthetic.wordings import SENTENCES, WORDS, find_wording
 from infini_train.data.tokenizer import Tokenizer
 
-HAYSTACKS = ("repeated", "varied")  # any other name is a file of prose
+HAYSTACKS = ("repeated", "varied", "words", "tokens", "assorted")  # any other name is a file of prose
 SENTENCE_END = "."  # text is encoded as it stands after a sentence; encoded alone it might start with an extra space
-_BLOCK_SENTENCES = 64
+_BLOCK_PARTS = 64
 
 
 class Haystack(Protocol):
@@ -47,20 +47,20 @@ class RepeatedHaystack:
 
 
 class VariedHaystack:
-    """Sentences in random order: sentences recur, longer stretches do not.
+    """Sentences, words or tokens in random order: they recur, longer stretches do not.
 
     Args:
-        sentences: int32 ids of each sentence.
+        parts: int32 ids of each.
         seed: determines the order.
     """
 
-    def __init__(self, sentences: Sequence[np.ndarray], seed: Sequence[int]) -> None:
-        self._sentences, self._seed = sentences, list(seed)
+    def __init__(self, parts: Sequence[np.ndarray], seed: Sequence[int]) -> None:
+        self._parts, self._seed = parts, list(seed)
         self._ends = [0]  # ends of the blocks read so far: one number per block, however long the haystack
 
     def _block(self, number: int) -> np.ndarray:
-        order = np.random.default_rng([*self._seed, number]).integers(0, len(self._sentences), _BLOCK_SENTENCES)
-        return np.concatenate([self._sentences[i] for i in order])
+        order = np.random.default_rng([*self._seed, number]).integers(0, len(self._parts), _BLOCK_PARTS)
+        return np.concatenate([self._parts[i] for i in order])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `Haystack.read`."""
@@ -79,8 +79,9 @@ class HaystackSource:
     """Draws a haystack for each text.
 
     Args:
-        name: "repeated" (the filler of the paper's passkey test), "varied" (sentences in random order), or a file of
-            prose (.jsonl: the "text" field of every line), which each text reads from a random place on.
+        name: "repeated" (the filler of the paper's passkey test), "varied" (sentences in random order), "words" (words
+            in random order), "tokens" (any of the tokenizer's), "assorted" (one of the last three for each text), or a
+            file of prose (.jsonl: the "text" field of every line), which each text reads from a random place on.
         tokenizer: the model's.
 
     Attributes:
@@ -92,10 +93,10 @@ class HaystackSource:
 
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         self.name = name
-        self._sentences: list[np.ndarray] = []
         self._ids = np.zeros(0, np.int32)
-        if name == "varied":
-            self._sentences = [encode_after(tokenizer, f" {sentence}") for sentence in SENTENCES]
+        self._parts = [_PARTS[part](tokenizer) for part in (_PARTS if name == "assorted" else [name]) if part in _PARTS]
+        if self._parts:
+            pass
         elif name == "repeated":
             self._ids = encode_after(tokenizer, " " + " ".join(find_wording("paper").filler))
         else:
@@ -105,11 +106,30 @@ class HaystackSource:
 
     def draw(self, seed: Sequence[int]) -> Haystack:
         """A haystack, as a pure function of the seed."""
-        if self._sentences:
-            return VariedHaystack(self._sentences, seed)
+        if self._parts:
+            return VariedHaystack(self._parts[self._choose(seed)], seed)
         if self.name == "repeated":
             return RepeatedHaystack(self._ids)
         return RepeatedHaystack(self._ids, int(np.random.default_rng(seed).integers(0, len(self._ids))))
+
+    def _choose(self, seed: Sequence[int]) -> int:
+        return 0 if len(self._parts) == 1 else int(np.random.default_rng([*seed, 1]).integers(0, len(self._parts)))
+
+
+def _sentences(tokenizer: Tokenizer) -> list[np.ndarray]:
+    return [encode_after(tokenizer, f" {sentence}") for sentence in SENTENCES]
+
+
+def _words(tokenizer: Tokenizer) -> list[np.ndarray]:
+    return [encode_after(tokenizer, f" {word}") for word in WORDS]
+
+
+def _tokens(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Each token that stands for text."""
+    return [np.array([i], np.int32) for i in range(tokenizer.vocab_size) if tokenizer.decode([i])]
+
+
+_PARTS = {"varied": _sentences, "words": _words, "tokens": _tokens}  # what hay of this name is made of
 
 
 def read_prose(path: Path, advice: str = "give a text or .jsonl file") -> list[str]:

@@ -7,12 +7,14 @@ import numpy as np
 from infini_train.config.data import NeedlesConfig, NeedleTask
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.haystack import HaystackSource, encode_after
+from infini_train.data.synthetic.needle_wordings import PASS_KEY, NeedleWording, draw_needle_wording
 from infini_train.data.synthetic.needles import THINGS, EncodedNeedles, draw_needles, encode_round
 from infini_train.data.synthetic.question_maker import QuestionMaker, join_rounds
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
 WITH_INTRO = 0.5  # share of the texts that have an intro, if there is room for it
+DRAWN_WORDING = 0.5  # share of the texts with words of their own, where wording varies
 
 
 class NeedleMaker(QuestionMaker):
@@ -43,15 +45,24 @@ class NeedleMaker(QuestionMaker):
 
     def _longest_tokens(self) -> int:
         """Length of the longest text with one needle and no hay, including bos; samples enough to cover every word."""
+        config = self.config
         sizes = [
-            self._encode(np.random.default_rng(seed), task, 1, "").min_tokens
-            for task in self.config.tasks
+            self._encode(np.random.default_rng(seed), task, 1, config.digits, PASS_KEY, "").min_tokens
+            for task in config.tasks
             for seed in range(8 * len(THINGS))
         ]
         return max(sizes) + 1
 
-    def _encode(self, random: np.random.Generator, task: NeedleTask, count: int, intro: str) -> EncodedNeedles:
-        return EncodedNeedles(self._tokenizer, draw_needles(random, task, count, self.config.digits), intro)
+    def _encode(
+        self,
+        random: np.random.Generator,
+        task: NeedleTask,
+        count: int,
+        digits: int,
+        wording: NeedleWording,
+        intro: str,
+    ) -> EncodedNeedles:
+        return EncodedNeedles(self._tokenizer, draw_needles(random, task, count, digits, wording), intro)
 
     def _write(self, random: np.random.Generator, segments: int) -> tuple[np.ndarray, np.ndarray, Sequence[slice]]:
         """A text of a random task, with as many of the drawn needles as fit, then as many further questions as fit.
@@ -63,10 +74,12 @@ class NeedleMaker(QuestionMaker):
         task = self.config.tasks[random.integers(len(self.config.tasks))]
         intro = self._intro if random.random() < WITH_INTRO else ""
         count = int(random.integers(1, self.config.needles + 1))
-        encoded = self._encode(random, task, count, intro)
+        digits, wording = self._vary(random)
+        encoded = self._encode(random, task, count, digits, wording, intro)
         while encoded.min_tokens > room:
+            wording = PASS_KEY if count == 1 else wording  # for which there is room
             count, intro = max(count // 2, 1), ""
-            encoded = self._encode(random, task, count, intro)
+            encoded = self._encode(random, task, count, digits, wording, intro)
         further = self._ask_further(random, encoded, room - encoded.min_tokens)
         least = encoded.min_tokens + sum(map(len, further))
         hay = self._draw_hay_tokens(random, segments, least)
@@ -74,6 +87,15 @@ class NeedleMaker(QuestionMaker):
         text = encoded.place(self._source.draw(random.integers(0, 2**31, 2).tolist()), places.tolist(), hay)
         ids, answered = join_rounds(text.read(0, text.tokens), text.prompt_tokens, further)
         return ids, answered, text.needle_spans
+
+    def _vary(self, random: np.random.Generator) -> tuple[int, NeedleWording]:
+        """Digits and wording of a text."""
+        config, wording = self.config, PASS_KEY
+        least = config.min_digits
+        digits = config.digits if least is None else int(random.integers(least, config.digits + 1))
+        if config.varied_wording and random.random() < DRAWN_WORDING:
+            wording = draw_needle_wording(random)
+        return digits, wording
 
     def _ask_further(self, random: np.random.Generator, encoded: EncodedNeedles, room: int) -> list[np.ndarray]:
         """Ids to append to the first answer: alternately a further question and its answer, as many as fit."""

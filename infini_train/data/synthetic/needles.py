@@ -29,11 +29,13 @@ from infini_train.data.synthetic.haystack import (
     read_stretches,
     stretch_of,
 )
+from infini_train.data.synthetic.needle_wordings import PASS_KEY, NeedleWording
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
 TASKS: tuple[Task, ...] = get_args(Task)
 ONE_ASKED = ("single", "multikey")  # tasks that ask for one needle, which then has a depth; the others ask for all
+OWN_WORDING: tuple[Task, ...] = ("single", "variables")  # tasks that no `NeedleWording` is for
 
 _THINGS = """
 anchor basket candle drum engine feather garden hammer island jacket kettle ladder mirror needle oven pillow
@@ -42,9 +44,6 @@ igloo jar kite lamp marble notebook orange piano quarry rocket statue tower unic
 acorn bell crown diamond elephant flag globe harp ink jewel knot lemon medal
 """
 THINGS = tuple(_THINGS.split())
-_NEEDLE = "The pass key of the {thing} is {value}. Remember it. {value} is the pass key of the {thing}."
-_ONE = "What is the pass key of the {things}? The pass key of the {things} is"
-_MANY = "What are all the pass keys of the {things}? The pass keys of the {things} are"
 _VARIABLES = "Which variables have the value {value}? The variables with the value {value} are"
 _LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 _NAME_LETTERS = 3
@@ -60,7 +59,9 @@ class Needles(NamedTuple):
     further: tuple[tuple[str, tuple[str, ...]], ...] = ()  # other questions and answers, which training may add
 
 
-def draw_needles(random: np.random.Generator, task: Task, count: int, digits: int) -> Needles:
+def draw_needles(
+    random: np.random.Generator, task: Task, count: int, digits: int, wording: NeedleWording = PASS_KEY
+) -> Needles:
     """Random needles.
 
     Args:
@@ -69,28 +70,31 @@ def draw_needles(random: np.random.Generator, task: Task, count: int, digits: in
         count: number of needles, at most the number of `THINGS`; for variables, the length of the asked chain; `single`
             always has one.
         digits: of a value.
+        wording: how things and values are told and asked for; single and variables have their own.
     """
     assert count > 0 and digits > 0
     if task == "variables":
         return _draw_chains(random, count, digits)
     values = _draw_values(random, 1 if task == "single" else count, digits)
     if task == "single":
-        wording = find_wording("paper")
-        return Needles((wording.key.replace("{key}", values[0]),), (0,), wording.question, (values[0],))
+        text = find_wording("paper")
+        return Needles((text.key.replace("{key}", values[0]),), (0,), text.question, (values[0],))
     things = [str(thing) for thing in random.choice(THINGS, 1 if task == "multivalue" else count, replace=False)]
     named = things * count if task == "multivalue" else things
-    sentences = tuple(_NEEDLE.format(thing=thing, value=value) for thing, value in zip(named, values, strict=True))
+    sentences = tuple(
+        wording.needle.format(thing=thing, value=value) for thing, value in zip(named, values, strict=True)
+    )
     if task == "multikey":
         asked = int(random.integers(count))
-        rounds = [(_ONE.format(things=thing), (value,)) for thing, value in zip(things, values, strict=True)]
+        rounds = [(wording.one.format(things=thing), (value,)) for thing, value in zip(things, values, strict=True)]
         return Needles(sentences, (asked,), *rounds[asked], tuple(rounds[:asked] + rounds[asked + 1 :]))
     everyone = tuple(range(count))
     if task == "multivalue":
-        return Needles(sentences, everyone, _MANY.format(things=things[0]), tuple(values))
+        return Needles(sentences, everyone, wording.many.format(things=things[0]), tuple(values))
     order = [int(i) for i in random.permutation(count)]
     *first, last = [things[i] for i in order]
     listed = f"{', '.join(first)} and {last}" if first else last
-    return Needles(sentences, everyone, _MANY.format(things=listed), tuple(values[i] for i in order))
+    return Needles(sentences, everyone, wording.many.format(things=listed), tuple(values[i] for i in order))
 
 
 def _draw_values(random: np.random.Generator, count: int, digits: int) -> list[str]:

@@ -11,7 +11,7 @@ from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.passkey import Passkey, PasskeyWriter
 from infini_train.data.synthetic.pressure import weigh_writes
 from infini_train.data.synthetic.reader import Difficulty, Text
-from infini_train.data.synthetic.wordings import SENTENCES, WORDS, PasskeyText, find_wording
+from infini_train.data.synthetic.wordings import SENTENCES, PasskeyText, draw_words, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 
 # Where the key lies, as cumulative shares of the texts: anywhere, in the first segment's worth of filler, in the last
@@ -127,11 +127,7 @@ class PasskeyMaker:
 
 def _draw_nonsense(random: np.random.Generator) -> str:
     """Words in any order, which show more pairs of neighbours than the sentences do."""
-    return f"{_draw_words(random, *WORDS_DRAWN).capitalize()}."
-
-
-def _draw_words(random: np.random.Generator, least: int, most: int) -> str:
-    return " ".join(map(str, random.choice(WORDS, random.integers(least, most + 1))))
+    return f"{draw_words(random, *WORDS_DRAWN).capitalize()}."
 
 
 def _draw_wording(random: np.random.Generator, filler: tuple[str, ...]) -> PasskeyText:
@@ -139,9 +135,9 @@ def _draw_wording(random: np.random.Generator, filler: tuple[str, ...]) -> Passk
 
     Half of the questions end in the words that stood before the key, as in the paper's wording.
     """
-    before, after, between = _draw_words(random, 1, 6), _draw_words(random, 0, 3), _draw_words(random, 0, 3)
+    before, after, between = draw_words(random, 1, 6), draw_words(random, 0, 3), draw_words(random, 0, 3)
     key = f"{before} {{key}} {after}".strip().capitalize() + "."
-    key = f"{key} {f'{between} {{key}} {_draw_words(random, 0, 5)}'.strip().capitalize()}."
-    asked = before if random.random() < 0.5 else _draw_words(random, 1, 6)
-    question = f"{_draw_words(random, 3, 7).capitalize()}? {asked.capitalize()}"
+    key = f"{key} {f'{between} {{key}} {draw_words(random, 0, 5)}'.strip().capitalize()}."
+    asked = before if random.random() < 0.5 else draw_words(random, 1, 6)
+    question = f"{draw_words(random, 3, 7).capitalize()}? {asked.capitalize()}"
     return PasskeyText("drawn", " ".join(_draw_nonsense(random) for _ in range(2)), filler, key, question)

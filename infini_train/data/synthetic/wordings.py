@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from infini_train.config.errors import ConfigError
 
 
@@ -178,3 +180,8 @@ SENTENCES = (
 )
 
 WORDS = tuple(sorted({word.strip(".,:;?!").lower() for sentence in SENTENCES for word in sentence.split()}))
+
+
+def draw_words(random: np.random.Generator, least: int, most: int) -> str:
+    """So many of `WORDS` in any order, joined by spaces."""
+    return " ".join(map(str, random.choice(WORDS, random.integers(least, most + 1))))

@@ -7,7 +7,7 @@ import pytest
 
 from infini_train.config.errors import ConfigError
 from infini_train.data.synthetic.haystack import HaystackSource, RepeatedHaystack, Stretch, encode_after, read_stretches
-from infini_train.data.synthetic.wordings import SENTENCES
+from infini_train.data.synthetic.wordings import SENTENCES, WORDS
 from infini_train.data.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -17,7 +17,7 @@ def spell(ids) -> str:
     return BYTE.decode(ids)
 
 
-@pytest.fixture(params=["repeated", "varied", "prose"])
+@pytest.fixture(params=["repeated", "varied", "words", "tokens", "assorted", "prose"])
 def source(request, tmp_path):
     if request.param != "prose":
         return HaystackSource(request.param, BYTE)
@@ -46,6 +46,21 @@ def test_varied_hay_is_sentences_and_does_not_come_back():
     assert len(text) < max(map(len, SENTENCES)) + 1, "only the last sentence may be cut"
     first = ids[:200].tobytes()
     assert ids.tobytes().count(first) == 1
+
+
+def test_assorted_hay_is_one_of_three_sorts_a_text():
+    source = HaystackSource("assorted", BYTE)
+    texts = [source.draw([seed]).read(0, 400) for seed in range(40)]
+    bytewise = sum((ids > 127).any() for ids in texts)
+    prose = [spell(ids) for ids in texts if not (ids > 127).any()]
+    sentences = sum("." in text for text in prose)
+    assert 5 < bytewise < 25 and 5 < sentences < 25 and 5 < len(prose) - sentences < 25
+    words = {word for text in prose if "." not in text for word in text.split()[1:-1]}
+    assert len(words) > 200 and words <= set(WORDS)
+
+
+def test_hay_of_tokens_has_every_token_that_is_text():
+    assert set(HaystackSource("tokens", BYTE).draw([1]).read(0, 10_000).tolist()) == set(range(256))
 
 
 def test_prose_begins_anywhere_and_goes_round(tmp_path):

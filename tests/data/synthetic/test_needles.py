@@ -1,12 +1,14 @@
 """Needle texts: every task says what it asks for, and what is laid out reads as it should, to the token."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from infini_train.data.synthetic.haystack import HaystackSource
-from infini_train.data.synthetic.needles import TASKS, EncodedNeedles, draw_needles, find_words
+from infini_train.data.synthetic.needle_wordings import NEEDLE_WORDINGS, draw_needle_wording, find_needle_wording
+from infini_train.data.synthetic.needles import OWN_WORDING, TASKS, EncodedNeedles, draw_needles, find_words
 from infini_train.data.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -63,6 +65,38 @@ def test_the_text_holds_the_answer_and_the_layout_is_exact(task, count):
         assert bare == BYTE.decode(HAY.draw([seed]).read(0, hay)), "the hay continues after a needle where it stopped"
         cut = int(random.integers(0, text.tokens))
         np.testing.assert_array_equal(np.concatenate((text.read(0, cut), text.read(cut, text.tokens))), ids)
+
+
+WORDED = [task for task in TASKS if task not in OWN_WORDING]
+
+
+@pytest.mark.parametrize("name", NEEDLE_WORDINGS)
+@pytest.mark.parametrize("task", WORDED)
+def test_every_wording_tells_each_value_of_its_thing(task, name):
+    for seed in range(20):
+        needles = draw_needles(np.random.default_rng(seed), task, 3, 5, find_needle_wording(name))
+        usual = draw_needles(np.random.default_rng(seed), task, 3, 5)
+        assert needles.answer == usual.answer and needles.asked == usual.asked, "only the words differ"
+        told = zip(sorted(needles.asked), sorted_values(usual), strict=True)
+        assert all(value in needles.sentences[i] for i, value in told)
+        assert not needles.question.startswith("What is the pass") or name == "pass_key"
+        assert not re.search("[{}]", "".join((*needles.sentences, needles.question)))
+
+
+def sorted_values(needles) -> list[str]:
+    return [re.search(r"\d{5}", needles.sentences[i])[0] for i in sorted(needles.asked)]
+
+
+def test_drawn_wordings_tell_and_ask_with_nothing_left_open():
+    orders = Counter()
+    for seed in range(200):
+        wording = draw_needle_wording(np.random.default_rng(seed))
+        told = wording.needle.format(thing="<lamp>", value="<71>")
+        assert told.count("<lamp>") == told.count("<71>") in (1, 2) and told.endswith(".")
+        asked = wording.one.format(things="<lamp>")
+        assert asked.count("<lamp>") in (1, 2) and not asked.endswith((" ", "?"))
+        orders[told.count("<71>"), told.index("<lamp>") < told.index("<71>")] += 1
+    assert min(orders.values()) > 20 and len(orders) == 3, "once in either order, or twice"
 
 
 @pytest.mark.parametrize("task", TASKS)

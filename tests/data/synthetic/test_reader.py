@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from infini_train.data.source import open_reader, open_source, text_segment
 from infini_train.data.synthetic.babilong_maker import BabilongMaker
 from infini_train.data.synthetic.needle_maker import NeedleMaker
 from infini_train.data.synthetic.needles import THINGS
-from infini_train.data.synthetic.reader import Progress, SyntheticReader
+from infini_train.data.synthetic.reader import Difficulty, Progress, SyntheticReader
 from infini_train.data.synthetic.recall_maker import FIRST_PAIR, KEYS, VALUES, VOCABULARY, RecallMaker
 from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -189,6 +190,21 @@ def write_tokenizer(path: Path, lines: list[str]) -> None:
         )  # fmt: skip
 
 
+def test_needles_with_varied_words_and_digits():
+    config = NeedlesConfig(
+        needles=4, questions=2, digits=4, min_digits=2, varied_wording=True, haystack="assorted", min_segments=11
+    )
+    maker, usual, lengths = NeedleMaker(config, 1024, 16, ByteTokenizer()), 0, Counter()
+    for seed in range(80):
+        text = maker.compose(np.random.default_rng(seed), 64, 64, Difficulty(False, False))
+        whole = ByteTokenizer().decode(text.ids)
+        usual += "The pass key of the" in whole
+        answers = ByteTokenizer().decode(np.where(text.loss_weights > 0.05, text.ids, ord(" "))).split()
+        assert answers and len(set(map(len, answers))) == 1, "the values of a text have as many digits"
+        lengths[len(answers[0])] += 1
+    assert set(lengths) == {2, 3, 4} and min(lengths.values()) > 10 and 20 < usual < 60
+
+
 def test_needles_in_the_tokens_of_a_file(tmp_path):
     path = tmp_path / "things.model"
     lines = [f" The pass key of the {thing} is 12. Remember it." for thing in THINGS]
@@ -285,6 +301,8 @@ def test_what_does_not_fit_is_refused():
         ("data.synthetic.needles: must be positive", lambda: NeedlesConfig(needles=0)),
         ("data.synthetic.digits: there are not 11 different values", lambda: NeedlesConfig(needles=11, digits=1)),
         ("data.synthetic.questions: only multikey has", lambda: NeedlesConfig(questions=2, tasks=("variables",))),
+        ("data.synthetic.min_digits: must lie between 1 and data.synt", lambda: NeedlesConfig(digits=2, min_digits=3)),
+        ("data.synthetic.min_digits: there are not 11 diff", lambda: NeedlesConfig(needles=11, digits=2, min_digits=1)),
         ("data.synthetic.questions: can't be more than data.synthetic.needles", lambda: NeedlesConfig(questions=5)),
         ("data.synthetic.pressure: must be at least 1", lambda: NeedlesConfig(pressure=0.5)),
         ("data.synthetic.pressure_share: must lie between 0 and 1", lambda: NeedlesConfig(pressure_share=2)),
