@@ -56,6 +56,11 @@ class RunConfig:
             "eval.without_memory",
             "no layer has a compressive memory to leave out (kind infini); set it to false",
         )
+        require(
+            not self.train.write_cost or any(layer.chooses_writes for layer in self.model.layers),
+            "train.write_cost",
+            "no layer chooses how strongly it writes (update gated_delta); set it to 0",
+        )
         _check_model_layout(self)
         _check_batch_layout(self)
 

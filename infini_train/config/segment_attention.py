@@ -79,6 +79,11 @@ class InfiniConfig(AttentionVariant):
         )
 
     @property
+    def chooses_writes(self) -> bool:
+        """See `AttentionVariant.chooses_writes`."""
+        return self.update == "gated_delta"
+
+    @property
     def seen_tokens(self) -> int:
         return self.overlap_tokens
 

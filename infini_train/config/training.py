@@ -20,10 +20,14 @@ class TrainConfig:
     carry_memory: bool = True  # carry the memory from window to window (without gradient)
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
     init_from: FilePath | None = None  # a checkpoint folder: start a new run from its weights
+    # what writing to a gated delta memory costs: this times the mean, over tokens, layers and heads, of -log(1 - write
+    # strength) is added to the loss (not to the reported one); 0: nothing
+    write_cost: Norm = 0.0
 
     def __post_init__(self) -> None:
         for name in ("window_tokens", "batch_lanes"):
             require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+        require(self.write_cost >= 0, "train.write_cost", "must not be negative")
         require(
             (self.max_steps is None) != (self.max_tokens is None),
             "train.max_steps",

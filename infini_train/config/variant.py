@@ -69,6 +69,11 @@ class AttentionVariant:
         return None
 
     @property
+    def chooses_writes(self) -> bool:
+        """Whether each token says how strongly it is written."""
+        return False
+
+    @property
     def seen_tokens(self) -> int:
         """Tokens before its segment that local attention sees as well."""
         return 0

@@ -17,6 +17,7 @@ from infini_train.ops.gated_delta import GatedMemory, Writing, empty_gated_memor
 from infini_train.ops.grid import Grid, Recent, no_recent
 from infini_train.ops.memory import Form, Memory, empty_memory
 from infini_train.ops.state import Stored
+from infini_train.ops.write_cost import charge
 
 
 class ConvolvedState(NamedTuple):
@@ -34,6 +35,9 @@ READ_NORM_EPS = 1e-2
 # What fades more slowly does not fade at all. Short texts can't tell such decays from none, a million tokens can: so
 # what was learned on short texts holds on long ones.
 SLOWEST_DECAY = 1 / 4096
+# A write that would keep more than exp(-1/16) of what its key finds, 94 %, is left out. A million tokens of other text
+# that each write a little leave nothing of what was there before; tokens that write nothing leave all of it.
+WEAKEST_WRITE = 1 / 16
 
 
 class InfiniAttention(SequenceMixer):
@@ -71,8 +75,7 @@ class InfiniAttention(SequenceMixer):
     @classmethod
     def chosen_by(cls, attention: AttentionVariant) -> type[SequenceMixer]:
         """See `SequenceMixer.chosen_by`."""
-        gated = isinstance(attention, InfiniConfig) and attention.update == "gated_delta"
-        return GatedInfiniAttention if gated else cls
+        return GatedInfiniAttention if attention.chooses_writes else cls
 
     def initial_state(self, lanes: int, like: Tensor) -> LayerState:
         """An empty memory, and nothing seen yet."""
@@ -98,7 +101,7 @@ class InfiniAttention(SequenceMixer):
             rope=self.rope,
             ranks=self.ranks,
             additions=Additions(
-                self._choose_writing(entered_TBD),
+                self._choose_writing(near_TBD),
                 self.gate_query,
                 self.norm_read,
                 has_memory="memory" not in self.left_out,
@@ -119,7 +122,7 @@ class InfiniAttention(SequenceMixer):
             grid,
             form=self.form,
             ranks=self.ranks,
-            writing=self._choose_writing(entered_TBD),
+            writing=self._choose_writing(near_TBD),
         )
         return _with_convolution(following, before_BJD)
 
@@ -127,7 +130,7 @@ class InfiniAttention(SequenceMixer):
         return empty_memory(*kv_shape, value_dim, like)
 
     def _choose_writing(self, x_TBD: Tensor) -> Writing | None:
-        """How each token writes a gated memory."""
+        """How each token writes a gated memory, from what its key is made of."""
         return None
 
     def _look_back(self, x_TBD: Tensor, state: LayerState | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
@@ -149,9 +152,10 @@ class InfiniAttention(SequenceMixer):
 
 
 class GatedInfiniAttention(InfiniAttention):
-    """With the gated delta memory (ops/gated_delta.py): the layer's input says how each token writes.
+    """With the gated delta memory (ops/gated_delta.py): what a key is made of also says how its token writes.
 
-    Write strength b = sigmoid(x), decay a = exp(-max(0, softplus(-x) - 1/4096)), a number each a key-value head.
+    Write strength b = 1 - exp(-max(0, softplus(x) - 1/16)), decay a = exp(-max(0, softplus(-y) - 1/4096)), a number
+    each a key-value head: sigmoids, but for what is nearly no write and nearly no decay, which is none.
     """
 
     figures: ClassVar[tuple[Figure, ...]] = (
@@ -163,6 +167,7 @@ class GatedInfiniAttention(InfiniAttention):
         super().__init__(spec)
         attention, kv_heads = spec.attention, spec.model.kv_heads
         assert isinstance(attention, InfiniConfig)
+        self.write_cost = 0.0  # in training, see `charge_writing`
         self.linear_strength = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         self.linear_decay = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         for linear, at_first in ((self.linear_strength, 0.0), (self.linear_decay, attention.decay_init)):
@@ -177,7 +182,12 @@ class GatedInfiniAttention(InfiniAttention):
             linear(x_TBD)[0].permute(1, 2, 0).to(torch.promote_types(x_TBD.dtype, torch.float32))
             for linear in (self.linear_strength, self.linear_decay)
         )
-        return Writing(F.logsigmoid(-strength_BKT), -(F.softplus(-decay_BKT) - SLOWEST_DECAY).clamp_min(0))
+        if self.write_cost:
+            strength_BKT = charge(strength_BKT, self.write_cost)
+        return Writing(
+            -(F.softplus(strength_BKT) - WEAKEST_WRITE).clamp_min(0),
+            -(F.softplus(-decay_BKT) - SLOWEST_DECAY).clamp_min(0),
+        )
 
     def measure(self, state: LayerState) -> tuple[float, ...]:
         """Mean norm of M over lanes and heads, and the mean of the tokens written since documents began."""

@@ -274,6 +274,7 @@ def configure(case: Case, folder: Path) -> RunConfig:
         micro_batch_lanes=micro_lanes,
         max_steps=STEPS,
         precision=case.precision,
+        write_cost=2.0 if case.attention.startswith("gated") else 0.0,
         activation_checkpointing="layer" if case.recompute else "none",
     )
     return RunConfig(

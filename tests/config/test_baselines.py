@@ -86,3 +86,16 @@ def test_a_memory_that_is_not_there_is_not_measured() -> None:
     validate(tree)
     with pytest.raises(ConfigError, match="^eval.without_memory: no layer has a compressive memory"):
         validate({**tree, "model": {**tree["model"], "attention": {"kind": "memorizing"}}})
+
+
+def test_writing_costs_something_only_where_tokens_choose_how_they_write() -> None:
+    tree = {
+        "model": {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "ffn_size": 32},
+        "data": {"train": "a"},
+        "train": {"window_tokens": 512, "batch_lanes": 4, "max_steps": 1000, "write_cost": 0.1},
+    }
+    validate({**tree, "model": {**tree["model"], "attention": {"kind": "infini", "update": "gated_delta"}}})
+    with pytest.raises(ConfigError, match="^train.write_cost: no layer chooses how strongly it writes"):
+        validate(tree)
+    with pytest.raises(ConfigError, match="^train.write_cost: must not be negative"):
+        validate({**tree, "train": {**tree["train"], "write_cost": -1.0}})
