@@ -133,8 +133,8 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     beta_HQ = beta_H[:, None]
     if additions.gate_HD is not None:
         beta_HQ = beta_HQ + (q_BSHQD * additions.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
-    if not additions.has_local:  # a product keeps the graph, so that ranks in training meet in all the same collectives
-        local_BSHQE = local_BSHQE * 0.0
+    if not additions.has_local:
+        local_BSHQE = torch.zeros_like(local_BSHQE)
     visible_BSQ = recalled.visible_BSQ if additions.has_memory else torch.zeros_like(recalled.visible_BSQ)
     out_BSHQE = mix_by_gate(local_BSHQE, read_BSHQE, beta_HQ, visible_BSQ)  # Eq. 10
     return unfold_queries(out_BSHQE, grid), InfiniState(recalled.memory, windows.following())

@@ -173,6 +173,7 @@ CASES: tuple[Case, ...] = (
     *_cases("dp2-zero3", "gated-token", layers=2),
     *_cases("tp2-sp", "gated-token", layers=2, varied=True),
     *_cases("pp2", "delta", varied=True),
+    *_cases("cp2-zero3", "gated", layers=2, varied=True),
     *_cases("cp2", "delta-overlap-conv", layers=2, varied=True),
     *_cases("dp2-zero3", "linear-conv", layers=2, varied=True),
     *_cases("tp2", "linear", "linear-conv", "local", "full"),
