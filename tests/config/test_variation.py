@@ -100,7 +100,11 @@ def test_a_variant_that_does_not_say_that_it_fits_any_length_is_refused(base: Pa
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("infini", "mixed")])
 def test_local_attention_is_dropped_for_a_memory_only(base: Path, kind: str) -> None:
-    settings = [f"model.attention={{kind: {kind}}}", "train={window_tokens: 512, local_dropout: 0.3}"]
+    fields = {each: f"{{kind: {each}}}" for each in KINDS}
+    fields |= {
+        each: f"{{kind: {each}, segment_tokens: 32, cache_tokens: 32}}" for each in ("transformer_xl", "memorizing")
+    }
+    settings = ["train.local_dropout=0.3", f"model.attention={fields[kind]}"]
     with pytest.raises(ConfigError) as caught:
         load_run(str(base), settings)
     message = "no layer has a compressive memory to read instead (kind infini); set it to 0"

@@ -85,45 +85,37 @@ def test_the_share_without_local_attention_falls_to_nothing(configure):
 @pytest.mark.parametrize("attention", ["linear", "delta", "local"])
 def test_a_step_of_another_length_is_that_of_a_model_of_this_length(attention, configure, tools):
     """Loss, gradients and memory, also from the memory that steps of other lengths have left."""
-    chosen = f"model.attention={tools.attention[attention]}"
-    varied = open_session(configure(chosen, run="varied"))
-    plain = {
-        size: open_session(configure(chosen, f"model.attention.segment_tokens={size}", run=f"plain{size}"))
-        for size in (4, 8, 16, 32)
-    }
-    for number, size in enumerate((8, 16, 4, 32, 8)):
-        twin = plain[size]
-        for shard, own in zip(twin.engine.shards(), varied.engine.shards(), strict=True):
-            shard.values.copy_(own.values)
-        twin.engine.restore([], varied.engine.optimizer_steps())
-        twin.step, twin.carried = varied.step, varied.carried
-        results = [
-            step(varied, draw_batch(number), Variation(size)),
-            step(twin, draw_batch(number), AS_EVALUATED),
-        ]
-        assert results[0][:4] == results[1][:4]
-        for session, result in zip((varied, twin), results, strict=True):
+    found = []
+    for is_drawn in (True, False):
+        session = open_session(configure(f"model.attention={tools.attention[attention]}", run=f"drawn{is_drawn}"))
+        for number, size in enumerate((8, 16, 4, 32, 8)):
+            if not is_drawn:
+                for layer in session.stages.transformers()[0].layers.values():
+                    layer.attention.layout = layer.attention.layout._replace(segment_tokens=size)
+            result = step(session, draw_batch(number), Variation(size) if is_drawn else AS_EVALUATED)
             session.advance(result, session.lanes)
-        tools.assert_same(tools.capture(varied), tools.capture(twin))
+            found.append(((result.loss, result.grad_norm), tools.capture(session)))
+    for (drawn, after), (expected, expected_after) in zip(found[:5], found[5:], strict=True):
+        assert drawn == expected
+        tools.assert_same(after, expected_after)
 
 
 def test_a_step_without_local_attention_is_that_of_a_model_without_it(configure, tools):
-    session = open_session(configure(f"model.attention={tools.attention['delta']}", "train.micro_batch_lanes=4"))
-    model, batch = session.stages.transformers()[0], draw_batch(0)
-    twin = open_session(configure(f"model.attention={tools.attention['delta']}", run="twin")).stages.transformers()[0]
+    settings, batch = (f"model.attention={tools.attention['delta']}", "train.micro_batch_lanes=4"), draw_batch(0)
+    twin = open_session(configure(*settings, run="twin")).stages.transformers()[0]
     leave_out(twin, [Part("local")])
     tokens, labels, starts, weights, _ = cut_micro_batches(batch, 1)[0]
     loss_BT, _ = twin(tokens, twin.make_grids(starts, weights, None), None, labels)
     expected = loss_BT.sum() / (labels != IGNORED).sum()
-    expected.backward()
+    gradients = torch.autograd.grad(expected, list(twin.parameters()))
 
+    session = open_session(configure(*settings))
     result = step(session, batch, Variation(None, without_local=True))
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
-    assert all(not layer.attention.left_out for layer in model.layers.values()), "the next step has it again"
-    scale = 0.1 * min(1.0, session.config.optim.clip_norm / result.grad_norm)  # 0.1: 1 - beta1
-    found = moments(session)
-    for name, parameter in twin.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    layers = session.stages.transformers()[0].layers.values()
+    assert not any(layer.attention.left_out for layer in layers), "the next step has it again"
+    scale, found = 0.1 * min(1.0, session.config.optim.clip_norm / result.grad_norm), moments(session)  # 1 - beta1
+    for (name, _), gradient in zip(twin.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(found[name], scale * gradient.flatten(), rtol=1e-3, atol=1e-7)
 
 
@@ -152,21 +144,16 @@ def test_its_loss_is_compared_with_no_other(configure, monkeypatch):
     assert step(session, draw_batch(1), AS_EVALUATED, find_problem=lambda loss: "a spike").problem == "a spike"
 
 
-def test_text_without_labels_is_read_by_the_drawn_length(configure):
-    """Also where nothing is learned: the memory is that of a step with labels."""
-    session = open_session(configure())
-    silent = draw_batch(0)
+def test_text_without_labels_is_read_as_drawn(configure):
+    """A window in the middle of a book: the memory is that of a step with labels."""
+    session, silent = open_session(configure()), draw_batch(0)
     silent.labels_BT[:] = IGNORED
-    variations = (AS_EVALUATED, Variation(4), Variation(4, without_local=True))
-    memories = [
-        [step(session, batch, variation).states[0][0][1].memory.memory_BKDE for batch in (silent, draw_batch(0))]
-        for variation in variations
-    ]
-    session.engine.skip()
-    for (read, trained), _ in zip(memories[:1], variations, strict=False):
-        torch.testing.assert_close(read, trained, rtol=1e-5, atol=1e-6)
-    for one, other in itertools.combinations([read for read, _ in memories], 2):
+    drawn = (AS_EVALUATED, Variation(4), Variation(4, without_local=True))
+    memories = [step(session, silent, each).states[0][0][1].memory.memory_BKDE for each in drawn]
+    for one, other in itertools.combinations(memories, 2):
         assert (one - other).abs().max() > 1e-4
+    expected = step(session, draw_batch(0), drawn[2]).states[0][0][1].memory.memory_BKDE
+    torch.testing.assert_close(memories[2], expected, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole loop
