@@ -180,10 +180,8 @@ def run_window(
     tokens = micro_batches[0].tokens_BT.shape[1] // ranks
     mine = slice(rank * tokens, (rank + 1) * tokens)
     after: list[list[ModelState | None]] = [[None] * len(micro_batches) for _ in carried]
-    grids = [
-        _make_grids(stages, batch, [states[index] for states in carried], segment_tokens)
-        for index, batch in enumerate(micro_batches)
-    ]
+    before = zip(micro_batches, zip(*carried, strict=True), strict=True)
+    grids = [_make_grids(stages, batch, states, segment_tokens) for batch, states in before]
 
     def step(numbers: Iterator[int], slot: _Slot) -> tuple[Tensor, Callable[..., Any]]:
         index = next(numbers)
