@@ -119,7 +119,7 @@ class Transformer(nn.Module):
             if mixer.layout not in found:
                 recent = None if layer_state is None else mixer.recent(layer_state)
                 segment, overlap, sinks = mixer.layout
-                segment = segment and (segment_tokens or segment)
+                segment = segment_tokens if segment and segment_tokens else segment
                 found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, segment, overlap, shard, sinks)
         return Grids(tuple(found), tuple(found.values()))
 
