@@ -19,6 +19,7 @@ class TransformerXLConfig(AttentionVariant):
     segment_tokens: Tokens = 256  # a token sees its own segment
     cache_tokens: Tokens = 256  # a token also sees this many last tokens of the previous segment
 
+    segments_may_vary: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {"cache_tokens": ANY_VIEW, "segment_tokens": ANY_VIEW}
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class MemorizingConfig(AttentionVariant):
 
     has_gates: ClassVar[bool] = True
     fits_any_layer: ClassVar[bool] = False
+    segments_may_vary: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("cache_tokens", "stored_tokens", "top_k", "segment_tokens"), ANY_VIEW
     )
@@ -145,6 +147,7 @@ class RmtConfig(AttentionVariant):
     memory_tokens: Many = 10  # number of memory tokens, read before a segment and written after it
 
     fits_any_layer: ClassVar[bool] = False
+    segments_may_vary: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {"segment_tokens": ANY_VIEW}
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.data import DataConfig
-from infini_train.config.errors import require
+from infini_train.config.errors import ConfigError, require
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig, divide_over_pipeline
 from infini_train.config.training import CheckpointConfig, EvalConfig, GuardConfig, LogConfig, OptimConfig, TrainConfig
@@ -51,8 +51,9 @@ class RunConfig:
             f"{decay} steps after {warmup} of warm-up don't fit into a run of {self.train.total_steps}",
         )
 
+        has_memory = any(isinstance(layer, InfiniConfig) for layer in self.model.layers)
         require(
-            not self.eval.without_memory or any(isinstance(layer, InfiniConfig) for layer in self.model.layers),
+            not self.eval.without_memory or has_memory,
             "eval.without_memory",
             "no layer has a compressive memory to leave out (kind infini); set it to false",
         )
@@ -61,8 +62,14 @@ class RunConfig:
             "train.write_cost",
             "no layer chooses how strongly it writes (update gated_delta); set it to 0",
         )
+        require(
+            self.train.local_dropout == 0 or has_memory,
+            "train.local_dropout",
+            "no layer has a compressive memory to read instead (kind infini); set it to 0",
+        )
         _check_model_layout(self)
         _check_batch_layout(self)
+        _check_segment_lengths(self)
 
     @property
     def lanes_per_rank(self) -> int:
@@ -177,6 +184,37 @@ def _check_batch_layout(run: RunConfig) -> None:
         f"parallel.virtual_stages needs micro-batches in multiples of parallel.pipeline_size ({pipeline}), but there"
         f" are {micro_batches}; change it or train.batch_lanes",
     )
+
+
+def _check_segment_lengths(run: RunConfig) -> None:
+    """Whether the lengths of `train.segment_tokens` can take the place of the model's."""
+    field, context = "train.segment_tokens", run.parallel.context_size
+    if not run.train.segment_tokens:
+        return
+    layers = dict.fromkeys(layer for layer in run.model.layers if layer.segment_tokens is not None)
+    require(bool(layers), field, f"model.attention.kind {run.model.attention.kind} has no segments; leave it out")
+    for attention in layers:
+        require(
+            attention.segments_may_vary,
+            field,
+            f"model.attention.kind {attention.kind} needs segments of one length; leave it out",
+        )
+    sizes = sorted({attention.segment_tokens for attention in layers if attention.segment_tokens})
+    require(
+        len(sizes) == 1,
+        field,
+        f"the layers' segments differ ({' and '.join(map(str, sizes))} tokens), and a step has one length for all; give"
+        " all layers the same, or leave it out",
+    )
+    shard = run.train.window_tokens // context
+    where = "train.window_tokens" + (" / parallel.context_size" if context > 1 else "")
+    for length in run.train.segment_tokens:
+        require(shard % length == 0, field, f"{length} does not divide {where} ({shard}); use divisors of {shard}")
+        for attention in layers:
+            try:
+                dataclasses.replace(attention, segment_tokens=length)  # type: ignore[call-arg]
+            except ConfigError as error:
+                raise ConfigError(f"{field}: {length}: {error}") from error
 
 
 def divide_processes(run: RunConfig, world_size: int) -> RunConfig:

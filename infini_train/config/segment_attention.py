@@ -51,6 +51,7 @@ class InfiniConfig(AttentionVariant):
 
     has_gates: ClassVar[bool] = True
     crosses_ranks: ClassVar[bool] = True
+    segments_may_vary: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = {
         "update": "all weights but gated_delta's own are shared; those begin anew, or are left out",
         "features": "both features share all weights",
@@ -143,6 +144,7 @@ class LocalConfig(AttentionVariant):
     sink_tokens: Few = 0  # a token also sees the document's first tokens, as many as this
 
     crosses_ranks: ClassVar[bool] = True
+    segments_may_vary: ClassVar[bool] = True
     same_weights: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("overlap_tokens", "sink_tokens", "segment_tokens"), ANY_VIEW
     )

@@ -18,16 +18,24 @@ class TrainConfig:
     max_tokens: Total | None = None  # length of the run, padding included; rounded up to whole steps
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps master weights, moments and the memory in fp32
     carry_memory: bool = True  # carry the memory from window to window (without gradient)
+    # segment lengths: each step draws one of them, for all layers; evaluation keeps model.attention.segment_tokens;
+    # empty: so does training
+    segment_tokens: tuple[Tokens, ...] = ()
+    # share of the first steps in which layers with a memory drop their local attention; falls linearly to 0
+    local_dropout: Rate = 0.0
+    local_dropout_steps: Total = 1000  # steps until that share is 0
+    # what writing to a gated delta memory costs: this times the mean, over tokens, layers and heads, of -log(1 - write
+    # strength) is added to the loss that is minimised, not to the one reported
+    write_cost: Norm = 0.0
+    write_cost_steps: Total = 1000  # steps in which it rises to that, linearly from 0
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
     init_from: FilePath | None = None  # a checkpoint folder: start a new run from its weights
-    # what writing to a gated delta memory costs: this times the mean, over tokens, layers and heads, of -log(1 - write
-    # strength) is added to the loss (not to the reported one); 0: nothing
-    write_cost: Norm = 0.0
 
     def __post_init__(self) -> None:
         for name in ("window_tokens", "batch_lanes"):
             require(getattr(self, name) > 0, f"train.{name}", "must be positive")
         require(self.write_cost >= 0, "train.write_cost", "must not be negative")
+        require(self.write_cost_steps > 0, "train.write_cost_steps", "must be positive")
         require(
             (self.max_steps is None) != (self.max_tokens is None),
             "train.max_steps",
@@ -36,6 +44,10 @@ class TrainConfig:
         for name in ("max_steps", "max_tokens", "micro_batch_lanes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", "must be positive, or null")
+        for length in self.segment_tokens:
+            require(length > 0, "train.segment_tokens", f"{length}: each length must be positive")
+        require(0 <= self.local_dropout <= 1, "train.local_dropout", "must lie between 0 and 1")
+        require(self.local_dropout_steps > 0, "train.local_dropout_steps", "must be positive")
 
     @property
     def tokens_per_step(self) -> int:

@@ -56,6 +56,8 @@ class AttentionVariant:
     has_gates: ClassVar[bool] = False  # a gate for each head, which mixes what it sees with what it remembers
     crosses_ranks: ClassVar[bool] = False  # its module hands its state to the other ranks of a window (LayerSpec.ranks)
     fits_any_layer: ClassVar[bool] = True  # also where other layers of the model have other kinds
+    # The field segment_tokens may change at the edge of a window: weights and the state carried there fit any length.
+    segments_may_vary: ClassVar[bool] = False
     # Fields that a model with the same weights may change, and why. Those of `initial` also in a resumed run.
     same_weights: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}

@@ -106,17 +106,20 @@ class Transformer(nn.Module):
         state: ModelState | None,
         shard: tuple[int, int] = (0, 1),
         known: Grids | None = None,
+        segment_tokens: int | None = None,
     ) -> Grids:
         """This call cut into segments, once for all layers that cut it alike; cheapest with both marks on the host.
 
         With `shard`, (rank, ranks) of context parallelism, the marks are those of the whole window. Those of another
-        stage for the same call are reused if `known`.
+        stage for the same call are reused if `known`. `segment_tokens` takes the place of the length of all layers that
+        have segments; the state must then lie at a segment's edge.
         """
         found: dict[Layout, Grid] = {} if known is None else dict(zip(*known, strict=True))
         for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
             if mixer.layout not in found:
                 recent = None if layer_state is None else mixer.recent(layer_state)
                 segment, overlap, sinks = mixer.layout
+                segment = segment_tokens if segment and segment_tokens else segment
                 found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, segment, overlap, shard, sinks)
         return Grids(tuple(found), tuple(found.values()))
 

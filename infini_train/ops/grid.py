@@ -129,7 +129,7 @@ class Grid(NamedTuple):
 
 
 class Grids(NamedTuple):
-    """The grids of one call, one for each layout that its layers have."""
+    """The grids of one call, one for each layout that its layers have; a call may have cut them by another length."""
 
     layouts: tuple[Layout, ...]
     grids: tuple[Grid, ...]

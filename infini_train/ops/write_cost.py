@@ -17,17 +17,17 @@ def charge(logits: Tensor, cost: float) -> Tensor:
     softplus(x) = -log(1 - sigmoid(x)) grows with the write strength, and its slope is the sigmoid: a strong write costs
     what it costs, however strong it gets, and one that is hardly any costs nothing.
     """
-    return _Charge.apply(logits, cost)  # type: ignore[no-untyped-call, no-any-return]
+    return _Charge.apply(logits, cost)  # type: ignore[no-untyped-call]
 
 
 class _Charge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, cost: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, cost: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.cost = cost
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         return grad + ctx.cost * torch.sigmoid(logits), None

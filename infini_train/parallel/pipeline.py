@@ -158,6 +158,7 @@ def run_window(
     carried: Carried,
     *,
     loss_scale: float | None = None,
+    segment_tokens: int | None = None,
     on_phase: Callable[[str, str], None] = lambda phase, detail: None,
 ) -> tuple[float, Carried]:
     """Forward, and backward if `loss_scale` is given, over one window of every lane.
@@ -168,6 +169,7 @@ def run_window(
         micro_batches: this rank's lanes.
         carried: memory before this window.
         loss_scale: factor on the sum of losses whose gradients are taken; None: no gradients.
+        segment_tokens: length of this window's segments; None: the model's.
         on_phase: called at the start of "forward" and of "backward" (which includes waiting for other stages).
 
     Returns:
@@ -178,9 +180,8 @@ def run_window(
     tokens = micro_batches[0].tokens_BT.shape[1] // ranks
     mine = slice(rank * tokens, (rank + 1) * tokens)
     after: list[list[ModelState | None]] = [[None] * len(micro_batches) for _ in carried]
-    grids = [
-        _make_grids(stages, batch, [states[index] for states in carried]) for index, batch in enumerate(micro_batches)
-    ]
+    before = zip(micro_batches, zip(*carried, strict=True), strict=True)
+    grids = [_make_grids(stages, batch, states, segment_tokens) for batch, states in before]
 
     def step(numbers: Iterator[int], slot: _Slot) -> tuple[Tensor, Callable[..., Any]]:
         index = next(numbers)
@@ -211,11 +212,14 @@ def run_window(
     return sum(value.item() for value in sums), tuple(map(tuple, after))
 
 
-def _make_grids(stages: Stages, batch: MicroBatch, states: Sequence[ModelState | None]) -> Grids:
+def _make_grids(
+    stages: Stages, batch: MicroBatch, states: Sequence[ModelState | None], segment_tokens: int | None
+) -> Grids:
     """All stages of this rank read the same marks, so a grid serves all layers of the same layout."""
     grids: Grids | None = None
     for stage, state in zip(stages.transformers(), states, strict=True):
-        grids = stage.make_grids(batch.starts_BT, batch.weights_BT, state, stages.place.context, grids)
+        marks = batch.starts_BT, batch.weights_BT
+        grids = stage.make_grids(*marks, state, stages.place.context, grids, segment_tokens)
     assert grids is not None
     return grids
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from infini_train.config.attention import (
     AttentionConfig,
@@ -33,6 +33,7 @@ Precision = Literal["fp32", "bf16"]
 STEPS = 5
 LANES, MICRO_LANES = 8, 2  # of the batch, where the data-parallel ranks let it be so
 SEGMENT_TOKENS, WINDOW_TOKENS = 8, 64
+SEGMENT_LENGTHS = (8, 32, 16)  # drawn by varied cases; 32: a shard of two context-parallel ranks is a single segment
 VOCABULARY = 96
 ATTENTIONS: dict[str, AttentionConfig] = {
     "linear": InfiniConfig(segment_tokens=SEGMENT_TOKENS),
@@ -87,6 +88,7 @@ class Case:
         layers: of the model.
         recompute: activation checkpointing of layers.
         tied: embedding and head share a matrix.
+        varied: steps draw the length of their segments, and some drop the local attention, the first among them.
     """
 
     parallel: ParallelConfig
@@ -95,12 +97,14 @@ class Case:
     layers: int = 4
     recompute: bool = False
     tied: bool = False
+    varied: bool = False
 
     @property
     def name(self) -> str:
         parts = [describe_layout(self.parallel), self.attention]
         parts += [f"{self.layers}layers"] * (self.layers != 4)
         parts += ["recompute"] * self.recompute + ["tied"] * self.tied + ["bf16"] * (self.precision == "bf16")
+        parts += ["varied"] * self.varied
         return "-".join(parts)
 
     @property
@@ -167,6 +171,11 @@ CASES: tuple[Case, ...] = (
     *_cases("cp2", "gated", "gated-token", layers=2),
     *_cases("cp2", "gated-token", precision="bf16", layers=2),
     *_cases("dp2-zero3", "gated-token", layers=2),
+    *_cases("tp2-sp", "gated-token", layers=2, varied=True),
+    *_cases("pp2", "delta", varied=True),
+    *_cases("cp2-zero3", "gated", layers=2, varied=True),
+    *_cases("cp2", "delta-overlap-conv", layers=2, varied=True),
+    *_cases("dp2-zero3", "linear-conv", layers=2, varied=True),
     *_cases("tp2", "linear", "linear-conv", "local", "full"),
     *_cases("tp2", "rmt", layers=2),  # a window passes them once a segment: rounding adds up over all of its depth
     *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
@@ -268,6 +277,9 @@ def configure(case: Case, folder: Path) -> RunConfig:
         tied_embeddings=case.tied,
         attention=ATTENTIONS[case.attention],
     )
+    variation: dict[str, Any] = {}
+    if case.varied:  # the share of steps without local attention is 1 in the first, whose gradients are compared
+        variation = {"segment_tokens": SEGMENT_LENGTHS, "local_dropout": 1.0, "local_dropout_steps": STEPS}
     train = TrainConfig(
         window_tokens=WINDOW_TOKENS,
         batch_lanes=lanes * (case.parallel.pipeline_size if lanes // data < case.parallel.pipeline_size else 1),
@@ -275,7 +287,9 @@ def configure(case: Case, folder: Path) -> RunConfig:
         max_steps=STEPS,
         precision=case.precision,
         write_cost=2.0 if case.attention.startswith("gated") else 0.0,
+        write_cost_steps=2,
         activation_checkpointing="layer" if case.recompute else "none",
+        **variation,
     )
     return RunConfig(
         model=model,
@@ -291,9 +305,9 @@ def configure(case: Case, folder: Path) -> RunConfig:
 def reference_of(config: RunConfig) -> RunConfig:
     """The same run in one process; cases that ask for the same one share it."""
     attention = next(name for name, value in ATTENTIONS.items() if value == config.model.attention)
-    tied = "-tied" if config.model.tied_embeddings else ""
+    options = "-tied" * config.model.tied_embeddings + "-varied" * bool(config.train.segment_tokens)
     lanes = config.train.batch_lanes
-    name = f"one-{attention}-{config.model.num_layers}layers{tied}-{lanes}lanes-{config.train.precision}"
+    name = f"one-{attention}-{config.model.num_layers}layers{options}-{lanes}lanes-{config.train.precision}"
     micro_lanes = MICRO_LANES if lanes % MICRO_LANES == 0 else 1
     return dataclasses.replace(
         config,

@@ -13,6 +13,7 @@ from infini_train.train.carry import Lanes
 from infini_train.train.checkpointing import own_fragments
 from infini_train.train.optim import learning_rates
 from infini_train.train.step import train_step
+from infini_train.train.variation import draw_variation
 
 SAVED = (1, STEPS)  # after which a checkpoint is written: first moments are gradients, and the end
 
@@ -33,7 +34,8 @@ def run_program(config: RunConfig) -> None:
         for step in range(STEPS):
             batch = take_lanes(make_batch(step, config), mine.first, config.lanes_per_rank)
             rates = learning_rates(step, STEPS, config.optim)
-            result = train_step(stages, engine, batch, carried, rates)
+            variation = draw_variation(config, step)
+            result = train_step(stages, engine, batch, carried, rates, variation=variation)
             carried = result.states
             losses.append(result.loss)
             grad_norms.append(result.grad_norm)

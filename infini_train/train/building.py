@@ -16,7 +16,6 @@ from infini_train.data.source import Source, open_source
 from infini_train.model import flops
 from infini_train.model.init import initialise
 from infini_train.model.slices import find_slice
-from infini_train.model.write_cost import charge_writing
 from infini_train.parallel import device, mesh
 from infini_train.parallel.mesh import Place
 from infini_train.parallel.pipeline import Carried, Stages
@@ -74,8 +73,6 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
             initialise(stage, config.model, config.seed)
         else:
             initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
-    replicas = place.data[1] * place.context[1]  # the engine averages gradients over them
-    charge_writing(stages.transformers(), train.write_cost * replicas / train.tokens_per_step)
     parameters, declared = count_parameters(stages), flops.count_parameters(config.model)
     # A variant that counts wrongly, or one whose parameter per head is not divided over tensor-parallel ranks.
     assert parameters == declared, f"the model has {parameters} parameters, and its config counts {declared}"

@@ -20,6 +20,7 @@ from infini_train.train.run_folder import check_fence, hold_folder, write_identi
 from infini_train.train.session import Session
 from infini_train.train.status import append_finding, end_status, mark_failure
 from infini_train.train.step import StepResult, train_step
+from infini_train.train.variation import draw_variation
 
 LOG = logging.getLogger(__name__)
 
@@ -79,12 +80,13 @@ def run_steps(session: Session, stop: StopRequest, watchdog: Watchdog) -> bool:
             rates = learning_rates(session.step, total, config.optim)
             clock.start_step()
             with profiled(session):
-                find_problem, carried = session.guard.find_problem, session.carried
-                result = train_step(session.stages, session.engine, batch, carried, rates, set_phase, find_problem)
+                ours = session.stages, session.engine, batch, session.carried
+                variation = draw_variation(config, session.step)
+                result = train_step(*ours, rates, set_phase, session.guard.find_problem, variation)
             watchdog.record_step(*clock.end_step(result))
             metrics.tick()
             end_step(session, result, lanes)
-            if session.saved and session.guard.must_roll_back(result.loss, result.problem):
+            if session.saved and session.guard.must_roll_back(result.comparable_loss, result.problem):
                 return True
             stop.agree()
             last = session.step == total or stop.agreed is not None
@@ -118,7 +120,7 @@ def end_step(session: Session, result: StepResult, lanes: Position) -> None:
         DivergedError: too many steps were skipped.
     """
     guard, before = session.guard, session.lanes
-    finding = result.problem or guard.describe_spike(result.loss)
+    finding = result.problem or guard.describe_spike(result.comparable_loss)
     session.advance(result, lanes)
     if not finding:
         return

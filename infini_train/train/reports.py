@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
+from infini_train.config.training import TrainConfig
 from infini_train.eval.perplexity import Perplexity, default_lanes, evaluate_perplexity
 from infini_train.model.ablation import Part, leaving_out
 from infini_train.parallel import mesh
@@ -21,6 +22,7 @@ from infini_train.train.session import Session
 from infini_train.train.state_figures import gate_matrix, memory_figures
 from infini_train.train.status import write_status
 from infini_train.train.step import StepResult
+from infini_train.train.variation import Variation
 
 LOG = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     shared = config.parallel.model_size  # ranks that read the same lanes
     corrupt_documents = round(mesh.sum_over_world([float(session.reader.corrupt_documents)])[0] / shared)
     values = {
+        **describe_variation(config.train, result.variation),
         "loss/train": result.loss,
         "perplexity/train": found.perplexity,
         "bits_per_byte/train": found.bits_per_byte,
@@ -85,6 +88,18 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
             f"data.max_corrupt_documents: {corrupt_documents} damaged documents were met, and the limit is"
             f" {config.data.max_corrupt_documents}; see infini-data verify, or raise it"
         )
+
+
+def describe_variation(train: TrainConfig, variation: Variation) -> dict[str, float]:
+    """What was drawn for a step, by name; of the options that are on alone."""
+    values: dict[str, float] = {}
+    if variation.segment_tokens is not None:
+        values["variation/segment_tokens"] = variation.segment_tokens
+    if train.local_dropout:
+        values["variation/without_local"] = float(variation.without_local)
+    if train.write_cost:
+        values["variation/write_cost"] = variation.write_cost
+    return values
 
 
 def report_memory(session: Session, metrics: Metrics, result: StepResult) -> None:

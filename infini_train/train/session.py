@@ -55,10 +55,10 @@ class Session:
         """Moves counters, data position and memory past a finished step; a skipped one leaves the memory empty."""
         self.step += 1
         self.tokens += self.config.train.tokens_per_step
-        self.guard.record(result.loss, result.problem)
+        self.guard.record(result.comparable_loss, result.problem)
         if result.problem:
             self.lanes, self.carried = lanes, empty_carried(self.config, self.stages)
             return
-        self.lanes = self.reader.observe_loss(lanes, result.loss)
+        self.lanes = lanes if result.variation.without_local else self.reader.observe_loss(lanes, result.loss)
         if self.config.train.carry_memory:
             self.carried = result.states

@@ -6,16 +6,19 @@ Legend: B lanes of this data-parallel rank, T window tokens.
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from infini_train.data.lanes import IGNORED, Batch
+from infini_train.model.ablation import Part, leaving_out
+from infini_train.model.write_cost import charge_writing
 from infini_train.parallel import device, mesh
 from infini_train.parallel.pipeline import Carried, Stages, cut_micro_batches, run_window
 from infini_train.parallel.zero import Engine
 from infini_train.train.guards import describe_non_finite
+from infini_train.train.variation import AS_EVALUATED, Variation
 
 
 class StepResult(NamedTuple):
@@ -32,6 +35,12 @@ class StepResult(NamedTuple):
     states: Carried
     seconds: dict[str, float]  # wait, forward, backward, optimizer
     problem: str = ""  # why the step was skipped
+    variation: Variation = AS_EVALUATED
+
+    @property
+    def comparable_loss(self) -> float:
+        """The loss, if it can be compared with those of other steps; else NaN: without local attention it is higher."""
+        return math.nan if self.variation.without_local else self.loss
 
 
 class Stopwatch:
@@ -75,6 +84,7 @@ def train_step(
     lr_of_group: dict[str, float],
     on_phase: Callable[[str], None] = lambda phase: None,
     find_problem: Callable[[float], str] = describe_non_finite,
+    variation: Variation = AS_EVALUATED,
 ) -> StepResult:
     """Trains on one window of every lane: one global batch. All ranks call it together.
 
@@ -87,6 +97,7 @@ def train_step(
         on_phase: called with each phase of the step that begins.
         find_problem: why a step with this loss is skipped, the same on all ranks; empty if it is not. A step is also
             skipped if there is no text, or if the gradients are not finite.
+        variation: what the step does otherwise than the model that is evaluated, the same on all ranks.
     """
     place, parallel = stages.place, stages.parallel
     stopwatch = Stopwatch(on_phase, synchronise=parallel.pipeline_size == 1)
@@ -99,28 +110,26 @@ def train_step(
     if text == 0:
         return StepResult(math.nan, 0, 0.0, math.nan, carried, {}, "none of its text can be read")
     micro_batches = cut_micro_batches(batch, len(carried[0]))
-    if weight == 0:
-        with torch.no_grad():
-            _, states = run_window(stages, stages, micro_batches, carried, on_phase=stopwatch.begin)
-        stopwatch.end()
-        return StepResult(math.nan, 0, 0.0, math.nan, states, stopwatch.seconds)
-    replicas = place.data[1] * place.context[1]  # the engine averages gradients over them
-    loss_sum, states = run_window(
-        stages,
-        engine,
-        micro_batches,
-        carried,
-        loss_scale=replicas / weight,
-        on_phase=stopwatch.begin,
-    )
+    options: dict[str, Any] = {"segment_tokens": variation.segment_tokens, "on_phase": stopwatch.begin}
+    with leaving_out(stages.transformers(), [Part("local")] if variation.without_local else []):
+        if weight == 0:
+            with torch.no_grad():
+                _, states = run_window(stages, stages, micro_batches, carried, **options)
+            stopwatch.end()
+            return StepResult(math.nan, 0, 0.0, math.nan, states, stopwatch.seconds, variation=variation)
+        replicas, tokens = place.data[1] * place.context[1], batch.tokens_BT.size * place.data[1]
+        loss_scale = replicas / weight  # the engine averages gradients over them
+        charge_writing(stages.transformers(), variation.write_cost * replicas / tokens)
+        loss_sum, states = run_window(stages, engine, micro_batches, carried, loss_scale=loss_scale, **options)
     stopwatch.begin("backward", "(adding up the loss)")
     loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight
     stopwatch.begin("optimizer")
-    problem, grad_norm = find_problem(loss), math.nan
+    problem = (describe_non_finite if variation.without_local else find_problem)(loss)
+    grad_norm = math.nan
     if problem:
         engine.skip()
     else:
         grad_norm = engine.step(lr_of_group)  # changes nothing if the norm is not finite
         problem = "" if math.isfinite(grad_norm) else "the gradients are not finite"
     stopwatch.end()
-    return StepResult(loss, round(labels), n_bytes, grad_norm, states, stopwatch.seconds, problem)
+    return StepResult(loss, round(labels), n_bytes, grad_norm, states, stopwatch.seconds, problem, variation)

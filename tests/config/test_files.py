@@ -73,6 +73,13 @@ WRONG = {
         "train.window_tokens=100",
         "train.window_tokens: 100 is not a multiple of model.attention.segment_tokens (32); use 96 or 128",
     ),
+    "a length off the window": (
+        "train.segment_tokens=[32, 48]",
+        "train.segment_tokens: 48 does not divide train.window_tokens (128); use divisors of 128",
+    ),
+    "a length of nothing": ("train.segment_tokens=[32, 0]", "train.segment_tokens: 0: each length must be positive"),
+    "more than all steps": ("train.local_dropout=1.5", "train.local_dropout: must lie between 0 and 1"),
+    "no steps to fall in": ("train.local_dropout_steps=0", "train.local_dropout_steps: must be positive"),
     "window below a segment": ("eval.window_tokens=8", "eval.window_tokens: 8 is not a multiple"),
     "heads that don't divide": ("model.num_heads=3", "model.num_heads: 3 heads don't divide hidden_size 64"),
     "kv heads that don't divide": ("model.num_kv_heads=3", "model.num_kv_heads: 3 key-value heads can't share 4"),

@@ -1,13 +1,14 @@
 """What all attention variants must do in a whole model, and what ties one to another."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from infini_train.config.attention import InfiniConfig, LocalConfig
+from infini_train.config.attention import InfiniConfig, LocalConfig, MixedConfig
 from infini_train.model.local import FullAttention
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}  # fp32, logits of size 1 to 10
@@ -25,6 +26,34 @@ def test_streaming_in_pieces_equals_one_pass(variant, cuts, tools):
         logits_BTV, state = tools.run(model, tokens_BT[:, begin:end], starts_BT[:, begin:end], state)
         pieces.append(logits_BTV)
     torch.testing.assert_close(torch.cat(pieces, 1), whole_BTV, **CLOSE)
+
+
+def of_length(attention, segment_tokens):
+    """The same variant with segments of this length, if it has any."""
+    if isinstance(attention, MixedConfig):
+        variants = {name: of_length(each, segment_tokens) for name, each in attention.variants.items()}
+        return replace(attention, variants=variants)
+    return attention if attention.segment_tokens is None else replace(attention, segment_tokens=segment_tokens)
+
+
+def test_windows_of_other_lengths_are_those_of_models_of_these_lengths(variant, tools):
+    """One after the other, each with the memory that the one before has left; for all variants that say so."""
+    config, state, expected_state = tools.tiny(variant), None, None
+    assert all(layer.segment_tokens is None or layer.segments_may_vary for layer in config.layers)
+    model, weights_BT = tools.build(config), torch.ones(2, 32)
+    starts_BT = torch.zeros(2, 32, dtype=torch.bool)
+    starts_BT[0, 19] = True
+    for seed, size in enumerate((16, 8, 32, 16)):
+        tokens_BT = tools.draw(32, seed=seed)
+        grids = model.make_grids(starts_BT, weights_BT, state, segment_tokens=size)
+        hidden_TBD, state = model.decode(tokens_BT, grids, state)
+        twin = tools.build(tools.tiny(attention=of_length(config.attention, size)))
+        expected_grids = twin.make_grids(starts_BT, weights_BT, expected_state)
+        expected_TBD, expected_state = twin.decode(tokens_BT, expected_grids, expected_state)
+        assert torch.equal(hidden_TBD, expected_TBD)
+        state, expected_state = model.carry_over(state), twin.carry_over(expected_state)
+    found, expected = ([x for x in pytree.tree_leaves(each) if x is not None] for each in (state, expected_state))
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_remembering_leaves_the_state_that_decoding_leaves(variant, tools):

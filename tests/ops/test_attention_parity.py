@@ -94,6 +94,23 @@ def test_cut_anywhere_and_carried_equals_one_pass(ops, update, places, overlap_t
     ops.assert_same(ops.gradients(twin, pieces), ops.gradients(window, whole))
 
 
+@pytest.mark.parametrize("overlap_tokens", [0, 3])
+def test_from_an_edge_on_segments_may_have_another_length(ops, update, overlap_tokens):
+    """As in training, whose windows may each be cut by another length. Gradients flow across the edges."""
+    shape = ops.Shape(heads=2, kv_heads=1, tokens=28, overlap_tokens=overlap_tokens)
+    window = ops.draw(shape, seed=14).with_fresh_leaves()
+    twin, outs, slow_outs, state, memory = window.with_fresh_leaves(), [], [], None, None
+    for piece, slow, size in zip(window.cut(8, 20), twin.cut(8, 20), (4, 6, 8), strict=True):
+        sized = shape._replace(tokens=piece.shape.tokens, segment_tokens=size)
+        out, state = piece._replace(shape=sized).attend(update, state)
+        slow_out, memory = slow._replace(shape=sized).attend_by_reference(update, memory)
+        outs.append(out)
+        slow_outs.append(slow_out)
+    found, expected = ops.tensors(torch.cat(outs, 2), state), ops.tensors(torch.cat(slow_outs, 2), memory)
+    ops.assert_same(found, expected)
+    ops.assert_same(ops.gradients(window, found), ops.gradients(twin, expected))
+
+
 def test_reference_in_pieces_equals_itself(ops, update):
     window = ops.draw(ops.Shape(tokens=11, overlap_tokens=3), seed=13)
     whole = window.attend_by_reference(update)

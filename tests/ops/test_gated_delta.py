@@ -103,14 +103,14 @@ class Draw(NamedTuple):
             outs.append(out)
         return torch.cat(outs, 2), state
 
-    def attend_by_reference(self):
+    def attend_by_reference(self, memory=None):
         strength, decay = (torch.sigmoid(x) for x in self.logits)
         inputs = self.inputs._replace(strength_BKT=strength, decay_BKT=decay)
-        entering = self.memory.memory_BKDE if self.memory.entering_BKDE is None else self.memory.entering_BKDE
-        empty = gated_reference.empty_memory(inputs)
-        memory = empty._replace(
-            memory_BKDE=self.memory.memory_BKDE, entering_BKDE=entering, written_B=self.memory.written_B
-        )
+        if memory is None:
+            entering = self.memory.memory_BKDE if self.memory.entering_BKDE is None else self.memory.entering_BKDE
+            memory = gated_reference.empty_memory(inputs)._replace(
+                memory_BKDE=self.memory.memory_BKDE, entering_BKDE=entering, written_B=self.memory.written_B
+            )
         form = reference.Form(self.segment_tokens, "linear", self.overlap_tokens, ROPE)
         return gated_reference.attend(inputs, self.marks, memory, form, self.form.read)
 
@@ -247,6 +247,21 @@ def test_padding_leaves_the_memory_as_it_is(ops, read):
     _, padded = given.attend()
     _, short = given.take(slice(0, 8)).attend()
     torch.testing.assert_close(padded.memory.memory_BKDE, short.memory.memory_BKDE, rtol=1e-12, atol=1e-12)
+
+
+def test_from_an_edge_on_segments_may_have_another_length(ops, read):
+    """As in training, whose windows may each be cut by another length. Gradients flow across the edges."""
+    given = draw(read, start_share=0.1, tokens=28, overlap_tokens=3, heads=2, kv_heads=1)
+    outs, slow_outs, state, memory = [], [], None, None
+    for part, size in ((slice(0, 8), 4), (slice(8, 20), 6), (slice(20, 28), 8)):
+        piece = given.take(part)._replace(segment_tokens=size)
+        out, state = piece.attend(state)
+        slow_out, memory = piece.attend_by_reference(memory)
+        outs.append(out)
+        slow_outs.append(slow_out)
+    found, expected = results(torch.cat(outs, 2), state), results(torch.cat(slow_outs, 2), memory)
+    ops.assert_same(without_entering(found, read), without_entering(expected, read))
+    ops.assert_same(gradients(given, found), gradients(given, expected))
 
 
 def test_weights_are_repetitions_of_a_token(read):

@@ -12,6 +12,7 @@ from infini_train.data.lanes import IGNORED
 from infini_train.selftest.batches import EMPTY_STEP, make_batch, take_lanes
 from infini_train.selftest.cases import (
     CASES,
+    SEGMENT_LENGTHS,
     SEGMENT_TOKENS,
     STEPS,
     WINDOW_TOKENS,
@@ -21,6 +22,7 @@ from infini_train.selftest.cases import (
     parse_layout,
     reference_of,
 )
+from infini_train.train.variation import Variation, draw_variation
 
 FOLDER = Path("folder")
 
@@ -42,6 +44,16 @@ def test_each_case_is_a_config_that_survives_its_file(case, tmp_path) -> None:
         path = tmp_path / "run.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
         assert load_run(str(path)) == config
+
+
+def test_varied_cases_draw_every_length_and_begin_with_the_longest_without_local_attention() -> None:
+    """A shard of two context-parallel ranks is one segment then: no gradient reaches its keys and values."""
+    for case in CASES:
+        if case.varied:
+            drawn = [draw_variation(configure(case, FOLDER), step) for step in range(STEPS)]
+            assert {each.segment_tokens for each in drawn} == set(SEGMENT_LENGTHS)
+            assert drawn[0] == Variation(segment_tokens=max(SEGMENT_LENGTHS), without_local=True)
+            assert not all(each.without_local for each in drawn)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 64, 96])

@@ -24,6 +24,8 @@ FAST = {
     "cp2-linear",
     "dp2-zero3-linear",
     "cp2-delta-bf16",
+    "cp2-delta-overlap-conv-2layers-varied",
+    "dp2-zero3-linear-conv-2layers-varied",
     "tp2-sp-cp2-delta",
 }
 TIMEOUT_S = 1500

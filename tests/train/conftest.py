@@ -22,6 +22,7 @@ from infini_train.train.carry import join_lanes
 from infini_train.train.optim import learning_rates
 from infini_train.train.session import Session
 from infini_train.train.step import train_step
+from infini_train.train.variation import draw_variation
 
 torch.set_num_threads(1)
 
@@ -57,7 +58,8 @@ def drive(session: Session, steps: int) -> list[Step]:
     with contextlib.closing(session.batches()) as batches:
         for batch, lanes in itertools.islice(batches, steps):
             rates = learning_rates(session.step, session.config.train.total_steps, session.config.optim)
-            result = train_step(session.stages, session.engine, batch, session.carried, rates)
+            variation = draw_variation(session.config, session.step)
+            result = train_step(session.stages, session.engine, batch, session.carried, rates, variation=variation)
             session.advance(result, lanes)
             seen.append(Step(result.loss, result.grad_norm, batch))
     return seen

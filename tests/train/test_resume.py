@@ -26,6 +26,7 @@ from infini_train.train.opening import open_session
 from infini_train.train.session import Session
 
 STEPS, STOP = 6, 3
+VARIED = ("train.segment_tokens=[4, 8, 16]", "train.local_dropout=0.9", "train.local_dropout_steps=6")
 
 
 def save(session: Session) -> Path:
@@ -44,11 +45,19 @@ def same_batch(a, b) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("attention", "precision"),
-    [("linear", "fp32"), ("delta", "fp32"), ("local", "fp32"), ("full", "fp32"), ("delta", "bf16")],
+    ("attention", "precision", "more"),
+    [
+        ("linear", "fp32", ()),
+        ("delta", "fp32", ()),
+        ("local", "fp32", ()),
+        ("full", "fp32", ()),
+        ("delta", "bf16", ()),
+        ("delta", "fp32", VARIED),
+    ],
+    ids=["linear", "delta", "local", "full", "delta-bf16", "delta-varied"],
 )
-def test_resuming_is_exact(attention, precision, configure, tools):
-    settings = (f"model.attention={tools.attention[attention]}", f"train.precision={precision}")
+def test_resuming_is_exact(attention, precision, more, configure, tools):
+    settings = (f"model.attention={tools.attention[attention]}", f"train.precision={precision}", *more)
     whole = open_session(configure(*settings, run="whole"))
     expected = tools.drive(whole, STEPS)
     assert any(step.batch.starts_BT[:, 1:].any() for step in expected[STOP:]), "documents must begin inside windows"
