@@ -69,10 +69,13 @@ def evaluate_run(
             segment.
     """
     from infini_train.eval.perplexity import evaluate_perplexity
+    from infini_train.inference.growth import warn_of_windows
     from infini_train.parallel import device
 
     folder, dataset = open_data(trained, data)
     window = _choose_window(trained.config, window_tokens, stream)
+    if stream:
+        warn_of_windows(trained.config.model, window)
     begin, total = time.perf_counter(), dataset.manifest.tokens + dataset.manifest.documents
     total = min(total, max_tokens or total)
     with progress_bar(total=total, unit="tok", unit_scale=True) as bar:

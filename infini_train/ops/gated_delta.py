@@ -198,11 +198,11 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     start_BKDE = initial.memory_BKDE
     count_BC = grid.count_BC.to(start_BKDE.dtype)[..., None]
     if ranks is None or size == 1:
-        memory_BKCDE, y_BKCNE = _run(chunks, start_BKDE, chunks.u_BKCNE)
+        memory_BKCDE, y_BKCNE, leaving_BKDE = _run(chunks, start_BKDE, chunks.u_BKCNE)
         counts_BS = initial.written_B[:, None]
         if grid.closed:  # else a few tokens of generation
             counts_BS = segmented_scan(counts_BS, count_BC, grid.keep_BC)[..., 0]
-        return lambda: _States(memory_BKCDE, y_BKCNE, memory_BKCDE[:, :, -1], counts_BS, counts_BS[:, -1])
+        return lambda: _States(memory_BKCDE, y_BKCNE, leaving_BKDE, counts_BS, counts_BS[:, -1])
 
     # With nothing before the shard, and beside it what the shard makes of each direction of a memory before it.
     lanes, kv_heads, key_dim, value_dim = start_BKDE.shape
@@ -210,9 +210,9 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     identity = torch.eye(key_dim, dtype=start_BKDE.dtype, device=start_BKDE.device)
     from_nothing = torch.cat((torch.zeros_like(start_BKDE), identity.expand(lanes, kv_heads, -1, -1)), -1)
     u_BKCNX = F.pad(chunks.u_BKCNE, (0, key_dim))
-    memory_BKCDX, y_BKCNX = _run(chunks, from_nothing, u_BKCNX)
+    memory_BKCDX, y_BKCNX, shard_BKDX = _run(chunks, from_nothing, u_BKCNX)
     counts_BS = segmented_scan(torch.zeros_like(initial.written_B)[:, None], count_BC, grid.keep_BC)[..., 0]
-    gathered = ranks.gather(torch.cat((memory_BKCDX[:, :, -1].flatten(1), counts_BS[:, -1:]), 1))
+    gathered = ranks.gather(torch.cat((shard_BKDX.flatten(1), counts_BS[:, -1:]), 1))
 
     def finish() -> _States:
         maps_PBF = gathered()
@@ -239,14 +239,17 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     return finish
 
 
-def _run(chunks: _Chunks, start_BKDX: Tensor, u_BKCNX: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before, between and after the chunks (C + 1), and what each token writes. The only loop."""
+def _run(chunks: _Chunks, start_BKDX: Tensor, u_BKCNX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before, between and after the chunks (C + 1), what each token writes, the last state. The only loop.
+
+    The last one stands alone: carried as a view of all, it would keep the states of the whole window alive.
+    """
     states, written = [start_BKDX], []
     parts = (u_BKCNX, chunks.w_BKCND, chunks.out_BKCDN, chunks.keep_BKC)
     for u_BKNX, w_BKND, out_BKDN, keep_BK in zip(*(part.unbind(2) for part in parts), strict=True):
         written.append(u_BKNX - w_BKND @ states[-1])
         states.append(keep_BK[..., None, None] * states[-1] + out_BKDN @ written[-1])
-    return torch.stack(states, 2), torch.stack(written, 2)
+    return torch.stack(states, 2), torch.stack(written, 2), states[-1]
 
 
 def _enter_segments(states: _States, initial: GatedMemory, grid: Grid) -> Tensor:
