@@ -220,7 +220,10 @@ def _check_world_size(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    description = "Write text from a prompt; memory use does not depend on the prompt's length."
+    description = (
+        "Write text from a prompt; memory use does not depend on the prompt's length, except for the keys and values"
+        " of full attention."
+    )
     describe(parser, description, GENERATE_EXAMPLES)
     parser.add_argument(
         "model", type=path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
@@ -249,9 +252,11 @@ def _generate(options: argparse.Namespace) -> None:
         _prepare()
         from infini_train.data.tokenizer import CONTEXT_TOKENS, decode_stream
         from infini_train.inference.generation import generate
+        from infini_train.inference.growth import warn_of_growth
         from infini_train.inference.loading import open_trained
 
         trained = open_trained(options.model)
+    warn_of_growth(trained.config.model, trained.precision)
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     stop = None if options.ignore_end else trained.end_ids

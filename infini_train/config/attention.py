@@ -67,6 +67,10 @@ class MixedConfig(AttentionVariant):
                 variant.fits_any_layer, f"{field}.kind", f"{variant.kind} concerns all layers of a model; use another"
             )
 
+    def __hash__(self) -> int:
+        """As of a frozen dataclass, whose own can't hash a mapping."""
+        return hash((frozenset(self.variants.items()), self.pattern))
+
     def at(self, layer: int, num_layers: int) -> AttentionVariant:
         """The pattern, again and again."""
         return self.variants[self.pattern[layer % len(self.pattern)]]

@@ -172,3 +172,7 @@ class FullConfig(AttentionVariant):
 
     def check_export(self) -> None:
         """Nothing is lost: a plain model computes the same."""
+
+    def cached_numbers(self, shape: LayerShape) -> int:
+        """Keys and values of all tokens so far: the key-value cache."""
+        return shape.token_numbers

@@ -128,6 +128,10 @@ class AttentionVariant:
         """Numbers that a layer remembers of a sequence, as the paper's Table 2 counts them."""
         return 0
 
+    def cached_numbers(self, shape: LayerShape) -> int:
+        """Numbers that a layer keeps of every token that it reads outside training; 0 where its state is bounded."""
+        return 0
+
     def least_carried_bytes(self, shape: LayerShape, weight_bytes: int) -> int:
         """What a layer hands on for each lane, or less: a run that has no room for it is refused before it is built."""
         return self.memory_numbers(shape) * weight_bytes

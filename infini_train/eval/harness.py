@@ -265,6 +265,10 @@ def _harness(options: argparse.Namespace) -> None:
         limit=options.limit,
         seed=options.seed,
     )
+    from infini_train.inference.growth import warn_of_growth
+
     task.folder()  # complains now
-    results = evaluate_harness(load(options), task, lanes=options.lanes, out=options.out)
+    trained = load(options)
+    warn_of_growth(trained.config.model, trained.precision)
+    results = evaluate_harness(trained, task, lanes=options.lanes, out=options.out)
     print(json.dumps(strict_json(results)) if options.json else format_results(results))

@@ -231,7 +231,10 @@ def run(options: argparse.Namespace, choose: Callable[["Trained"], Measurement[A
         options: of the command: model, precision, out, overwrite, json.
         choose: makes the measurement of a model.
     """
+    from infini_train.inference.growth import warn_of_growth
+
     trained = load(options)
+    warn_of_growth(trained.config.model, trained.precision)
     with Spinner("preparing"):
         measurement = choose(trained)
     results = run_measurement(

@@ -30,7 +30,9 @@ infini-train eval RUN is short for infini-train eval perplexity RUN
 
 
 def _choose_window(config: RunConfig, window_tokens: int | None, stream: bool) -> int:
-    """The window asked for, or that of training; a few segments of a stream."""
+    """The window asked for, or that of training; a few segments of a stream, and a warning of what it hides."""
+    from infini_train.inference.growth import warn_of_windows
+
     segment = config.model.segment_tokens
     default = STREAM_SEGMENTS * segment if stream and segment else config.train.window_tokens
     window = window_tokens or default
@@ -40,6 +42,8 @@ def _choose_window(config: RunConfig, window_tokens: int | None, stream: bool) -
         raise ConfigError(
             f"--window-tokens: {window} is not a multiple of the model's segment of {segment} tokens; use {near}"
         )
+    if stream:
+        warn_of_windows(config.model, window)
     return window
 
 

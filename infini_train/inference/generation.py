@@ -66,7 +66,7 @@ def generate(
     """Yields token ids until one that ends the text (not yielded), or `max_new_tokens`.
 
     Args:
-        model: any variant; memory stays constant with `infini` and `local`.
+        model: any variant; memory stays constant where its state does (growth.py).
         prompt: token ids; the first one begins a document.
         max_new_tokens: at most this many.
         stop_id: the id that ends a text, several of them, or None.

@@ -65,7 +65,7 @@ def read_prompts(
     The model reads on from its own tokens, not from the right ones.
 
     Args:
-        model: any variant; memory stays constant with `infini` and `local`.
+        model: any variant; memory stays constant where its state does (growth.py).
         texts: a lane each; whatever follows the prompt is not shown.
         bos_id: begins each prompt.
         on_progress: called with the tokens read, of all lanes together; what is read once for several counts for each.

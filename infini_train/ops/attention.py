@@ -5,12 +5,14 @@ padded to whole segments, S segments, Q queries a segment, J keys a segment, D k
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_train.ops.fla_kernels import begin_fused, find_kernel
 from infini_train.ops.gated_delta import GatedMemory, Recalled, Writing, begin_gated, empty_gated_memory
 from infini_train.ops.grid import Grid, Recent, carry_recent
 from infini_train.ops.memory import PAPER, Form, Memory, begin_scan, empty_memory, read_memory
@@ -175,8 +177,9 @@ def _begin_recall(  # noqa: PLR0913
         assert isinstance(gated, GatedMemory)
         k_BSKQD, v_BSKQE = fold_queries(k_BKTD, grid), fold_queries(v_BKTE, grid)
         by_segment = tuple(fold_queries(part[..., None], grid)[..., 0] for part in writing)
-        recall = begin_gated(q_BSHQD, k_BSKQD, v_BSKQE, Writing(*by_segment), gated, grid, ranks)
-        return windows, recall
+        kernel = find_kernel(k_BSKQD, gated)
+        begin = begin_gated if kernel is None else partial(begin_fused, kernel)
+        return windows, begin(q_BSHQD, k_BSKQD, v_BSKQE, Writing(*by_segment), gated, grid, ranks)
 
     memory = empty_memory(*sizes, k_BKTD) if state is None else state.memory
     assert isinstance(memory, Memory)

@@ -196,13 +196,10 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     """The states of all chunks. Ranks exchange the affine map of their shard, and the count, as one tensor."""
     rank, size = grid.shard
     start_BKDE = initial.memory_BKDE
-    count_BC = grid.count_BC.to(start_BKDE.dtype)[..., None]
     if ranks is None or size == 1:
-        memory_BKCDE, y_BKCNE = _run(chunks, start_BKDE, chunks.u_BKCNE)
-        counts_BS = initial.written_B[:, None]
-        if grid.closed:  # else a few tokens of generation
-            counts_BS = segmented_scan(counts_BS, count_BC, grid.keep_BC)[..., 0]
-        return lambda: _States(memory_BKCDE, y_BKCNE, memory_BKCDE[:, :, -1], counts_BS, counts_BS[:, -1])
+        memory_BKCDE, y_BKCNE, leaving_BKDE = _run(chunks, start_BKDE, chunks.u_BKCNE)
+        counts_BS = count_written(initial.written_B, grid)
+        return lambda: _States(memory_BKCDE, y_BKCNE, leaving_BKDE, counts_BS, counts_BS[:, -1])
 
     # With nothing before the shard, and beside it what the shard makes of each direction of a memory before it.
     lanes, kv_heads, key_dim, value_dim = start_BKDE.shape
@@ -210,19 +207,12 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     identity = torch.eye(key_dim, dtype=start_BKDE.dtype, device=start_BKDE.device)
     from_nothing = torch.cat((torch.zeros_like(start_BKDE), identity.expand(lanes, kv_heads, -1, -1)), -1)
     u_BKCNX = F.pad(chunks.u_BKCNE, (0, key_dim))
-    memory_BKCDX, y_BKCNX = _run(chunks, from_nothing, u_BKCNX)
-    counts_BS = segmented_scan(torch.zeros_like(initial.written_B)[:, None], count_BC, grid.keep_BC)[..., 0]
-    gathered = ranks.gather(torch.cat((memory_BKCDX[:, :, -1].flatten(1), counts_BS[:, -1:]), 1))
+    memory_BKCDX, y_BKCNX, shard_BKDX = _run(chunks, from_nothing, u_BKCNX)
+    counts_BS = count_written(torch.zeros_like(initial.written_B), grid)
+    gathered = ranks.gather(torch.cat((shard_BKDX.flatten(1), counts_BS[:, -1:]), 1))
 
     def finish() -> _States:
-        maps_PBF = gathered()
-        map_PBKDX = maps_PBF[..., :-1].unflatten(-1, (kv_heads, key_dim, -1))
-        assert grid.keep_BP is not None
-        entering, counts = [start_BKDE], [initial.written_B]
-        for map_BKDX, added_B, keep_B in zip(map_PBKDX, maps_PBF[..., -1], grid.keep_BP.unbind(1), strict=True):
-            own_BKDE, kept_BKDD = map_BKDX.split(widths, -1)
-            entering.append(own_BKDE + kept_BKDD @ entering[-1])
-            counts.append(counts[-1] * keep_B + added_B)
+        entering, counts = compose_maps(gathered(), initial, grid)
         # Taken out of a stack, so that also the first rank, which needs no other, meets the others in backward.
         before_BK1DE = torch.stack(entering)[rank][:, :, None]
         own_BKCDE, kept_BKCDD = memory_BKCDX.split(widths, -1)
@@ -239,14 +229,41 @@ def _begin_states(chunks: _Chunks, initial: GatedMemory, grid: Grid, ranks: Rank
     return finish
 
 
-def _run(chunks: _Chunks, start_BKDX: Tensor, u_BKCNX: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before, between and after the chunks (C + 1), and what each token writes. The only loop."""
+def count_written(written_B: Tensor, grid: Grid) -> Tensor:
+    """Tokens written before each segment of the call and before the next one (B, S + 1), or before the only one."""
+    counts_BS = written_B[:, None]
+    if not grid.closed:  # a few tokens of generation
+        return counts_BS
+    return segmented_scan(counts_BS, grid.count_BC.to(written_B.dtype)[..., None], grid.keep_BC)[..., 0]
+
+
+def compose_maps(maps_PBF: Tensor, initial: GatedMemory, grid: Grid) -> tuple[list[Tensor], list[Tensor]]:
+    """The memory, and the tokens written, before each rank's shard and after the last one.
+
+    `maps_PBF` are the maps of the ranks: for each lane K D (E + D) numbers, and the tokens written in the shard.
+    """
+    kv_heads, key_dim, value_dim = initial.memory_BKDE.shape[1:]
+    map_PBKDX = maps_PBF[..., :-1].unflatten(-1, (kv_heads, key_dim, -1))
+    assert grid.keep_BP is not None
+    entering, counts = [initial.memory_BKDE], [initial.written_B]
+    for map_BKDX, added_B, keep_B in zip(map_PBKDX, maps_PBF[..., -1], grid.keep_BP.unbind(1), strict=True):
+        own_BKDE, kept_BKDD = map_BKDX.split((value_dim, key_dim), -1)
+        entering.append(own_BKDE + kept_BKDD @ entering[-1])
+        counts.append(counts[-1] * keep_B + added_B)
+    return entering, counts
+
+
+def _run(chunks: _Chunks, start_BKDX: Tensor, u_BKCNX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before, between and after the chunks (C + 1), what each token writes, the last state. The only loop.
+
+    The last one stands alone: carried as a view of all, it would keep the states of the whole window alive.
+    """
     states, written = [start_BKDX], []
     parts = (u_BKCNX, chunks.w_BKCND, chunks.out_BKCDN, chunks.keep_BKC)
     for u_BKNX, w_BKND, out_BKDN, keep_BK in zip(*(part.unbind(2) for part in parts), strict=True):
         written.append(u_BKNX - w_BKND @ states[-1])
         states.append(keep_BK[..., None, None] * states[-1] + out_BKDN @ written[-1])
-    return torch.stack(states, 2), torch.stack(written, 2)
+    return torch.stack(states, 2), torch.stack(written, 2), states[-1]
 
 
 def _enter_segments(states: _States, initial: GatedMemory, grid: Grid) -> Tensor:

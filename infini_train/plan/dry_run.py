@@ -16,6 +16,7 @@ from torch import nn
 from infini_train.config.errors import ConfigError
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig, divide_processes
+from infini_train.model.caching import NUMBER_BYTES, cached_bytes, caching_layers
 from infini_train.model.flops import forward_flops_per_token
 from infini_train.model.layers import HeadLinear
 from infini_train.model.mixer import Projections
@@ -99,6 +100,8 @@ class Plan:
     zero_stage: int  # that runs: `Engine` raises 1 to 2 under bf16
     parameters: int
     carried_lane_bytes: int
+    caching_layers: tuple[int, ...]  # they keep keys and values of all they read outside training
+    cached_token_bytes: dict[str, int]  # of one lane, all these layers and heads together, by precision
     checkpoint_bytes: int
     hardware: Hardware
     prediction: Prediction
@@ -161,6 +164,8 @@ def dry_run(
             zero_stage=effective_stage(config),
             parameters=parameters,
             carried_lane_bytes=lane_bytes,
+            caching_layers=caching_layers(config.model),
+            cached_token_bytes={each: cached_bytes(config.model, each) for each in NUMBER_BYTES},
             checkpoint_bytes=STATES * FP32_BYTES * parameters + carried,
             hardware=hardware,
             prediction=predict(config, hardware, parts),

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from infini_train.checkpoint.contents import format_size
 from infini_train.config.run import RunConfig
+from infini_train.model.caching import name_layers
 from infini_train.plan.dry_run import Plan, RankPlan, Span
 from infini_train.plan.states import StateBytes
 
 COLUMNS = 6  # ranks side by side
+TEXTS = (1, 2**10, 2**20)  # tokens read
 STATES = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "moments"}
 Row = tuple[str, Callable[[RankPlan], str]]
 
@@ -33,6 +35,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{plan.parameters:,}"
     yield from zip(("FLOPs a token", "of the forward"), _flops(plan), strict=True)
     yield "memory of a lane", format_size(plan.carried_lane_bytes)
+    yield from _caches(plan)
     yield "checkpoint", format_size(plan.checkpoint_bytes)
 
 
@@ -44,6 +47,19 @@ def _flops(plan: Plan) -> tuple[str, str]:
     parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     recompute = f" + {_giga(again * total)} recomputed" if again else ""
     return f"{_giga(total)} forward + {_giga(2 * total)} backward{recompute}", parts
+
+
+def _caches(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What layers that attend to everything keep of a lane, if there are any: it grows, beside the constant memory."""
+    if not plan.caching_layers:
+        return
+    train = plan.config.train
+    window = format_size(plan.cached_token_bytes[train.precision] * train.window_tokens)
+    place = "layer at work" if train.activation_checkpointing == "layer" else "activations kept"
+    yield "keys and values", f"{name_layers(plan.caching_layers)}: {window} a lane and window, within {place}"
+    for precision, size in plan.cached_token_bytes.items():
+        one, few, many = (format_size(size * tokens) for tokens in TEXTS)
+        yield f"kept when reading, {precision}", f"{one} a token and lane: {few} at 1K tokens, {many} at 1M"
 
 
 def _giga(flops: float) -> str:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from infini_train.checkpoint.contents import format_size
 from infini_train.cli import main
-from infini_train.config.attention import InfiniConfig
+from infini_train.config.attention import FullConfig, InfiniConfig, MixedConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import load_model, to_tree, validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.model.flops import count_parameters, memory_numbers
+from infini_train.model.transformer import Transformer
 from infini_train.parallel import device, mesh
 from infini_train.plan.dry_run import Plan, RankPlan, dry_run
 from infini_train.plan.table import format_plan
@@ -204,6 +207,46 @@ def test_what_context_parallelism_sends() -> None:
     assert kept - plain == 4 * 3 * SMALL.hidden_size * SMALL.num_layers
     memory, tail = 3 * 4 * (2 * 6 * 5 + 1), 4 * 3 * SMALL.hidden_size
     assert first.sent_bytes == (memory + tail, memory) and last.sent_bytes == (memory + tail, memory + tail)
+
+
+MIXED = MixedConfig(
+    variants={"memory": InfiniConfig(segment_tokens=8, update="delta"), "whole": FullConfig()},
+    pattern=("memory", "whole"),
+)
+
+
+def keys_and_values(model: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of them that the full layers of a real model hold after a text of one lane."""
+    mesh.start()
+    transformer = Transformer(model).to(dtype)
+    marks = torch.zeros(1, tokens, dtype=torch.bool), torch.ones(1, tokens)
+    with torch.no_grad():
+        grids = transformer.make_grids(*marks, None)
+        _, state = transformer.decode(torch.zeros(1, tokens, dtype=torch.int64), grids, None)
+    full = [each for each, layer in zip(state, model.layers, strict=True) if isinstance(layer, FullConfig)]
+    return sum(each.k_BKRD.nbytes + each.v_BKRE.nbytes for each in full)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_full_layers_keep_is_that_of_a_real_state(precision: str, dtype: torch.dtype) -> None:
+    model = change(SMALL, attention=MIXED)
+    plan = dry_run(make_run(model, train={"precision": precision}))
+    assert plan.caching_layers == (1, 3)
+    found = {tokens: keys_and_values(model, tokens, dtype) for tokens in (256, 1024)}
+    assert found == {tokens: tokens * plan.cached_token_bytes[precision] for tokens in found}
+    assert plan.carried_lane_bytes == 3 * 4 * (2 * 6 * 5 + 1)  # the memories alone: windows stand alone for the others
+    lines = format_plan(plan).splitlines()
+    window = format_size(found[256])  # make_run's window
+    assert f"keys and values         layers 1, 3: {window} a lane and window, within activations kept" in lines
+    one, thousand, million = (format_size(found[1024] * tokens // 1024) for tokens in (1, 1024, 2**20))
+    texts = f"{one} a token and lane: {thousand} at 1K tokens, {million} at 1M"
+    assert f"kept when reading, {precision} {texts}" in lines
+    assert json.loads(json.dumps(plan.to_json()))["caching_layers"] == [1, 3]
+
+
+def test_a_stack_of_constant_size_has_no_such_lines() -> None:
+    text = format_plan(dry_run(make_run(SMALL)))
+    assert "keys and values" not in text and "when reading" not in text
 
 
 def test_nothing_is_carried_without_carry_memory() -> None:

@@ -1,0 +1,89 @@
+"""Commands that read long texts say which layers keep all of it, or see one window alone."""
+
+import json
+import logging
+
+import pytest
+import yaml
+
+from infini_train.data.shards import ShardWriter
+from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.inference.growth import warn_of_growth, warn_of_windows
+from infini_train.parallel import device
+
+GROWS = (
+    "warning: keys and values of the whole text stay in layer 1 of 2: 256 bytes a token and lane in {},"
+    " 268.4 MB at 1M tokens\n"
+)
+
+
+@pytest.fixture(scope="module")
+def mixed_run(call, tmp_path_factory):
+    """A run of one step: its second layer attends to everything."""
+    home = tmp_path_factory.mktemp("home")
+    with ShardWriter(home / "train", ByteTokenizer()) as writer:
+        writer.add(ByteTokenizer().encode("The grass is green. " * 20), n_bytes=400, id="document")
+    attention = {
+        "kind": "mixed",
+        "variants": {"memory": {"kind": "infini", "segment_tokens": 8}, "whole": {"kind": "full"}},
+        "pattern": ["memory", "whole"],
+    }
+    shape = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
+    tree = {
+        "run_dir": str(home / "run"),
+        "model": {**shape, "attention": attention},
+        "data": {"train": str(home / "train"), "validation": str(home / "train")},
+        "train": {"window_tokens": 128, "batch_lanes": 2, "max_steps": 1},
+        "optim": {"warmup_steps": 0, "gate_lr": 3.0},
+    }
+    (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "MATMUL_PROBE_SIZE", 64)
+        assert call("train", home / "tiny.yaml") == 0
+    return home / "run"
+
+
+def test_generation_names_the_layers_and_keeps_its_output_clean(call, mixed_run, capsys):
+    capsys.readouterr()
+    words = ("generate", mixed_run, "--prompt", "abc", "--max-new-tokens", 3, "--ignore-end", "--temperature", 0)
+    assert call(*words) == 0
+    said = capsys.readouterr()
+    assert said.err == GROWS.format("fp32")
+    assert said.out.startswith("abc") and "warning" not in said.out
+
+
+def test_a_measurement_counts_in_its_precision(call, mixed_run, tmp_path, capsys):
+    words = ("--lengths", 512, "--samples", 1, "--positions", 50, "--precision", "bf16", "--out", tmp_path, "--json")
+    capsys.readouterr()
+    assert call("eval", "passkey", mixed_run, *words) == 0
+    said = capsys.readouterr()
+    assert GROWS.format("bf16").replace("256", "128").replace("268.4", "134.2") in said.err
+    assert json.loads(said.out)
+
+
+def test_a_stream_of_windows_says_what_full_layers_do_not_see(call, mixed_run, capsys):
+    """The loss is that of windows as long, memory and all, not that of the whole text."""
+
+    def evaluate(*words) -> tuple[dict, str]:
+        capsys.readouterr()
+        assert call("eval", mixed_run, "--json", *words) == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    streamed, said = evaluate("--stream")
+    assert said == (
+        "warning: full attention (layer 1 of 2) is over the 32 tokens of one forward here, not over the text before;"
+        " --window-tokens sets how many\n"
+    )
+    usual, said = evaluate()
+    assert said == ""
+    narrow, _ = evaluate("--window-tokens", 32)
+    assert streamed["loss"] == pytest.approx(narrow["loss"], abs=1e-6) != usual["loss"]
+
+
+@pytest.mark.parametrize("name", ["linear", "full", "rmt"])
+def test_stacks_that_are_all_of_one_kind_need_no_warning(name, tiny, caplog):
+    with caplog.at_level(logging.WARNING):
+        warn_of_growth(tiny(name), "fp32")
+        warn_of_windows(tiny("linear"), 64)
+    assert caplog.text == ""

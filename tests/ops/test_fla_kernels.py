@@ -1,0 +1,124 @@
+"""The memory through a kernel of flash-linear-attention's meaning against plain loops; the kernel itself needs CUDA."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from infini_train.ops import attention, fla_kernels, reference
+from infini_train.ops.fla_kernels import find_kernel
+from infini_train.ops.gated_delta import GatedMemory
+from infini_train.ops.gated_reference import GatedInputs
+from tests.ops.gated_draws import SHAPES, draw, gradients, results, without_entering
+
+
+def documented_kernel(q, k, v, *, g, beta, initial_state, cu_seqlens, **wanted):
+    """What fla's chunk_gated_delta_rule is documented to compute, token by token: (1, T, H, D) and (N, H, D, E)."""
+    assert (
+        wanted == {"scale": 1.0, "output_final_state": True}
+        and q.shape[0] == 1
+        and len(initial_state) == len(cu_seqlens) - 1
+    )
+    outs, finals = [], []
+    for number, (first, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        state_HDE = initial_state[number]
+        for t in range(first, stop):
+            k_HD1 = k[0, t, ..., None]
+            state_HDE = state_HDE * g[0, t].exp()[:, None, None]
+            written_HE = beta[0, t, :, None] * (v[0, t] - (k_HD1 * state_HDE).sum(1))
+            state_HDE = state_HDE + k_HD1 * written_HE[:, None]
+            outs.append(torch.einsum("hd,hde->he", q[0, t], state_HDE))
+        finals.append(state_HDE)
+    return torch.stack(outs)[None], torch.stack(finals)
+
+
+@pytest.fixture
+def with_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "find_kernel", lambda k_BSKRD, initial: documented_kernel)
+
+
+@pytest.mark.usefixtures("with_kernel")
+@pytest.mark.parametrize("start_share", [0.0, 0.12, 0.6])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_kernel_gives_what_the_reference_gives(ops, shape, start_share):
+    """Weights, documents, grouped queries, a carried memory, open segments."""
+    given = draw("token", seed=20, start_share=start_share, **shape)
+    fast, slow = (without_entering(results(*f()), "token") for f in (given.attend, given.attend_by_reference))
+    ops.assert_same(fast, slow)
+    ops.assert_same(gradients(given, fast), gradients(given, slow))
+
+
+@pytest.mark.usefixtures("with_kernel")
+@pytest.mark.parametrize("places", [(4,), (3, 5), (6, 7, 13)])
+def test_the_kernel_goes_on_from_any_place(ops, places):
+    given = draw("token", tokens=14, kv_heads=1, overlap_tokens=1, seed=22, start_share=0.15)
+    pieces, slow = results(*given.attend_in_pieces(*places)), results(*given.attend_by_reference())
+    pieces, slow = without_entering(pieces, "token"), without_entering(slow, "token")
+    ops.assert_same(pieces, slow)
+    ops.assert_same(gradients(given, pieces), gradients(given, slow))
+
+
+@pytest.mark.usefixtures("with_kernel")
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("start_share", [0.0, 0.1])
+def test_the_kernels_maps_compose_over_ranks(ops, start_share, ranks):
+    given = draw("token", heads=4, tokens=24, overlap_tokens=2, value_size=3, seed=26, start_share=start_share)
+    slow = without_entering(results(*given.attend_by_reference()), "token")
+    barrier, places = threading.Barrier(ranks, timeout=60), [None] * ranks
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(
+            pool.map(lambda rank: given.attend(None, (rank, ranks), ops.Thread(rank, barrier, places)), range(ranks))
+        )
+    joined = torch.cat([out for out, _ in found], 2)
+    for _, state in found:
+        ops.assert_same(without_entering(results(joined, state), "token"), slow)
+    ops.assert_same(gradients(given, results(joined, found[0][1])), gradients(given, slow))
+
+
+@pytest.mark.parametrize("read", ["segment", "token"])
+def test_the_kernel_is_for_reads_by_token_in_half_precision_on_cuda(read, monkeypatch):
+    monkeypatch.setattr(fla_kernels, "_load", lambda: documented_kernel)
+    k_BSKRD = torch.empty(2, 3, 2, 32, 4, dtype=torch.bfloat16, device="meta")
+    memory = draw(read).memory
+    assert find_kernel(k_BSKRD, memory) is None  # not on CUDA
+
+    class OnCuda(NamedTuple):
+        shape: tuple[int, ...] = (2, 3, 2, 32, 4)
+        dtype: torch.dtype = torch.bfloat16
+        is_cuda: bool = True
+
+    assert find_kernel(OnCuda(), memory) is (documented_kernel if read == "token" else None)
+    for other in ({"dtype": torch.float32}, {"shape": (2, 2, 2, 32, 4)}, {"shape": (2, 3, 2, 32, 512)}):
+        assert find_kernel(OnCuda(**other), memory) is None
+
+
+@pytest.mark.gpu
+def test_the_kernel_on_cuda_stays_within_rounding():
+    """Never run so far: the kernel itself against the form in fp32, where both are there."""
+    kernel = fla_kernels._load()
+    if kernel is None:
+        pytest.skip("needs flash-linear-attention")
+    given = draw("token", tokens=256, segment_tokens=64, key_size=64, value_size=64, seed=4, start_share=0.02)
+
+    def to(x, dtype):
+        return None if x is None else x.detach().to("cuda", dtype)
+
+    inputs = given.inputs._replace(
+        **{name: to(getattr(given.inputs, name), torch.bfloat16) for name in GatedInputs._fields}
+    )
+    low = given._replace(
+        inputs=inputs,
+        logits=tuple(to(x, torch.float32) for x in given.logits),
+        memory=GatedMemory(*(to(x, torch.float32) for x in given.memory)),
+        marks=reference.Marks(*(mark.cuda() for mark in given.marks)),
+    )
+    out, state = low.attend()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "find_kernel", lambda k_BSKRD, initial: None)
+        expected, right = low.attend()
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+    found, memory = state.memory.memory_BKDE, right.memory.memory_BKDE
+    assert (found - memory).abs().max() < 0.02 * memory.abs().max()
