@@ -1,15 +1,17 @@
 """The memory through a kernel of flash-linear-attention's meaning against plain loops; the kernel itself needs CUDA."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from infini_train.ops import attention, fla_kernels, reference
-from infini_train.ops.fla_kernels import find_kernel
+from infini_train.ops.fla_kernels import compare_with_chunks, find_kernel
 from infini_train.ops.gated_delta import GatedMemory
 from infini_train.ops.gated_reference import GatedInputs
 from tests.ops.gated_draws import SHAPES, draw, gradients, results, without_entering
@@ -80,7 +82,7 @@ def test_the_kernels_maps_compose_over_ranks(ops, start_share, ranks):
 
 @pytest.mark.parametrize("read", ["segment", "token"])
 def test_the_kernel_is_for_reads_by_token_in_half_precision_on_cuda(read, monkeypatch):
-    monkeypatch.setattr(fla_kernels, "_load", lambda: documented_kernel)
+    monkeypatch.setattr(fla_kernels, "_load", lambda device: documented_kernel)
     k_BSKRD = torch.empty(2, 3, 2, 32, 4, dtype=torch.bfloat16, device="meta")
     memory = draw(read).memory
     assert find_kernel(k_BSKRD, memory) is None  # not on CUDA
@@ -89,16 +91,38 @@ def test_the_kernel_is_for_reads_by_token_in_half_precision_on_cuda(read, monkey
         shape: tuple[int, ...] = (2, 3, 2, 32, 4)
         dtype: torch.dtype = torch.bfloat16
         is_cuda: bool = True
+        device: torch.device = torch.device("cuda")
 
     assert find_kernel(OnCuda(), memory) is (documented_kernel if read == "token" else None)
     for other in ({"dtype": torch.float32}, {"shape": (2, 2, 2, 32, 4)}, {"shape": (2, 3, 2, 32, 512)}):
         assert find_kernel(OnCuda(**other), memory) is None
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_an_installed_kernel_is_used_only_if_it_does_what_is_expected(monkeypatch, caplog, factor):
+    def installed(q, k, v, **given):
+        out, finals = documented_kernel(q.float(), k.float(), v.float(), **given)
+        return (factor * out).to(q.dtype), finals
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = installed
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fla_kernels._load.cache_clear()
+    found = fla_kernels._load(torch.device("cpu"))
+    fla_kernels._load.cache_clear()
+    assert found is (installed if factor == 1 else None)
+    warned = "the installed flash-linear-attention is not used: on a test it is 0." in caplog.text
+    assert warned is (factor != 1)
+    exact = compare_with_chunks(installed, torch.device("cpu"), torch.float32)
+    assert exact < 1e-5 if factor == 1 else exact > 0.15
+
+
 @pytest.mark.gpu
 def test_the_kernel_on_cuda_stays_within_rounding():
     """Never run so far: the kernel itself against the form in fp32, where both are there."""
-    kernel = fla_kernels._load()
+    kernel = fla_kernels._load(torch.device("cuda"))
     if kernel is None:
         pytest.skip("needs flash-linear-attention")
     given = draw("token", tokens=256, segment_tokens=64, key_size=64, value_size=64, seed=4, start_share=0.02)
