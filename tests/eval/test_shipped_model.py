@@ -30,7 +30,9 @@ def test_a_shipped_model_is_small_and_has_a_card(name):
     files = [path for path in (MODELS / name).iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2e6
     card = (MODELS / name / "README.md").read_text(encoding="utf-8")
-    assert any(f"infini-train eval {test} models/{name}" in card for test in ("passkey", "needles", "summarise"))
+    assert any(
+        f"infini-train eval {test} models/{name}" in card for test in ("passkey", "needles", "summarise", "babilong")
+    )
 
 
 def test_the_shipped_model_tells_keys_apart(tmp_path):
@@ -42,6 +44,18 @@ def test_the_shipped_model_tells_keys_apart(tmp_path):
     cells = json.loads((tmp_path / "found" / "results.json").read_text(encoding="utf-8"))["cells"]
     right = {cell["needles"]: cell["exact"] for cell in cells}
     assert right[1] == 12 and right[4] >= 7, right
+
+
+def test_the_shipped_model_knows_where_people_are(tmp_path):
+    """In texts four times as long as those of its training; the same answer every time would be right in 2 of 12."""
+    test = [sys.executable, "-m", "infini_train.cli", "eval", "babilong", str(MODELS / "babilong")]
+    options = ["--lengths", "4K", "--samples", "12", "--lanes", "12", "--seed", "11", "--out", str(tmp_path / "found")]
+    right = {}
+    for without in ("", "memory"):
+        changes = ["--without", without, "--overwrite"] if without else []
+        subprocess.run([*test, *options, *changes], check=True, capture_output=True, timeout=120)
+        right[without] = json.loads((tmp_path / "found" / "results.json").read_text(encoding="utf-8"))["all"]["exact"]
+    assert right[""] >= 11 and right["memory"] <= 7, right
 
 
 def test_the_shipped_summariser_tells_the_facts_of_a_story(tmp_path):
