@@ -54,11 +54,11 @@ def draw() -> Figure:
     """Right answers against the length of the text, a line per model and task, with Wilson's 95 % intervals."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes, lengths = figure.subplots(), set()
-    for (model, task, _), scores in collect().items():
+    for (model, task, haystack), scores in collect().items():
         at = sorted(scores)
         lengths |= set(at)
         shares = [100 * scores[length][0] / scores[length][1] for length in at]
-        (line,) = axes.plot(at, shares, "o-", label=f"{model}, {task.upper()}")
+        (line,) = axes.plot(at, shares, "o-", label=f"{model}, {task.upper()}, {haystack}")
         low, high = zip(*(wilson_interval(*scores[length]) for length in at), strict=True)
         axes.fill_between(at, [100 * x for x in low], [100 * x for x in high], alpha=0.15, color=line.get_color())
     axes.axhline(100 * GUESS_SHARE, ls=":", color="grey", label="always the same answer")

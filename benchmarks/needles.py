@@ -32,7 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     for folder in options.folders:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        name = f"{options.name}-{found['task']}-{found['haystack']}-{found['seed']}"
+        worded = "-".join([found["haystack"], *([found["wording"]] if "wording" in found else [])])
+        name = f"{options.name}-{found['task']}-{worded}-{found['seed']}"
         keep_result(f"needles/{name}", {"model": options.name, **without_paths(found)})
     draw().savefig(IMAGES / "needles.png", dpi=150)
     PAGE.write()
@@ -42,7 +43,7 @@ def draw() -> Figure:
     """Exact answers to multikey prompts against the number of keys, a line per model; lengths and tests are pooled."""
     scores: dict[str, dict[int, list[int]]] = {}
     for test in load_results("needles").values():
-        for cell in test["cells"] if test["task"] == "multikey" else []:
+        for cell in test["cells"] if test["task"] == "multikey" and "wording" not in test else []:
             score = scores.setdefault(test["model"], {}).setdefault(cell["needles"], [0, 0])
             score[0] += cell["exact"]
             score[1] += cell["samples"]
@@ -70,7 +71,8 @@ def tabulate() -> str:
     cells: dict[tuple[str, str, str, int], dict[int, list[dict[str, Any]]]] = {}
     for test in tests:
         for cell in test["cells"]:
-            row = (test["model"], test["task"], test["haystack"], cell["length_tokens"])
+            hay = test["haystack"] + (f", wording {test['wording']}" if "wording" in test else "")
+            row = (test["model"], test["task"], hay, cell["length_tokens"])
             cells.setdefault(row, {}).setdefault(cell["needles"], []).append(cell)
     rows = [
         [*row[:3], format_length(row[3]), *(_format(found[count]) if count in found else "" for count in counts)]

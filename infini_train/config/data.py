@@ -118,7 +118,7 @@ class BabilongConfig(SyntheticConfig):
 
     kind: Literal["babilong"] = "babilong"  # chooses these texts
     tasks: tuple[BabiTask, ...] = ("qa1",)  # tasks to mix
-    haystack: FilePath = "varied"  # varied, repeated, or a text or .jsonl file
+    haystack: FilePath = "varied"  # varied, words, tokens, assorted, repeated, or a text or .jsonl file
     tokenizer: FilePath | None = None  # a .model or tokenizer.json; null: bytes
     max_facts: Many = 10  # maximum number of facts in a text, as far as they fit
     questions: Many = 1  # maximum number of questions at a text's end, each a different one about the same facts

@@ -24,8 +24,8 @@ class TrainConfig:
     # share of the first steps in which layers with a memory drop their local attention; falls linearly to 0
     local_dropout: Rate = 0.0
     local_dropout_steps: Total = 1000  # steps until that share is 0
-    # what writing to a gated delta memory costs: this times the mean, over tokens, layers and heads, of -log(1 - write
-    # strength) is added to the loss that is minimised, not to the one reported
+    # what writing to a gated delta memory costs: this times the mean of softplus(x), the strengths' logits, over tokens
+    # (padding too), layers with such a memory and heads is added to the loss that is minimised, not to the one reported
     write_cost: Norm = 0.0
     write_cost_steps: Total = 1000  # steps in which it rises to that, linearly from 0
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest

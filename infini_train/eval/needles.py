@@ -204,10 +204,11 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
             "haystack": grid.hay,
             "haystack_sha256": hash_prose(grid.haystack),
             "digits": grid.digits,
-            "wording": grid.wording,
             "seed": grid.seed,
         }
         worded = "" if grid.wording == PASS_KEY.name else f"-{grid.wording}"
+        if worded:  # tests from before there was a choice go on
+            settings["wording"] = grid.wording
         suffix = f"-{grid.task}-{grid.hay}{worded}{name_suffix(grid, trained.precision)}"
         super().__init__(trained, "needles", suffix, settings, prompts, lanes=lanes)
 
@@ -228,9 +229,8 @@ class NeedleTest(RetrievalTest[NeedleAnswer]):
         return what, "needles at the depth of the asked one" if self.grid.task in ONE_ASKED else "needles"
 
     def heading(self, results: dict[str, Any]) -> str:
-        return (
-            f"{results['task']} in {results['haystack']} hay, {results['wording']} wording, {results['digits']} digits"
-        )
+        worded = f", wording {results['wording']}" if "wording" in results else ""
+        return f"{results['task']} in {results['haystack']} hay{worded}, {results['digits']} digits"
 
 
 # ------------------------------------------------------------------------------------------------------------- command

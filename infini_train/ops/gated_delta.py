@@ -3,7 +3,7 @@
 Not the paper's: the gated delta rule (arXiv 2412.06464) in the place of Eq. 8 and 9. Keys and queries have unit length,
 and there is no normaliser. A token first lets the memory fade, then replaces what its key finds by its value:
 
-    M <- a M,   M <- M + b k (v - k M)^T,   with 0 < a <= 1 and 0 < b < 1
+    M <- a M,   M <- M + b k (v - k M)^T,   with 0 < a <= 1 and 0 <= b < 1
 
 Over a chunk of tokens that is an affine map of M, written with one triangular solve (the WY form of arXiv 2406.06484):
 Y = U - W M are the values as they are written, M' = d M + K~^T Y. So segments, ranks and carried states compose as for

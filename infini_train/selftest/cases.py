@@ -287,7 +287,6 @@ def configure(case: Case, folder: Path) -> RunConfig:
         max_steps=STEPS,
         precision=case.precision,
         write_cost=2.0 if case.attention.startswith("gated") else 0.0,
-        write_cost_steps=2,
         activation_checkpointing="layer" if case.recompute else "none",
         **variation,
     )

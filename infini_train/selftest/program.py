@@ -34,7 +34,8 @@ def run_program(config: RunConfig) -> None:
         for step in range(STEPS):
             batch = take_lanes(make_batch(step, config), mine.first, config.lanes_per_rank)
             rates = learning_rates(step, STEPS, config.optim)
-            variation = draw_variation(config, step)
+            # At full cost from the first step on, whose gradients are compared.
+            variation = draw_variation(config, step)._replace(write_cost=config.train.write_cost)
             result = train_step(stages, engine, batch, carried, rates, variation=variation)
             carried = result.states
             losses.append(result.loss)

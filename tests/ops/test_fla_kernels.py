@@ -1,5 +1,6 @@
 """The memory through a kernel of flash-linear-attention's meaning against plain loops; the kernel itself needs CUDA."""
 
+import functools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from infini_train.ops import attention, fla_kernels, reference
 from infini_train.ops.fla_kernels import compare_with_chunks, find_kernel
@@ -82,7 +84,7 @@ def test_the_kernels_maps_compose_over_ranks(ops, start_share, ranks):
 
 @pytest.mark.parametrize("read", ["segment", "token"])
 def test_the_kernel_is_for_reads_by_token_in_half_precision_on_cuda(read, monkeypatch):
-    monkeypatch.setattr(fla_kernels, "_load", lambda device: documented_kernel)
+    monkeypatch.setattr(fla_kernels, "_load", lambda device, key_dim, value_dim: documented_kernel)
     k_BSKRD = torch.empty(2, 3, 2, 32, 4, dtype=torch.bfloat16, device="meta")
     memory = draw(read).memory
     assert find_kernel(k_BSKRD, memory) is None  # not on CUDA
@@ -98,31 +100,71 @@ def test_the_kernel_is_for_reads_by_token_in_half_precision_on_cuda(read, monkey
         assert find_kernel(OnCuda(**other), memory) is None
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.2])
-def test_an_installed_kernel_is_used_only_if_it_does_what_is_expected(monkeypatch, caplog, factor):
-    def installed(q, k, v, **given):
-        out, finals = documented_kernel(q.float(), k.float(), v.float(), **given)
-        return (factor * out).to(q.dtype), finals
-
+def install(monkeypatch, kernel):
     module = ModuleType("fla.ops.gated_delta_rule")
-    module.chunk_gated_delta_rule = installed
+    module.chunk_gated_delta_rule = kernel
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    fla_kernels._load.cache_clear()
-    found = fla_kernels._load(torch.device("cpu"))
-    fla_kernels._load.cache_clear()
-    assert found is (installed if factor == 1 else None)
-    warned = "the installed flash-linear-attention is not used: on a test it is 0." in caplog.text
-    assert warned is (factor != 1)
-    exact = compare_with_chunks(installed, torch.device("cpu"), torch.float32)
-    assert exact < 1e-5 if factor == 1 else exact > 0.15
+    monkeypatch.setattr(fla_kernels, "_load", functools.cache(fla_kernels._load.__wrapped__))
+
+
+def in_half_precision(q, k, v, **given):
+    out, finals = documented_kernel(q.float(), k.float(), v.float(), **given)
+    return out.to(q.dtype), finals
+
+
+def away(q, k, v, **given):
+    out, finals = in_half_precision(q, k, v, **given)
+    return 1.2 * out, finals
+
+
+def without_gradient(q, k, v, **given):
+    out, finals = in_half_precision(q, k, v, **given)
+    k.register_hook(lambda gradient: gradient * float("nan"))
+    return out, finals
+
+
+def broken(*_, **__):
+    raise RuntimeError("no driver")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warning"),
+    [
+        (in_half_precision, None),
+        (away, "on a test it is 0."),
+        (without_gradient, "on a test it is nan of the values away"),
+        (broken, "the installed flash-linear-attention is not used: no driver"),
+    ],
+)
+def test_an_installed_kernel_is_used_only_if_it_does_what_is_expected(monkeypatch, caplog, kernel, warning):
+    install(monkeypatch, kernel)
+    found = fla_kernels._load(torch.device("cpu"), 16, 24)
+    assert found is (None if warning else kernel)
+    assert warning in caplog.text if warning else not caplog.text
+    if kernel in (in_half_precision, away):
+        exact = compare_with_chunks(kernel, torch.device("cpu"), torch.float32, 16, 24)
+        assert exact > 0.15 if warning else exact < 1e-5
+
+
+def test_the_comparison_may_lie_inside_a_layer_that_is_computed_again(monkeypatch):
+    """Activation checkpointing counts what is saved; the second time, nothing is compared."""
+    install(monkeypatch, in_half_precision)
+    x = torch.ones(3, requires_grad=True)
+
+    def layer(x):
+        assert fla_kernels._load(torch.device("cpu"), 16, 16) is in_half_precision
+        return (x * x).sum()
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
 
 
 @pytest.mark.gpu
 def test_the_kernel_on_cuda_stays_within_rounding():
     """Never run so far: the kernel itself against the form in fp32, where both are there."""
-    kernel = fla_kernels._load(torch.device("cuda"))
+    kernel = fla_kernels._load(torch.device("cuda"), 64, 64)
     if kernel is None:
         pytest.skip("needs flash-linear-attention")
     given = draw("token", tokens=256, segment_tokens=64, key_size=64, value_size=64, seed=4, start_share=0.02)

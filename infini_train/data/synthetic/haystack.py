@@ -19,6 +19,7 @@ from infini_train.data.tokenizer import Tokenizer
 HAYSTACKS = ("repeated", "varied", "words", "tokens", "assorted")  # any other name is a file of prose
 SENTENCE_END = "."  # text is encoded as it stands after a sentence; encoded alone it might start with an extra space
 _BLOCK_PARTS = 64
+UNKNOWN = " \N{DOUBLE QUESTION MARK} "  # what SentencePiece writes for its unknown token
 
 
 class Haystack(Protocol):
@@ -125,8 +126,9 @@ def _words(tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def _tokens(tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Each token that stands for text."""
-    return [np.array([i], np.int32) for i in range(tokenizer.vocab_size) if tokenizer.decode([i])]
+    """Each token that stands for text, not for text that the tokenizer does not know."""
+    texts = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
+    return [np.array([i], np.int32) for i, text in texts if text and text != UNKNOWN]
 
 
 _PARTS = {"varied": _sentences, "words": _words, "tokens": _tokens}  # what hay of this name is made of

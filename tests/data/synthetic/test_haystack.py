@@ -1,6 +1,7 @@
 """Hay: what is read in pieces is what is read at once; prose comes from files, and bad files are refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from infini_train.config.errors import ConfigError
 from infini_train.data.synthetic.haystack import HaystackSource, RepeatedHaystack, Stretch, encode_after, read_stretches
 from infini_train.data.synthetic.wordings import SENTENCES, WORDS
-from infini_train.data.tokenizer import ByteTokenizer
+from infini_train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BYTE = ByteTokenizer()
 
@@ -61,6 +62,13 @@ def test_assorted_hay_is_one_of_three_sorts_a_text():
 
 def test_hay_of_tokens_has_every_token_that_is_text():
     assert set(HaystackSource("tokens", BYTE).draw([1]).read(0, 10_000).tolist()) == set(range(256))
+
+
+def test_hay_of_tokens_has_no_token_for_unknown_text():
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "models" / "needles-linear" / "tokenizer.model")
+    found = set(HaystackSource("tokens", tokenizer).draw([1]).read(0, 60_000).tolist())
+    ids = set(range(tokenizer.vocab_size))
+    assert ids - found == {0, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}, "0 is the unknown token"
 
 
 def test_prose_begins_anywhere_and_goes_round(tmp_path):
