@@ -99,6 +99,7 @@ def test_a_run_loads_by_name_and_by_path(name: str) -> None:
 @pytest.mark.parametrize("attention", ["{kind: full}", "{kind: local, segment_tokens: 32}"])
 def test_a_run_can_switch_its_attention(name: str, attention: str) -> None:
     settings = [f"model.attention={attention}", "parallel.context_size=1"]  # full has no segments to divide
+    settings += ["train.write_cost=0"]  # nor does any of these choose what to write
     tree = override(read_tree(CONFIGS / "run" / f"{name}.yaml"), settings)
     assert validate(tree).model.attention.kind in attention
 

@@ -355,7 +355,7 @@ def test_the_segments_of_a_window_are_those_of_the_configs() -> None:
     segments: dict[str, int] = {}
     for path in (ROOT / "configs" / "run").glob("*.yaml"):
         run = load_run(path.stem)
-        segments[path.stem] = run.train.window_tokens // (run.model.attention.segment_tokens or run.train.window_tokens)
+        segments[path.stem] = run.train.window_tokens // (run.model.segment_tokens or run.train.window_tokens)
     more = {name: count for name, count in segments.items() if count != 16 and "_no_conv" not in name}
     assert more.pop("debug") == 4 and "debug has 4" in page
     assert dict(re.findall(r"(\w+) (\d+)[,)]", re.search(r"some more \((.+\))", page)[1])) == {

@@ -21,11 +21,10 @@ FAST = {
     "tp2-sp-delta",
     "pp2-v2-delta-overlap",
     "cp2-delta-overlap",
-    "cp2-linear",
+    "cp2-gated-token-2layers",
     "dp2-zero3-linear",
     "cp2-delta-bf16",
     "cp2-delta-overlap-conv-2layers-varied",
-    "dp2-zero3-linear-conv-2layers-varied",
     "tp2-sp-cp2-delta",
 }
 TIMEOUT_S = 1500
