@@ -155,7 +155,6 @@ def tools(tiny: Callable[..., ModelConfig], process_groups: None) -> Tools:
 SEVERAL_PROCESSES = {"test_layouts", "test_relayout", "test_processes", "test_context", "test_watchdog", "test_run"}
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SEVERAL_PROCESSES and item.path.parent.name != "checkpoint":
