@@ -6,16 +6,14 @@
 Each folder's results become a file in benchmarks/results/babilong/. Without folders, only table and picture are made.
 """
 
-import argparse
-import json
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
-from page import IMAGES, ResultPage, as_table, keep_result, load_results, without_paths  # noqa: E402
+from page import ResultPage, as_table, keep_tests, load_results  # noqa: E402
 
 from infini_train.command_line import format_length  # noqa: E402
 from infini_train.statistics import format_share, wilson_interval  # noqa: E402
@@ -24,19 +22,10 @@ GUESS_SHARE = 1 / 6  # of the prompts, right by always giving the same place
 Row = tuple[str, str, str]  # model, task, haystack
 
 
-def main() -> None:
-    """Keeps results, then makes the picture and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of BABILong tests, with results.json")
-    parser.add_argument("--name", default="model", help="of the model")
-    options = parser.parse_args()
-    for folder in options.folders:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lengths = "-".join(format_length(row["length_tokens"]) for row in found["lengths"])
-        name = f"{options.name}-{found['haystack']}-{found['seed']}-{lengths}"
-        keep_result(f"babilong/{name}", {"model": options.name, **without_paths(found)})
-    draw().savefig(IMAGES / "babilong.png", dpi=150)
-    PAGE.write()
+def name_test(found: dict[str, Any]) -> str:
+    """Names a test by what else it may be kept beside."""
+    lengths = [format_length(row["length_tokens"]) for row in found["lengths"]]
+    return "-".join([found["haystack"], str(found["seed"]), *lengths])
 
 
 def collect() -> dict[Row, dict[int, tuple[int, int]]]:
@@ -89,4 +78,4 @@ PAGE = ResultPage("babilong", "benchmarks/babilong.py", {"BABILong tests": tabul
 
 
 if __name__ == "__main__":
-    main()
+    keep_tests(__doc__, "BABILong tests", name_test, draw, PAGE)

@@ -6,9 +6,6 @@
 Each folder's results become a file in benchmarks/results/needles/. Without folders, only table and picture are made.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402 (the backend must be chosen first)
-from page import IMAGES, ResultPage, as_table, keep_result, load_results, without_paths  # noqa: E402
+from page import ResultPage, as_table, keep_tests, load_results  # noqa: E402
 
 from infini_train.command_line import format_length  # noqa: E402
 from infini_train.statistics import format_share, wilson_interval  # noqa: E402
@@ -24,19 +21,10 @@ from infini_train.statistics import format_share, wilson_interval  # noqa: E402
 GUESS = "guessing among the keys of the text"
 
 
-def main() -> None:
-    """Keeps results, then makes the picture and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help="of needle tests, with results.json")
-    parser.add_argument("--name", default="model", help="of the model")
-    options = parser.parse_args()
-    for folder in options.folders:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        worded = "-".join([found["haystack"], *([found["wording"]] if "wording" in found else [])])
-        name = f"{options.name}-{found['task']}-{worded}-{found['seed']}"
-        keep_result(f"needles/{name}", {"model": options.name, **without_paths(found)})
-    draw().savefig(IMAGES / "needles.png", dpi=150)
-    PAGE.write()
+def name_test(found: dict[str, Any]) -> str:
+    """Names a test by what else it may be kept beside."""
+    worded = [found["wording"]] if "wording" in found else []
+    return "-".join([found["task"], found["haystack"], *worded, str(found["seed"])])
 
 
 def draw() -> Figure:
@@ -94,4 +82,4 @@ PAGE = ResultPage("needles", "benchmarks/needles.py", {"needle tests": tabulate}
 
 
 if __name__ == "__main__":
-    main()
+    keep_tests(__doc__, "needle tests", name_test, draw, PAGE)

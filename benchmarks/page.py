@@ -73,6 +73,34 @@ def keep_result(name: str, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def keep_tests(
+    description: str | None,
+    tests: str,
+    name_of: Callable[[dict[str, Any]], str],
+    draw: Callable[[], Any],
+    page: ResultPage,
+) -> None:
+    """The whole of a program that keeps tests of models, and makes a picture and a page from all kept ones.
+
+    Args:
+        description: of the program.
+        tests: what they are, for its help.
+        name_of: of a test's results: the part of its file's name after the model's.
+        draw: makes the picture, a figure of matplotlib.
+        page: named as the picture and the folder of the kept tests.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="*", metavar="DIR", help=f"of {tests}, with results.json")
+    parser.add_argument("--name", default="model", help="of the model")
+    options = parser.parse_args()
+    for folder in options.folders:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        kept = {"model": options.name, **without_paths(found)}
+        keep_result(f"{page.name}/{options.name}-{name_of(found)}", kept)
+    draw().savefig(IMAGES / f"{page.name}.png", dpi=150)
+    page.write()
+
+
 def without_paths(result: dict[str, Any]) -> dict[str, Any]:
     """A test's results without the fields that name places on the machine that ran it."""
     return {name: value for name, value in result.items() if name not in PATHS}

@@ -2,7 +2,7 @@
 
 from infini_train.config.model import ModelConfig
 
-NUMBER_BYTES = {"fp32": 4, "bf16": 2}  # of a number of a key or value, by precision
+NUMBER_BYTES = {"fp32": 4, "bf16": 2}  # of a weight or an activation, by precision
 NAMED_LAYERS = 6
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from infini_train.config.parallel import BUCKET_ELEMENTS
 from infini_train.config.run import RunConfig
+from infini_train.model.caching import NUMBER_BYTES
 from infini_train.plan.costs import Costs
 from infini_train.plan.parts import Part
 from infini_train.plan.states import FP32_BYTES, StateBytes, effective_stage
@@ -109,13 +110,13 @@ def _buckets(config: RunConfig, part: Part, on_cuda: bool) -> tuple[float, float
 
     Under stage 2 each backward allocates it; on CPU it takes memory as it fills.
     """
-    stage, weight_bytes = effective_stage(config), 2 if config.train.precision == "bf16" else FP32_BYTES
+    stage, weight_bytes = effective_stage(config), NUMBER_BYTES[config.train.precision]
     bucket = float(min(BUCKET_ELEMENTS, part.parameters) * weight_bytes) if stage > 1 else 0.0
     return bucket if stage == 3 or on_cuda else 0.0, 2 * bucket
 
 
 def _buffers(config: RunConfig, part: Part) -> float:
     """A gradient that was just computed, and the weights that ZeRO 3 gathered."""
-    weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
+    weight_bytes = NUMBER_BYTES[config.train.precision]
     gathered = min(LIVE_ELEMENTS, part.parameters) if effective_stage(config) == 3 else 0
     return float((part.largest_parameter + gathered) * weight_bytes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from infini_train.config.run import RunConfig
+from infini_train.model.caching import NUMBER_BYTES
 
 FP32_BYTES = 4
 STATES = 3  # what is kept of a parameter in fp32: its master and two moments
@@ -89,7 +90,7 @@ def count_bytes(
         partition: of this rank.
         numels: elements of this rank's parameters.
     """
-    weight_bytes = 2 if config.train.precision == "bf16" else 4
+    weight_bytes = NUMBER_BYTES[config.train.precision]
     offload = config.parallel.offload_optimizer
     weights = partition.whole
     if stage == 3:

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass, field
 
 from infini_train.config.run import RunConfig
+from infini_train.model.caching import NUMBER_BYTES
 from infini_train.model.flops import training_flops_per_token
 from infini_train.plan.costs import Costs
 from infini_train.plan.hardware import Hardware
@@ -76,7 +77,7 @@ def micro_batch_work(config: RunConfig, costs: Costs, part: Part) -> Work:
     """Forward and backward of one micro-batch on a rank of this part, what is computed again included."""
     pieces = costs.work(part.stages, config.train.activation_checkpointing == "layer")
     work = functools.reduce(Work.__add__, pieces.values())
-    weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
+    weight_bytes = NUMBER_BYTES[config.train.precision]
     if effective_stage(config) == 1:  # gradients add up where they are
         return work + Work(moved_bytes=3.0 * weight_bytes * part.parameters, launches=part.tensors)
     return work + _reduction(weight_bytes, part)

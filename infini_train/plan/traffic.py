@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from infini_train.config.parallel import BUCKET_ELEMENTS
 from infini_train.config.run import RunConfig
+from infini_train.model.caching import NUMBER_BYTES
 from infini_train.plan.costs import Costs
 from infini_train.plan.parts import Part
-from infini_train.plan.states import FP32_BYTES, effective_stage
+from infini_train.plan.states import effective_stage
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "send")
 
@@ -110,7 +111,7 @@ def _data(config: RunConfig, part: Part, micro_batches: int) -> list[Collective]
     """Gradients and weights over data- and context-parallel ranks: DeepSpeed's ZeRO."""
     parallel = config.parallel
     ranks, stage = (parallel.data_size or 1) * parallel.context_size, effective_stage(config)
-    weight_bytes = 2 if config.train.precision == "bf16" else FP32_BYTES
+    weight_bytes = NUMBER_BYTES[config.train.precision]
     buckets = max(1, -(-part.parameters // BUCKET_ELEMENTS))
     reductions = micro_batches if stage > 1 else 1  # stages 2 and 3 divide the gradients of each micro-batch
     whole = part.parameters * weight_bytes

@@ -4,8 +4,10 @@ Shapes as in infini_train/ops/reference.py: B rows, H query heads, K key-value h
 D key size, E value size.
 """
 
+import threading
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,6 +49,21 @@ class Thread:
     def from_last(self, mine):
         last = self._meet(mine)[-1].detach()
         return lambda: last
+
+
+def on_ranks(ranks: int, work: Callable[[int, Thread], Any]) -> list[Any]:
+    """What `work(rank, crossing)` gives on each of so many ranks; where one fails, none waits for it."""
+    barrier, places = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def run(rank: int) -> Any:
+        try:
+            return work(rank, Thread(rank, barrier, places))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
 
 
 class Shape(NamedTuple):
@@ -207,7 +224,7 @@ class Tools(NamedTuple):
     tensors: Callable[..., dict[str, Tensor]] = state_tensors
     assert_same: Callable[..., None] = assert_same
     gradients: Callable[..., dict[str, Tensor]] = gradients
-    Thread: type[Thread] = Thread
+    on_ranks: Callable[..., list[Any]] = on_ranks
 
 
 @pytest.fixture(scope="session")

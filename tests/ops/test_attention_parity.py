@@ -1,8 +1,5 @@
 """The fast form against the reference, against itself in pieces, and in lower precision."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,18 +147,16 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, update, start_share, ove
     window = ops.draw(shape, seed=16, start_share=start_share).with_fresh_leaves()
     twin = window.with_fresh_leaves()
     whole = ops.tensors(*window.attend(update))
-    barrier, places, first = threading.Barrier(ranks, timeout=60), [None] * ranks, twin.first_state()
+    first = twin.first_state()
 
-    def attend(rank):
+    def attend(rank, crossing):
         grid = make_grid(twin.starts_BT, twin.weights_BT, first.recent, 4, overlap_tokens, (rank, ranks))
         mine = (x.chunk(ranks, 2)[rank] for x in twin[1:4])
-        crossing = ops.Thread(rank, barrier, places)
         return infini_attention(
             *mine, twin.beta_H, first, grid, form=ops.form_of(update), rope=Rope(100.0), ranks=crossing
         )
 
-    with ThreadPoolExecutor(ranks) as pool:
-        found = list(pool.map(attend, range(ranks)))
+    found = ops.on_ranks(ranks, attend)
     for _, state in found:
         parts = ops.tensors(torch.cat([out for out, _ in found], 2), state)
         ops.assert_same(parts, whole)

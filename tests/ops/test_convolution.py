@@ -1,8 +1,5 @@
 """The short convolution against its loop: whole, in pieces, over ranks; values and gradients in float64."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -64,15 +61,13 @@ def test_ranks_together_equal_one_pass(drawn, ops, ranks):
     whole_TBD, carried = convolve(
         x_BTD.transpose(0, 1), weight_JD, before_BJD, make_grid(starts_BT, torch.ones(LANES, TOKENS), None, SEGMENT)
     )
-    barrier, places = threading.Barrier(ranks, timeout=60), [None] * ranks
 
-    def run(rank):
+    def run(rank, crossing):
         grid = make_grid(starts_BT, torch.ones(LANES, TOKENS), None, SEGMENT, shard=(rank, ranks))
         mine_TBD = x_BTD.transpose(0, 1).chunk(ranks)[rank]
-        return convolve(mine_TBD, weight_JD, before_BJD, grid, ops.Thread(rank, barrier, places))
+        return convolve(mine_TBD, weight_JD, before_BJD, grid, crossing)
 
-    with ThreadPoolExecutor(ranks) as pool:
-        found = list(pool.map(run, range(ranks)))
+    found = ops.on_ranks(ranks, run)
     found_TBD = torch.cat([out for out, _ in found])
     torch.testing.assert_close(found_TBD, whole_TBD, **EXACT)
     for _, theirs in found:

@@ -2,8 +2,6 @@
 
 import functools
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
@@ -71,11 +69,7 @@ def test_the_kernel_goes_on_from_any_place(ops, places):
 def test_the_kernels_maps_compose_over_ranks(ops, start_share, ranks):
     given = draw("token", heads=4, tokens=24, overlap_tokens=2, value_size=3, seed=26, start_share=start_share)
     slow = without_entering(results(*given.attend_by_reference()), "token")
-    barrier, places = threading.Barrier(ranks, timeout=60), [None] * ranks
-    with ThreadPoolExecutor(ranks) as pool:
-        found = list(
-            pool.map(lambda rank: given.attend(None, (rank, ranks), ops.Thread(rank, barrier, places)), range(ranks))
-        )
+    found = ops.on_ranks(ranks, lambda rank, crossing: given.attend(None, (rank, ranks), crossing))
     joined = torch.cat([out for out, _ in found], 2)
     for _, state in found:
         ops.assert_same(without_entering(results(joined, state), "token"), slow)

@@ -1,8 +1,5 @@
 """The gated delta memory against plain loops, against itself in pieces and over ranks, and in lower precision."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -77,11 +74,7 @@ def test_composed_memories_of_ranks_equal_one_pass(ops, read, start_share, overl
         read, heads=4, tokens=24, overlap_tokens=overlap_tokens, value_size=3, seed=16, start_share=start_share
     )
     whole = results(*given.attend())
-    barrier, places = threading.Barrier(ranks, timeout=60), [None] * ranks
-    with ThreadPoolExecutor(ranks) as pool:
-        found = list(
-            pool.map(lambda rank: given.attend(None, (rank, ranks), ops.Thread(rank, barrier, places)), range(ranks))
-        )
+    found = ops.on_ranks(ranks, lambda rank, crossing: given.attend(None, (rank, ranks), crossing))
     joined = torch.cat([out for out, _ in found], 2)
     for _, state in found:
         ops.assert_same(results(joined, state), whole)

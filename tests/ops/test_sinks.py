@@ -1,8 +1,5 @@
 """Local attention with sinks against plain loops, in pieces, over ranks, and with documents that start anywhere."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -95,18 +92,12 @@ def test_ranks_equal_one_pass_from_a_state_that_is_not_empty(ops, sizes, start_s
     inputs, starts = draw(24, start_share, seed=4)
     _, recent = attend([x.detach() for x in before], starts_before, sizes)
     whole, last = attend(inputs, starts, sizes, recent)
-    barrier, places = threading.Barrier(ranks, timeout=20), [None] * ranks
 
-    def run(rank):
+    def run(rank, crossing):
         mine = [x.chunk(ranks, 2)[rank] for x in inputs]
-        try:
-            return attend(mine, starts, sizes, recent, (rank, ranks), ops.Thread(rank, barrier, places))
-        except BaseException:
-            barrier.abort()
-            raise
+        return attend(mine, starts, sizes, recent, (rank, ranks), crossing)
 
-    with ThreadPoolExecutor(ranks) as pool:
-        found = list(pool.map(run, range(ranks)))
+    found = ops.on_ranks(ranks, run)
     assert_equal(inputs, torch.cat([out for out, _ in found], 2), whole)
     for _, state in found:
         assert torch.equal(state.sinks.start_B, last.sinks.start_B)

@@ -9,7 +9,7 @@ from infini_train.config.errors import naming
 from infini_train.data.synthetic.babi import Round
 from infini_train.data.synthetic.babilong import SentenceHay, count_least_tokens, draw_fitting, spell_round
 from infini_train.data.synthetic.needles import encode_round
-from infini_train.data.synthetic.question_maker import QuestionMaker, join_rounds
+from infini_train.data.synthetic.question_maker import QuestionMaker, join_rounds, require_room
 from infini_train.data.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ class BabilongMaker(QuestionMaker):
         self.config = config
         with naming("data.synthetic.haystack"):
             self._sentences = SentenceHay(config.haystack, tokenizer)
-        self._require_room(count_least_tokens(tokenizer, config.tasks) + 1)  # bos
+        require_room(self.min_size, segment_tokens, count_least_tokens(tokenizer, config.tasks) + 1)  # bos
 
     def _write(self, random: np.random.Generator, segments: int) -> tuple[np.ndarray, np.ndarray, Sequence[slice]]:
         """A text of a random task with as many facts as fit, then as many further questions as fit.

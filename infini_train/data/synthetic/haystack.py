@@ -96,11 +96,9 @@ class HaystackSource:
         self.name = name
         self._ids = np.zeros(0, np.int32)
         self._parts = [_PARTS[part](tokenizer) for part in (_PARTS if name == "assorted" else [name]) if part in _PARTS]
-        if self._parts:
-            pass
-        elif name == "repeated":
+        if name == "repeated":
             self._ids = encode_after(tokenizer, " " + " ".join(find_wording("paper").filler))
-        else:
+        elif not self._parts:
             texts = read_prose(Path(name), f"give {', '.join(HAYSTACKS)}, or a text or .jsonl file")
             self._ids = np.concatenate([encode_after(tokenizer, f" {text}") for text in texts])
         self.prose_tokens = None if name in HAYSTACKS else len(self._ids)

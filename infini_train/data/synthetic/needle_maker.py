@@ -9,7 +9,7 @@ from infini_train.config.errors import ConfigError, naming
 from infini_train.data.synthetic.haystack import HaystackSource, encode_after
 from infini_train.data.synthetic.needle_wordings import PASS_KEY, NeedleWording, draw_needle_wording
 from infini_train.data.synthetic.needles import THINGS, EncodedNeedles, draw_needles, encode_round
-from infini_train.data.synthetic.question_maker import QuestionMaker, join_rounds
+from infini_train.data.synthetic.question_maker import QuestionMaker, join_rounds, require_room
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class NeedleMaker(QuestionMaker):
         with naming("data.synthetic.haystack"):
             self._source = HaystackSource(config.haystack, tokenizer)
         self._intro = find_wording("paper").intro
-        self._require_room(max(self._longest_tokens(), 1))
+        require_room(self.min_size, segment_tokens, max(self._longest_tokens(), 1))
 
     def _longest_tokens(self) -> int:
         """Length of the longest text with one needle and no hay, including bos; samples enough to cover every word."""

@@ -7,9 +7,10 @@ segments that don't hold the key are written with larger weights.
 import numpy as np
 
 from infini_train.config.data import PasskeyConfig
-from infini_train.config.errors import ConfigError, naming
+from infini_train.config.errors import naming
 from infini_train.data.synthetic.passkey import Passkey, PasskeyWriter
 from infini_train.data.synthetic.pressure import weigh_writes
+from infini_train.data.synthetic.question_maker import require_room
 from infini_train.data.synthetic.reader import Difficulty, Text
 from infini_train.data.synthetic.wordings import SENTENCES, PasskeyText, draw_words, find_wording
 from infini_train.data.tokenizer import ByteTokenizer
@@ -48,13 +49,7 @@ class PasskeyMaker:
         with naming("data.synthetic.wording"):
             wording = find_wording(config.wording)
         self._writer = PasskeyWriter(ByteTokenizer(), wording, config.digits)
-        min_tokens = self._writer.without_intro().min_tokens
-        if self.min_size * segment_tokens < min_tokens:
-            raise ConfigError(
-                f"data.synthetic.min_segments: {self.min_size} segments of {segment_tokens} tokens can't hold a text"
-                f" of {min_tokens} tokens; use {-(-min_tokens // segment_tokens)} or more, and a window of as many"
-                " segments"
-            )
+        require_room(self.min_size, segment_tokens, self._writer.without_intro().min_tokens)
 
     def compose(
         self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty

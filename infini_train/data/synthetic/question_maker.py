@@ -36,19 +36,6 @@ class QuestionMaker(ABC):
         self.max_size = window_tokens // segment_tokens
         self.min_size = min(config.min_segments, self.max_size)
 
-    def _require_room(self, needed: int) -> None:
-        """Checks that the shortest texts hold as many tokens, bos among them.
-
-        Raises:
-            ConfigError: they don't.
-        """
-        if self.min_size * self.segment_tokens < needed:
-            raise ConfigError(
-                f"data.synthetic.min_segments: {self.min_size} segments of {self.segment_tokens} tokens can't hold a"
-                f" text of {needed} tokens; use {-(-needed // self.segment_tokens)} or more, and a window of as many"
-                " segments"
-            )
-
     def compose(
         self, random: np.random.Generator, size: int, room_segments: int, difficulty: Difficulty
     ) -> Text | None:
@@ -84,6 +71,19 @@ class QuestionMaker(ABC):
         Returns:
             int32 ids without bos (tokens,); bool (tokens,), True in the answers; what pressure spares.
         """
+
+
+def require_room(min_segments: int, segment_tokens: int, needed: int) -> None:
+    """Checks that the shortest texts hold as many tokens, bos among them.
+
+    Raises:
+        ConfigError: they don't.
+    """
+    if min_segments * segment_tokens < needed:
+        raise ConfigError(
+            f"data.synthetic.min_segments: {min_segments} segments of {segment_tokens} tokens can't hold a text of"
+            f" {needed} tokens; use {-(-needed // segment_tokens)} or more, and a window of as many segments"
+        )
 
 
 def join_rounds(text: np.ndarray, prompt_tokens: int, further: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
