@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import settings
 
 from infini_train.config.attention import (
@@ -91,6 +92,32 @@ def variant(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., ModelConfig]:
     return tiny_config
+
+
+@pytest.fixture(scope="session")
+def train_one_step(call: Callable[..., int]) -> Callable[..., Path]:
+    """Trains a tiny model of these fields one step over bytes, in an empty folder, and gives the run's."""
+
+    def train(home: Path, window_tokens: int, **fields: object) -> Path:
+        from infini_train.parallel import device
+
+        with ShardWriter(home / "train", ByteTokenizer()) as writer:
+            writer.add(ByteTokenizer().encode("The grass is green. " * 20), n_bytes=400, id="document")
+        shape = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
+        tree = {
+            "run_dir": str(home / "run"),
+            "model": {**shape, **fields},
+            "data": {"train": str(home / "train"), "validation": str(home / "train")},
+            "train": {"window_tokens": window_tokens, "batch_lanes": 2, "max_steps": 1},
+            "optim": {"warmup_steps": 0, "gate_lr": 3.0},
+        }
+        (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "MATMUL_PROBE_SIZE", 64)
+            assert call("train", home / "tiny.yaml") == 0
+        return home / "run"
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,8 @@ import json
 import logging
 
 import pytest
-import yaml
 
-from infini_train.data.shards import ShardWriter
-from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.inference.growth import warn_of_growth, warn_of_windows
-from infini_train.parallel import device
 
 GROWS = (
     "warning: keys and values of the whole text stay in layer 1 of 2: 256 bytes a token and lane in {},"
@@ -18,29 +14,14 @@ GROWS = (
 
 
 @pytest.fixture(scope="module")
-def mixed_run(call, tmp_path_factory):
+def mixed_run(train_one_step, tmp_path_factory):
     """A run of one step: its second layer attends to everything."""
-    home = tmp_path_factory.mktemp("home")
-    with ShardWriter(home / "train", ByteTokenizer()) as writer:
-        writer.add(ByteTokenizer().encode("The grass is green. " * 20), n_bytes=400, id="document")
     attention = {
         "kind": "mixed",
         "variants": {"memory": {"kind": "infini", "segment_tokens": 8}, "whole": {"kind": "full"}},
         "pattern": ["memory", "whole"],
     }
-    shape = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48}
-    tree = {
-        "run_dir": str(home / "run"),
-        "model": {**shape, "attention": attention},
-        "data": {"train": str(home / "train"), "validation": str(home / "train")},
-        "train": {"window_tokens": 128, "batch_lanes": 2, "max_steps": 1},
-        "optim": {"warmup_steps": 0, "gate_lr": 3.0},
-    }
-    (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "MATMUL_PROBE_SIZE", 64)
-        assert call("train", home / "tiny.yaml") == 0
-    return home / "run"
+    return train_one_step(tmp_path_factory.mktemp("home"), 128, attention=attention)
 
 
 def test_generation_names_the_layers_and_keeps_its_output_clean(call, mixed_run, capsys):
