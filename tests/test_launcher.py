@@ -159,11 +159,13 @@ if rank == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         time.sleep(1)
+shown = os.path.join(os.path.dirname(__file__), "shown")
 if rank == 1:
-    time.sleep(0.5)
+    while not os.path.exists(shown):
+        time.sleep(0.02)
     raise RuntimeError("Connection closed by peer")
 import atexit
-atexit.register(time.sleep, 1)
+atexit.register(lambda: (open(shown, "w").close(), time.sleep(1)))  # runs once the traceback is out
 raise ValueError("the cause")
 """)
     assert code == 1
