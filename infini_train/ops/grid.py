@@ -179,20 +179,19 @@ def make_grid(
         marks = (_take_prefix if segment_tokens is None else _take_shard)(marks, overlap_tokens, shard)
     found = _cut_segments(marks, tokens, overlap_tokens)._asdict()
     keep_BS, query_BSQ, key_BSJ = (found.pop(name) for name in ("keep_BS", "query_BSQ", "key_BSJ"))
-    segments, closed = keep_BS.shape[1], found["write_BCN"].shape[1]
-    cuts = Cuts(segments, marks.segment_tokens, overlap_tokens, marks.open_tokens, sink_tokens, shard)
+    closed = found["write_BCN"].shape[1]
+    cuts = Cuts(keep_BS.shape[1], marks.segment_tokens, overlap_tokens, marks.open_tokens, sink_tokens, shard)
     sinks = find_sinks(starts_BT, recent.sinks, cuts) if sink_tokens else None
-    mask_BSQJ, runs = _find_sight(query_BSQ, key_BSJ, sinks, as_runs=as_runs)
     return Grid(
         **found,
+        **_find_sight(query_BSQ, key_BSJ, sinks, as_runs=as_runs)._asdict(),
         overlap_tokens=overlap_tokens,
         segment_tokens=marks.segment_tokens,
         open_tokens=marks.open_tokens,
         tokens=tokens,
-        segments=segments,
+        segments=cuts.segments,
         closed=closed,
         shard=shard,
-        mask_BSQJ=mask_BSQJ,
         keep_BC=keep_BS[:, :closed],
         keep_open_B=keep_BS[:, -1] if marks.left_open else torch.ones_like(keep_BS[:, -1]),
         keep_BP=marks.keep_BP,
@@ -202,7 +201,6 @@ def make_grid(
         age_BT=age_BT[:, rank * tokens : (rank + 1) * tokens],
         last_age_B=age_BT[:, -1],
         sinks=sinks,
-        runs=runs,
     )
 
 
@@ -233,7 +231,7 @@ def _mark_tokens(
 
 def _carry_marks(marks: _Marks, overlap_tokens: int) -> tuple[Tensor, Tensor]:
     """The marks of the last tokens, for the next call."""
-    document_BL, weight_BL = marks.document_BL, marks.weight_BL
+    document_BL, weight_BL, *_ = marks
     kept = slice(document_BL.shape[1] - overlap_tokens - marks.left_open, None)
     # A view would keep the marks of the whole window alive.
     return (document_BL[:, kept] - document_BL[:, -1:]).clamp_min(NOTHING), weight_BL[:, kept].clone()
@@ -315,9 +313,14 @@ def _take_prefix(marks: _Marks, overlap_tokens: int, shard: tuple[int, int]) -> 
     return _Marks(marks.document_BL[:, :stop], marks.weight_BL[:, :stop], None, rank * tokens, stop, stop)
 
 
-def _find_sight(
-    query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, *, as_runs: bool
-) -> tuple[Tensor | None, Runs | None]:
+class _Sight(NamedTuple):
+    """Who sees whom; see `Grid`."""
+
+    mask_BSQJ: Tensor | None
+    runs: Runs | None
+
+
+def _find_sight(query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, *, as_runs: bool) -> _Sight:
     """Mask or runs by which a query sees what is not later and of the same document, and sinks.
 
     Neither where a mask would be plain causal attention. Runs are told even then, so that all calls are alike.
@@ -327,12 +330,12 @@ def _find_sight(
         if sinks is not None:  # those seen lie right before the keys of their document
             seen_BSZ = sinks.seen_BSQZ.any(2)
             key_BSJ = torch.cat((torch.where(seen_BSZ, key_BSJ[..., :1], NOTHING - 1), key_BSJ), -1)
-        return None, find_runs(key_BSJ, key_BSJ.shape[2] - queries)
+        return _Sight(None, find_runs(key_BSJ, key_BSJ.shape[2] - queries))
     if sinks is None and queries == keys and not _has_inner_start(query_BSQ):
-        return None, None
+        return _Sight(None, None)
     causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=key_BSJ.device).tril(keys - queries)
     mask_BSQJ = causal_QJ & (query_BSQ[..., None] == key_BSJ[..., None, :])
-    return mask_BSQJ if sinks is None else torch.cat((sinks.seen_BSQZ, mask_BSQJ), -1), None
+    return _Sight(mask_BSQJ if sinks is None else torch.cat((sinks.seen_BSQZ, mask_BSQJ), -1), None)
 
 
 def _has_inner_start(query_BSQ: Tensor) -> bool:
