@@ -16,14 +16,16 @@ touched, C segments closed by the call, N tokens a segment, W overlap, Q queries
 P ranks that hold the window.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from infini_train.ops.sinks import Cuts, SinkGrid, Sinks, find_sinks, no_sinks
 from infini_train.ops.state import Stored
+from infini_train.ops.varlen import Runs, find_runs
 
 NOTHING = -(2**30)
 LONG = 2**30
@@ -71,8 +73,8 @@ class Layout(NamedTuple):
 class Grid(NamedTuple):
     """One call cut into segments, shared by all layers of one `Layout`.
 
-    mask_BSQJ is None where plain causal attention inside each segment is right; its first columns are those of the Z
-    sinks. reads_BSQ: the query's document was
+    Who sees whom is told by mask_BSQJ, whose first columns are those of the Z sinks, or by runs (varlen.py); both are
+    None where plain causal attention inside each segment is right. reads_BSQ: the query's document was
     already being read when its segment began, so it may read the memory entering that segment. document_BSQ and
     weight_BSQ: document number and write weight of the call's own tokens; in carried and padded places the number of
     the nearest of them, and 0. write_BCN: write weights
@@ -104,6 +106,7 @@ class Grid(NamedTuple):
     age_BT: Tensor
     last_age_B: Tensor
     sinks: SinkGrid | None = None
+    runs: Runs | None = None
 
     @property
     def sink_tokens(self) -> int:
@@ -122,10 +125,7 @@ class Grid(NamedTuple):
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid on another device."""
-        moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        if self.sinks is not None:
-            moved["sinks"] = SinkGrid(*(x.to(device) for x in self.sinks))
-        return self._replace(**moved)
+        return cast(Grid, pytree.tree_map_only(Tensor, lambda x: x.to(device), self))
 
 
 class Grids(NamedTuple):
@@ -151,6 +151,8 @@ def make_grid(
     overlap_tokens: int = 0,
     shard: tuple[int, int] = (0, 1),
     sink_tokens: int = 0,
+    *,
+    as_runs: bool = False,
 ) -> Grid:
     """The grid of a call.
 
@@ -163,34 +165,31 @@ def make_grid(
         shard: (rank, ranks), of equal contiguous shards of the window. With more than one rank each shard is a whole
             number of segments and the window begins at a segment's edge; full attention then has no carried tokens.
         sink_tokens: Z.
+        as_runs: tell who sees whom by runs, not by a mask.
     """
     lanes, tokens = starts_BT.shape
-    device = starts_BT.device
-    if recent is None:
-        recent = no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=device))
-    open_tokens = recent.document_BR.shape[1] - overlap_tokens
-    size = segment_tokens or open_tokens + tokens
-    assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
-    document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
-    weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
-    left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
-    carried_document_BR, carried_weight_BR = _carry_marks(document_BL, weight_BL, overlap_tokens + left_open)
+    recent = recent or no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=starts_BT.device))
+    marks = _mark_tokens(starts_BT, weights_BT, recent, segment_tokens, overlap_tokens)
+    carried_document_BR, carried_weight_BR = _carry_marks(marks, overlap_tokens)
     age_BT = _count_ages(starts_BT)
-    marks = _Marks(document_BL, weight_BL, None, open_tokens, size, left_open)
     rank, ranks = shard
     if ranks > 1:
-        assert open_tokens == 0 and tokens % (ranks * (segment_tokens or 1)) == 0
+        assert marks.open_tokens == 0 and tokens % (ranks * (segment_tokens or 1)) == 0
         tokens //= ranks
         marks = (_take_prefix if segment_tokens is None else _take_shard)(marks, overlap_tokens, shard)
-    found = _cut_segments(marks, tokens, overlap_tokens, sink_tokens)._asdict()
-    keep_BS, closed = found.pop("keep_BS"), found["write_BCN"].shape[1]
-    grid = Grid(
+    found = _cut_segments(marks, tokens, overlap_tokens)._asdict()
+    keep_BS, query_BSQ, key_BSJ = (found.pop(name) for name in ("keep_BS", "query_BSQ", "key_BSJ"))
+    closed = found["write_BCN"].shape[1]
+    cuts = Cuts(keep_BS.shape[1], marks.segment_tokens, overlap_tokens, marks.open_tokens, sink_tokens, shard)
+    sinks = find_sinks(starts_BT, recent.sinks, cuts) if sink_tokens else None
+    return Grid(
         **found,
+        **_find_sight(query_BSQ, key_BSJ, sinks, as_runs=as_runs)._asdict(),
         overlap_tokens=overlap_tokens,
         segment_tokens=marks.segment_tokens,
         open_tokens=marks.open_tokens,
         tokens=tokens,
-        segments=keep_BS.shape[1],
+        segments=cuts.segments,
         closed=closed,
         shard=shard,
         keep_BC=keep_BS[:, :closed],
@@ -201,15 +200,8 @@ def make_grid(
         carried_weight_BR=carried_weight_BR,
         age_BT=age_BT[:, rank * tokens : (rank + 1) * tokens],
         last_age_B=age_BT[:, -1],
+        sinks=sinks,
     )
-    return _add_sinks(grid, starts_BT, recent.sinks, sink_tokens) if sink_tokens else grid
-
-
-def _add_sinks(grid: Grid, starts_BT: Tensor, carried: Sinks | None, sink_tokens: int) -> Grid:
-    cuts = Cuts(grid.segments, grid.segment_tokens, grid.overlap_tokens, grid.open_tokens, sink_tokens, grid.shard)
-    sinks = find_sinks(starts_BT, carried, cuts)
-    assert grid.mask_BSQJ is not None
-    return grid._replace(mask_BSQJ=torch.cat((sinks.seen_BSQZ, grid.mask_BSQJ), -1), sinks=sinks)
 
 
 class _Marks(NamedTuple):
@@ -223,17 +215,36 @@ class _Marks(NamedTuple):
     left_open: int
 
 
-def _carry_marks(document_BL: Tensor, weight_BL: Tensor, kept_tokens: int) -> tuple[Tensor, Tensor]:
+def _mark_tokens(
+    starts_BT: Tensor, weights_BT: Tensor, recent: Recent, segment_tokens: int | None, overlap_tokens: int
+) -> _Marks:
+    """The marks of the whole window, after the carried ones."""
+    tokens, device = starts_BT.shape[1], starts_BT.device
+    open_tokens = recent.document_BR.shape[1] - overlap_tokens
+    size = segment_tokens or open_tokens + tokens
+    assert open_tokens >= 0 and (segment_tokens is None or open_tokens < segment_tokens)
+    document_BL = torch.cat((recent.document_BR.to(device), starts_BT.long().cumsum(1)), 1)
+    weight_BL = torch.cat((recent.weight_BR.to(device), weights_BT.float()), 1)
+    left_open = open_tokens + tokens if segment_tokens is None else (open_tokens + tokens) % size
+    return _Marks(document_BL, weight_BL, None, open_tokens, size, left_open)
+
+
+def _carry_marks(marks: _Marks, overlap_tokens: int) -> tuple[Tensor, Tensor]:
     """The marks of the last tokens, for the next call."""
-    kept = slice(document_BL.shape[1] - kept_tokens, None)
+    document_BL, weight_BL, *_ = marks
+    kept = slice(document_BL.shape[1] - overlap_tokens - marks.left_open, None)
     # A view would keep the marks of the whole window alive.
     return (document_BL[:, kept] - document_BL[:, -1:]).clamp_min(NOTHING), weight_BL[:, kept].clone()
 
 
 class _Cut(NamedTuple):
-    """What follows from the marks, segment by segment; the names are those of `Grid`, keep_BS is of all segments."""
+    """What follows from the marks, segment by segment; the names are those of `Grid`, keep_BS is of all segments.
 
-    mask_BSQJ: Tensor | None
+    query_BSQ and key_BSJ are document numbers: of each query, and of what its segment sees.
+    """
+
+    query_BSQ: Tensor
+    key_BSJ: Tensor
     reads_BSQ: Tensor
     document_BSQ: Tensor
     weight_BSQ: Tensor
@@ -241,8 +252,8 @@ class _Cut(NamedTuple):
     keep_BS: Tensor
 
 
-def _cut_segments(marks: _Marks, tokens: int, overlap_tokens: int, sink_tokens: int) -> _Cut:
-    """Who sees whom and what is written."""
+def _cut_segments(marks: _Marks, tokens: int, overlap_tokens: int) -> _Cut:
+    """What each segment sees, reads and writes."""
     document_BL, weight_BL, _, open_tokens, size, left_open = marks
     segments, closed = -(-(open_tokens + tokens) // size), (open_tokens + tokens - left_open) // size
     if segments > 1:  # padding goes on with the last document but comes after every query and is never written
@@ -264,7 +275,8 @@ def _cut_segments(marks: _Marks, tokens: int, overlap_tokens: int, sink_tokens: 
     write_BCN = weight_BSN[:, :closed]
     write_BCN = torch.where(inside_BSN[:, :closed] == inside_BSN[:, :closed, -1:], write_BCN, 0.0)
     return _Cut(
-        _local_mask(document_BL, query_BSQ, overlap_tokens, first_query, rows, needed=sink_tokens > 0),
+        query_BSQ,
+        document_BL.unfold(1, overlap_tokens + rows, rows),
         query_BSQ == before_BS[..., None],
         query_BSQ.clamp_min(0),
         weight_BSQ,
@@ -301,18 +313,29 @@ def _take_prefix(marks: _Marks, overlap_tokens: int, shard: tuple[int, int]) -> 
     return _Marks(marks.document_BL[:, :stop], marks.weight_BL[:, :stop], None, rank * tokens, stop, stop)
 
 
-def _local_mask(
-    document_BL: Tensor, query_BSQ: Tensor, overlap_tokens: int, first_query: int, rows: int, *, needed: bool
-) -> Tensor | None:
-    """Query sees key: not later, same document. None where that is plain causal attention, unless it is needed."""
-    if not needed and overlap_tokens == 0 and first_query == 0 and not _has_inner_start(query_BSQ):
-        return None
-    key_BSJ = document_BL.unfold(1, overlap_tokens + rows, rows)
+class _Sight(NamedTuple):
+    """Who sees whom; see `Grid`."""
+
+    mask_BSQJ: Tensor | None
+    runs: Runs | None
+
+
+def _find_sight(query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, *, as_runs: bool) -> _Sight:
+    """Mask or runs by which a query sees what is not later and of the same document, and sinks.
+
+    Neither where a mask would be plain causal attention. Runs are told even then, so that all calls are alike.
+    """
     queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]
-    causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=document_BL.device).tril(
-        overlap_tokens + first_query
-    )
-    return causal_QJ & (query_BSQ[..., None] == key_BSJ[..., None, :])
+    if as_runs:
+        if sinks is not None:  # those seen lie right before the keys of their document
+            seen_BSZ = sinks.seen_BSQZ.any(2)
+            key_BSJ = torch.cat((torch.where(seen_BSZ, key_BSJ[..., :1], NOTHING - 1), key_BSJ), -1)
+        return _Sight(None, find_runs(key_BSJ, key_BSJ.shape[2] - queries))
+    if sinks is None and queries == keys and not _has_inner_start(query_BSQ):
+        return _Sight(None, None)
+    causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=key_BSJ.device).tril(keys - queries)
+    mask_BSQJ = causal_QJ & (query_BSQ[..., None] == key_BSJ[..., None, :])
+    return _Sight(mask_BSQJ if sinks is None else torch.cat((sinks.seen_BSQZ, mask_BSQJ), -1), None)
 
 
 def _has_inner_start(query_BSQ: Tensor) -> bool:

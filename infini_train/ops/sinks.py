@@ -87,8 +87,10 @@ def find_sinks(starts_BT: Tensor, carried: Sinks | None, cuts: Cuts) -> SinkGrid
     edge_S = torch.arange(cuts.segments, device=device) * cuts.segment_tokens - cuts.open_tokens - cuts.overlap_tokens
     known_BX = torch.cat((before_B1, own_BT), 1)
     document_BS = known_BX[:, edge_S.clamp(0, tokens)]
-    place_BSZ = document_BS[..., None] + torch.arange(cuts.sink_tokens, device=device)
-    is_older_BSZ = place_BSZ < edge_S[:, None]
+    # Z places up to the last sink that lies before the edge: where there are fewer, the first of them see no use.
+    last_BS = torch.minimum(document_BS + cuts.sink_tokens, edge_S)
+    place_BSZ = last_BS[..., None] + torch.arange(-cuts.sink_tokens, 0, device=device)
+    is_sink_BSZ = place_BSZ >= document_BS[..., None]
     index_BSZ = torch.where(place_BSZ < 0, place_BSZ - document_BS[..., None], place_BSZ + cuts.sink_tokens)
 
     query_BSQ = own_BT[:, None]
@@ -96,8 +98,8 @@ def find_sinks(starts_BT: Tensor, carried: Sinks | None, cuts: Cuts) -> SinkGrid
         padding = cuts.segments * cuts.segment_tokens - cuts.open_tokens - tokens
         query_BSQ = torch.cat((before_B1.expand(-1, cuts.open_tokens), own_BT, own_BT[:, -1:].expand(-1, padding)), 1)
         query_BSQ = query_BSQ.unflatten(1, (cuts.segments, cuts.segment_tokens))
-    seen_BSQZ = (query_BSQ == document_BS[..., None])[..., None] & is_older_BSZ[:, :, None]
-    return SinkGrid(torch.where(is_older_BSZ, index_BSZ, 0), seen_BSQZ, starts_BP)
+    seen_BSQZ = (query_BSQ == document_BS[..., None])[..., None] & is_sink_BSZ[:, :, None]
+    return SinkGrid(torch.where(is_sink_BSZ, index_BSZ, 0), seen_BSQZ, starts_BP)
 
 
 def take_sinks(

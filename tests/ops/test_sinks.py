@@ -34,7 +34,7 @@ def by_loops(q_BHTD, k_BKTD, v_BKTE, starts_BT, segment, overlap, sinks):
             origin = t // segment * segment - overlap
             old = [u for u in range(first, min(first + sinks, t + 1)) if u < origin]
             near = list(range(max(origin, first), t + 1))
-            places = [(u, u - first) for u in old] + [(u, sinks + u - origin) for u in near]
+            places = [(u, sinks - len(old) + u - first) for u in old] + [(u, sinks + u - origin) for u in near]
             k_D = torch.stack([rotate(k_BKTD[b, 0, u], place, ROPE) for u, place in places])
             v_E = torch.stack([v_BKTE[b, 0, u] for u, _ in places])
             position = sinks + t - origin

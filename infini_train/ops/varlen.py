@@ -1,0 +1,126 @@
+"""Local attention as causal attention over sequences of variable length, the form of flash attention's kernels.
+
+The keys that a segment sees (sinks, overlap, its own tokens) fall into runs, each of one document. A query sees the
+keys of its own run up to its own: causal attention, aligned at the end, since a run's queries are its last keys. So
+no mask is needed, nothing is computed for what is not seen, and key-value heads are not repeated. Keys that no query
+sees are runs without queries.
+
+torch's kernel (`torch.nn.attention.varlen`) exists on CUDA alone, in half precision; elsewhere a mask does the same.
+
+Legend: as in attention.py; N runs, M queries and X keys of the whole call (B S Q and B S J).
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG = logging.getLogger(__name__)
+Kernel = Callable[..., Tensor]
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_DIM, DIM_MULTIPLE = 256, 8  # head sizes of flash attention
+TOLERANCE = 0.02  # bf16 has steps of 0.4 to 0.8 %
+
+
+class Runs(NamedTuple):
+    """Where each run begins among the queries and among the keys of a call, and where the last one ends; int32."""
+
+    queries_N: Tensor
+    keys_N: Tensor
+
+
+def find_runs(document_BSJ: Tensor, first_query: int) -> Runs:
+    """The runs of a call.
+
+    Args:
+        document_BSJ: document of each key that a segment sees; it only matters which neighbours are the same.
+            On the meta device, where there are no values, one document fills each segment.
+        first_query: place of the first query among a segment's keys; the last is at the end.
+    """
+    keys = document_BSJ.shape[-1]
+    is_first_BSJ = F.pad(document_BSJ[..., 1:] != document_BSJ[..., :-1], (1, 0), value=True)
+    if is_first_BSJ.is_meta:
+        start_N = torch.empty(is_first_BSJ[..., 0].numel(), dtype=torch.int64, device=is_first_BSJ.device)
+    else:
+        start_N = is_first_BSJ.flatten().nonzero()[:, 0]
+    start_N = F.pad(start_N, (0, 1), value=is_first_BSJ.numel())
+    segment_N, place_N = start_N // keys, start_N % keys
+    query_N = segment_N * (keys - first_query) + (place_N - first_query).clamp_min(0)
+    return Runs(query_N.int(), start_N.int())
+
+
+def attend_runs(kernel: Kernel, q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, runs: Runs) -> Tensor:
+    """out_BSHQE: each query attends to its run. The kernel takes the arguments of torch's `varlen_attn`."""
+    lanes, segments, _, queries, _ = q_BSHQD.shape
+    # The longest runs there could be, not those there are: a compiled layer would be compiled again for each length.
+    longest = queries, k_BSKJD.shape[3]
+    q_MHD, k_XKD, v_XKE = (x.transpose(2, 3).flatten(0, 2) for x in (q_BSHQD, k_BSKJD, v_BSKJE))
+    groups = q_MHD.shape[1] != k_XKD.shape[1]
+    out_MHE = kernel(q_MHD, k_XKD, v_XKE, *runs, *longest, window_size=(-1, 0), enable_gqa=groups)
+    return out_MHE.unflatten(0, (lanes, segments, queries)).transpose(2, 3)
+
+
+def find_kernel(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> Kernel | None:
+    """The kernel for heads of these sizes; None: local attention needs a mask."""
+    if device.type != "cuda" or dtype not in DTYPES:
+        return None
+    if key_dim != value_dim or key_dim > MAX_DIM or key_dim % DIM_MULTIPLE:
+        return None
+    return _load(device, dtype, key_dim)
+
+
+@functools.cache
+def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
+    """The kernel of torch, if it does what it is used for at this size; one that does not is told, once."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        kernel = cast(Kernel, varlen_attn)
+        error = compare_with_mask(kernel, device, dtype, head_dim)
+    except Exception as problem:  # noqa: BLE001 (of a build, a driver, another version: a run goes on without it)
+        LOG.warning("warning: torch's varlen attention is not used: %s", problem)
+        return None
+    if error <= TOLERANCE:  # not so for NaN
+        return kernel
+    LOG.warning(
+        "warning: torch's varlen attention is not used: on a test it is %.2g of the values away from attention under a"
+        " mask, which may be %s",
+        error,
+        TOLERANCE,
+    )
+    return None
+
+
+def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+    """The largest relative error of a kernel's outputs and gradients against a mask, on random heads in two groups.
+
+    Two segments of 48 queries that see 64 keys; documents end among the first keys, so that some have no query, and
+    inside a segment. NaN if anything is.
+    """
+    queries, keys, heads, groups = 48, 64, 4, 2
+    random = torch.Generator().manual_seed(0)
+    shapes = (heads, queries), (groups, keys), (groups, keys)
+    drawn = [torch.randn(1, 2, *shape, head_dim, generator=random).to(device, dtype) for shape in shapes]
+    document_BSJ = torch.zeros(1, 2, keys, dtype=torch.int64)
+    document_BSJ[:, 0, 9:], document_BSJ[:, 1, 30:] = 1, 2
+    runs = Runs(*(x.to(device) for x in find_runs(document_BSJ, keys - queries)))
+    is_same = document_BSJ[..., keys - queries :, None] == document_BSJ[..., None, :]
+    mask = (is_same & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)).to(device)[:, :, None]
+
+    def by_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(heads // groups, 2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    found: list[list[Tensor]] = []
+    for attend in (by_mask, lambda q, k, v: attend_runs(kernel, q, k, v, runs)):
+        # Nothing of it is counted by activation checkpointing, in which the first call may lie.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            inputs = [x.clone().requires_grad_() for x in drawn]
+            out = attend(*inputs)
+            found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    errors = [(a - b).double().norm() / b.double().norm() for b, a in zip(*found, strict=True)]
+    return torch.stack(errors).max().item()
