@@ -225,6 +225,11 @@ def identify() -> str:
     return str(torch.cuda.get_device_properties(current()).uuid) if uses_cuda() else ""
 
 
+def is_shown_one() -> bool:
+    """Whether this process was given a single GPU, as a task of srun --gpus-per-task=1 is."""
+    return len(os.environ.get(VISIBLE, "").split(",")) == 1 and os.environ.get(VISIBLE, "") not in NO_DEVICES
+
+
 def count() -> int:
     """Number of GPUs visible to this process."""
     return torch.cuda.device_count() if uses_cuda() else 0
