@@ -218,8 +218,9 @@ def _collect(store: meeting.SignedStore, size: int, timeout_s: float) -> list[Fa
 
 
 def judge(facts: Sequence[Facts]) -> dict[str, str]:
-    """Problems by rank: its own findings, and where it differs from the others. A problem that all nodes have is no
-    node's, and the only one that is told, under `ALL`.
+    """Problems by rank: its own findings, and where it differs from the others.
+
+    A problem that all nodes have is no node's fault; then it is all that is told, under `ALL`.
     """
     found = [each._replace(problems=[*each.problems, *_compare(each, facts)]) for each in facts]
     if shared := find_shared(found):

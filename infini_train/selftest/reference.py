@@ -1,4 +1,4 @@
-"""The single process: `python -m infini_train.selftest.reference DEVICE FILE...` does the runs of these config files."""
+"""The single process: `python -m infini_train.selftest.reference DEVICE FILE...` does the runs of these configs."""
 
 import sys
 
