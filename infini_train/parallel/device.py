@@ -92,8 +92,9 @@ def explain_absence(cuda: str | None, signs: Sequence[str], said: Sequence[str])
         return Absence(f"{build}; for GPUs: make install CONSTRAINTS=constraints-cuda.txt", False)
     if not signs:
         hidden = os.environ.get(VISIBLE)
-        why = "nothing shows a GPU here, nor a driver" if hidden is None else f"{VISIBLE}={hidden} hides all GPUs"
-        return Absence(f"{why}; start it on a node with GPUs, and a container with its driver", False)
+        if hidden is not None:
+            return Absence(f"{VISIBLE}={hidden} hides all GPUs; unset it, or ask Slurm for GPUs", False)
+        return Absence("no GPU is to be seen; start it on a node that has some, and a container with its driver", False)
     detail = f" ({' '.join(said[0].split())[:160]})" if said else ""
     driver = DRIVERS.get(cuda.split(".")[0])
     needed = f"CUDA {cuda} needs driver {driver} or later, " if driver else ""
