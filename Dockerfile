@@ -3,10 +3,16 @@
 # For Pyxis: docker build -t infini-train . && enroot import dockerd://infini-train
 FROM python:3.11-slim-bookworm
 
-# A compiler for torch.compile and DeepSpeed's own extensions; git for the revision in a run's folder.
+# Enroot and Docker give a container the node's driver only where its image asks for it: compute is CUDA, utility nvidia-smi.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+# A compiler for torch.compile and DeepSpeed's own extensions; git for the revision in a run's folder; libraries of InfiniBand and RoCE,
+# which torch's NCCL loads where they are: without them it would go over TCP, and say so only with NCCL_DEBUG=INFO.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends build-essential git \
+    && apt-get install -y --no-install-recommends \
+        build-essential git ibverbs-providers libibverbs1 librdmacm1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/infini-train

@@ -18,6 +18,7 @@ with ending_at_once():  # the imports take seconds
     from infini_train.command_line import (
         CommandParser,
         Spinner,
+        add_device,
         add_verbosity,
         describe,
         location,
@@ -185,7 +186,7 @@ def _train(options: argparse.Namespace) -> None:
         size = [] if options.world_size is None else [f"--world-size={options.world_size}"]
         words = [*current_words(options.config), *size, *(f"--set={setting}" for setting in options.set)]
         sys.exit(launch(options.nproc, ["train", *words, *repeat_verbosity(options)]))
-    _prepare()
+    _prepare(config.device)
     from infini_train.parallel.meeting import MeetingError
     from infini_train.resilience.signals import Stopped
     from infini_train.resilience.watchdog import LostRankError
@@ -242,6 +243,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-echo", action="store_true", help="print only the continuation (default: the prompt first)"
     )
+    add_device(parser)
     parser.set_defaults(command=_generate)
 
 
@@ -249,7 +251,7 @@ def _generate(options: argparse.Namespace) -> None:
     sampling = read_sampling(options)
     prompt = read_prompt(options.prompt, options.prompt_file)
     with Spinner(f"loading {options.model}"):
-        _prepare()
+        _prepare(options.device)
         from infini_train.data.tokenizer import CONTEXT_TOKENS, decode_stream
         from infini_train.inference.generation import generate
         from infini_train.inference.growth import warn_of_growth
@@ -308,10 +310,10 @@ def _demo(options: argparse.Namespace) -> None:
     sys.exit(run_demo(options.text, options.out, options.set, repeat_verbosity(options)))
 
 
-def _prepare() -> None:
+def _prepare(wanted: str) -> None:
     from infini_train.parallel import device
 
-    device.prepare()
+    device.prepare(wanted)
 
 
 if __name__ == "__main__":

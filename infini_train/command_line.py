@@ -125,6 +125,16 @@ FILE: dict[str, Any] = {"type": location, "metavar": "FILE"}  # for `add_argumen
 DIR: dict[str, Any] = {"type": location, "metavar": "DIR"}
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser --device; in training it is a field of the config."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="cuda: a GPU, or an error; auto: a GPU where there is one (default: %(default)s)",
+    )
+
+
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """Gives every command below a parser --quiet and --verbose (see `infini_train.logs`)."""
     for command in _commands(parser):

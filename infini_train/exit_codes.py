@@ -3,7 +3,8 @@
     0         done
     1         the run failed; its last checkpoint stays, and a retry goes on from it
     2         something that was given is wrong; nothing was changed, and a retry would find the same
-    3         this rank's node is at fault (preflight); the batch script leaves it out of the next start
+    3         this rank's node is at fault (preflight); the batch script leaves it out of the next start; what is
+              wrong on all nodes is a 2
     4         training diverged; a retry from the last checkpoint would diverge again
     75        of a batch script only: stopped early on a cluster that does not requeue; the next job continues
     128 + N   ended by signal N. 129, 130 and 143 (SIGHUP, SIGINT, SIGTERM): asked to stop, and saved

@@ -22,6 +22,14 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_it_asks_for_the_driver_and_for_infiniband() -> None:
+    """Without the variables a container has no driver; without the libraries NCCL uses TCP."""
+    (variables,) = [words for kind, words in STEPS if kind == "ENV"]
+    assert variables.split() == ["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+    (packages,) = [words for kind, words in STEPS if kind == "RUN" and "apt-get" in words]
+    assert {"libibverbs1", "librdmacm1", "ibverbs-providers"} <= set(packages.split())
+
+
 def test_what_is_ignored_is_not_copied() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".venv*", "runs", "data", ".git"} <= set(ignored)

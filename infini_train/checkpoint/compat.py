@@ -18,6 +18,7 @@ LAYER = "layer "  # in the path of a field of one layer's attention: model.atten
 _RESUMABLE: Mapping[str, str] = {
     "name": "names the run only",
     "run_dir": "names the run's folder only",
+    "device": "computes the same on another: equal up to rounding",
     "guard": "judges the steps from here on",
     "log": "changes what is shown, not what is trained",
     "eval": "validation has a memory of its own and no influence on training",

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.data import DataConfig
@@ -25,6 +26,9 @@ class RunConfig:
     name: str = "run"  # names the run's folder
     run_dir: FilePath | None = None  # all that the run writes; null: runs/ and the name
     seed: int = 0  # of the initial weights and the order of documents
+    # cuda: a GPU for each process, or an error; cpu: no GPU, even where there is one; auto: GPUs where there are any,
+    # and an error where there should be some, but they can't be used
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

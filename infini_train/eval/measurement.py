@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from infini_train.command_line import Spinner, path, positive
+from infini_train.command_line import Spinner, add_device, path, positive
 from infini_train.config.errors import ConfigError, naming
 from infini_train.data.shard_file import strict_json
 from infini_train.logs import progress_bar
@@ -148,7 +148,7 @@ def run_measurement(
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Gives a parser RUN, --precision and --json."""
+    """Gives a parser RUN, --precision, --device, --without and --json."""
     parser.add_argument(
         "model", type=path, metavar="RUN", help="a run's folder (its newest checkpoint) or one checkpoint"
     )
@@ -158,6 +158,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="precision of weights and activations (default: %(default)s)",
     )
+    add_device(parser)
     parser.add_argument(
         "--without",
         nargs="+",
@@ -211,7 +212,7 @@ def load(options: argparse.Namespace) -> "Trained":
     with Spinner(f"loading {options.model}"):
         from infini_train.parallel import device
 
-        device.prepare()
+        device.prepare(options.device)
         from infini_train.inference.loading import open_trained
         from infini_train.model.ablation import leave_out, parse_parts
 

@@ -93,7 +93,7 @@ def _plan(options: argparse.Namespace) -> None:
     from infini_train.parallel import device
 
     with Spinner("planning"), _naming_flags():
-        device.prepare()
+        device.prepare("cpu")  # it computes shapes and times alone
         from infini_train.plan.dry_run import dry_run
         from infini_train.plan.table import format_plan
 
@@ -110,7 +110,7 @@ def _search(options: argparse.Namespace, config: RunConfig, size: int | None) ->
         raise ConfigError(f"--world-size: must be positive, not {size}")
     hardware = load_hardware(options.hardware)
     with Spinner("comparing layouts"), _naming_flags():
-        device.prepare()
+        device.prepare("cpu")  # it computes shapes and times alone
         from infini_train.plan.search import search
         from infini_train.plan.search_table import format_search, search_json
 

@@ -3,7 +3,9 @@
 Each rank checks its node and its device, so that the 8 ranks of a node run `check_node` 8 times at once: a check must
 not disturb its neighbours. The ranks report to rank 0 through torch's store, and rank 0 compares (`judge`). Then one
 process group checks an all-reduce and measures its bandwidth. Exit codes: 0, all nodes are healthy; 3, this rank's node
-is at fault (the batch script excludes it from the next start); 1, a fault that could not be attributed to a node.
+is at fault (the batch script excludes it from the next start); 2, all nodes have one fault, so none of them is the
+cause (the image, the driver, a full disk that they share), and none is excluded; 1, a fault that could not be
+attributed to a node.
 
 A new threshold touches four places: its option here (`_parse`) and the check that reads it, the field of the cluster's
 config (launch/cluster.py), the line that passes it on (slurm/templates/train.sbatch.j2), and docs/slurm.md.
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -31,9 +34,11 @@ import torch.distributed as dist
 from infini_train import exit_codes
 from infini_train.command_line import path
 from infini_train.config.errors import ConfigError
+from infini_train.environment import read_number
 from infini_train.parallel import device
 
-device.prepare()  # before anything else imports megatron-core: its notices are not for this console
+ABSENCE = device.find_absence()  # a finding here, which would end any other command
+device.prepare("auto" if ABSENCE is None else "cpu")  # before megatron-core is imported: no console for its notices
 from infini_train.parallel import meeting, mesh  # noqa: E402
 
 LIBRARIES = ("infini-train", "torch", "megatron-core", "deepspeed", "numpy")
@@ -41,6 +46,9 @@ MAX_CLOCK_SKEW_S = 5.0
 SHARED_FILE_S = 20.0  # for a new file to appear on all nodes of a shared file system
 MIN_FREE_SCRATCH_GIB = 1.0
 REPEATS = 4
+NO_GPU = "0 GPUs are seen"
+DEVICE = "its device can't be used"
+ALL = "all"  # in a verdict, in the place of a rank
 
 
 class Facts(NamedTuple):
@@ -50,6 +58,7 @@ class Facts(NamedTuple):
     problems: list[str]
     versions: dict[str, str]
     clock_s: float  # when rank 0 gave the start
+    gpu: str = ""  # what tells its GPU from others; empty: none
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:300]
         sys.exit(_fail(f"preflight: rank {rank} ({node_name()}): {problem}", exit_codes.FAILED))
+    if ALL in verdict:
+        sys.exit(_fail(f"preflight: {verdict[ALL]}", exit_codes.MISTAKE))
     if rank == 0:
         for line in verdict.values():
             print(f"error: preflight: {line}", file=sys.stderr)
@@ -99,8 +110,7 @@ def node_name() -> str:
 
 def check_node(run_dir: Path, gpus: int, min_free_gib: float) -> list[str]:
     """What is wrong with this node, as far as it can find out alone."""
-    found = device.count()
-    problems = [] if found == gpus else [f"{found} GPUs are seen, not {gpus}"]
+    problems = check_count(gpus)
     for name, folder, gib in (("run_dir", run_dir, min_free_gib), ("TMPDIR", None, MIN_FREE_SCRATCH_GIB)):
         try:
             folder = Path(os.environ.get("TMPDIR", tempfile.gettempdir())) if folder is None else folder
@@ -118,24 +128,36 @@ def check_node(run_dir: Path, gpus: int, min_free_gib: float) -> list[str]:
     return [*problems, *check_device()]
 
 
+def check_count(gpus: int) -> list[str]:
+    """Whether this rank sees the node's GPUs; or its own alone, where the job shows each task no more."""
+    found = device.count()
+    expected = 1 if gpus and device.is_shown_one() else gpus
+    if found == expected:
+        return []
+    if found == 0 and ABSENCE is not None:
+        return [f"{NO_GPU}, not {expected}: {ABSENCE.reason}"]
+    return [f"{found} GPUs are seen, not {expected}"]
+
+
 def check_device() -> list[str]:
     """Whether this rank's device computes a matrix product correctly."""
     try:
         device.set_current()
         ones = torch.ones(256, 256, device=device.current())
         wrong = int((ones @ ones != 256).sum())
-    except RuntimeError as error:
-        return [f"its device can't be used: {' '.join(str(error).split())[:200]}"]
+    except (RuntimeError, ConfigError) as error:
+        return [f"{DEVICE}: {' '.join(str(error).split())[:200]}"]
     return [f"its device multiplies wrongly ({wrong} of 65536 numbers)"] if wrong else []
 
 
-def versions() -> dict[str, str]:
-    """Versions that have to be the same on all ranks, by name."""
-    found = {"python": sys.version.split()[0], "device": device.describe()}
+def find_facts(problems: list[str]) -> Facts:
+    """What this rank reports: its problems; versions that have to be the same on all ranks, by name; its GPU."""
+    is_usable = not any(text.startswith(DEVICE) for text in problems)
+    versions = {"python": sys.version.split()[0], "device": device.describe() if is_usable else "none"}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return Facts(node_name(), problems, versions, time.time(), device.identify() if is_usable else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- all nodes
@@ -152,7 +174,7 @@ def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple
     """
     rank, size = mesh.world()
     if size == 1:
-        return ({"0": f"rank 0 ({node_name()}): {'; '.join(problems)}"} if problems else {}), 0.0
+        return judge([find_facts(problems)]), 0.0
     store = meeting.SignedStore(meeting.open_store(timeout_s))
     token = run_dir / f".preflight-{os.environ.get('INFINI_TRAIN_START', os.environ.get('MASTER_PORT', ''))}"
     if rank == 0:
@@ -163,7 +185,7 @@ def compare_ranks(run_dir: Path, problems: list[str], timeout_s: float) -> tuple
     clock_s = time.time()
     if not problems and not _appears(token):
         problems = [f"run_dir: {run_dir} is not the same folder as on rank 0's node; it must be a shared file system"]
-    store.set(f"facts/{rank}", json.dumps(Facts(node_name(), problems, versions(), clock_s)))
+    store.set(f"facts/{rank}", json.dumps(find_facts(problems)._replace(clock_s=clock_s)))
     if rank == 0:
         store.set("verdict", json.dumps(judge(_collect(store, size, timeout_s))))
         token.unlink(missing_ok=True)
@@ -196,23 +218,56 @@ def _collect(store: meeting.SignedStore, size: int, timeout_s: float) -> list[Fa
 
 
 def judge(facts: Sequence[Facts]) -> dict[str, str]:
-    """Problems by rank: its own findings, a version that differs from most others', a clock that is off."""
-    middle_s = statistics.median(each.clock_s for each in facts)
-    usual = {
-        name: Counter(each.versions.get(name) for each in facts).most_common(1)[0][0]
-        for name in {name for each in facts for name in each.versions}
+    """Problems by rank: its own findings, and where it differs from the others.
+
+    A problem that all nodes have is no node's fault; then it is all that is told, under `ALL`.
+    """
+    found = [each._replace(problems=[*each.problems, *_compare(each, facts)]) for each in facts]
+    if shared := find_shared(found):
+        return {ALL: shared}
+    return {
+        str(rank): f"rank {rank} ({each.node}): {'; '.join(each.problems)}"
+        for rank, each in enumerate(found)
+        if each.problems
     }
-    verdict = {}
-    for rank, each in enumerate(facts):
-        problems = list(each.problems)
-        if abs(each.clock_s - middle_s) > MAX_CLOCK_SKEW_S:
-            problems.append(f"its clock is off by {each.clock_s - middle_s:+.0f} s")
-        for name, value in sorted(usual.items()):
-            if each.versions.get(name) != value:
-                problems.append(f"{name} {each.versions.get(name)}, the others have {value}")
-        if problems:
-            verdict[str(rank)] = f"rank {rank} ({each.node}): {'; '.join(problems)}"
-    return verdict
+
+
+def _compare(one: Facts, facts: Sequence[Facts]) -> list[str]:
+    """A version that differs from most others', a clock that is off, a GPU that another rank has too."""
+    problems = []
+    off_s = one.clock_s - statistics.median(each.clock_s for each in facts)
+    if abs(off_s) > MAX_CLOCK_SKEW_S:
+        problems.append(f"its clock is off by {off_s:+.0f} s")
+    for name in sorted({name for each in facts for name in each.versions}):
+        usual = Counter(each.versions.get(name) for each in facts).most_common(1)[0][0]
+        if one.versions.get(name) != usual:
+            problems.append(f"{name} {one.versions.get(name)}, the others have {usual}")
+    sharing = sum(bool(one.gpu) and (each.node, each.gpu) == (one.node, one.gpu) for each in facts)
+    if sharing > 1:
+        problems.append(f"{sharing} ranks would use one GPU, which NCCL refuses")
+    return problems
+
+
+def find_shared(facts: Sequence[Facts]) -> str:
+    """A problem that all nodes have, so that another node would have it too; empty if there is none.
+
+    One node alone can't be compared. If no GPU can be used at a job's first start there, nothing speaks for the image.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for each in facts:  # sizes and times, as in 3.2 GiB, are no difference
+        found.setdefault(each.node, {}).update({re.sub(r"\d+\.\d+", "", text): text for text in each.problems})
+    first, *others = found.values()
+    shared = [text for key, text in first.items() if all(key in problems for problems in others)]
+    if not others:
+        has_run = read_number("SLURM_RESTART_COUNT", 0) > 0
+        shared = [text for text in shared if text.startswith(NO_GPU) and not has_run]
+    if not shared:
+        return ""
+    nodes = f"all {len(found)} nodes have" if others else f"the only node ({facts[0].node}) has"
+    return (
+        f"{nodes} this problem: {'; '.join(shared)}; so the cause is taken to be the image, the driver, the cluster's"
+        " config or a file system, no node is left out, and another start would find the same"
+    )
 
 
 def measure_all_reduce(timeout_s: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from infini_train import exit_codes
 from infini_train.command_errors import fail
-from infini_train.command_line import path, processes, repeat_verbosity
+from infini_train.command_line import add_device, path, processes, repeat_verbosity
 from infini_train.config.errors import ConfigError, naming
 from infini_train.environment import world
 from infini_train.selftest.cases import CASES, Case, choose_cases
@@ -55,6 +55,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder", type=path, metavar="DIR", help="temporary folder visible to all ranks (default: this machine's)"
     )
+    add_device(parser)
     parser.set_defaults(command=_selftest)
 
 
@@ -77,7 +78,7 @@ def _selftest(options: argparse.Namespace) -> None:
         sys.exit(launch(options.nproc, _repeat(options)))
     from infini_train.parallel import device
 
-    device.prepare()
+    device.prepare(options.device)
     from infini_train.parallel import mesh
     from infini_train.parallel.meeting import MeetingError
     from infini_train.selftest.run import UnsharedFolderError, run_selftest
@@ -101,7 +102,7 @@ def _list(cases: Iterable[Case]) -> None:
 
 def _repeat(options: argparse.Namespace) -> list[str]:
     """The same command for a rank."""
-    arguments = ["selftest", *(f"--only={pattern}" for pattern in options.only)]
+    arguments = ["selftest", f"--device={options.device}", *(f"--only={pattern}" for pattern in options.only)]
     arguments += [f"--precision={options.precision}"] * (options.precision is not None)
     arguments += ["--json"] * options.json
     arguments += [f"--folder={options.folder}"] * (options.folder is not None)

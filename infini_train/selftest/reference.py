@@ -1,15 +1,15 @@
-"""The single process: `python -m infini_train.selftest.reference FILE...` does the runs of these config files."""
+"""The single process: `python -m infini_train.selftest.reference DEVICE FILE...` does the runs of these configs."""
 
 import sys
 
 from infini_train.config.files import load_run
 
 
-def main(files: list[str]) -> None:
+def main(wanted: str, files: list[str]) -> None:
     """Does one run after the other."""
     from infini_train.parallel import device
 
-    device.prepare()
+    device.prepare(wanted)
     from infini_train.parallel import mesh
     from infini_train.selftest.program import run_program
 
@@ -19,4 +19,4 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

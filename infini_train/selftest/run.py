@@ -62,6 +62,7 @@ class Reference:
         for number, run in enumerate(runs):
             files.append(folder / f"reference-{number}.yaml")
             files[-1].write_text(dump(run), encoding="utf-8")
+        wanted = "cuda" if device.uses_cuda() else "cpu"  # as here
         several = (
             "RANK",
             "WORLD_SIZE",
@@ -75,7 +76,7 @@ class Reference:
         self._log = folder / "reference.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "infini_train.selftest.reference", *map(str, files)],
+                [sys.executable, "-m", "infini_train.selftest.reference", wanted, *map(str, files)],
                 env={name: value for name, value in os.environ.items() if name not in several},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

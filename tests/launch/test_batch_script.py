@@ -277,3 +277,13 @@ def test_a_bad_node_is_named_and_left_out(start, slurm, tmp_path):
     assert f"preflight: rank 0 on {bad} failed first, exit code 3: error: preflight: 7 GPUs" in run.job_log()
     nodes = (run.directory / "launch" / "starts").read_text().splitlines()[-1].split()[-1]
     assert bad not in slurm.run("scontrol", "show", "hostnames", nodes).split()
+
+
+def test_an_image_without_gpus_ends_the_job_and_leaves_no_node_out(start, programs):
+    """The real preflight: Slurm gives each node a GPU, and this environment's torch finds none."""
+    (programs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    run = start(preflight=True, gpus_per_node=1)
+    assert run.wait_for_end() == "FAILED", run.story()
+    assert run.starts() == 1 and not (run.directory / "launch" / "bad_nodes").exists(), run.story()
+    assert "all 2 nodes have this problem: 0 GPUs are seen, not 1: " in run.job_log()
+    assert "nothing to retry: fix it and submit again" in run.job_log() and "bad nodes" not in run.job_log()

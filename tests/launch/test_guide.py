@@ -63,7 +63,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = yaml.safe_load(path.read_text())
     for section, fields in SMALL.items():
         tree[section] = {**tree.get(section, {}), **fields}
-    tree["scales"] = SCALES
+    tree["scales"], tree["device"] = SCALES, "cpu"
     path.write_text(yaml.safe_dump(tree))
     (folder / "text").mkdir()
     lines = [f"Document {i} says that {i} times {i} is {i * i}, which nobody doubts." for i in range(3000)]

@@ -115,7 +115,7 @@ def test_a_scale_of_another_cluster_is_for_other_nodes() -> None:
 def render_golden() -> dict[str, str]:
     """What the ready scripts, all for the plain cluster, have not: containers, modules, chains, awkward words."""
     h100, pyxis = load_cluster("h100"), load_cluster("pyxis")
-    chain = dataclasses.replace(h100, requeue=False, preflight=False, network_interface="^lo")
+    chain = dataclasses.replace(h100, requeue=False, preflight=False, network_interface="^lo", modules=("gcc/12",))
     return {
         "train_h100": render_training(plan_job(load_run("8b"), h100, "8b"), h100),
         "train_chain": render_training(plan_job(load_run("1b"), chain, "1b", ("name=it's",)), chain),

@@ -62,6 +62,17 @@ def draw_inputs(model: Transformer, seed: int) -> tuple:
     return tokens_BT[:, :-1], grid, None, tokens_BT[:, 1:]
 
 
+def test_deepspeed_takes_the_index_of_its_gpu_from_local_rank(monkeypatch):
+    """`device.set_current` writes it there; tests/parallel/test_device.py."""
+    from deepspeed.accelerator import get_accelerator
+
+    asked: list[int] = []
+    monkeypatch.setattr(get_accelerator(), "set_device", asked.append)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    build_engine(build_model()).close()
+    assert asked and set(asked) == {5}
+
+
 def test_steps_equal_torch_adamw_with_clipping():
     """Three micro-batches a step; the loss is scaled so that some steps are clipped and some are not."""
     model, plain = build_model(), build_model()

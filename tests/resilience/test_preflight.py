@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.exit_codes import BAD_NODE, DONE
-from infini_train.parallel import mesh
-from infini_train.resilience.preflight import Facts, check_node, judge
+from infini_train.exit_codes import BAD_NODE, DONE, MISTAKE
+from infini_train.parallel import device, mesh
+from infini_train.resilience.preflight import ALL, Facts, check_count, check_node, judge
+
+NONE_SEEN = "0 GPUs are seen, not 8: why"
+FULL = "run_dir: {} GiB are free on /runs, less than 50"
 
 
 def test_a_good_node_has_no_problems(tmp_path):
@@ -21,7 +24,7 @@ def test_a_bad_node_tells_all_its_problems(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "file" / "below"))
     problems = check_node(tmp_path / "run", gpus=800, min_free_gib=1e9)
-    assert problems[0].endswith("GPUs are seen, not 800")
+    assert "GPUs are seen, not 800" in problems[0]
     assert "GiB are free on" in problems[1] and problems[1].endswith("less than 1e+09")
     assert problems[2].startswith("TMPDIR: ") and "can't be written" in problems[2]
 
@@ -34,6 +37,64 @@ def test_the_odd_one_is_named():
         "2": "rank 2 (n3): its clock is off by +60 s",
     }
     assert judge([good, good]) == {}
+
+
+def report(*nodes: tuple[str, ...], ranks: int = 2) -> list[Facts]:
+    """What the ranks of nodes with these problems report."""
+    return [Facts(f"n{i}", list(found), {}, 1000.0) for i, found in enumerate(nodes, 1) for _ in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shared"),
+    [
+        ([(NONE_SEEN,)] * 3, NONE_SEEN),
+        ([(NONE_SEEN,), (NONE_SEEN, "TMPDIR: /tmp can't be written: Read-only file system")], NONE_SEEN),
+        (
+            [
+                ("run_dir: 3.2 GiB are free on /runs, less than 50",),
+                ("run_dir: 3.1 GiB are free on /runs, less than 50",),
+            ],
+            3.2,
+        ),
+        ([(NONE_SEEN,)], NONE_SEEN),  # one node: the same image, started for the first time
+    ],
+)
+def test_what_all_nodes_have_is_no_nodes_fault(nodes, shared):
+    (verdict,) = judge(report(*nodes)).items()
+    assert verdict[0] == ALL and f"problem: {shared}" in verdict[1]
+    assert ("the only node (n1) has" if len(nodes) == 1 else f"all {len(nodes)} nodes have") in verdict[1]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bad"),
+    [
+        ([(NONE_SEEN,), (), ()], ["0", "1"]),  # one of several, with all its ranks
+        ([("7 GPUs are seen, not 8",), ("6 GPUs are seen, not 8",)], ["0", "1", "2", "3"]),
+        ([("7 GPUs are seen, not 8",)], ["0", "1"]),
+    ],
+)
+def test_what_one_node_has_is_its_fault(nodes, bad):
+    assert list(judge(report(*nodes))) == bad
+
+
+def test_an_image_that_has_worked_is_not_the_cause(monkeypatch):
+    """A job of one node that was requeued: since then its node has lost the driver."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert list(judge(report((NONE_SEEN,)))) == ["0", "1"]
+
+
+def test_ranks_with_one_gpu_are_told():
+    facts = [Facts("n1", [], {}, 0.0, "a"), Facts("n1", [], {}, 0.0, "a"), Facts("n2", [], {}, 0.0, "a")]
+    assert judge(facts) == {str(i): f"rank {i} (n1): 2 ranks would use one GPU, which NCCL refuses" for i in (0, 1)}
+
+
+@pytest.mark.parametrize(("visible", "seen", "problems"), [("3", 1, 0), ("0,1,2,3", 1, 1), (None, 4, 0), (None, 3, 1)])
+def test_a_task_may_see_its_own_gpu_alone(visible, seen, problems, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(device, "count", lambda: seen)
+    assert len(check_count(4)) == problems
 
 
 @pytest.mark.parametrize(
@@ -53,7 +114,7 @@ def test_the_world_is_that_of_the_starter(variables, expected, monkeypatch):
     assert mesh.world() == expected
 
 
-def start_ranks(run_dir: Path, *scratch: Path, room: str = "resilience") -> list[tuple[int, str]]:
+def start_ranks(run_dir: Path, *scratch: Path, room: str = "resilience", gpus: int = 0) -> list[tuple[int, str]]:
     """Two ranks with srun's variables; exit code and console of each."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -71,6 +132,7 @@ def start_ranks(run_dir: Path, *scratch: Path, room: str = "resilience") -> list
             "TMPDIR": str(folder),
         }
         command = [sys.executable, "-m", f"infini_train.{room}.preflight", str(run_dir), "--min-free-gib=0"]
+        command += [f"--gpus={gpus}"] * (gpus > 0)
         pipe = subprocess.PIPE
         processes.append(
             subprocess.Popen(command, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True)
@@ -94,3 +156,12 @@ def test_the_rank_of_a_bad_node_has_its_own_exit_code(tmp_path):
     assert (first, second) == (DONE, BAD_NODE)
     assert "note: infini_train.parallel.preflight has moved to" in said and "note: " not in own
     assert "error: preflight: rank 1 (n2): TMPDIR: " in said and "error: preflight: rank 1 (n2): TMPDIR: " in own
+
+
+@pytest.mark.slow
+def test_an_image_without_gpus_is_told_by_all_and_excludes_no_node(tmp_path):
+    ranks = start_ranks(tmp_path / "run", tmp_path, tmp_path, gpus=8)
+    for code, said in ranks:
+        assert code == MISTAKE
+        assert said.startswith("error: preflight: all 2 nodes have this problem: 0 GPUs are seen, not 8: ")
+        assert said.count("\n") == 1 and "no node is left out" in said
