@@ -88,10 +88,11 @@ class Engine:
             "zero_optimization": zero,
             "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "timers": {"throughput": {"enabled": False}},  # they wait for the device in each forward
         }
         # DeepSpeed copies its masters after the cast to bf16; they have to start from the fp32 weights, bit for bit.
         given = {p: p.detach().to("cpu", copy=True) for p in self.names} if precision == "bf16" else {}
-        adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
         if hasattr(model, "before_backward"):
             # DeepSpeed resets this flag in each forward only, but a pipeline runs several forwards before a backward.
@@ -192,5 +193,5 @@ class Engine:
         """AdamW's state of a flat group; torch initialises it lazily at the first step, with these same values."""
         state = self._zero.optimizer.state[flat]
         if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            state.update(step=torch.tensor(0.0, device=flat.device), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
         return state
