@@ -206,7 +206,7 @@ def set_current() -> None:
         index = current().index
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the number of the GPU
-        # Its plan is built anew for each shape, which takes tenths of a second, and generation has a new one each token.
+        # It plans anew for each shape, which takes tenths of a second, and generation has a new one each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

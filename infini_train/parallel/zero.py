@@ -193,5 +193,6 @@ class Engine:
         """AdamW's state of a flat group; torch initialises it lazily at the first step, with these same values."""
         state = self._zero.optimizer.state[flat]
         if not state:
-            state.update(step=torch.tensor(0.0, device=flat.device), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            step = torch.tensor(0.0, device=flat.device)  # there, or AdamW's fused kernel refuses it
+            state.update(step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
         return state
