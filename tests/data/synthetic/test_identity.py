@@ -66,18 +66,24 @@ def test_pairs_of_two_tokens_had_an_ending_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("model", "run"), [("passkey-linear", "passkey"), ("passkey-delta", "passkey"), ("needles-linear", "needles")]
+    ("model", "run"),
+    [
+        ("passkey-linear", "passkey"),
+        ("passkey-delta", "passkey"),
+        ("needles-linear", "needles"),
+        ("needles-gated", "needles_gated"),
+    ],
 )
 def test_a_shipped_checkpoint_is_of_its_config(model, run):
     """Their configs and identities are of the version that trained them."""
     index = json.loads((MODELS / model / "index.json").read_text())
-    tokenizer = [f"data.synthetic.tokenizer={MODELS / model / 'tokenizer.model'}"] * (run == "needles")
+    tokenizer = [f"data.synthetic.tokenizer={MODELS / model / 'tokenizer.model'}"] * run.startswith("needles")
     update = ["model.attention.update=delta"] * (model == "passkey-delta")
     config = load_run(run, [*tokenizer, *update])
     source = open_source(config)
     check_resumable(index["config"], to_tree(config))
     check_same_data(source.upgrade_identity(index["state"]["data"]), source.identity, source.name)
-    assert validate(index["config"]).data.synthetic.kind == run
+    assert validate(index["config"]).data.synthetic.kind == run.split("_")[0]
     other = open_source(load_run(run, [*tokenizer, *update, "data.synthetic.pressure=3"]))
     with pytest.raises(ConfigError, match="is not the data that the checkpoint was trained on"):
         check_same_data(other.upgrade_identity(index["state"]["data"]), other.identity, other.name)
