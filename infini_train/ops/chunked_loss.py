@@ -62,12 +62,12 @@ def weighted_loss(hidden_ND: Tensor, rows: Rows, labels_N: Tensor, factors_N: Te
         hidden_ND: as of `token_losses`; at least one token.
         rows: as there.
         labels_N: as there.
-        factors_N: fp32 or wider.
+        factors_N: of any floating dtype; without gradient.
 
     Returns:
         A scalar in fp32 or wider.
     """
-    factors_N = factors_N.masked_fill(labels_N < 0, 0.0)
+    factors_N = factors_N.to(_wide(hidden_ND)).masked_fill(labels_N < 0, 0.0)
     return _WeightedLoss.apply(hidden_ND, rows.weight_VD, rows, labels_N, factors_N)  # type: ignore[no-untyped-call]
 
 

@@ -29,8 +29,9 @@ def loss_and_gradients(model, tools, tokens=32):
     for begin in (0, tokens // 2):
         piece = slice(begin, begin + tokens // 2)
         grid = model.make_grids(starts_BT, torch.ones(starts_BT.shape), state)
-        loss_BT, state = model(tokens_BT[:, piece], grid, state, tokens_BT[:, 1:][:, piece])
-        total = total + loss_BT.mean()
+        factors_BT = torch.full(starts_BT.shape, 1 / starts_BT.numel())
+        loss, state = model(tokens_BT[:, piece], grid, state, tokens_BT[:, 1:][:, piece], factors_BT)
+        total = total + loss
     total.backward()
     return total.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
