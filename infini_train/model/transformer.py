@@ -137,9 +137,7 @@ class Transformer(nn.Module):
         if not self.stage.predicts:
             return hidden_TBD, state
         assert labels_BT is not None
-        factors_TB = None if factors_BT is None else factors_BT.t()
-        loss = self.head(self._finish(hidden_TBD), labels_BT.t(), factors_TB, self._tied())
-        return (loss.t() if factors_BT is None else loss), state
+        return self.losses(hidden_TBD, labels_BT, factors_BT), state
 
     def decode(self, inputs: Tensor, grids: Grids, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
@@ -183,6 +181,13 @@ class Transformer(nn.Module):
                 hidden_TBD, layer_state = layer(hidden_TBD, layer_state, grid)
             states.append(layer_state)
         return hidden_TBD, tuple(states)
+
+    def losses(self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None = None) -> Tensor:
+        """The losses that `forward` gives, of what `decode` gave."""
+        hidden_TBD, labels_TB = self._finish(hidden_TBD), labels_BT.t()
+        if factors_BT is None:
+            return self.head(hidden_TBD, labels_TB, None, self._tied()).t()
+        return self.head(hidden_TBD, labels_TB, factors_BT.t(), self._tied())
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """logits_TBV in fp32 (this rank's part of the vocabulary), of all these tokens at once: for few of them."""

@@ -125,7 +125,7 @@ def test_16_bit_gradients_are_summed_in_fp32(monkeypatch):
 
 def test_a_chunk_is_of_constant_size_until_it_has_few_tokens():
     assert chunk_tokens(4096) * 4096 * 4 == 64 * 2**20
-    assert chunk_tokens(16384) == chunk_tokens(128 * 1024) == 1024
+    assert chunk_tokens(8192) == chunk_tokens(128 * 1024) == 2048
 
 
 def test_no_tokens_have_no_losses():
