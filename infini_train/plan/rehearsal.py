@@ -38,6 +38,7 @@ from infini_train.plan.tracing import Sink, Source, tracing
 # Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane differs: transposed
 # activations are contiguous there and are not copied.
 LANES = (2, 3)
+DIRECT_CHUNKS = 4  # of the loss; more are extrapolated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _find_head(shape: _Shape, lanes: int) -> Cost:
     """Many chunks of tokens are extrapolated from a few: each adds the same work, and none needs more room."""
     tokens = lanes * shape.window_tokens // shape.context_size
     period = shape.tensor_size * chunk_tokens(shape.model.vocab_size // shape.tensor_size)
-    if tokens <= 4 * period:
+    if tokens <= DIRECT_CHUNKS * period:
         return _rehearse_head(shape, tokens)
     few = 2 * period + tokens % period  # the second one begins to add to the first
     share = (tokens - few) / period
