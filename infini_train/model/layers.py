@@ -174,14 +174,14 @@ class Head(nn.Module):
             declare(self.weight, EMBEDDING)
 
     def forward(
-        self, hidden_TBD: Tensor, labels_TB: Tensor, factors_TB: Tensor | None, tied: Tensor | None = None
+        self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None, tied: Tensor | None = None
     ) -> Tensor:
-        """loss_TB in nats without gradient; with `factors_TB` the sum of all losses times these, with gradient."""
+        """loss_BT in nats without gradient; with `factors_BT` the sum of all losses times these, with gradient."""
         rows = Rows(self._weight(tied), self.first_row, gather_from_tensor_model_parallel_region)
-        hidden_ND, labels_N = hidden_TBD.flatten(0, 1), labels_TB.flatten()
-        if factors_TB is None:
-            return token_losses(hidden_ND, rows, labels_N).view(labels_TB.shape)
-        return weighted_loss(hidden_ND, rows, labels_N, factors_TB.flatten())
+        hidden_ND, labels_N = hidden_TBD.flatten(0, 1), labels_BT.t().flatten()
+        if factors_BT is None:
+            return token_losses(hidden_ND, rows, labels_N).view(labels_BT.t().shape).t()
+        return weighted_loss(hidden_ND, rows, labels_N, factors_BT.t().flatten())
 
     def logits(self, hidden_TBD: Tensor, tied: Tensor | None = None) -> Tensor:
         """logits_TBV in fp32 of this rank's rows."""

@@ -184,10 +184,7 @@ class Transformer(nn.Module):
 
     def losses(self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None = None) -> Tensor:
         """The losses that `forward` gives, of what `decode` gave."""
-        hidden_TBD, labels_TB = self._finish(hidden_TBD), labels_BT.t()
-        if factors_BT is None:
-            return self.head(hidden_TBD, labels_TB, None, self._tied()).t()
-        return self.head(hidden_TBD, labels_TB, factors_BT.t(), self._tied())
+        return self.head(self._finish(hidden_TBD), labels_BT, factors_BT, self._tied())
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """logits_TBV in fp32 (this rank's part of the vocabulary), of all these tokens at once: for few of them."""
