@@ -9,18 +9,20 @@ logits of all tokens, then megatron-core's vocab_parallel_cross_entropy.
 Counted, on the meta device with a vocabulary of 128K: the storages that are alive at the fullest moment beyond hidden
 states and weight, the gradients among them, and the bytes that elementwise operations move.
 
-Measured, in fp32 on one thread: the largest resident set beyond that before the first pass, and the processor's seconds
-for forward and backward, which other load on the machine hardly changes. Each way runs in a process of its own, in
-turn; the table has medians. Results are kept in benchmarks/results/loss.json, the tables stand in docs/results/loss.md.
+Measured, in fp32 on one thread: the processor's seconds for forward and backward, both ways in turn in one process, so
+that whatever else the machine does meets both alike; and the largest resident set beyond that before the first pass,
+each way in a process of its own. Results are kept in benchmarks/results/loss.json, the tables stand in
+docs/results/loss.md.
 """
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,21 +37,20 @@ from infini_train.plan.tracing import tracing
 COUNTED = ((128 * 1024, 8192, 1024), (128 * 1024, 32 * 1024, 1024))  # vocabulary, tokens, hidden size
 MEASURED = ((32 * 1024, 4096, 256), (512, 4096, 256))
 WAYS = ("whole", "chunks")
-PASSES = 2  # the first one meets memory that nobody has touched
 
 
 def main() -> None:
     """Measures unless --report, then writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each case, both ways in turn")
+    parser.add_argument("--passes", type=int, default=6, metavar="N", help="timed, of each case and way")
     parser.add_argument("--report", action="store_true", help="only write the table")
-    parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # the process that measures
+    parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)  # the process that measures memory
     options = parser.parse_args()
     device.prepare()
     mesh.start()
     if options.alone:
         way, *sizes = options.alone
-        print(json.dumps(measure(way, *map(int, sizes))))
+        print(measure_bytes(way, *map(int, sizes)))
         return
     if not options.report:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,7 +59,7 @@ def main() -> None:
             for case in COUNTED
             for name, dtype in dtypes.items()
         ]
-        keep_result("loss", {"counted": counted, "measured": [compare(case, options.repeats) for case in MEASURED]})
+        keep_result("loss", {"counted": counted, "measured": [compare(case, options.passes) for case in MEASURED]})
     PAGE.write()
 
 
@@ -67,19 +68,20 @@ def named(case: tuple[int, int, int]) -> dict[str, int]:
     return dict(zip(("vocabulary", "tokens", "hidden"), case, strict=True))
 
 
-def compare(case: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Both ways in turn, each time in a new process; medians."""
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(repeats):
-        for way in WAYS:
-            command = [sys.executable, __file__, "--alone", way, *map(str, case)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
-            print(case, way, found[way][-1], flush=True)
-    medians = {
-        way: {name: statistics.median(each[name] for each in runs) for name in runs[0]} for way, runs in found.items()
-    }
-    return {**named(case), **medians}
+def compare(case: tuple[int, int, int], passes: int) -> dict[str, Any]:
+    """Bytes, median seconds and the median ratio of seconds."""
+    row: dict[str, Any] = {**named(case)}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--alone", way, *map(str, case)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        row[way] = {"bytes": int(done.stdout.splitlines()[-1])}
+    seconds = measure_seconds(passes, *case)
+    for way in WAYS:
+        row[way]["seconds"] = statistics.median(seconds[way])
+    ratios = (other / one for one, other in zip(*(seconds[way] for way in WAYS), strict=True))
+    row["time_ratio"] = statistics.median(ratios)
+    print(row, flush=True)
+    return row
 
 
 def draw(vocabulary: int, tokens: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,25 +100,32 @@ def count(way: str, vocabulary: int, tokens: int, hidden: int, dtype: torch.dtyp
         return {"bytes": trace.peak_bytes(), "moved": trace.work.moved_bytes}
 
 
-def measure(way: str, vocabulary: int, tokens: int, hidden: int) -> dict[str, float]:
-    """Seconds of the processor for a pass, and bytes beyond what the inputs take."""
+def measure_bytes(way: str, vocabulary: int, tokens: int, hidden: int) -> int:
+    """What a pass needs beyond its inputs."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     drawn = draw(vocabulary, tokens, hidden, torch.float32)
     before = resident_bytes()
-    for _ in range(PASSES):
-        begin = time.process_time()
-        loss = run(way, *drawn)
-        took = time.process_time() - begin
-    return {"seconds": took, "bytes": resident_bytes() - before, "loss": loss.item()}
+    run(way, *drawn)
+    return resident_bytes() - before
 
 
-def run(way: str, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Forward and backward; the loss."""
+def measure_seconds(passes: int, vocabulary: int, tokens: int, hidden: int) -> dict[str, list[float]]:
+    """The processor's seconds of each pass, after one that is not counted."""
+    torch.set_num_threads(1)
+    drawn = draw(vocabulary, tokens, hidden, torch.float32)
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(1 + passes):
+        for way in WAYS:
+            begin = time.process_time()
+            run(way, *drawn)
+            found[way].append(time.process_time() - begin)
+    return {way: seconds[1:] for way, seconds in found.items()}
+
+
+def run(way: str, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> None:
+    """Forward and backward."""
     weight_VD.grad = hidden_ND.grad = None
-    loss = (whole if way == "whole" else chunks)(hidden_ND, weight_VD, labels_N)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    (whole if way == "whole" else chunks)(hidden_ND, weight_VD, labels_N).backward()  # type: ignore[no-untyped-call]
 
 
 def whole(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -130,8 +139,9 @@ def chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def resident_bytes() -> int:
-    """The largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident set so far; unlike getrusage's, without that of the process that started this one."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
 
 
 def counted() -> str:
@@ -154,7 +164,7 @@ def measured() -> str:
         cells.append(f"{min(row['tokens'], chunk_tokens(row['vocabulary'])):,}")
         cells += [f"{row[way]['bytes'] / 1e6:,.0f} MB" for way in WAYS]
         cells += [f"{row[way]['seconds']:.2f} s" for way in WAYS]
-        rows.append([*cells, f"x {row['chunks']['seconds'] / row['whole']['seconds']:.2f}"])
+        rows.append([*cells, f"x {row['time_ratio']:.2f}"])
     return as_table(head, rows)
 
 
