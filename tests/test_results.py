@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "results"
 PROGRAMS = (
     *("passkey", "needles", "summaries", "table2_report", "context", "recall", "capacity", "streaming"),
-    *("plan_report", "context_parallel", "data", "faults_report", "stability", "babilong"),
+    *("plan_report", "context_parallel", "data", "faults_report", "stability", "babilong", "loss"),
 )
 MARK = re.compile(r"^<!-- (.+): written by (benchmarks/\w+\.py) -->$", flags=re.MULTILINE)
 

@@ -18,11 +18,13 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 
 from infini_train.model.parameters import Initial, constant, declare
+from infini_train.ops.chunked_loss import Rows, token_losses, weighted_loss
 
 EMBEDDING = Initial(std=0.02)
 MATRIX = Initial()
@@ -154,6 +156,41 @@ class Embedding(VocabParallelEmbedding):
         """hidden_TBD."""
         # megatron-core's layer transposes only where it scatters
         return super().forward(tokens_BT if self.reduce_scatter_embeddings else tokens_BT.t().contiguous())
+
+
+class Head(nn.Module):
+    """The projection to logits, its rows divided over the tensor-parallel ranks, and the loss.
+
+    Its input went `enter_parallel`. With `tied` the weight is the embedding's, handed in at each call.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: ModelParallelConfig, *, tied: bool) -> None:
+        super().__init__()
+        rows = vocab_size // parallel.tensor_model_parallel_size
+        self.first_row = rows * parallel_state.get_tensor_model_parallel_rank()
+        self.weight = None if tied else nn.Parameter(torch.empty(rows, hidden_size, dtype=parallel.params_dtype))
+        if self.weight is not None:
+            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+            declare(self.weight, EMBEDDING)
+
+    def forward(
+        self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None, tied: Tensor | None = None
+    ) -> Tensor:
+        """loss_BT in nats without gradient; with `factors_BT` the sum of all losses times these, with gradient."""
+        rows = Rows(self._weight(tied), self.first_row, gather_from_tensor_model_parallel_region)
+        hidden_ND, labels_N = hidden_TBD.flatten(0, 1), labels_BT.t().flatten()
+        if factors_BT is None:
+            return token_losses(hidden_ND, rows, labels_N).view(labels_BT.t().shape).t()
+        return weighted_loss(hidden_ND, rows, labels_N, factors_BT.t().flatten())
+
+    def logits(self, hidden_TBD: Tensor, tied: Tensor | None = None) -> Tensor:
+        """logits_TBV in fp32 of this rank's rows."""
+        return F.linear(hidden_TBD, self._weight(tied)).float()
+
+    def _weight(self, tied: Tensor | None) -> Tensor:
+        weight_VD = self.weight if tied is None else tied
+        assert weight_VD is not None
+        return weight_VD
 
 
 class Norm(nn.Module):

@@ -5,26 +5,15 @@ Hidden states are (T, B, D), as megatron-core's sequence parallelism needs.
 Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
-from dataclasses import replace
 from typing import cast
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_train.config.model import ModelConfig
-from infini_train.model.layers import (
-    EMBEDDING,
-    Embedding,
-    FeedForward,
-    Norm,
-    column_linear,
-    enter_parallel,
-    parallel_config,
-)
+from infini_train.model.layers import Embedding, FeedForward, Head, Norm, enter_parallel, parallel_config
 from infini_train.model.mixer import SequenceMixer, State
 from infini_train.model.stages import Stage
 from infini_train.model.variants import build_mixer, mixer_class
@@ -90,7 +79,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, parallel, ranks, number) for number in numbers})
         if stage.predicts:
             self.norm_final = _norm(config, parallel)
-            self.head = _head(config, parallel)
+            self.head = Head(config.vocab_size, config.hidden_size, parallel, tied=config.tied_embeddings)
 
     def initial_state(self, lanes: int) -> ModelState | None:
         """The state before the first token of these lanes; None if no layer carries anything between windows."""
@@ -132,7 +121,12 @@ class Transformer(nn.Module):
         return self.memory_tokens is None and find_kernel(weight.device, weight.dtype, *sizes) is not None
 
     def forward(
-        self, inputs: Tensor, grids: Grids, state: ModelState | None, labels_BT: Tensor | None
+        self,
+        inputs: Tensor,
+        grids: Grids,
+        state: ModelState | None,
+        labels_BT: Tensor | None,
+        factors_BT: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Losses of the tokens of one call; a stage that doesn't predict gives its hidden states instead.
 
@@ -141,17 +135,17 @@ class Transformer(nn.Module):
             grids: of this call, on the parameters' device.
             state: what earlier calls left, or None before the first token.
             labels_BT: int64 targets, `IGNORED` where there is none.
+            factors_BT: of the losses in the sum whose gradient is wanted, fp32; None: no gradient is.
 
         Returns:
-            Cross-entropy in nats, loss_BT (fp32, 0 where ignored), and the state after the call.
+            Cross-entropy in nats, and the state after the call. Without `factors_BT` that of each token, loss_BT (fp32,
+            0 where ignored), and it has no gradient; with them the sum of all losses times these.
         """
         hidden_TBD, state = self.decode(inputs, grids, state)
         if not self.stage.predicts:
             return hidden_TBD, state
         assert labels_BT is not None
-        labels_TB = labels_BT.t()
-        loss_TB = vocab_parallel_cross_entropy(self.logits(hidden_TBD), labels_TB.clamp_min(0).contiguous())
-        return torch.where(labels_TB == IGNORED, 0.0, loss_TB).t(), state
+        return self.losses(hidden_TBD, labels_BT, factors_BT), state
 
     def decode(self, inputs: Tensor, grids: Grids, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
@@ -196,11 +190,19 @@ class Transformer(nn.Module):
             states.append(layer_state)
         return hidden_TBD, tuple(states)
 
+    def losses(self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None = None) -> Tensor:
+        """The losses that `forward` gives, of what `decode` gave."""
+        return self.head(self._finish(hidden_TBD), labels_BT, factors_BT, self._tied())
+
     def logits(self, hidden_TBD: Tensor) -> Tensor:
-        """logits_TBV in fp32 (this rank's part of the vocabulary)."""
-        tied = self.embedding.weight if self.config.tied_embeddings else None
-        hidden_TBD = enter_parallel(self.norm_final(hidden_TBD), self.parallel)
-        return self.head(hidden_TBD, weight=tied)[0].float()
+        """logits_TBV in fp32 (this rank's part of the vocabulary), of all these tokens at once: for few of them."""
+        return self.head.logits(self._finish(hidden_TBD), self._tied())
+
+    def _finish(self, hidden_TBD: Tensor) -> Tensor:
+        return enter_parallel(self.norm_final(hidden_TBD), self.parallel)
+
+    def _tied(self) -> Tensor | None:
+        return self.embedding.weight if self.config.tied_embeddings else None
 
     def carry_over(self, state: ModelState) -> ModelState | None:
         """What is carried from one window of training to the next, detached; None if no layer carries anything."""
@@ -221,17 +223,3 @@ def _whole(state: ModelState) -> ModelState | None:
 
 def _norm(config: ModelConfig, parallel: ModelParallelConfig) -> Norm:
     return Norm(config.hidden_size, config.norm_eps, parallel.params_dtype, divided=parallel.sequence_parallel)
-
-
-def _head(config: ModelConfig, parallel: ModelParallelConfig) -> ColumnParallelLinear:
-    if not config.tied_embeddings:
-        return column_linear(config.hidden_size, config.vocab_size, parallel, initial=EMBEDDING)
-    return ColumnParallelLinear(  # its weight is the embedding's, handed in at each call
-        config.hidden_size,
-        config.vocab_size,
-        config=replace(parallel, sequence_parallel=False),
-        init_method=lambda weight: weight,
-        bias=False,
-        skip_weight_param_allocation=True,
-        disable_grad_reduce=True,
-    )

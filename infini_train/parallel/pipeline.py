@@ -192,11 +192,12 @@ def run_window(
         inputs = batch.tokens_BT[:, mine].to(device.current()) if stage.stage.embeds else slot.hidden_TBD
         labels = batch.labels_BT[:, mine].to(device.current()) if stage.stage.predicts else None
         here = grids[index].to(device.current())
-        output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels)
+        weights_Bt = batch.loss_weights_BT[:, mine].to(device.current()) if stage.stage.predicts else None
+        factors_Bt = None if weights_Bt is None or loss_scale is None else weights_Bt * loss_scale
+        output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels, factors_Bt)
         after[slot.number][index] = stage.carry_over(state)
         on_phase("backward", which)
-        weights_Bt = batch.loss_weights_BT[:, mine]
-        return output, lambda loss_Bt: _scaled(loss_Bt, weights_Bt.to(loss_Bt.device), loss_scale)
+        return output, lambda loss: _summed(loss, weights_Bt, loss_scale)
 
     numbers = [iter(range(len(micro_batches))) for _ in stages.slots]
     with device.schedule_scope():
@@ -224,7 +225,11 @@ def _make_grids(
     return grids
 
 
-def _scaled(loss_Bt: Tensor, weights_Bt: Tensor, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    total = (loss_Bt * weights_Bt).sum()
-    count = torch.zeros((), dtype=torch.int, device=total.device)  # unused: the scale contains it
-    return total * (loss_scale or 1.0), count, total.detach()
+def _summed(loss: Tensor, weights_Bt: Tensor | None, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(what backward begins with, an unused count, the weighted sum) of a forward's losses, or of their scaled sum."""
+    assert weights_Bt is not None
+    count = torch.zeros((), dtype=torch.int, device=loss.device)  # the scale contains it
+    if loss_scale is not None:
+        return loss, count, loss.detach() / loss_scale
+    total = (loss * weights_Bt).sum()
+    return total, count, total

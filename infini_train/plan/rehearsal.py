@@ -27,6 +27,7 @@ from infini_train.config.run import RunConfig
 from infini_train.model.layers import parallel_config
 from infini_train.model.stages import Stage
 from infini_train.model.transformer import Transformer
+from infini_train.ops.chunked_loss import chunk_tokens
 from infini_train.ops.ranks import Ranks
 from infini_train.parallel import device, mesh
 from infini_train.parallel.context import ContextRanks
@@ -37,6 +38,7 @@ from infini_train.plan.tracing import Sink, Source, tracing
 # Costs of more lanes are extrapolated from these two: a constant, and an amount per lane. One lane differs: transposed
 # activations are contiguous there and are not copied.
 LANES = (2, 3)
+DIRECT_CHUNKS = 4  # of the loss; more are extrapolated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def _extrapolate(shape: _Shape, lanes: int) -> Costs:
     return Costs(
         layers=tuple(map(extend, few.layers, more.layers)),
         embedding=extend(few.embedding, more.embedding),
-        head=extend(few.head, more.head),
+        head=_find_head(shape, lanes),
         stack=extend(few.stack, more.stack),
         on_cuda=shape.on_cuda,
     )
@@ -101,18 +103,53 @@ def _extrapolate(shape: _Shape, lanes: int) -> Costs:
 
 @functools.lru_cache(maxsize=1024)
 def _rehearse(shape: _Shape, lanes: int) -> Costs:
-    parallel = ParallelConfig(
+    alike, head = _find_alike(shape.model), _find_head(shape, lanes)
+    stage = Stage(0, max(alike) + 1)
+    with pretending(_parallel(shape)), device.on_meta(), _explaining(shape.model):
+        model = build_transformer(shape.model, stage, shape.precision, shape.sequence_parallel)
+        model.layers = nn.ModuleDict({str(number): model.layers[str(number)] for number in dict.fromkeys(alike)})
+        return _Rehearsal(model, shape, lanes).run(alike, head)
+
+
+def _find_head(shape: _Shape, lanes: int) -> Cost:
+    """Many chunks of tokens are extrapolated from a few: each adds the same work, and none needs more room."""
+    tokens = lanes * shape.window_tokens // shape.context_size
+    period = shape.tensor_size * chunk_tokens(shape.model.vocab_size // shape.tensor_size)
+    if tokens <= DIRECT_CHUNKS * period:
+        return _rehearse_head(shape, tokens)
+    few = 2 * period + tokens % period  # the second one begins to add to the first
+    share = (tokens - few) / period
+    return _rehearse_head(shape, few).times(1 - share) + _rehearse_head(shape, few + period).times(share)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rehearse_head(shape: _Shape, tokens: int) -> Cost:
+    with pretending(_parallel(shape)), device.on_meta():
+        model = build_transformer(shape.model, Stage(0, 0), shape.precision, shape.sequence_parallel)
+        hidden_TBD, ids_BT = _make_inputs(shape, 1, tokens)
+        factors_BT = torch.empty(ids_BT.shape)
+
+        def run(source: Callable[[Tensor], Tensor]) -> Tensor:
+            return model.losses(source(hidden_TBD), source(ids_BT), source(factors_BT))
+
+        return _trace(run, model, hidden_TBD, shape.on_cuda)
+
+
+def _parallel(shape: _Shape) -> ParallelConfig:
+    return ParallelConfig(
         tensor_size=shape.tensor_size,
         sequence_parallel=shape.sequence_parallel,
         context_size=shape.context_size,
         data_size=1,
     )
-    alike = _find_alike(shape.model)
-    stage = Stage(0, max(alike) + 1)
-    with pretending(parallel), device.on_meta(), _explaining(shape.model):
-        model = build_transformer(shape.model, stage, shape.precision, shape.sequence_parallel)
-        model.layers = nn.ModuleDict({str(number): model.layers[str(number)] for number in dict.fromkeys(alike)})
-        return _Rehearsal(model, shape, lanes).run(alike)
+
+
+def _make_inputs(shape: _Shape, lanes: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """hidden_TBD and ids_BT of this rank, on the meta device."""
+    rows = tokens // shape.tensor_size if shape.sequence_parallel else tokens
+    dtype = training_dtype(shape.precision)
+    hidden_TBD = torch.empty(rows, lanes, shape.model.hidden_size, dtype=dtype, requires_grad=True)
+    return hidden_TBD, torch.empty(lanes, tokens, dtype=torch.int64)
 
 
 @contextlib.contextmanager
@@ -247,33 +284,26 @@ class _Rehearsal:
 
     def __init__(self, model: Transformer, shape: _Shape, lanes: int) -> None:
         self.model, self.on_cuda = model, shape.on_cuda
-        tokens = shape.window_tokens // shape.context_size
-        rows = tokens // shape.tensor_size if shape.sequence_parallel else tokens
-        dtype = training_dtype(shape.precision)
         self.state = model.initial_state(lanes) if shape.carry_memory else None
         marks = torch.zeros(lanes, shape.window_tokens, dtype=torch.bool), torch.ones(lanes, shape.window_tokens)
         self.grids = model.make_grids(*marks, self.state, (0, shape.context_size))
-        self.ids_BT = torch.empty(lanes, tokens, dtype=torch.int64)
-        self.hidden_TBD = torch.empty(rows, lanes, shape.model.hidden_size, dtype=dtype, requires_grad=True)
+        self.hidden_TBD, self.ids_BT = _make_inputs(shape, lanes, shape.window_tokens // shape.context_size)
 
-    def run(self, alike: tuple[int, ...]) -> Costs:
-        """The costs of a model each of whose layers does the same work as the one of this number."""
+    def run(self, alike: tuple[int, ...], head: Cost) -> Costs:
+        """The costs of a model with this head, each of whose layers does the same work as the one of this number."""
         model, whole = self.model, self.model.stage
         calls = self._run_layers()
         layers = {number: of_layer.cost for number, of_layer in zip(dict.fromkeys(alike), calls, strict=True)}
         for layer, of_layer in zip(model.layers.values(), calls, strict=True):
             states = [_make(of_layer.known[key][1][1]) for key in of_layer.order]
             layer.forward = functools.partial(_pass_on, states, [])
-        stack, embedding, head = (
-            self._run_stage(whole._replace(embeds=embeds, predicts=predicts))
-            for embeds, predicts in ((False, False), (True, False), (False, True))
-        )
+        stack, embedding = (self._run_stage(whole._replace(embeds=embeds, predicts=False)) for embeds in (False, True))
         for layer in model.layers.values():
             del layer.forward
         return Costs(
             layers=tuple(layers[number] for number in alike),
             embedding=embedding.without(stack),
-            head=head.without(stack),
+            head=head,
             stack=stack,
             on_cuda=self.on_cuda,
         )
@@ -301,7 +331,7 @@ class _Rehearsal:
                 result.append(_outline(output))
                 return output[0]  # type: ignore[no-any-return, index]
 
-            cost = self._trace(run, layer, hidden_TBD)
+            cost = _trace(run, layer, hidden_TBD, self.on_cuda)
             calls.known[key] = (cost, result[0])
         return _make(calls.known[key][1])
 
@@ -311,30 +341,31 @@ class _Rehearsal:
         inputs = self.ids_BT if stage.embeds else self.hidden_TBD
         model.stage = stage
         try:
-            return self._trace(
-                lambda source: model(source(inputs), self.grids, self.state, source(self.ids_BT))[0], model, inputs
+            return _trace(
+                lambda source: model(source(inputs), self.grids, self.state, None)[0], model, inputs, self.on_cuda
             )
         finally:
             model.stage = whole
 
-    def _trace(self, run: Callable[[Any], Tensor], module: nn.Module, inputs: Tensor) -> Cost:
-        """Forward and backward of what `run` returns; it passes its inputs through the function that it is given."""
-        with tracing(self.on_cuda, list(module.parameters())) as trace:
-            result = run(Source.apply)
-            forward, again = trace.work, trace.saved
-            kept_bytes = trace.live_bytes() - result.untyped_storage().nbytes()
-            end = Sink.apply(result)  # type: ignore[no-untyped-call]
-            del result
-            end.backward()
-            backward = trace.work + forward.times(-1)
-        return Cost(
-            forward=forward,
-            backward=backward,
-            again=again,
-            input_bytes=inputs.nbytes,
-            kept_bytes=kept_bytes,
-            working_bytes=trace.peak_bytes() - kept_bytes,
-        )
+
+def _trace(run: Callable[[Any], Tensor], module: nn.Module, inputs: Tensor, on_cuda: bool) -> Cost:
+    """Forward and backward of what `run` returns; it passes its inputs through the function that it is given."""
+    with tracing(on_cuda, list(module.parameters())) as trace:
+        result = run(Source.apply)
+        forward, again = trace.work, trace.saved
+        kept_bytes = trace.live_bytes() - result.untyped_storage().nbytes()
+        end = Sink.apply(result)  # type: ignore[no-untyped-call]
+        del result
+        end.backward()
+        backward = trace.work + forward.times(-1)
+    return Cost(
+        forward=forward,
+        backward=backward,
+        again=again,
+        input_bytes=inputs.nbytes,
+        kept_bytes=kept_bytes,
+        working_bytes=trace.peak_bytes() - kept_bytes,
+    )
 
 
 def _pass_on(states: list[Any], calls: list[None], hidden_TBD: Tensor, *_: Any) -> tuple[Tensor, Any]:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_train.config.attention import InfiniConfig
 from infini_train.model.transformer import IGNORED
+from infini_train.ops import chunked_loss
 
 OPTIONS = {
     "plain": {},
@@ -29,8 +31,9 @@ def loss_and_gradients(model, tools, tokens=32):
     for begin in (0, tokens // 2):
         piece = slice(begin, begin + tokens // 2)
         grid = model.make_grids(starts_BT, torch.ones(starts_BT.shape), state)
-        loss_BT, state = model(tokens_BT[:, piece], grid, state, tokens_BT[:, 1:][:, piece])
-        total = total + loss_BT.mean()
+        factors_BT = torch.full(starts_BT.shape, 1 / starts_BT.numel())
+        loss, state = model(tokens_BT[:, piece], grid, state, tokens_BT[:, 1:][:, piece], factors_BT)
+        total = total + loss
     total.backward()
     return total.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -103,6 +106,43 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(tools):
     )
     torch.testing.assert_close(loss_BT, expected, rtol=1e-5, atol=1e-5)
     assert not loss_BT[0, :5].any() and loss_BT.dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [each for each in (out if isinstance(out, list | tuple) else [out]) if isinstance(each, torch.Tensor)]
+        self.numel = max(self.numel, *(each.numel() for each in tensors), 0)
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
+def test_logits_of_a_whole_window_never_exist(tied, trains, tools, monkeypatch):
+    """128 tokens with a vocabulary of 4096: the largest tensor is the weight, or the logits of 8 tokens."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(chunked_loss, "LEAST_TOKENS", 8)
+    model, tokens_BT = tools.build(tools.tiny(vocab_size=4096, tied_embeddings=tied)), tools.draw(65, vocab=4096)
+    grid = model.make_grids(torch.zeros(2, 64, dtype=torch.bool), torch.ones(2, 64), None)
+    with Largest() as largest, torch.set_grad_enabled(trains):
+        loss, _ = model(tokens_BT[:, :-1], grid, None, tokens_BT[:, 1:], torch.ones(2, 64) if trains else None)
+        if trains:
+            loss.backward()
+    assert largest.numel == 4096 * max(8, model.config.hidden_size) < 4096 * 128
+
+
+def test_the_weighted_sum_is_that_of_the_losses(tools):
+    model, tokens_BT = tools.build(tools.tiny()), tools.draw(33)
+    grid = model.make_grids(torch.zeros(2, 32, dtype=torch.bool), torch.ones(2, 32), None)
+    factors_BT = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    loss_BT, _ = model(tokens_BT[:, :-1], grid, None, tokens_BT[:, 1:])
+    total, _ = model(tokens_BT[:, :-1], grid, None, tokens_BT[:, 1:], factors_BT)
+    torch.testing.assert_close(total, (loss_BT * factors_BT).sum())
+    assert total.requires_grad and not loss_BT.requires_grad
 
 
 def test_tied_embeddings_are_one_parameter(tools):

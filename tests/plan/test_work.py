@@ -15,7 +15,9 @@ from infini_train.config.run import RunConfig
 from infini_train.model.flops import forward_flops_per_token, training_flops_per_token
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
+from infini_train.ops import chunked_loss
 from infini_train.parallel import device, mesh
+from infini_train.plan import rehearsal
 from infini_train.plan.rehearsal import find_costs
 
 ATTENTION = "_scaled_dot_product"
@@ -131,6 +133,27 @@ def test_more_lanes_are_extrapolated() -> None:
     found = find_costs(config, on_cuda=False).layers[0]
     assert (found.forward.matmul_flops, found.backward.matmul_flops) == (forward.flops, backward.flops)
     assert found.kept_bytes == kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_head_is_counted_chunk_by_chunk(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven chunks, the last of 32 tokens, extrapolated from a few, against all of them counted."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(chunked_loss, "LEAST_TOKENS", 240)
+    many = find_costs(make_config({"kind": "local"}, precision, lanes=10), False).head
+    monkeypatch.setattr(rehearsal, "DIRECT_CHUNKS", 100)
+    rehearsal._extrapolate.cache_clear()
+    direct = find_costs(make_config({"kind": "local"}, precision, lanes=10), False).head
+    rehearsal._extrapolate.cache_clear()
+    tokens, width, rows = 10 * 256, 128, 96
+    assert many.forward.matmul_flops == pytest.approx(3 * 2 * tokens * width * rows)  # gradients come with the logits
+    assert many.backward.matmul_flops == 0
+    for name in ("forward", "backward"):
+        found, expected = getattr(many, name), getattr(direct, name)
+        assert found.moved_bytes == pytest.approx(expected.moved_bytes)
+        assert found.launches == pytest.approx(expected.launches)
+    assert many.kept_bytes == pytest.approx(direct.kept_bytes)
+    assert many.working_bytes == pytest.approx(direct.working_bytes)
 
 
 def test_recomputation_stops_at_the_last_tensor_that_is_needed() -> None:

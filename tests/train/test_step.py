@@ -219,9 +219,9 @@ def embedding_gradient(session, batch, state):
     last = dataclasses.replace(batch, labels_BT=batch.labels_BT.copy())
     last.labels_BT[:, : WINDOW - 8] = IGNORED
     tokens, labels, starts, weights, _ = next(iter(cut_micro_batches(last, 1)))
-    loss_BT, after = model(tokens, model.make_grids(starts, weights, state), state, labels)
+    loss, after = model(tokens, model.make_grids(starts, weights, state), state, labels, torch.ones(labels.shape))
     hook.remove()
-    (gradient_TBD,) = torch.autograd.grad(loss_BT.sum(), kept[0])
+    (gradient_TBD,) = torch.autograd.grad(loss, kept[0])
     return gradient_TBD[:, 0].norm(dim=-1), after
 
 
