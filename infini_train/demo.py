@@ -59,6 +59,7 @@ def run_demo(text: str | None, out: Path | None, overrides: Sequence[str], verbo
     settings = [*(f"{name}={json.dumps(value)}" for name, value in fields.items()), *overrides]
     config = load_run("demo", settings)
     sets = [word for setting in settings for word in ("--set", setting)]
+    chosen = [f"--device={config.device}", *verbosity]
     with explain_disk_errors(out):
         _record_source(source, out)
         corpus = [str(source), "--on-bad-record", "skip"] if text else _standard_library(source, out)
@@ -75,9 +76,9 @@ def run_demo(text: str | None, out: Path | None, overrides: Sequence[str], verbo
         _announce("3/5  training (Ctrl-C saves; the same command resumes)")
         _run([*TRAIN, "train", "demo", *sets, *verbosity])
         _announce("4/5  perplexity of held-out documents, streamed with the memory carried along")
-        result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json", *verbosity]))
+        result = json.loads(_run([*TRAIN, "eval", str(out), "--max-tokens", "100000", "--json", *chosen]))
         _announce("5/5  a sample")
-        sample = ["--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end", *verbosity]
+        sample = ["--prompt", PROMPT, "--max-new-tokens", "80", "--ignore-end", *chosen]
         print(_run([*TRAIN, "generate", str(out), *sample]), end="")
     except CommandError as error:
         return error.code

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from infini_train.ops.sinks import Cuts, SinkGrid, Sinks, find_sinks, no_sinks
 from infini_train.ops.state import Stored
-from infini_train.ops.varlen import Runs, find_runs
+from infini_train.ops.varlen import Runs, find_runs, serves
 
 NOTHING = -(2**30)
 LONG = 2**30
@@ -323,14 +323,17 @@ class _Sight(NamedTuple):
 def _find_sight(query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, *, as_runs: bool) -> _Sight:
     """Mask or runs by which a query sees what is not later and of the same document, and sinks.
 
-    Neither where a mask would be plain causal attention. Runs are told even then, so that all calls are alike.
+    Neither where a mask would be plain causal attention. Runs are told even then, but not where there are very many.
     """
     queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]
     if as_runs:
+        seen_BSJ = key_BSJ
         if sinks is not None:  # those seen lie right before the keys of their document
-            seen_BSZ = sinks.seen_BSQZ.any(2)
-            key_BSJ = torch.cat((torch.where(seen_BSZ, key_BSJ[..., :1], NOTHING - 1), key_BSJ), -1)
-        return _Sight(None, find_runs(key_BSJ, key_BSJ.shape[2] - queries))
+            is_seen_BSZ = sinks.seen_BSQZ.any(2)
+            seen_BSJ = torch.cat((torch.where(is_seen_BSZ, key_BSJ[..., :1], NOTHING - 1), key_BSJ), -1)
+        runs = find_runs(seen_BSJ, seen_BSJ.shape[2] - queries)
+        if seen_BSJ.is_meta or serves(runs, query_BSQ[..., 0].numel()):
+            return _Sight(None, runs)
     if sinks is None and queries == keys and not _has_inner_start(query_BSQ):
         return _Sight(None, None)
     causal_QJ = torch.ones(queries, keys, dtype=torch.bool, device=key_BSJ.device).tril(keys - queries)

@@ -23,14 +23,20 @@ LOG = logging.getLogger(__name__)
 Kernel = Callable[..., Tensor]
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_DIM, DIM_MULTIPLE = 256, 8  # head sizes of flash attention
+RUN_ROWS = 128  # of padding, of fp32 gradients of queries, for each run
 TOLERANCE = 0.02  # bf16 has steps of 0.4 to 0.8 %
 
 
 class Runs(NamedTuple):
-    """Where each run begins among the queries and among the keys of a call, and where the last one ends; int32."""
+    """Where each run begins among the queries and among the keys of a call, and where the last one ends; int32.
+
+    most_queries and most_keys are those of the longest run.
+    """
 
     queries_N: Tensor
     keys_N: Tensor
+    most_queries: int
+    most_keys: int
 
 
 def find_runs(document_BSJ: Tensor, first_query: int) -> Runs:
@@ -46,21 +52,38 @@ def find_runs(document_BSJ: Tensor, first_query: int) -> Runs:
     if is_first_BSJ.is_meta:
         start_N = torch.empty(is_first_BSJ[..., 0].numel(), dtype=torch.int64, device=is_first_BSJ.device)
     else:
-        start_N = is_first_BSJ.flatten().nonzero()[:, 0]
+        start_N = _join_unseen(is_first_BSJ, first_query).flatten().nonzero()[:, 0]
     start_N = F.pad(start_N, (0, 1), value=is_first_BSJ.numel())
     segment_N, place_N = start_N // keys, start_N % keys
     query_N = segment_N * (keys - first_query) + (place_N - first_query).clamp_min(0)
-    return Runs(query_N.int(), start_N.int())
+    most = [keys - first_query, keys]
+    if not start_N.is_meta:
+        most = [int(x_N.diff().max()) for x_N in (query_N, start_N)]
+    return Runs(query_N.int(), start_N.int(), *most)
+
+
+def _join_unseen(is_first_BSJ: Tensor, first_query: int) -> Tensor:
+    """Runs that end before the first query of their segment become one: kernels take memory for each run."""
+    place_J = torch.arange(is_first_BSJ.shape[-1], device=is_first_BSJ.device)
+    before_BSJ = is_first_BSJ & (place_J <= first_query)
+    last_BS1 = torch.where(before_BSJ, place_J, 0).amax(-1, keepdim=True)
+    return is_first_BSJ & ((place_J > first_query) | (place_J == last_BS1) | (place_J == 0))
+
+
+def serves(runs: Runs, segments: int) -> bool:
+    """Whether runs are few enough for a kernel: backward takes `RUN_ROWS` rows more of memory for each.
+
+    That may double the rows of the call beside those of two runs a segment, which there nearly always are.
+    """
+    return (len(runs.keys_N) - 1 - 2 * segments) * RUN_ROWS <= int(runs.queries_N[-1])
 
 
 def attend_runs(kernel: Kernel, q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, runs: Runs) -> Tensor:
     """out_BSHQE: each query attends to its run. The kernel takes the arguments of torch's `varlen_attn`."""
     lanes, segments, _, queries, _ = q_BSHQD.shape
-    # The longest runs there could be, not those there are: a compiled layer would be compiled again for each length.
-    longest = queries, k_BSKJD.shape[3]
     q_MHD, k_XKD, v_XKE = (x.transpose(2, 3).flatten(0, 2) for x in (q_BSHQD, k_BSKJD, v_BSKJE))
     groups = q_MHD.shape[1] != k_XKD.shape[1]
-    out_MHE = kernel(q_MHD, k_XKD, v_XKE, *runs, *longest, window_size=(-1, 0), enable_gqa=groups)
+    out_MHE = kernel(q_MHD, k_XKD, v_XKE, *runs, window_size=(-1, 0), enable_gqa=groups)
     return out_MHE.unflatten(0, (lanes, segments, queries)).transpose(2, 3)
 
 
@@ -98,16 +121,17 @@ def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | N
 def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """The largest relative error of a kernel's outputs and gradients against a mask, on random heads in two groups.
 
-    Two segments of 48 queries that see 64 keys; documents end among the first keys, so that some have no query, and
-    inside a segment. NaN if anything is.
+    Two segments of 300 queries that see 400 keys, more than a block of a kernel; documents end among the first keys, so
+    that some have no query, and inside a segment. NaN if anything is.
     """
-    queries, keys, heads, groups = 48, 64, 4, 2
+    queries, keys, heads, groups = 300, 400, 4, 2
     random = torch.Generator().manual_seed(0)
     shapes = (heads, queries), (groups, keys), (groups, keys)
     drawn = [torch.randn(1, 2, *shape, head_dim, generator=random).to(device, dtype) for shape in shapes]
     document_BSJ = torch.zeros(1, 2, keys, dtype=torch.int64)
-    document_BSJ[:, 0, 9:], document_BSJ[:, 1, 30:] = 1, 2
-    runs = Runs(*(x.to(device) for x in find_runs(document_BSJ, keys - queries)))
+    document_BSJ[:, 0, 60:], document_BSJ[:, 1, 170:] = 1, 2
+    found_runs = find_runs(document_BSJ, keys - queries)
+    runs = found_runs._replace(queries_N=found_runs.queries_N.to(device), keys_N=found_runs.keys_N.to(device))
     is_same = document_BSJ[..., keys - queries :, None] == document_BSJ[..., None, :]
     mask = (is_same & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)).to(device)[:, :, None]
 

@@ -58,7 +58,10 @@ def choose(wanted: str = "auto") -> bool:
         return False
     absence = find_absence()
     if absence is not None and (wanted == "cuda" or absence.is_fault):
-        raise ConfigError(f"device: {wanted}: {absence.reason}; to use the CPU: --set device=cpu, --device cpu")
+        raise ConfigError(
+            f"device: {wanted}: {absence.reason}; to use the CPU: --set device=cpu or"
+            f" --device cpu, or {VISIBLE}= where a command has neither"
+        )
     if absence is not None and torch.version.cuda is None and find_signs() and world()[0] == 0:
         LOG.warning("warning: device: %s: %s; the CPU is used", wanted, absence.reason)
     _uses_cuda = absence is None
@@ -168,13 +171,13 @@ def choose_index(local_rank: int, local_ranks: int | None, gpus: int) -> int:
 
     Args:
         local_rank: its number among the ranks of its machine.
-        local_ranks: these ranks, if all see the same GPUs (--nproc, torchrun); None: srun may show each its own alone.
+        local_ranks: these ranks, where that is known (--nproc, torchrun); None: srun may show each its own GPU alone.
         gpus: GPUs that this rank sees.
 
     Raises:
         ConfigError: there are more ranks than GPUs.
     """
-    if local_ranks is None and gpus == 1:
+    if gpus == 1 and (local_ranks is None or is_shown_one()):
         return 0
     if local_ranks is not None and local_ranks > gpus:
         raise ConfigError(

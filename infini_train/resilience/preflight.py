@@ -48,6 +48,8 @@ MIN_FREE_SCRATCH_GIB = 1.0
 REPEATS = 4
 NO_GPU = "0 GPUs are seen"
 DEVICE = "its device can't be used"
+PLACE = "no device is its own"
+SHARING = "ranks would use one GPU"
 ALL = "all"  # in a verdict, in the place of a rank
 
 
@@ -145,14 +147,16 @@ def check_device() -> list[str]:
         device.set_current()
         ones = torch.ones(256, 256, device=device.current())
         wrong = int((ones @ ones != 256).sum())
-    except (RuntimeError, ConfigError) as error:
+    except ConfigError as error:
+        return [f"{PLACE}: {error}"]
+    except RuntimeError as error:
         return [f"{DEVICE}: {' '.join(str(error).split())[:200]}"]
     return [f"its device multiplies wrongly ({wrong} of 65536 numbers)"] if wrong else []
 
 
 def find_facts(problems: list[str]) -> Facts:
     """What this rank reports: its problems; versions that have to be the same on all ranks, by name; its GPU."""
-    is_usable = not any(text.startswith(DEVICE) for text in problems)
+    is_usable = not any(text.startswith((DEVICE, PLACE)) for text in problems)
     versions = {"python": sys.version.split()[0], "device": device.describe() if is_usable else "none"}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -220,16 +224,30 @@ def _collect(store: meeting.SignedStore, size: int, timeout_s: float) -> list[Fa
 def judge(facts: Sequence[Facts]) -> dict[str, str]:
     """Problems by rank: its own findings, and where it differs from the others.
 
-    A problem that all nodes have is no node's fault; then it is all that is told, under `ALL`.
+    A problem that all nodes have is no node's fault; then everything is told under `ALL`.
     """
     found = [each._replace(problems=[*each.problems, *_compare(each, facts)]) for each in facts]
-    if shared := find_shared(found):
-        return {ALL: shared}
-    return {
-        str(rank): f"rank {rank} ({each.node}): {'; '.join(each.problems)}"
+    shared = find_shared(found)
+    own = {
+        str(rank): f"rank {rank} ({each.node}): {'; '.join(rest)}"
         for rank, each in enumerate(found)
-        if each.problems
+        if (rest := [text for text in each.problems if _form(text) not in shared])
     }
+    if not shared:
+        return own
+    nodes = len({each.node for each in found})
+    whose = f"all {nodes} nodes have" if nodes > 1 else f"the only node ({found[0].node}) has"
+    told = "; ".join(shared.values())
+    besides = f"; besides, {'; '.join(own.values())}" if own else ""
+    return {
+        ALL: f"{whose} this problem: {told}; so the cause is taken to be the image, the driver, the cluster's config or"
+        f" a file system, no node is left out, and another start would find the same{besides}"
+    }
+
+
+def _form(problem: str) -> str:
+    """The same for problems that differ in sizes and times alone, as in 3.2 GiB."""
+    return re.sub(r"\d+\.\d+", "", problem)
 
 
 def _compare(one: Facts, facts: Sequence[Facts]) -> list[str]:
@@ -244,30 +262,32 @@ def _compare(one: Facts, facts: Sequence[Facts]) -> list[str]:
             problems.append(f"{name} {one.versions.get(name)}, the others have {usual}")
     sharing = sum(bool(one.gpu) and (each.node, each.gpu) == (one.node, one.gpu) for each in facts)
     if sharing > 1:
-        problems.append(f"{sharing} ranks would use one GPU, which NCCL refuses")
+        problems.append(f"{sharing} {SHARING}, which NCCL refuses")
     return problems
 
 
-def find_shared(facts: Sequence[Facts]) -> str:
-    """A problem that all nodes have, so that another node would have it too; empty if there is none.
+def find_shared(facts: Sequence[Facts]) -> dict[str, str]:
+    """Problems that another node would have too, by their form: no node is at fault. Empty if there are none.
 
-    One node alone can't be compared. If no GPU can be used at a job's first start there, nothing speaks for the image.
+    Of several nodes: those that all have, and if they are of a device, on all ranks; scratch folders belong to their
+    nodes. One node alone can't be compared: those that are of no device, and at a job's first start that no GPU is
+    seen, since nothing speaks for the image then.
     """
-    found: dict[str, dict[str, str]] = {}
-    for each in facts:  # sizes and times, as in 3.2 GiB, are no difference
-        found.setdefault(each.node, {}).update({re.sub(r"\d+\.\d+", "", text): text for text in each.problems})
-    first, *others = found.values()
-    shared = [text for key, text in first.items() if all(key in problems for problems in others)]
-    if not others:
-        has_run = read_number("SLURM_RESTART_COUNT", 0) > 0
-        shared = [text for text in shared if text.startswith(NO_GPU) and not has_run]
-    if not shared:
-        return ""
-    nodes = f"all {len(found)} nodes have" if others else f"the only node ({facts[0].node}) has"
-    return (
-        f"{nodes} this problem: {'; '.join(shared)}; so the cause is taken to be the image, the driver, the cluster's"
-        " config or a file system, no node is left out, and another start would find the same"
-    )
+    ranks = [{_form(text) for text in each.problems} for each in facts]
+    texts = {_form(text): text for each in reversed(facts) for text in each.problems}  # as the first of them tells it
+    nodes = {each.node for each in facts}
+    if len(nodes) == 1:
+        is_first = read_number("SLURM_RESTART_COUNT", 0) == 0
+        begins = (PLACE, NO_GPU) if is_first else (PLACE,)
+        return {form: text for form, text in texts.items() if text.startswith(begins) or SHARING in text}
+
+    def is_shared(form: str) -> bool:
+        if form.startswith(DEVICE):
+            return all(form in problems for problems in ranks)
+        having = {each.node for each, problems in zip(facts, ranks, strict=True) if form in problems}
+        return having == nodes and not form.startswith("TMPDIR")
+
+    return {form: text for form, text in texts.items() if is_shared(form)}
 
 
 def measure_all_reduce(timeout_s: float) -> float:

@@ -36,7 +36,8 @@ def documented_kernel(q, k, v, cu_queries, cu_keys, *longest, window_size, enabl
 
 @pytest.fixture
 def with_runs(monkeypatch):
-    """Every grid tells runs, and the loop above takes the kernel's place."""
+    """Every grid tells runs, however many, and the loop above takes the kernel's place."""
+    monkeypatch.setattr(varlen, "RUN_ROWS", 0)
     for module in (attention, transformer):
         name = "find_varlen" if module is attention else "find_kernel"
         monkeypatch.setattr(module, name, lambda *_: documented_kernel)
@@ -48,7 +49,7 @@ def with_runs(monkeypatch):
 def seen(runs, queries, keys):
     """(queries, keys): who sees whom."""
     mask = torch.zeros(queries, keys, dtype=torch.bool)
-    for (first, stop), (first_key, stop_key) in zip(*(pairwise(x.tolist()) for x in runs), strict=True):
+    for (first, stop), (first_key, stop_key) in zip(*(pairwise(x.tolist()) for x in runs[:2]), strict=True):
         size = (stop - first, stop_key - first_key)
         mask[first:stop, first_key:stop_key] = torch.ones(size, dtype=torch.bool).tril(size[1] - size[0])
     return mask
@@ -57,8 +58,9 @@ def seen(runs, queries, keys):
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("overlap", [0, 3, 8])
 @pytest.mark.parametrize("carried", [0, 1, 5, 8, 13])
-def test_runs_see_what_the_mask_sees(overlap, carried, sinks):
+def test_runs_see_what_the_mask_sees(overlap, carried, sinks, monkeypatch):
     """Of documents anywhere, in calls that go on in an open segment, over several segments or inside one."""
+    monkeypatch.setattr(varlen, "RUN_ROWS", 0)
     for seed, tokens in enumerate((1, 2, 3, 6, 8, 11, 16, 30, 40, 63)):
         source = torch.Generator().manual_seed(seed)
         starts = torch.rand(2, carried + tokens, generator=source) < 0.15
@@ -129,10 +131,23 @@ def test_sinks_carried_equal_plain_loops(places):
     assert_equal(inputs, torch.cat(outs, 2), by_loops(*inputs, starts, 4, 3, 2))
 
 
+def test_runs_that_no_query_sees_are_one():
+    document_BSJ = torch.tensor([[[5, 6, 7, 7, 7, 8, 8, 9]]])
+    assert find_runs(document_BSJ, 4).keys_N.tolist() == [0, 2, 5, 7, 8]
+    assert find_runs(document_BSJ, 5).keys_N.tolist() == [0, 5, 7, 8]
+
+
+@pytest.mark.parametrize(("tokens", "has_mask"), [(7, True), (500, False)])
+def test_very_short_documents_keep_the_mask(tokens, has_mask):
+    starts = torch.arange(4096)[None] % tokens == 0
+    grid = make_grid(starts, torch.ones(starts.shape), None, 1024, 64, as_runs=True)
+    assert (grid.runs is None, grid.mask_BSQJ is not None) == (has_mask, has_mask)
+
+
 def test_values_are_not_asked_for_on_the_meta_device():
     """A plan has none: a document fills each segment."""
     runs = find_runs(torch.empty(2, 3, 10, dtype=torch.int64, device="meta"), 2)
-    assert [x.shape for x in runs] == [(7,), (7,)] and runs.keys_N.is_meta
+    assert [x.shape for x in runs[:2]] == [(7,), (7,)] and runs.keys_N.is_meta and runs[2:] == (8, 10)
 
 
 def test_the_kernel_is_for_equal_heads_in_half_precision_on_cuda(monkeypatch):

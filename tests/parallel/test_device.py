@@ -60,7 +60,7 @@ def test_the_device_is_the_wanted_one_or_an_error(build, signs, gpus, wanted, ex
     machine(build, signs, gpus)
     if expected == "error":
         with pytest.raises(
-            ConfigError, match=f"^device: {wanted}: .*; to use the CPU: --set device=cpu, --device cpu$"
+            ConfigError, match=f"^device: {wanted}: .*; to use the CPU: --set device=cpu or --device cpu, or "
         ):
             device.choose(wanted)
         return

@@ -210,8 +210,14 @@ def test_a_search_says_what_is_wrong() -> None:
         search(load_run("debug"), load_hardware("h100"), 7)
 
 
-@pytest.mark.parametrize("name", ["1b", "3b", "8b"])
-@pytest.mark.parametrize("world_size", [8, 32])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        ("1b", 8),
+        ("8b", 32),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("1b", 32), ("3b", 8), ("3b", 32), ("8b", 8))),
+    ],
+)
 def test_shipped_runs_fit_and_are_not_clearly_beaten(name: str, world_size: int) -> None:
     """About a tenth is what a layout that leaves memory to spare may cost (8b on 4 nodes: 10.4 %)."""
     base, hardware = load_run(name, (), world_size), load_hardware("h100")

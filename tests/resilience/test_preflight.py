@@ -10,7 +10,7 @@ import pytest
 
 from infini_train.exit_codes import BAD_NODE, DONE, MISTAKE
 from infini_train.parallel import device, mesh
-from infini_train.resilience.preflight import ALL, Facts, check_count, check_node, judge
+from infini_train.resilience.preflight import ALL, DEVICE, PLACE, Facts, check_count, check_node, judge
 
 NONE_SEEN = "0 GPUs are seen, not 8: why"
 FULL = "run_dir: {} GiB are free on /runs, less than 50"
@@ -54,7 +54,7 @@ def report(*nodes: tuple[str, ...], ranks: int = 2) -> list[Facts]:
                 ("run_dir: 3.2 GiB are free on /runs, less than 50",),
                 ("run_dir: 3.1 GiB are free on /runs, less than 50",),
             ],
-            3.2,
+            "run_dir: 3.2 GiB are free",
         ),
         ([(NONE_SEEN,)], NONE_SEEN),  # one node: the same image, started for the first time
     ],
@@ -71,6 +71,7 @@ def test_what_all_nodes_have_is_no_nodes_fault(nodes, shared):
         ([(NONE_SEEN,), (), ()], ["0", "1"]),  # one of several, with all its ranks
         ([("7 GPUs are seen, not 8",), ("6 GPUs are seen, not 8",)], ["0", "1", "2", "3"]),
         ([("7 GPUs are seen, not 8",)], ["0", "1"]),
+        ([("TMPDIR: /tmp is full",), ("TMPDIR: /tmp is full",)], ["0", "1", "2", "3"]),  # scratch is a node's own
     ],
 )
 def test_what_one_node_has_is_its_fault(nodes, bad):
@@ -81,6 +82,28 @@ def test_an_image_that_has_worked_is_not_the_cause(monkeypatch):
     """A job of one node that was requeued: since then its node has lost the driver."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert list(judge(report((NONE_SEEN,)))) == ["0", "1"]
+
+
+def test_a_device_is_no_nodes_fault_if_none_works_anywhere():
+    broken = f"{DEVICE}: CUDA error: uncorrectable ECC error"
+    assert list(judge(report((broken,), (broken,)))) == [ALL]
+    facts = report((), ())
+    facts[0].problems.append(broken)  # one device of each node
+    facts[3].problems.append(broken)
+    assert list(judge(facts)) == ["0", "3"]
+
+
+def test_what_a_node_has_besides_is_told_too():
+    facts = report((NONE_SEEN,), (NONE_SEEN,))
+    facts[2].problems.append("its clock is off by +9 s")
+    assert "another start would find the same; besides, rank 2 (n2): its clock is off" in judge(facts)[ALL]
+
+
+@pytest.mark.parametrize("restarts", ["0", "2"])
+def test_ranks_that_share_a_gpu_of_the_only_node_are_not_its_fault(restarts, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert list(judge([Facts("n1", [], {}, 0.0, "a")] * 2)) == [ALL]
+    assert list(judge([Facts("n1", [f"{PLACE}: LOCAL_RANK: is 4"], {}, 0.0)])) == [ALL]
 
 
 def test_ranks_with_one_gpu_are_told():

@@ -67,7 +67,7 @@ def find_needle_wording(name: str) -> NeedleWording:
 def draw_needle_wording(random: np.random.Generator) -> NeedleWording:
     """Random words around thing and value, so that they are remembered whatever is said about them.
 
-    The thing comes first: of a value that is read before its thing, small models learn nothing. Half of them tell it
+    The thing comes first: a value read before it has nothing yet that it could be remembered by. Half of them tell it
     once more, in the other order. Half of the questions end in the words before the value.
     """
     before, between, after = draw_words(random, 1, 5), draw_words(random, 0, 4), draw_words(random, 0, 3)
