@@ -17,12 +17,10 @@ docs/results/loss.md.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,9 +102,9 @@ def measure_bytes(way: str, vocabulary: int, tokens: int, hidden: int) -> int:
     """What a pass needs beyond its inputs."""
     torch.set_num_threads(1)
     drawn = draw(vocabulary, tokens, hidden, torch.float32)
-    before = resident_bytes()
+    before = device.peak_memory_bytes()
     run(way, *drawn)
-    return resident_bytes() - before
+    return device.peak_memory_bytes() - before
 
 
 def measure_seconds(passes: int, vocabulary: int, tokens: int, hidden: int) -> dict[str, list[float]]:
@@ -136,12 +134,6 @@ def whole(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
 def chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """As the model does it."""
     return weighted_loss(hidden_ND, Rows(weight_VD), labels_N, torch.full(labels_N.shape, 1 / len(labels_N)))
-
-
-def resident_bytes() -> int:
-    """The largest resident set so far; unlike getrusage's, without that of the process that started this one."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
 
 
 def counted() -> str:

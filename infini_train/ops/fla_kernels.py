@@ -14,7 +14,6 @@ Legend: as in gated_delta.py; N sequences, X columns of the memory: E, and D mor
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -33,9 +32,9 @@ from infini_train.ops.gated_delta import (
     unit,
 )
 from infini_train.ops.grid import Grid, make_grid
+from infini_train.ops.kernels import admit, largest_error
 from infini_train.ops.ranks import Ranks
 
-LOG = logging.getLogger(__name__)
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 MAX_KEY_DIM = 256  # of fla 0.6
 TOLERANCE = 0.05  # bf16 has steps of 0.4 to 0.8 %, and gradients add some up
@@ -59,20 +58,13 @@ def _load(device: torch.device, key_dim: int, value_dim: int) -> Kernel | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return None
-    try:
-        error = compare_with_chunks(chunk_gated_delta_rule, device, torch.bfloat16, key_dim, value_dim)
-    except Exception as problem:  # noqa: BLE001 (of a compiler, a driver, another version: a run goes on without it)
-        LOG.warning("warning: the installed flash-linear-attention is not used: %s", problem)
-        return None
-    if error <= TOLERANCE:  # not so for NaN
-        return cast(Kernel, chunk_gated_delta_rule)
-    LOG.warning(
-        "warning: the installed flash-linear-attention is not used: on a test it is %.2g of the values away from the"
-        " project's own form, which may be %s",
-        error,
-        TOLERANCE,
-    )
-    return None
+
+    def compare(kernel: Kernel) -> float:
+        return compare_with_chunks(kernel, device, torch.bfloat16, key_dim, value_dim)
+
+    kernel = cast(Kernel, chunk_gated_delta_rule)
+    name = "the installed flash-linear-attention"
+    return admit(name, lambda: kernel, compare, TOLERANCE, "the project's own form")
 
 
 def compare_with_chunks(
@@ -90,20 +82,17 @@ def compare_with_chunks(
     drawn = [torch.randn(1, 3, 2, CHUNK_TOKENS, size, generator=random).to(device, dtype) for size in sizes]
     drawn += [torch.randn(2, 1, 3, 2, CHUNK_TOKENS, generator=random).to(device)]
     drawn += [torch.randn(1, 2, key_dim, value_dim, generator=random).to(device)]
-    found: list[list[Tensor]] = []
-    begins: tuple[Callable[..., Callable[[], Recalled]], ...] = begin_gated, functools.partial(begin_fused, kernel)
-    for begin in begins:
-        # Nothing of it is counted by activation checkpointing, in which the first call may lie.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            *qkv, logits, memory = [x.clone().requires_grad_() for x in drawn]
-            writing = Writing(F.logsigmoid(logits[0]), F.logsigmoid(logits[1] + 4))
-            recalled = begin(*qkv, writing, GatedMemory(memory, None, torch.ones(1, device=device)), grid)()
-            assert recalled.read_BSHQE is not None and isinstance(recalled.memory, GatedMemory)
-            outs = [recalled.read_BSHQE.float(), recalled.memory.memory_BKDE.float()]
-            loss = outs[0].square().sum() + outs[1].sum()
-            found.append([x.detach() for x in (*outs, *torch.autograd.grad(loss, (*qkv, logits, memory)))])
-    errors = [(a - b).double().norm() / b.double().norm() for b, a in zip(*found, strict=True)]
-    return torch.stack(errors).max().item()
+
+    def run(begin: Callable[..., Callable[[], Recalled]], *leaves: Tensor) -> tuple[Tensor, list[Tensor]]:
+        *qkv, logits, memory = leaves
+        writing = Writing(F.logsigmoid(logits[0]), F.logsigmoid(logits[1] + 4))
+        recalled = begin(*qkv, writing, GatedMemory(memory, None, torch.ones(1, device=device)), grid)()
+        assert recalled.read_BSHQE is not None and isinstance(recalled.memory, GatedMemory)
+        outs = [recalled.read_BSHQE.float(), recalled.memory.memory_BKDE.float()]
+        return outs[0].square().sum() + outs[1].sum(), outs
+
+    fused = functools.partial(run, functools.partial(begin_fused, kernel))
+    return largest_error(functools.partial(run, begin_gated), fused, drawn)
 
 
 def begin_fused(

@@ -87,7 +87,7 @@ def find_sinks(starts_BT: Tensor, carried: Sinks | None, cuts: Cuts) -> SinkGrid
     edge_S = torch.arange(cuts.segments, device=device) * cuts.segment_tokens - cuts.open_tokens - cuts.overlap_tokens
     known_BX = torch.cat((before_B1, own_BT), 1)
     document_BS = known_BX[:, edge_S.clamp(0, tokens)]
-    # Z places up to the last sink that lies before the edge: where there are fewer, the first of them see no use.
+    # Z places up to the last sink that lies before the edge; where there are fewer sinks, the first places are unused.
     last_BS = torch.minimum(document_BS + cuts.sink_tokens, edge_S)
     place_BSZ = last_BS[..., None] + torch.arange(-cuts.sink_tokens, 0, device=device)
     is_sink_BSZ = place_BSZ >= document_BS[..., None]

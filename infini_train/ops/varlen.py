@@ -11,7 +11,6 @@ Legend: as in attention.py; N runs, M queries and X keys of the whole call (B S 
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG = logging.getLogger(__name__)
+from infini_train.ops.kernels import admit, largest_error
+
 Kernel = Callable[..., Tensor]
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_DIM, DIM_MULTIPLE = 256, 8  # head sizes of flash attention
@@ -98,24 +98,15 @@ def find_kernel(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
 
 @functools.cache
 def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
-    """The kernel of torch, if it does what it is used for at this size; one that does not is told, once."""
-    try:
+    def load() -> Kernel:
         from torch.nn.attention.varlen import varlen_attn
 
-        kernel = cast(Kernel, varlen_attn)
-        error = compare_with_mask(kernel, device, dtype, head_dim)
-    except Exception as problem:  # noqa: BLE001 (of a build, a driver, another version: a run goes on without it)
-        LOG.warning("warning: torch's varlen attention is not used: %s", problem)
-        return None
-    if error <= TOLERANCE:  # not so for NaN
-        return kernel
-    LOG.warning(
-        "warning: torch's varlen attention is not used: on a test it is %.2g of the values away from attention under a"
-        " mask, which may be %s",
-        error,
-        TOLERANCE,
-    )
-    return None
+        return cast(Kernel, varlen_attn)
+
+    def compare(kernel: Kernel) -> float:
+        return compare_with_mask(kernel, device, dtype, head_dim)
+
+    return admit("torch's varlen attention", load, compare, TOLERANCE, "attention under a mask")
 
 
 def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
@@ -139,12 +130,11 @@ def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, 
         k, v = (x.repeat_interleave(heads // groups, 2) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    found: list[list[Tensor]] = []
-    for attend in (by_mask, lambda q, k, v: attend_runs(kernel, q, k, v, runs)):
-        # Nothing of it is counted by activation checkpointing, in which the first call may lie.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            inputs = [x.clone().requires_grad_() for x in drawn]
-            out = attend(*inputs)
-            found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
-    errors = [(a - b).double().norm() / b.double().norm() for b, a in zip(*found, strict=True)]
-    return torch.stack(errors).max().item()
+    def run(attend: Callable[..., Tensor], *qkv: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out = attend(*qkv)
+        return out.float().square().sum(), [out]
+
+    def by_runs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_runs(kernel, q, k, v, runs)
+
+    return largest_error(functools.partial(run, by_mask), functools.partial(run, by_runs), drawn)

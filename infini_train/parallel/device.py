@@ -233,7 +233,8 @@ def identify() -> str:
 
 def is_shown_one() -> bool:
     """Whether this process was given a single GPU, as a task of srun --gpus-per-task=1 is."""
-    return len(os.environ.get(VISIBLE, "").split(",")) == 1 and os.environ.get(VISIBLE, "") not in NO_DEVICES
+    shown = os.environ.get(VISIBLE, "")
+    return "," not in shown and shown not in NO_DEVICES
 
 
 def count() -> int:
