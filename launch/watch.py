@@ -16,7 +16,7 @@ from launch.console import waiting
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5  # how often a log that is followed is looked at
-ASK_SLURM_EVERY_S = 15  # whether its job is still in the queue
+ASK_SLURM_EVERY_S = 10  # whether its job is still in the queue
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def _describe_wait(run_dir: Path) -> str:
 
 
 def _print_log(path: Path, run_dir: Path, follow: bool) -> None:
-    """Prints a log; with `follow` as it grows, until a newer start has one or the run has finished."""
+    """Prints a log; with `follow` as it grows, until a newer start has one or the run is over."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         while True:
             over = not follow or folder.newest_logs(run_dir) != path.parent or _is_over(run_dir)
@@ -105,11 +105,15 @@ def _print_log(path: Path, run_dir: Path, follow: bool) -> None:
 
 
 def _is_over(run_dir: Path) -> bool:
-    """Whether the run is finished, or its job has left the queue for good."""
-    if folder.read_status(run_dir).get("state") == "finished":
-        return True
+    """Whether the run is finished, or its job has left the queue for good; either way its logs are whole.
+
+    A running job is not over: Slurm brings its output to the logs some time after training has set its state.
+    """
     number = folder.read_job(run_dir)
-    return number is not None and _find_queued(number, _moment()) is None
+    job = _find_queued(number, _moment()) if number is not None else None
+    if folder.read_status(run_dir).get("state") == "finished":
+        return job is None or not job.is_running
+    return number is not None and job is None
 
 
 def _moment() -> int:

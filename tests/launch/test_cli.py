@@ -157,9 +157,15 @@ def test_following_a_log_says_what_keeps_the_run(tmp_path: Path) -> None:
     wait_for("job 12: preflight checks its nodes")
     (logs / "train-0.log").write_text("step 1\n")
     (run / "status.json").write_text('{"state": "finished"}')
+    assert process.stdout.readline() == b"step 1\n"
+    time.sleep(1)  # ten looks at the queue
+    assert process.poll() is None, "while the job runs, Slurm may still bring lines"
+    with (logs / "train-0.log").open("a") as log:
+        log.write("step 2\n")
+    (tmp_path / "queue").write_text("12|COMPLETING|0:01|2|n[1-2]\n")
     out, _ = process.communicate(timeout=60)
     os.close(terminal)
-    assert (process.returncode, out) == (0, b"step 1\n")
+    assert (process.returncode, out) == (0, b"step 2\n")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
