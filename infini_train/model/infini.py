@@ -167,7 +167,10 @@ class GatedInfiniAttention(InfiniAttention):
         super().__init__(spec)
         attention, kv_heads = spec.attention, spec.model.kv_heads
         assert isinstance(attention, InfiniConfig)
-        self.write_cost = 0.0  # in training, see `charge_writing`
+        self.charges_writing = False  # in training, see `charge_writing`
+        self.write_cost: Tensor
+        # Not a number: compiled code would be compiled again for each.
+        self.register_buffer("write_cost", torch.zeros(()), persistent=False)
         self.linear_strength = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         self.linear_decay = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         for linear, at_first in ((self.linear_strength, 0.0), (self.linear_decay, attention.decay_init)):
@@ -182,7 +185,7 @@ class GatedInfiniAttention(InfiniAttention):
             linear(x_TBD)[0].permute(1, 2, 0).to(torch.promote_types(x_TBD.dtype, torch.float32))
             for linear in (self.linear_strength, self.linear_decay)
         )
-        if self.write_cost:
+        if self.charges_writing:
             strength_BKT = charge(strength_BKT, self.write_cost)
         return Writing(
             -(F.softplus(strength_BKT) - WEAKEST_WRITE).clamp_min(0),

@@ -59,9 +59,20 @@ def enter_parallel(hidden_TBD: Tensor, parallel: ModelParallelConfig) -> Tensor:
     One collective for all layers that share the input: its gradients are summed once (and scattered, under sequence
     parallelism) instead of once a layer.
     """
+    if parallel.tensor_model_parallel_size == 1:
+        return hidden_TBD
+    group = parallel_state.get_tensor_model_parallel_group()  # not looked up by megatron-core, which a compiler can't
     if parallel.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden_TBD, tensor_parallel_output_grad=True)
-    return copy_to_tensor_model_parallel_region(hidden_TBD)
+        return gather_from_sequence_parallel_region(hidden_TBD, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(hidden_TBD, group=group)
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None, **unused: object) -> Tensor:  # noqa: A002
+    """What megatron-core's layers call to multiply; theirs looks up a process group in a way no compiler can trace.
+
+    All else that theirs does is turned off here: gradients are reduced in `enter_parallel` and by ZeRO.
+    """
+    return F.linear(input, weight, bias)
 
 
 def column_linear(
@@ -76,6 +87,7 @@ def column_linear(
         bias=bias,
         disable_grad_reduce=True,
     )
+    linear._forward_impl = _multiply  # noqa: SLF001 (no public way)
     set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
     declare(linear.weight, initial)
     if bias:
@@ -136,6 +148,7 @@ def row_linear(inputs: int, outputs: int, parallel: ModelParallelConfig) -> RowP
         input_is_parallel=True,
         skip_bias_add=False,
     )
+    linear._forward_impl = _multiply  # noqa: SLF001 (no public way)
     set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
     declare(linear.weight, INTO_RESIDUAL)
     return linear

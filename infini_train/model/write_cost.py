@@ -20,4 +20,5 @@ def charge_writing(models: Iterable[Transformer], cost_per_token: float) -> None
             if isinstance(attention, GatedInfiniAttention):
                 here = attention.projections  # a head that several ranks have is charged on each
                 heads = here.kv_heads * here.parallel.tensor_model_parallel_size
-                attention.write_cost = cost_per_token / layers / heads
+                attention.charges_writing = True
+                attention.write_cost.fill_(cost_per_token / layers / heads)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_train.ops.chain import gated_chain
 from infini_train.ops.grid import Grid
 from infini_train.ops.memory import Memory, Read, segmented_scan
 from infini_train.ops.ranks import Ranks
@@ -254,16 +255,15 @@ def compose_maps(maps_PBF: Tensor, initial: GatedMemory, grid: Grid) -> tuple[li
 
 
 def _run(chunks: _Chunks, start_BKDX: Tensor, u_BKCNX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The states before, between and after the chunks (C + 1), what each token writes, the last state. The only loop.
+    """The states before, between and after the chunks (C + 1), what each token writes, the last state.
 
     The last one stands alone: carried as a view of all, it would keep the states of the whole window alive.
     """
-    states, written = [start_BKDX], []
+    shape = start_BKDX.shape[:2]
     parts = (u_BKCNX, chunks.w_BKCND, chunks.out_BKCDN, chunks.keep_BKC)
-    for u_BKNX, w_BKND, out_BKDN, keep_BK in zip(*(part.unbind(2) for part in parts), strict=True):
-        written.append(u_BKNX - w_BKND @ states[-1])
-        states.append(keep_BK[..., None, None] * states[-1] + out_BKDN @ written[-1])
-    return torch.stack(states, 2), torch.stack(written, 2), states[-1]
+    states, written = gated_chain(start_BKDX.flatten(0, 1), *(part.flatten(0, 1).transpose(0, 1) for part in parts))
+    states_BKCDX, written_BKCNX = (x.transpose(0, 1).unflatten(0, shape) for x in (states, written))
+    return states_BKCDX, written_BKCNX, states[-1].unflatten(0, shape).clone()
 
 
 def _enter_segments(states: _States, initial: GatedMemory, grid: Grid) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_train.ops.chain import affine_chain
 from infini_train.ops.grid import Grid
 from infini_train.ops.ranks import Ranks
 from infini_train.ops.state import Stored
@@ -40,6 +41,7 @@ PAPER = Form()
 # What every direction of a sharp feature has at least, before it is scaled, against a largest of D^2: the delta update
 # divides one key by others, also by those that have no direction in common with it.
 SHARP_FLOOR = 0.1
+RMS_EPS = 1e-12  # a key of zeros has a level of zeros
 # Only guards against underflow: a visible denominator is a sum of positive numbers.
 TINY = 1e-30
 # Segments summed by one masked product; longer calls go block by block, so that the cost stays linear in the length.
@@ -84,20 +86,25 @@ class _Sharp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _sharpen(x)
+        powers, _, _ = _raise(x)
+        return F.normalize(powers, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            again = x.detach().requires_grad_()
-            (result,) = torch.autograd.grad(_sharpen(again), again, gradient)
-        return result
+        powers, level, scale = _raise(x)
+        length = powers.norm(dim=-1, keepdim=True)
+        result = powers / length
+        of_powers = (gradient - result * (gradient * result).sum(-1, keepdim=True)) / length
+        of_level = of_powers * 4 * level.relu() ** 3
+        return scale * (of_level - level * (level * of_level).mean(-1, keepdim=True))
 
 
-def _sharpen(x: Tensor) -> Tensor:
-    level = F.rms_norm(x, x.shape[-1:], eps=1e-12)
-    return F.normalize(level.relu().square().square() + SHARP_FLOOR, dim=-1)
+def _raise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(x / rms(x))^4 and a floor, x / rms(x), 1 / rms(x)."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+    level = x * scale
+    return level.relu().square().square() + SHARP_FLOOR, level, scale
 
 
 def sharp(x: Tensor) -> Tensor:
@@ -315,7 +322,7 @@ def _begin_affine(
     rank, size = grid.shard
     if ranks is None or size == 1:
         return lambda: ((start_BKDE,), None)
-    gathered = ranks.gather(torch.cat(_affine_totals(transition_BCKDD, increment_BCKDE), -1))
+    gathered = ranks.gather(_affine_totals(transition_BCKDD, increment_BCKDE))
 
     def finish() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         a_BPKDD, b_BPKDE = gathered().transpose(0, 1).split((start_BKDE.shape[2], start_BKDE.shape[3]), -1)
@@ -344,18 +351,18 @@ def _delta_transition(writes: _Writes, z_BCKD: Tensor, visible_BC: Tensor, keep_
 
 
 def _affine_chain(transition_BCKDD: Tensor, increment_BCKDE: Tensor, entering_BKDE: Tensor) -> Tensor:
-    """All states of M_c = A_c M_{c-1} + B_c: (B, C + 1, K, D, E). The only loop: one D x D product a segment."""
-    states = [entering_BKDE]
-    for transition, increment in zip(transition_BCKDD.unbind(1), increment_BCKDE.unbind(1), strict=True):
-        states.append(torch.matmul(transition, states[-1]) + increment)
-    return torch.stack(states, 1)
+    """All states of M_c = A_c M_{c-1} + B_c: (B, C + 1, K, D, E)."""
+    parts = (part.transpose(0, 1).flatten(1, 2) for part in (transition_BCKDD, increment_BCKDE))
+    states = affine_chain(entering_BKDE.flatten(0, 1), *parts)
+    return states.unflatten(1, entering_BKDE.shape[:2]).transpose(0, 1)
 
 
-def _affine_totals(transition_BCKDD: Tensor, increment_BCKDE: Tensor) -> tuple[Tensor, Tensor]:
-    total_a, total_b = transition_BCKDD[:, 0], increment_BCKDE[:, 0]
-    for transition, increment in zip(transition_BCKDD.unbind(1)[1:], increment_BCKDE.unbind(1)[1:], strict=True):
-        total_a, total_b = transition @ total_a, transition @ total_b + increment
-    return total_a, total_b
+def _affine_totals(transition_BCKDD: Tensor, increment_BCKDE: Tensor) -> Tensor:
+    """The map of all segments (B, K, D, D + E), A and then b."""
+    identity = torch.eye(transition_BCKDD.shape[-1], dtype=increment_BCKDE.dtype, device=increment_BCKDE.device)
+    start_BKDX = F.pad(identity, (0, increment_BCKDE.shape[-1])).expand(*transition_BCKDD[:, 0].shape[:3], -1)
+    increment_BCKDX = F.pad(increment_BCKDE, (len(identity), 0))
+    return _affine_chain(transition_BCKDD, increment_BCKDX, start_BKDX)[:, -1]
 
 
 def read_memory(q_BSKQD: Tensor, scanned: Scanned, visible_BSQ: Tensor, form: Form) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def charge(logits: Tensor, cost: float) -> Tensor:
-    """The same logits x; the gradient of `cost * softplus(x).sum()` is added to theirs.
+def charge(logits: Tensor, cost: Tensor) -> Tensor:
+    """The same logits x; the gradient of `cost * softplus(x).sum()` is added to theirs. `cost` is a single number.
 
     softplus(x) = -log(1 - sigmoid(x)) grows with the write strength, and its slope is the sigmoid: a strong write costs
     what it costs, however strong it gets, and one that is hardly any costs nothing.
@@ -22,12 +22,11 @@ def charge(logits: Tensor, cost: float) -> Tensor:
 
 class _Charge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, cost: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.cost = cost
+    def forward(ctx: Any, logits: Tensor, cost: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, cost)
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        return grad + ctx.cost * torch.sigmoid(logits), None
+        logits, cost = ctx.saved_tensors
+        return grad + cost * torch.sigmoid(logits), None

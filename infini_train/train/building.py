@@ -20,6 +20,7 @@ from infini_train.parallel import device, mesh
 from infini_train.parallel.mesh import Place
 from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine
+from infini_train.train.compiling import compile_layers
 from infini_train.train.memory_need import require_memory
 from infini_train.train.optim import parameter_groups
 
@@ -73,6 +74,7 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
             initialise(stage, config.model, config.seed)
         else:
             initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
+    compile_layers(config, stages.transformers())
     parameters, declared = count_parameters(stages), flops.count_parameters(config.model)
     # A variant that counts wrongly, or one whose parameter per head is not divided over tensor-parallel ranks.
     assert parameters == declared, f"the model has {parameters} parameters, and its config counts {declared}"

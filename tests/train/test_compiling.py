@@ -1,0 +1,80 @@
+"""`train.compile`: what it is on a CPU, what is refused, and a run whose layers are compiled to code for the CPU."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from infini_train.config.errors import ConfigError
+from infini_train.config.run import RunConfig
+from infini_train.model.transformer import Transformer
+from infini_train.parallel import device
+from infini_train.train import compiling
+
+WINDOW = 32
+
+
+def configure(tiny, choice: object, **parallel: object) -> RunConfig:
+    from infini_train.config.data import DataConfig
+    from infini_train.config.parallel import ParallelConfig
+    from infini_train.config.training import TrainConfig
+
+    train = TrainConfig(window_tokens=WINDOW, batch_lanes=2, max_steps=200, compile=choice)
+    return RunConfig(
+        name="t", model=tiny(), data=DataConfig(train="t"), train=train, parallel=ParallelConfig(**parallel)
+    )
+
+
+@pytest.fixture
+def model(process_groups, tiny) -> Transformer:
+    return Transformer(tiny())
+
+
+def is_compiled(model: Transformer) -> bool:
+    return all(layer._compiled_call_impl is not None for layer in model.layers.values())
+
+
+def test_auto_is_for_gpus(monkeypatch, tiny, model) -> None:
+    assert not compiling.compile_layers(configure(tiny, "auto"), [model]) and not is_compiled(model)
+    assert not compiling.compile_layers(configure(tiny, False), [model])
+    monkeypatch.setattr(device, "uses_cuda", lambda: True)
+    monkeypatch.setattr(compiling, "_find_fault", lambda: "")
+    assert not compiling.compile_layers(configure(tiny, "auto", zero_stage=3), [model]) and not is_compiled(model)
+    assert compiling.compile_layers(configure(tiny, "auto"), [model]) and is_compiled(model)
+
+
+def test_a_compiler_that_does_not_work_is_told_and_ends_no_run(monkeypatch, caplog, tiny, model) -> None:
+    def broken(function: object, **_: object) -> object:
+        raise RuntimeError("no C compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match=r"^train.compile: .*RuntimeError: no C compiler found.*set it to false"):
+        compiling.compile_layers(configure(tiny, True), [model])
+    monkeypatch.setattr(device, "uses_cuda", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        assert not compiling.compile_layers(configure(tiny, "auto"), [model])
+    assert "no C compiler found" in caplog.text and not is_compiled(model)
+
+
+def test_weights_that_come_and_go_are_refused(tiny) -> None:
+    with pytest.raises(ConfigError, match="^train.compile: with parallel.zero_stage 3 .*set it to false"):
+        configure(tiny, True, zero_stage=3)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_any_other(tmp_path, train_one_step, call) -> None:
+    """Code that inductor made for this CPU: the first loss, and those after three steps and in validation."""
+    attention = {"kind": "infini", "segment_tokens": 8, "update": "gated_delta", "read": "token", "conv_tokens": 2}
+    losses = {}
+    for choice in ("false", "true"):
+        home = tmp_path / choice
+        home.mkdir()
+        run = train_one_step(home, WINDOW, attention=attention)
+        fields = ["train.max_steps=3", f"train.compile={choice}", "log.every_steps=1", "eval.max_tokens=64"]
+        settings = [part for field in fields for part in ("--set", field)]
+        assert call("train", home / "tiny.yaml", "--set", f"run_dir={home}/more", *settings) == 0
+        lines = [json.loads(line) for line in (home / "more" / "metrics.jsonl").read_text().splitlines()]
+        losses[choice] = [value for line in lines for key, value in sorted(line.items()) if "loss" in key]
+        assert run.is_dir() and len(losses[choice]) >= 3
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
