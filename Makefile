@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-slow test-slurm test-layouts check wheel clean
+.PHONY: help install demo test test-slow test-slurm test-layouts gpu-check check wheel clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get 
 
 test-layouts: install ## the parallel layouts that make test leaves out, against one process, up to 8 processes
 	$(BIN)/python -m pytest -q -m layouts tests/selftest/test_layouts.py tests/train/test_relayout.py
+
+gpu-check: install ## what the GPUs of this machine compute, how fast, and whether as planned; ten minutes
+	$(BIN)/python benchmarks/gpu_check.py
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .

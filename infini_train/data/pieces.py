@@ -20,6 +20,13 @@ _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _SLOT_BITS = 20
 
 
+def encode_each(model: Any, texts: Sequence[str], threads: int, **options: Any) -> Sequence[Any]:
+    """Ids of each text by a SentencePieceProcessor. Its own call for many texts hands even one thread's to a pool."""
+    if threads == 1:
+        return [model.encode(text, **options) for text in texts]
+    return model.encode(texts, num_threads=threads, **options) if texts else []
+
+
 class PieceEncoder:
     """Encodes texts piece by piece with a bounded cache.
 
@@ -93,8 +100,8 @@ class PieceEncoder:
         order = [i for i, text in enumerate(texts) if len(text) <= _LONG_CHARS]
         long = [i for i, text in enumerate(texts) if len(text) > _LONG_CHARS]
         found: list[Any] = [None] * len(texts)
-        lists = self._model.encode([texts[i] for i in order], num_threads=threads)  # faster to build than arrays
-        arrays = self._model.encode([texts[i] for i in long], return_type="numpy", num_threads=threads) if long else []
+        lists = encode_each(self._model, [texts[i] for i in order], threads)  # faster to build than arrays
+        arrays = encode_each(self._model, [texts[i] for i in long], threads, return_type="numpy")
         for i, ids in zip(order + long, chain(lists, arrays), strict=True):
             found[i] = ids
         counts = np.array([len(ids) for ids in found], np.int64)

@@ -12,7 +12,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.data.cuts import SPACE_SYMBOL, batches, cuts_of, keeps_text, parse_model
 from infini_train.data.huggingface import HuggingFaceTokenizer, read_model
 from infini_train.data.manifest import MANIFEST_FILE, Manifest, hash_file, read_manifest, token_dtype
-from infini_train.data.pieces import PieceEncoder
+from infini_train.data.pieces import PieceEncoder, encode_each
 
 SHORT_CHARS = 1000  # texts up to this length are encoded in one call
 CONTEXT_TOKENS = 32  # before a text that is decoded: more than the bytes of any character
@@ -143,7 +143,7 @@ class SentencePieceTokenizer:
         parts: list[list[np.ndarray]] = [[np.zeros(0, self._dtype)] for _ in texts]
         pieces = ((number, piece) for number, text in enumerate(marked) for piece in self._pieces(text))
         for batch in batches(pieces):
-            ids = self._inner.encode([piece for _, piece in batch], return_type="numpy", num_threads=threads)
+            ids = encode_each(self._inner, [piece for _, piece in batch], threads, return_type="numpy")
             for (number, piece), array in zip(batch, ids, strict=True):
                 is_symbol = self._keeps_text and piece == SPACE_SYMBOL
                 parts[number].append(self._symbol_ids if is_symbol else array.astype(self._dtype))

@@ -21,7 +21,8 @@ from infini_train.config.errors import ConfigError
 from infini_train.environment import read_number, world
 
 LOG = logging.getLogger(__name__)
-MATMUL_PROBE_SIZE = 2048
+MATMUL_PROBE_SIZE, MATMUL_FIRST_SIZE = 2048, 256
+MATMUL_ENOUGH_S = 0.2
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NO_DEVICES = ("", "-1", "NoDevFiles")  # its values that show no GPU; the last is Slurm's
 DRIVERS = {"12": "R525", "13": "R580"}  # the first branch of NVIDIA's driver for a major version of CUDA
@@ -314,17 +315,28 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_peak_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, measured now: 100 % of the model FLOP utilisation (MFU)."""
-    size = MATMUL_PROBE_SIZE * (4 if uses_cuda() else 1)
+    """FLOP/s of a large square matrix product, measured now: 100 % of the model FLOP utilisation (MFU).
+
+    Smaller where a large one would take seconds, as in bf16 on a CPU that has no instructions for it.
+    """
+    largest = MATMUL_PROBE_SIZE * (4 if uses_cuda() else 1)
+    size = min(largest, MATMUL_FIRST_SIZE)
+    while _product_s(size, dtype, 1) < MATMUL_ENOUGH_S and size < largest:
+        size = min(2 * size, largest)
+    return 2 * size**3 / _product_s(size, dtype, 4)
+
+
+def _product_s(size: int, dtype: torch.dtype, times: int) -> float:
+    """Seconds of a product, the fastest of some."""
     a = torch.full((size, size), 1e-3, dtype=dtype, device=current())  # random values would advance the generators
     best_s = float("inf")
-    for _ in range(4):
+    for _ in range(times):
         synchronise()
         start = time.perf_counter()
         a @ a
         synchronise()
         best_s = min(best_s, time.perf_counter() - start)
-    return 2 * size**3 / best_s
+    return best_s
 
 
 def profiled_activities() -> list[ProfilerActivity]:

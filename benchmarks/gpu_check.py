@@ -1,0 +1,104 @@
+"""What a machine with a GPU computes, how fast, and whether as planned: `make gpu-check`, some ten minutes.
+
+    python benchmarks/gpu_check.py                       # all sections, on the GPUs of this machine
+    python benchmarks/gpu_check.py --only forms train    # some of them; the results of the others stay
+    python benchmarks/gpu_check.py --rehearse --out DIR  # tiny sizes, on the CPU: the program's own test
+    python benchmarks/gpu_check.py --report              # the page only, from the kept results
+
+Each section runs in processes of its own with a time limit, so that one that hangs or crashes costs only itself:
+
+| section | does |
+|---|---|
+| forms | every form of attention in a small model, fp32 and bf16 and compiled, against float64 on the CPU |
+| kernels | which kernels of other packages are used here, and how long local attention takes with and without them |
+| selftest | `infini-train selftest` with as many processes as there are GPUs |
+| train | `infini-train train` of 125m, 350m and 1b: tokens a second, MFU, memory, beside `infini-train plan` |
+| profile | the kernels of one step of 1b, slowest first |
+| stream | `infini-train eval passkey` with a million tokens |
+
+The results go to benchmarks/results/gpu/, the tables to docs/results/gpu.md. Exit code 1 if a result is wrong or a
+section failed, whatever its speed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from page import RESULTS
+
+SECTIONS = {"forms": 120, "kernels": 60, "selftest": 90, "train": 240, "profile": 60, "stream": 60}  # seconds
+
+
+def main() -> None:
+    """Runs the sections one after the other, then writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", metavar="DIR", help="for the results")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU; writes no page")
+    parser.add_argument("--report", action="store_true", help="only write the page")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # the process of one section
+    options = parser.parse_args()
+    if options.section:
+        run_section(options.section, options.out, rehearsed=options.rehearse)
+        return
+    if not options.report:
+        failed = [name for name in options.only if not supervise(name, options)]
+        if failed:
+            print(f"wrong or failed: {', '.join(failed)}; see {options.out}")
+        if options.rehearse or failed:
+            sys.exit(1 if failed else 0)
+    from gpu_report import PAGE
+
+    PAGE.write()
+
+
+def supervise(name: str, options: argparse.Namespace) -> bool:
+    """Runs a section within its time; whether all of it is right. What it has found so far is kept either way."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.jsonl").unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--section", name, "--out", str(options.out)]
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8", **os.environ}
+    limit, begin = SECTIONS[name] * (10 if options.rehearse else 1), time.perf_counter()
+    print(f"{name} (at most {limit} s)", flush=True)
+    try:
+        code = subprocess.run(
+            [*command, *["--rehearse"] * options.rehearse], timeout=limit, env=environment, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    took = round(time.perf_counter() - begin, 1)
+    rows = read_rows(options.out, name)
+    right = code == 0 and bool(rows) and all(row.get("right", True) for row in rows)
+    add_row(options.out, name, {"what": "section", "right": right, "exit_code": code, "took_s": took})
+    print(f"{name}: {'right' if right else 'WRONG OR FAILED'}, {took} s", flush=True)
+    return right
+
+
+def run_section(name: str, out: Path, *, rehearsed: bool) -> None:
+    """One section; each result is written as soon as it is there."""
+    import gpu_sections
+
+    for row in getattr(gpu_sections, f"check_{name}")(out, rehearsed):
+        add_row(out, name, row)
+        print(f"  {json.dumps(row)[:400]}", flush=True)
+
+
+def add_row(out: Path, name: str, row: dict[str, Any]) -> None:
+    """Adds a line to the results of a section."""
+    with (out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(out: Path, name: str) -> list[dict[str, Any]]:
+    """The results of a section; none if it has not run."""
+    path = out / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
