@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity
 
 from infini_train.config.errors import ConfigError
@@ -250,8 +249,10 @@ def stand_in_for_cuda() -> None:
     """Without CUDA: redirects to the CPU the few CUDA calls that megatron-core makes on every machine."""
     if uses_cuda() or getattr(torch.cuda, "_infini_train_stand_in", False):
         return
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
 
+    schedules.torch = _TorchOnCpu()  # type: ignore[assignment]
     torch.cuda.current_device = current  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment]
@@ -273,21 +274,14 @@ def on_meta() -> Iterator[None]:
         torch.cuda.current_device = current_device
 
 
-class _CudaLiteralsToCpu(TorchFunctionMode):
-    """Creates tensors on the CPU where "cuda" is requested."""
+class _TorchOnCpu:
+    """torch, for a module that names the device "cuda" where it makes a counter. Nothing else is called through it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
-
-def schedule_scope() -> contextlib.AbstractContextManager[object]:
-    """A context for megatron-core's schedules, which name the device "cuda" literally."""
-    return contextlib.nullcontext() if uses_cuda() else _CudaLiteralsToCpu()
+    def zeros(self, *size: Any, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, **{**options, "device": "cpu"})
 
 
 def synchronise() -> None:

@@ -200,16 +200,15 @@ def run_window(
         return output, lambda loss: _summed(loss, weights_Bt, loss_scale)
 
     numbers = [iter(range(len(micro_batches))) for _ in stages.slots]
-    with device.schedule_scope():
-        sums = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=numbers if len(numbers) > 1 else numbers[0],
-            model=stages.slots if len(numbers) > 1 else stages.slots[0],
-            num_microbatches=len(micro_batches),
-            seq_length=tokens * ranks,
-            micro_batch_size=micro_batches[0].tokens_BT.shape[0],
-            forward_only=loss_scale is None,
-        )
+    sums = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=numbers if len(numbers) > 1 else numbers[0],
+        model=stages.slots if len(numbers) > 1 else stages.slots[0],
+        num_microbatches=len(micro_batches),
+        seq_length=tokens * ranks,
+        micro_batch_size=micro_batches[0].tokens_BT.shape[0],
+        forward_only=loss_scale is None,
+    )
     return sum(value.item() for value in sums), tuple(map(tuple, after))
 
 
