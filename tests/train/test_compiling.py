@@ -64,7 +64,8 @@ def test_weights_that_come_and_go_are_refused(tiny) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_as_any_other(tmp_path, train_one_step, call) -> None:
-    """Code that inductor made for this CPU: the first loss, and those after three steps and in validation."""
+    """Code that inductor made for this CPU: losses of three steps, layers computed again, and of validation."""
+    torch._dynamo.utils.counters.clear()
     attention = {"kind": "infini", "segment_tokens": 8, "update": "gated_delta", "read": "token", "conv_tokens": 2}
     losses = {}
     for choice in ("false", "true"):
@@ -72,9 +73,12 @@ def test_a_compiled_run_trains_as_any_other(tmp_path, train_one_step, call) -> N
         home.mkdir()
         run = train_one_step(home, WINDOW, attention=attention)
         fields = ["train.max_steps=3", f"train.compile={choice}", "log.every_steps=1", "eval.max_tokens=64"]
+        fields += ["train.activation_checkpointing=layer"]
         settings = [part for field in fields for part in ("--set", field)]
         assert call("train", home / "tiny.yaml", "--set", f"run_dir={home}/more", *settings) == 0
         lines = [json.loads(line) for line in (home / "more" / "metrics.jsonl").read_text().splitlines()]
         losses[choice] = [value for line in lines for key, value in sorted(line.items()) if "loss" in key]
         assert run.is_dir() and len(losses[choice]) >= 3
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
+    stats = torch._dynamo.utils.counters
+    assert stats["stats"]["unique_graphs"] > 0 and not stats["graph_break"], "each layer is one graph"
