@@ -71,7 +71,7 @@ def test_pairs_of_two_tokens_had_an_ending_of_their_own():
         ("passkey-linear", "passkey"),
         ("passkey-delta", "passkey"),
         ("needles-linear", "needles"),
-        ("needles-gated", "needles_gated"),
+        ("needles-gated", "needles_gated_64"),
     ],
 )
 def test_a_shipped_checkpoint_is_of_its_config(model, run):
