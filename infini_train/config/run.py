@@ -71,8 +71,11 @@ class RunConfig:
             "train.local_dropout",
             "no layer has a compressive memory to read instead (kind infini); set it to 0",
         )
-        hindrance = find_hindrance(self) if self.train.compile is True else ""
-        require(not hindrance, "train.compile", f"{hindrance}; set it to false, or to auto")
+        require(
+            not self.train.compile or self.parallel.zero_stage < 3,
+            "train.compile",
+            "with parallel.zero_stage 3 a layer's weights are there only while it computes; set it to false",
+        )
         _check_model_layout(self)
         _check_batch_layout(self)
         _check_segment_lengths(self)
@@ -90,13 +93,6 @@ class RunConfig:
     @property
     def directory(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
-
-
-def find_hindrance(run: RunConfig) -> str:
-    """Why the layers of a run can't be compiled; empty if they can."""
-    if run.parallel.zero_stage == 3:
-        return "with parallel.zero_stage 3 a layer's weights are there only while it computes"
-    return ""
 
 
 def _check_model_layout(run: RunConfig) -> None:

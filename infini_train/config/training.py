@@ -29,9 +29,8 @@ class TrainConfig:
     write_cost: Norm = 0.0
     write_cost_steps: Total = 1000  # steps in which it rises to that, linearly from 0
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
-    # compile the layers (torch.compile): true, false, or auto: on a GPU, where nothing is in the way; without, the gain
-    # is too small for a run to win back the minute that it takes (docs/training.md)
-    compile: Literal["auto"] | bool = "auto"
+    # compile each layer with torch.compile; on a CPU the gain is too small for most runs (docs/training.md)
+    compile: bool = False
     init_from: FilePath | None = None  # a checkpoint folder: start a new run from its weights
 
     def __post_init__(self) -> None:

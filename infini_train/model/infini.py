@@ -168,9 +168,9 @@ class GatedInfiniAttention(InfiniAttention):
         attention, kv_heads = spec.attention, spec.model.kv_heads
         assert isinstance(attention, InfiniConfig)
         self.charges_writing = False  # in training, see `charge_writing`
-        self.write_cost: Tensor
-        # Not a number: compiled code would be compiled again for each.
-        self.register_buffer("write_cost", torch.zeros(()), persistent=False)
+        # A tensor, since compiled code would be compiled again for each number; no buffer, which would take the
+        # activations' dtype.
+        self.write_cost = torch.zeros(())
         self.linear_strength = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         self.linear_decay = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         for linear, at_first in ((self.linear_strength, 0.0), (self.linear_decay, attention.decay_init)):

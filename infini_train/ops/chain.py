@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 
 @custom_op("infini_train::affine_chain", mutates_args=())
@@ -139,3 +140,15 @@ def _differentiate_gated(ctx: Any, states_gradient: Tensor, written_gradient: Te
 
 affine_chain.register_autograd(_differentiate_affine, setup_context=_keep_affine)
 gated_chain.register_autograd(_differentiate_gated, setup_context=_keep_gated)
+
+
+@register_flop_formula([torch.ops.infini_train.affine_chain, torch.ops.infini_train.affine_chain_backward])
+def _count_affine(first: Any, a_CPDD: Any, *_: Any, **__: Any) -> int:
+    """A multiplication and an addition each, by shapes; `first` is a state, or a state of each chunk."""
+    chunks, pairs, key_dim, _ = a_CPDD
+    return 2 * chunks * pairs * key_dim**2 * int(first[-1])
+
+
+@register_flop_formula([torch.ops.infini_train.gated_chain, torch.ops.infini_train.gated_chain_backward])
+def _count_gated(first: Any, written_CPNX: Any, w_CPND: Any, *_: Any, **__: Any) -> int:
+    return 4 * int(torch.Size(written_CPNX).numel()) * int(w_CPND[-1])

@@ -29,6 +29,7 @@ from infini_train.plan.work import Exchange, Work
 
 FLASH_BACKWARD = 2.5  # five products for the forward's two, since the scores are computed again
 UNCOUNTED = ("_unsafe_view", "detach")  # views in all but name
+LAUNCHES_A_CHUNK = {"affine_chain": 1, "affine_chain_backward": 1, "gated_chain": 3, "gated_chain_backward": 3}
 UNMOVED = ("mm",)  # counted by its FLOPs
 GATHERS = ("index", "index_select", "gather", "embedding")
 SCATTERS = ("index_put_", "_index_put_impl_", "index_add_", "index_copy_", "scatter_", "scatter_add_")
@@ -81,7 +82,7 @@ class Trace(TorchDispatchMode):
             if func._overloadpacket in flop_registry:
                 flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
             moved = 0 if name in UNMOVED else _count_moved(name, given, results)
-            self.add(Work(matmul_flops=flops, moved_bytes=moved, launches=1))
+            self.add(Work(matmul_flops=flops, moved_bytes=moved, launches=_count_launches(name, args)))
         storages = {each.untyped_storage()._cdata for each in given}
         for tensor in results:
             if tensor.untyped_storage()._cdata not in storages:
@@ -208,6 +209,11 @@ def _tensors(values: Any) -> list[Tensor]:
 @functools.cache
 def _is_view(func: Any) -> bool:
     return any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+
+
+def _count_launches(name: str, args: Any) -> int:
+    """Kernels of an op: one, but for the chains (ops/chain.py), which run one chunk after the other."""
+    return LAUNCHES_A_CHUNK[name] * len(args[1]) if name in LAUNCHES_A_CHUNK else 1
 
 
 def _count_moved(name: str, given: list[Tensor], results: list[Tensor]) -> int:

@@ -74,7 +74,8 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
             initialise(stage, config.model, config.seed)
         else:
             initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
-    compile_layers(config, stages.transformers())
+    if train.compile:
+        compile_layers(stages.transformers())
     parameters, declared = count_parameters(stages), flops.count_parameters(config.model)
     # A variant that counts wrongly, or one whose parameter per head is not divided over tensor-parallel ranks.
     assert parameters == declared, f"the model has {parameters} parameters, and its config counts {declared}"

@@ -1,41 +1,34 @@
-"""Compiling the layers (`train.compile`): their code is the same on every device, only who runs it differs."""
+"""Compiling the layers (`train.compile`)."""
 
-import logging
 from collections.abc import Iterable
 
 import torch
 
 from infini_train.config.errors import ConfigError
-from infini_train.config.run import RunConfig, find_hindrance
 from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.parallel import device, mesh
 
-logger = logging.getLogger(__name__)
 # All layers share the code of one class, and each kind of window, of layer and of evaluation is compiled for itself;
 # torch would give up after eight.
 RECOMPILE_LIMIT = 64
 
 
-def compile_layers(config: RunConfig, models: Iterable[Transformer]) -> bool:
-    """Compiles the layers, each as a whole, when they are first called; whether it does.
+def compile_layers(models: Iterable[Transformer]) -> None:
+    """Has the layers compiled, each as a whole, when they are first called. All ranks call it together.
 
     Raises:
-        ConfigError: `train.compile` is true, and nothing can be compiled here.
+        ConfigError: nothing can be compiled on one of the ranks; on all of them.
     """
-    wanted = config.train.compile
-    if wanted is False or (wanted == "auto" and (not device.uses_cuda() or find_hindrance(config))):
-        return False
     reason = _find_fault()
-    if reason and wanted is True:
-        raise ConfigError(f"train.compile: torch.compile does not work here ({reason}); set it to false")
-    if reason:
-        logger.warning("warning: train.compile: layers are not compiled, torch.compile does not work here (%s)", reason)
-        return False
+    if mesh.max_over_world(float(bool(reason))):
+        raise ConfigError(
+            f"train.compile: torch.compile does not work {'here' if reason else 'on another rank'}"
+            f"{f' ({reason})' if reason else ''}; set it to false"
+        )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # noqa: SLF001 (its documented place)
     for model in models:
         for layer in model.layers.values():
             layer.compile(dynamic=False)
-    return True
 
 
 def _find_fault() -> str:

@@ -119,8 +119,7 @@ def train_step(
             return StepResult(math.nan, 0, 0.0, math.nan, states, stopwatch.seconds, variation=variation)
         replicas, tokens = place.data[1] * place.context[1], batch.tokens_BT.size * place.data[1]
         loss_scale = replicas / weight  # the engine averages gradients over them
-        if variation.write_cost:
-            charge_writing(stages.transformers(), variation.write_cost * replicas / tokens)
+        charge_writing(stages.transformers(), variation.write_cost * replicas / tokens)
         loss_sum, states = run_window(stages, engine, micro_batches, carried, loss_scale=loss_scale, **options)
     stopwatch.begin("backward", "(adding up the loss)")
     loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight

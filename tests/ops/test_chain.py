@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from infini_train.ops.chain import affine_chain, gated_chain
 
@@ -65,6 +66,19 @@ def test_gradients_where_only_one_result_is_used() -> None:
 def test_it_is_an_op_that_compilers_can_trust(chain) -> None:
     affine, gated = draw(3)
     torch.library.opcheck(chain, tuple(affine if chain is affine_chain else gated))
+
+
+def test_its_operations_are_counted() -> None:
+    """As those of the loops: the recurrence alone in backward, since the rest is not in the op."""
+    for chain, loop, leaves in zip((affine_chain, gated_chain), (loop_affine, loop_gated), draw(5), strict=True):
+        totals = []
+        for function in (chain, loop):
+            with FlopCounterMode(display=False) as counter:
+                outs = function(*leaves)
+                outs = outs if isinstance(outs, tuple) else (outs,)
+                sum(out.sum() for out in outs).backward()
+            totals.append(counter.get_total_flops())
+        assert totals[0] == totals[1] > 0
 
 
 def test_a_call_is_one_node_whatever_its_length() -> None:

@@ -1,7 +1,6 @@
-"""`train.compile`: what it is on a CPU, what is refused, and a run whose layers are compiled to code for the CPU."""
+"""`train.compile`: what is refused, and a run whose layers are compiled to code for the CPU."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from infini_train.config.errors import ConfigError
 from infini_train.config.run import RunConfig
 from infini_train.model.transformer import Transformer
-from infini_train.parallel import device
+from infini_train.parallel import mesh
 from infini_train.train import compiling
 
 WINDOW = 32
@@ -35,26 +34,27 @@ def is_compiled(model: Transformer) -> bool:
     return all(layer._compiled_call_impl is not None for layer in model.layers.values())
 
 
-def test_auto_is_for_gpus(monkeypatch, tiny, model) -> None:
-    assert not compiling.compile_layers(configure(tiny, "auto"), [model]) and not is_compiled(model)
-    assert not compiling.compile_layers(configure(tiny, False), [model])
-    monkeypatch.setattr(device, "uses_cuda", lambda: True)
-    monkeypatch.setattr(compiling, "_find_fault", lambda: "")
-    assert not compiling.compile_layers(configure(tiny, "auto", zero_stage=3), [model]) and not is_compiled(model)
-    assert compiling.compile_layers(configure(tiny, "auto"), [model]) and is_compiled(model)
+def test_it_is_asked_for(tiny, model) -> None:
+    assert configure(tiny, False).train.compile is False and not is_compiled(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "_find_fault", lambda: "")
+        compiling.compile_layers([model])
+    assert is_compiled(model)
 
 
-def test_a_compiler_that_does_not_work_is_told_and_ends_no_run(monkeypatch, caplog, tiny, model) -> None:
+def test_a_compiler_that_does_not_work_is_told_on_every_rank(monkeypatch, tiny, model) -> None:
     def broken(function: object, **_: object) -> object:
         raise RuntimeError("no C compiler\nfound")
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ConfigError, match=r"^train.compile: .*RuntimeError: no C compiler found.*set it to false"):
-        compiling.compile_layers(configure(tiny, True), [model])
-    monkeypatch.setattr(device, "uses_cuda", lambda: True)
-    with caplog.at_level(logging.WARNING):
-        assert not compiling.compile_layers(configure(tiny, "auto"), [model])
-    assert "no C compiler found" in caplog.text and not is_compiled(model)
+        compiling.compile_layers([model])
+    monkeypatch.undo()
+    monkeypatch.setattr(compiling, "_find_fault", lambda: "")
+    monkeypatch.setattr(mesh, "max_over_world", lambda value: 1.0)
+    with pytest.raises(ConfigError, match="on another rank; set it to false"):
+        compiling.compile_layers([model])
+    assert not is_compiled(model)
 
 
 def test_weights_that_come_and_go_are_refused(tiny) -> None:
