@@ -49,7 +49,7 @@ test-slurm: install ## jobs on a private Slurm cluster (Debian, Ubuntu: apt-get 
 test-layouts: install ## the parallel layouts that make test leaves out, against one process, up to 8 processes
 	$(BIN)/python -m pytest -q -m layouts tests/selftest/test_layouts.py tests/train/test_relayout.py
 
-gpu-check: install ## what the GPUs of this machine compute, how fast, and whether as planned; ten minutes
+gpu-check: ## what the GPUs of this machine compute, how fast, and whether as planned; at most 15 minutes (after make install CONSTRAINTS=constraints-cuda.txt)
 	$(BIN)/python benchmarks/gpu_check.py
 
 check: install ## lint, format and types

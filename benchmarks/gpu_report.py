@@ -14,6 +14,11 @@ def rows_of(section: str, what: str) -> list[dict[str, Any]]:
     return [row for row in read_rows(FOLDER, section) if row["what"] == what]
 
 
+def flat(text: str) -> str:
+    """In one cell of a table."""
+    return " ".join(text.split()).replace("|", "/")
+
+
 def summary() -> str:
     """A row for each section."""
     ends = [(name, row) for name in SECTIONS for row in rows_of(name, "section")]
@@ -28,7 +33,7 @@ def forms() -> str:
     for row in rows_of("forms", "form"):
         cells = [row["form"], row["precision"] + (", compiled" if row["compiled"] else "")]
         errors = [f"{row[part]:.1e}" if part in row else "" for part in ("loss", "states", "gradients")]
-        rows.append([*cells, *errors, row.get("error", "right" if row["right"] else "WRONG")])
+        rows.append([*cells, *errors, flat(row.get("error", "right" if row["right"] else "WRONG"))])
     return as_table(["form", "precision", "loss", "states", "gradients", ""], rows) if rows else NOT_RUN
 
 
@@ -39,7 +44,7 @@ def speeds() -> str:
     rows = []
     for row in rows_of("train", "train"):
         if "error" in row:
-            rows.append([row["case"], row["error"].replace("\n", " ").replace("|", "/"), *[""] * (len(head) - 2)])
+            rows.append([row["case"], flat(row["error"]), *[""] * (len(head) - 2)])
             continue
         planned = row["planned"] or {}
         of_plan = (

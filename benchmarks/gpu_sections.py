@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -32,13 +33,13 @@ Row = dict[str, Any]
 # Of the whole gradient, relative; fp32 sums in another order, bf16 has steps of 0.4 to 0.8 %.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.06}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What another rounding changes by more than rounding: which tokens are retrieved, which directions are left.
-UNSTEADY = ("memorizing",)
+UNSTEADY = ("memorizing",)  # in bf16 other tokens may be retrieved, which no tolerance describes
+COMPILED = ("delta", "gated-token", "mixed")  # each takes up to a minute
 TRAINED = {  # name: settings beside the model
     "125m": {"train.window_tokens": 32768, "train.batch_lanes": 2},
     "350m": {"train.window_tokens": 32768, "train.batch_lanes": 2},
     "1b": {"train.window_tokens": 16384, "train.batch_lanes": 2},
-    "1b, not compiled": {"train.window_tokens": 16384, "train.batch_lanes": 2, "train.compile": False},
+    "1b, compiled": {"train.window_tokens": 16384, "train.batch_lanes": 2, "train.compile": True},
     "1b, delta": {"train.window_tokens": 16384, "train.batch_lanes": 2, "model.attention.update": "delta"},
 }
 TINY = {
@@ -71,7 +72,7 @@ def check_forms(out: Path, rehearsed: bool) -> Iterator[Row]:
         weights, truth = None, None
         for precision, dtype in DTYPES.items():
             for compiled in (False, True):
-                if compiled and rehearsed:
+                if compiled and (rehearsed or name not in COMPILED):
                     continue
                 row: Row = {"what": "form", "form": name, "precision": precision, "compiled": compiled}
                 try:
@@ -81,7 +82,8 @@ def check_forms(out: Path, rehearsed: bool) -> Iterator[Row]:
                         truth = find_outcome(config, weights, torch.device("cpu"), torch.float64, sizes[1])
                     found = find_outcome(config, weights, device.current(), dtype, sizes[1], compiled=compiled)
                     errors = {part: distance(found[part], truth[part]) for part in truth}
-                    right = name in UNSTEADY or all(error <= TOLERANCES[precision] for error in errors.values())
+                    tolerance = math.inf if precision == "bf16" and name in UNSTEADY else TOLERANCES[precision]
+                    right = all(math.isfinite(error) and error <= tolerance for error in errors.values())
                     yield {**row, "right": right, **errors}
                 except Exception as error:  # noqa: BLE001 (one form that fails must not hide the others)
                     yield {**row, "right": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -136,6 +138,8 @@ def find_outcome(
             parameter.copy_(weights[name])
     model.to(where)
     if compiled:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         for layer in model.layers.values():
             layer.compile(dynamic=False)
     random, state, losses = torch.Generator().manual_seed(2), model.initial_state(2), []
@@ -150,6 +154,7 @@ def find_outcome(
         loss.backward()
         losses.append(loss.detach())
         state = model.carry_over(following)
+    assert not compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     floating = [leaf.double().cpu().flatten() for leaf in leaves if leaf.is_floating_point()]
     found = (parameter.grad for parameter in model.parameters())
@@ -241,9 +246,13 @@ def check_train(out: Path, rehearsed: bool) -> Iterator[Row]:
             path = write_run(out, name, settings, rehearsed)
             planned = plan(out, path)
             run_command(out, ["train", str(path)])
-            yield {**row, **read_speed(out / "run"), "planned": planned}
-        except subprocess.CalledProcessError as error:
-            yield {**row, "right": False, "error": (error.stdout or "").strip()[-400:]}
+            found = read_speed(out / "run")
+            yield {**row, "right": math.isfinite(found["last_loss"]), **found, "planned": planned}
+        except Exception as error:  # noqa: BLE001 (one model that fails must not hide the others)
+            said = getattr(error, "output", None) or f"{type(error).__name__}: {error}"
+            yield {**row, "right": False, "error": str(said).strip()[-400:]}
+        finally:
+            shutil.rmtree(out / "run", ignore_errors=True)  # a checkpoint of 14 GB
 
 
 def check_profile(out: Path, rehearsed: bool) -> Iterator[Row]:
@@ -255,7 +264,7 @@ def check_profile(out: Path, rehearsed: bool) -> Iterator[Row]:
 
 
 def write_run(out: Path, name: str, settings: Row, rehearsed: bool) -> Path:
-    """A run's config over random text, in documents of about 1,500 tokens, without pauses for evaluation and saving."""
+    """A run's config over random text, in documents of about 1,500 tokens; evaluated never, saved at the end."""
     data = out / "data"
     if not data.exists():
         text = bytes(torch.randint(32, 127, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
@@ -324,7 +333,9 @@ def check_stream(out: Path, rehearsed: bool) -> Iterator[Row]:
     arguments = ["--lengths", length, "--samples", samples, "--depths", "0.5", "--out", str(found)]
     run_command(out, ["eval", "passkey", str(ROOT / "models" / "passkey-linear"), *arguments])
     results = json.loads((found / "results.json").read_text(encoding="utf-8"))
-    yield {"what": "stream", "length": length, "took_s": time.perf_counter() - begin, "results": results["cells"]}
+    cells = results["cells"]
+    right = all(cell["exact"] == cell["samples"] for cell in cells)
+    yield {"what": "stream", "length": length, "right": right, "took_s": time.perf_counter() - begin, "results": cells}
 
 
 def run_command(out: Path, arguments: list[str]) -> str:

@@ -48,12 +48,24 @@ def test_the_page_can_be_made_of_them(rows, monkeypatch, tmp_path) -> None:
         assert block() != gpu_report.NOT_RUN
 
 
+def test_without_a_gpu_nothing_is_checked(monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--out", str(tmp_path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    import gpu_check
+
+    with pytest.raises(SystemExit, match="error: no GPU can be checked: .*--rehearse"):
+        gpu_check.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_wrong_or_hangs_is_told(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_check
 
-    monkeypatch.setattr(gpu_check, "SECTIONS", {**gpu_check.SECTIONS, "stream": 0.5, "kernels": 0.5})
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--only", "stream", "kernels", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "SECTIONS", {**gpu_check.SECTIONS, "stream": 0.05, "kernels": 0.05})
+    arguments = ["--rehearse", "--only", "stream", "kernels", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
     assert ended.value.code == 1 and "wrong or failed: stream, kernels" in capsys.readouterr().out
