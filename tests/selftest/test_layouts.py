@@ -32,23 +32,15 @@ FAST = {
 WITHIN_OTHERS = {
     "tp2-linear",
     "tp2-sp-linear",
-    "tp2-sp-delta",
     "pp2-linear",
     "pp2-delta",
     "cp2-linear",
     "cp2-delta",
-    "cp2-linear-conv",
     "dp2-linear",
-    "dp2-zero2-linear",
     "dp2-zero3-linear-conv",
-    "dp2-zero3-linear-recompute",
     "tp4-sp-linear",
-    "tp4-sp-delta",
     "cp4-delta",
     "cp2-dp2-zero2-linear",
-    "cp2-dp2-zero3-linear",
-    "pp2-dp2-linear",
-    "tp2-pp2-linear",
     "tp2-sp-pp2-cp2-delta",
 }
 TIMEOUT_S = 1500
