@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py                       # all sections, on the GPUs of this machine
     python benchmarks/gpu_check.py --only forms train    # some of them; the results of the others stay
-    python benchmarks/gpu_check.py --rehearse --out DIR  # tiny sizes, on the CPU: the program's own test
+    python benchmarks/gpu_check.py --rehearse DIR        # tiny sizes, on the CPU: the program's own test
     python benchmarks/gpu_check.py --report              # the page only, from the kept results
 
 Each section runs in processes of its own with a time limit, so that one that hangs or crashes costs only itself:
@@ -23,7 +23,6 @@ section failed, whatever its speed.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -33,31 +32,34 @@ from typing import Any
 
 from page import RESULTS
 
-SECTIONS = {"forms": 240, "kernels": 60, "selftest": 120, "train": 300, "profile": 90, "stream": 120}  # seconds at most
+from infini_train.child_processes import ending_with_parent
+
+SECTIONS = {"forms": 240, "kernels": 60, "selftest": 120, "train": 270, "profile": 90, "stream": 120}  # seconds at most
 
 
 def main() -> None:
     """Runs the sections one after the other, then writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", metavar="DIR", help="for the results")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU; writes no page")
+    parser.add_argument("--rehearse", type=Path, metavar="DIR", help="tiny sizes, on the CPU; the results go to DIR")
     parser.add_argument("--report", action="store_true", help="only write the page")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # the process of one section
+    parser.add_argument("--section", nargs=2, metavar=("NAME", "SCRATCH"), help=argparse.SUPPRESS)  # of one process
     options = parser.parse_args()
+    out = options.rehearse or RESULTS / "gpu"
     if options.section:
-        run_section(options.section, options.out, rehearsed=options.rehearse)
+        name, scratch = options.section
+        run_section(name, out, Path(scratch), rehearsed=bool(options.rehearse))
         return
     failed: list[str] = []
     if not options.report:
-        require_device(rehearsed=options.rehearse)
-        failed = [name for name in options.only if not supervise(name, options)]
+        require_device(rehearsed=bool(options.rehearse))
+        failed = [name for name in options.only if not supervise(name, out, rehearsed=bool(options.rehearse))]
     if not options.rehearse:
         from gpu_report import PAGE
 
         PAGE.write()
     if failed:
-        print(f"wrong or failed: {', '.join(failed)}; see {options.out}")
+        print(f"wrong or failed: {', '.join(failed)}; see {out}")
         sys.exit(1)
 
 
@@ -68,64 +70,43 @@ def require_device(*, rehearsed: bool) -> None:
     if rehearsed:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for the processes of the sections
     elif (absence := device.find_absence()) is not None:
-        sys.exit(f"error: no GPU can be checked: {absence.reason}; --rehearse --out DIR tries the program on a CPU")
+        sys.exit(f"error: no GPU can be checked: {absence.reason}; --rehearse DIR tries the program on a CPU")
 
 
-def supervise(name: str, options: argparse.Namespace) -> bool:
-    """Runs a section within its time; whether all of it is right. What it has found so far is kept either way."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.jsonl").unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--section", name, "--out", str(options.out)]
+def supervise(name: str, out: Path, *, rehearsed: bool) -> bool:
+    """Runs a section within its time; whether all of it is right. What it has found so far is kept either way.
+
+    A section that is killed takes along what it has started: the next one needs the GPU alone.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.jsonl").unlink(missing_ok=True)
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "8", **os.environ}
-    limit, begin = SECTIONS[name] * (10 if options.rehearse else 1), time.perf_counter()
+    limit, begin = SECTIONS[name] * (10 if rehearsed else 1), time.perf_counter()
     print(f"{name} (at most {limit} s)", flush=True)
-    process = subprocess.Popen([*command, *["--rehearse"] * options.rehearse], env=environment, start_new_session=True)
     code: int | None = None
-    try:
-        code = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        print(f"{name}: out of time", flush=True)
-    finally:
-        end_group(process)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:  # runs, their data and checkpoints of gigabytes
+        command = [sys.executable, __file__, "--section", name, scratch, *(["--rehearse", out] if rehearsed else [])]
+        try:
+            code = subprocess.run(
+                command, timeout=limit, env=environment, check=False, preexec_fn=ending_with_parent()
+            ).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{name}: out of time", flush=True)
     took = round(time.perf_counter() - begin, 1)
-    rows = read_rows(options.out, name)
+    rows = read_rows(out, name)
     right = code == 0 and bool(rows) and all(row.get("right", True) for row in rows)
-    add_row(options.out, name, {"what": "section", "right": right, "exit_code": code, "took_s": took})
+    add_row(out, name, {"what": "section", "right": right, "exit_code": code, "took_s": took})
     print(f"{name}: {'right' if right else 'WRONG OR FAILED'}, {took} s", flush=True)
     return right
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends also what a section has started: the next one needs the GPU alone. Launchers end their ranks at SIGTERM."""
-    for number, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        end = time.monotonic() + patience_s
-        while time.monotonic() < end and is_alive(process.pid):
-            process.poll()  # a process that ended and was not waited for counts as alive
-            time.sleep(0.2)
-    process.wait()
-
-
-def is_alive(group: int) -> bool:
-    """Whether any process of this group is there."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def run_section(name: str, out: Path, *, rehearsed: bool) -> None:
+def run_section(name: str, out: Path, scratch: Path, *, rehearsed: bool) -> None:
     """One section; each result is written as soon as it is there."""
     import gpu_sections
 
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:  # runs, their data and checkpoints of gigabytes
-        for row in getattr(gpu_sections, f"check_{name}")(Path(scratch), rehearsed):
-            add_row(out, name, row)
-            print(f"  {json.dumps(row)[:400]}", flush=True)
+    for row in getattr(gpu_sections, f"check_{name}")(scratch, rehearsed):
+        add_row(out, name, row)
+        print(f"  {json.dumps(row)[:400]}", flush=True)
 
 
 def add_row(out: Path, name: str, row: dict[str, Any]) -> None:

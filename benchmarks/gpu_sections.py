@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from infini_train.child_processes import ending_with_parent
 from infini_train.config.attention import AttentionConfig, MixedConfig
 from infini_train.config.model import ModelConfig
 from infini_train.data.shards import ShardWriter
@@ -24,7 +26,9 @@ from infini_train.model.init import initialise
 from infini_train.model.layers import parallel_config
 from infini_train.model.transformer import Transformer
 from infini_train.ops import fla_kernels, varlen
+from infini_train.ops.attention import local_attention
 from infini_train.ops.gated_delta import empty_gated_memory
+from infini_train.ops.grid import make_grid
 from infini_train.parallel import device, mesh
 from infini_train.selftest.cases import ATTENTIONS
 
@@ -35,23 +39,19 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 0.06}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNSTEADY = ("memorizing",)  # in bf16 other tokens may be retrieved, which no tolerance describes
 COMPILED = ("delta", "gated-token", "mixed")  # each takes up to a minute
-TRAINED = {  # name: settings beside the model
-    "125m": {"train.window_tokens": 32768, "train.batch_lanes": 2},
-    "350m": {"train.window_tokens": 32768, "train.batch_lanes": 2},
-    "1b": {"train.window_tokens": 16384, "train.batch_lanes": 2},
-    "1b, compiled": {"train.window_tokens": 16384, "train.batch_lanes": 2, "train.compile": True},
-    "1b, delta": {"train.window_tokens": 16384, "train.batch_lanes": 2, "model.attention.update": "delta"},
+LONG = ["train.window_tokens=32768", "train.batch_lanes=2"]
+BIG = ["train.window_tokens=16384", "train.batch_lanes=2"]
+TRAINED = {  # name of the model, then of the case: settings
+    "125m": LONG,
+    "350m": LONG,
+    "1b": BIG,
+    "1b, compiled": [*BIG, "train.compile=true"],
+    "1b, delta": [*BIG, "model.attention.update=delta"],
 }
-TINY = {
-    "model.hidden_size": 64,
-    "model.num_layers": 2,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.ffn_size": 96,
-    "model.vocab_size": 512,
-    "model.attention.segment_tokens": 64,
-    "train.window_tokens": 256,
-}
+TINY = [
+    *("model.hidden_size=64", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_size=96"),
+    *("model.vocab_size=512", "model.attention.segment_tokens=64", "train.window_tokens=256"),
+]
 STEPS = 8
 HARDWARE = ("h100", "h200", "a100")
 
@@ -199,9 +199,6 @@ def check_kernels(out: Path, rehearsed: bool) -> Iterator[Row]:
 
 def time_local(where: torch.device, tokens: int, segment: int, *, as_runs: bool) -> Row:
     """Forward and backward of the local attention of one layer of 1b, documents of 1,500 tokens."""
-    from infini_train.ops.attention import local_attention
-    from infini_train.ops.grid import make_grid
-
     heads, kv_heads, size = 16, 8, 128
     starts = torch.zeros(1, tokens, dtype=torch.bool)
     starts[:, 100::1500] = True
@@ -223,10 +220,11 @@ def time_local(where: torch.device, tokens: int, segment: int, *, as_runs: bool)
 
 def check_selftest(out: Path, rehearsed: bool) -> Iterator[Row]:
     """A row for each layout."""
+    del out
     device.prepare()
     processes = device.count() if device.uses_cuda() else 1
     choice = ["--only", "one-delta-overlap-recompute"] if rehearsed else []
-    lines = run_command(out, ["selftest", "--json", "--nproc", str(processes), *choice]).splitlines()
+    lines = run_command(["selftest", "--json", "--nproc", str(processes), *choice]).splitlines()
     for line in lines:
         row = json.loads(line)
         if "case" in row:
@@ -243,9 +241,9 @@ def check_train(out: Path, rehearsed: bool) -> Iterator[Row]:
             continue
         row: Row = {"what": "train", "case": name}
         try:
-            path = write_run(out, name, settings, rehearsed)
-            planned = plan(out, path)
-            run_command(out, ["train", str(path)])
+            run = write_run(out, name, settings, rehearsed)
+            planned = plan(run)
+            run_command(["train", *run])
             found = read_speed(out / "run")
             yield {**row, "right": math.isfinite(found["last_loss"]), **found, "planned": planned}
         except Exception as error:  # noqa: BLE001 (one model that fails must not hide the others)
@@ -257,56 +255,39 @@ def check_train(out: Path, rehearsed: bool) -> Iterator[Row]:
 
 def check_profile(out: Path, rehearsed: bool) -> Iterator[Row]:
     """The table that a profiled step of a run gives."""
-    path = write_run(out, "1b", {**TRAINED["1b"], "log.profile_steps": [6]}, rehearsed)
-    run_command(out, ["train", str(path)])
+    run_command(["train", *write_run(out, "1b", [*BIG, "log.profile_steps=[6]"], rehearsed)])
     (table,) = (out / "run" / "profile").glob("*.txt")
     yield {"what": "profile", "table": table.read_text(encoding="utf-8").splitlines()[:45]}
 
 
-def write_run(out: Path, name: str, settings: Row, rehearsed: bool) -> Path:
-    """A run's config over random text, in documents of about 1,500 tokens; evaluated never, saved at the end."""
-    data = out / "data"
+def write_run(out: Path, name: str, settings: list[str], rehearsed: bool) -> list[str]:
+    """The arguments of a run over random text, in documents of some 1,500 tokens; never evaluated, saved at the end."""
+    data, path = out / "data", out / "run.yaml"
     if not data.exists():
         text = bytes(torch.randint(32, 127, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
         with ShardWriter(data, ByteTokenizer()) as writer:
             for number in range(400):
                 ids = ByteTokenizer().encode(text[number:].decode() + text[:number].decode())
                 writer.add(ids, n_bytes=len(text), id=str(number))
-    flat = {
-        **settings,
-        "train.micro_batch_lanes": 1,
-        "train.max_steps": STEPS,
-        "train.max_tokens": None,
-        "train.precision": "bf16",
-        "optim.warmup_steps": 1,
-        "checkpoint.every_steps": 1000,
-        "log.every_steps": 1,
-        "parallel.data_size": 1,
-        "data.train": str(data),
-        "data.validation": None,
-        "run_dir": str(out / "run"),
-        **(TINY if rehearsed else {}),
-    }
-    tree: Row = {"include": [f"model/{name.split(',')[0]}.yaml"], "name": "gpu_check"}
-    for field, value in flat.items():
-        *sections, last = field.split(".")
-        inner = tree
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    path = out / "run.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
+    path.write_text(yaml.safe_dump({"include": [f"model/{name.split(',')[0]}.yaml"], "name": "gpu_check"}))
+    settings = [
+        *settings,
+        *("train.micro_batch_lanes=1", f"train.max_steps={STEPS}", "train.precision=bf16", "optim.warmup_steps=1"),
+        *("checkpoint.every_steps=1000", "log.every_steps=1", "parallel.data_size=1"),
+        *(f"data.train={data}", f"run_dir={out / 'run'}"),
+        *(TINY if rehearsed else []),
+    ]
+    return [str(path), *(part for setting in settings for part in ("--set", setting))]
 
 
-def plan(out: Path, path: Path) -> Row | None:
+def plan(run: list[str]) -> Row | None:
     """What `infini-train plan` says of a run on this GPU; None for one that it does not know."""
     device.prepare()
     known = [name for name in HARDWARE if name.upper() in device.describe()]
     hardware = known[0] if known else None if device.uses_cuda() else "h100"  # in a rehearsal: any
     if hardware is None:
         return None
-    said = json.loads(run_command(out, ["plan", str(path), "--json", "--world-size", "1", "--hardware", hardware]))
+    said = json.loads(run_command(["plan", *run, "--json", "--world-size", "1", "--hardware", hardware]))
     predicted = {name: said["prediction"][name] for name in ("tokens_s", "mfu")}
     return {"hardware": hardware, **predicted, "peak_memory_bytes": said["ranks"][0]["memory"]["peak"]}
 
@@ -317,8 +298,7 @@ def read_speed(run: Path) -> Row:
     rows = [row for row in map(json.loads, lines) if "speed/step_s" in row]
     names = ("speed/tokens_per_s", "speed/mfu", "seconds/data", "seconds/forward", "seconds/backward")
     names += ("seconds/optimizer", "speed/peak_memory_bytes")
-    late = {name: sorted(row[name] for row in rows[3:]) for name in names}
-    found = {name.split("/")[1]: values[len(values) // 2] for name, values in late.items()}
+    found = {name.split("/")[1]: statistics.median(row[name] for row in rows[3:]) for name in names}
     return {**found, "first_step_s": rows[0]["speed/step_s"], "last_loss": rows[-1]["loss/train"]}
 
 
@@ -331,20 +311,20 @@ def check_stream(out: Path, rehearsed: bool) -> Iterator[Row]:
     found = out / "passkey"
     begin = time.perf_counter()
     arguments = ["--lengths", length, "--samples", samples, "--depths", "0.5", "--out", str(found)]
-    run_command(out, ["eval", "passkey", str(ROOT / "models" / "passkey-linear"), *arguments])
+    run_command(["eval", "passkey", str(ROOT / "models" / "passkey-linear"), *arguments])
     results = json.loads((found / "results.json").read_text(encoding="utf-8"))
     cells = results["cells"]
     right = all(cell["exact"] == cell["samples"] for cell in cells)
     yield {"what": "stream", "length": length, "right": right, "took_s": time.perf_counter() - begin, "results": cells}
 
 
-def run_command(out: Path, arguments: list[str]) -> str:
-    """What an `infini-train` command prints; its run folder is made anew."""
-    if arguments[0] == "train":
-        shutil.rmtree(out / "run", ignore_errors=True)
+def run_command(arguments: list[str]) -> str:
+    """What an `infini-train` command prints."""
     command = [sys.executable, "-m", "infini_train.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=ending_with_parent()
+    )
     if done.returncode != 0 and arguments[0] != "selftest":  # whose rows tell
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout + done.stderr)
     return done.stdout

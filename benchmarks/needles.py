@@ -62,9 +62,10 @@ def tabulate() -> str:
             hay = test["haystack"] + (f", wording {test['wording']}" if "wording" in test else "")
             row = (test["model"], test["task"], hay, cell["length_tokens"])
             cells.setdefault(row, {}).setdefault(cell["needles"], []).append(cell)
+    groups = list(dict.fromkeys(row[:3] for row in cells))  # in the order of the files, whatever lengths each has
     rows = [
         [*row[:3], format_length(row[3]), *(_format(found[count]) if count in found else "" for count in counts)]
-        for row, found in cells.items()
+        for row, found in sorted(cells.items(), key=lambda item: (groups.index(item[0][:3]), item[0][3]))
     ]
     needles = [f"{count} needle{'s' if count > 1 else ''}" for count in counts]
     return as_table(["model", "task", "haystack", "length", *needles], rows)

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--rehearse", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--rehearse", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
@@ -50,10 +50,11 @@ def test_the_page_can_be_made_of_them(rows, monkeypatch, tmp_path) -> None:
 
 def test_without_a_gpu_nothing_is_checked(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     import gpu_check
 
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match="error: no GPU can be checked: .*--rehearse"):
         gpu_check.main()
     assert not list(tmp_path.iterdir())
@@ -64,7 +65,7 @@ def test_what_is_wrong_or_hangs_is_told(monkeypatch, tmp_path, capsys) -> None:
     import gpu_check
 
     monkeypatch.setattr(gpu_check, "SECTIONS", {**gpu_check.SECTIONS, "stream": 0.05, "kernels": 0.05})
-    arguments = ["--rehearse", "--only", "stream", "kernels", "--out", str(tmp_path)]
+    arguments = ["--rehearse", str(tmp_path), "--only", "stream", "kernels"]
     monkeypatch.setattr("sys.argv", ["gpu_check.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()

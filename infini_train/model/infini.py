@@ -167,10 +167,8 @@ class GatedInfiniAttention(InfiniAttention):
         super().__init__(spec)
         attention, kv_heads = spec.attention, spec.model.kv_heads
         assert isinstance(attention, InfiniConfig)
-        self.charges_writing = False  # in training, see `charge_writing`
-        # A tensor, since compiled code would be compiled again for each number; no buffer, which would take the
-        # activations' dtype.
-        self.write_cost = torch.zeros(())
+        # In training, see `charge_writing`. A tensor, since compiled code would be compiled again for each number.
+        self.write_cost: Tensor | None = None
         self.linear_strength = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         self.linear_decay = head_linear(spec.model.hidden_size, kv_heads, 1, spec.parallel, bias=True)
         for linear, at_first in ((self.linear_strength, 0.0), (self.linear_decay, attention.decay_init)):
@@ -185,7 +183,7 @@ class GatedInfiniAttention(InfiniAttention):
             linear(x_TBD)[0].permute(1, 2, 0).to(torch.promote_types(x_TBD.dtype, torch.float32))
             for linear in (self.linear_strength, self.linear_decay)
         )
-        if self.charges_writing:
+        if self.write_cost is not None:
             strength_BKT = charge(strength_BKT, self.write_cost)
         return Writing(
             -(F.softplus(strength_BKT) - WEAKEST_WRITE).clamp_min(0),

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from infini_train.model.infini import GatedInfiniAttention
 from infini_train.model.transformer import Transformer
 
@@ -20,8 +22,5 @@ def charge_writing(models: Iterable[Transformer], cost_per_token: float) -> None
             if isinstance(attention, GatedInfiniAttention):
                 here = attention.projections  # a head that several ranks have is charged on each
                 heads = here.kv_heads * here.parallel.tensor_model_parallel_size
-                where = attention.linear_strength.weight.device
-                if attention.write_cost.device != where:
-                    attention.write_cost = attention.write_cost.to(where)
-                attention.charges_writing = cost_per_token > 0
-                attention.write_cost.fill_(cost_per_token / layers / heads)
+                cost = torch.full((), cost_per_token / layers / heads, device=attention.linear_strength.weight.device)
+                attention.write_cost = cost if cost_per_token else None

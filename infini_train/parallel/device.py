@@ -315,7 +315,7 @@ def matmul_peak_flops(dtype: torch.dtype) -> float:
     """
     largest = MATMUL_PROBE_SIZE * (4 if uses_cuda() else 1)
     size = min(largest, MATMUL_FIRST_SIZE)
-    while _product_s(size, dtype, 2) < MATMUL_ENOUGH_S and size < largest:
+    while size < largest and _product_s(size, dtype, 2) < MATMUL_ENOUGH_S:
         size = min(2 * size, largest)
     return 2 * size**3 / _product_s(size, dtype, 4)
 

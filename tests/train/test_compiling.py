@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from infini_train.config.data import DataConfig
 from infini_train.config.errors import ConfigError
+from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
+from infini_train.config.training import TrainConfig
 from infini_train.model.transformer import Transformer
 from infini_train.parallel import mesh
 from infini_train.train import compiling
@@ -15,10 +18,6 @@ WINDOW = 32
 
 
 def configure(tiny, choice: object, **parallel: object) -> RunConfig:
-    from infini_train.config.data import DataConfig
-    from infini_train.config.parallel import ParallelConfig
-    from infini_train.config.training import TrainConfig
-
     train = TrainConfig(window_tokens=WINDOW, batch_lanes=2, max_steps=200, compile=choice)
     return RunConfig(
         name="t", model=tiny(), data=DataConfig(train="t"), train=train, parallel=ParallelConfig(**parallel)
