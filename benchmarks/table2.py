@@ -3,10 +3,10 @@
     python benchmarks/table2.py --train train.jsonl.gz --validation validation.jsonl.gz --test test.jsonl.gz
 
 Any long documents will do. Encodes them; trains configs/run/table2.yaml with every arm and learning rate; chooses each
-arm's rate by the validation books, and trains it with more seeds, and with other sizes of its memory. Held-out books
-are read whole, streamed. Each run becomes a file in benchmarks/results/table2/; a run whose file is there is not made
-again, so that an interrupted benchmark resumes. The tables and the plot of docs/results/table2.md are made from the
-files; with --report nothing else is done.
+arm's rate by the validation books, and trains it with more seeds. A seed sets the initial weights and the order of the
+books, the same order for every arm. The beginnings of the held-out books are read one by one, streamed. Each run becomes
+a file in benchmarks/results/table2/; a run whose file is there is not made again, so that an interrupted benchmark
+resumes. The tables and the plot of docs/results/table2.md are made from the files; with --report nothing else is done.
 """
 
 import argparse
@@ -28,48 +28,44 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "benchmarks" / "results" / "table2"
 RATES = ("3e-3", "6e-3")  # tried by every arm with the first seed
 SEEDS = (0, 1, 2)
-VALIDATION_BOOKS, TEST_BOOKS = 1, 3  # the first of each file, whole
+BOOKS, BOOK_CHARACTERS = {"validation": 3, "test": 10}, 100_000  # the first of each file, and of each book
 VOCABULARY, SAMPLE_MB = 1024, 4
 
 XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=64"]
 MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=64", "model.attention.top_k=32"]
 RMT = ["model.attention.kind=rmt"]
+GATED = ["update=gated_delta", "read=token", "read_norm=true"]
+MIXED = """{kind: mixed, pattern: [near, memory], variants: {
+  near: {kind: transformer_xl, segment_tokens: 64, cache_tokens: 64},
+  memory: {kind: infini, segment_tokens: 64, update: gated_delta, read: token, read_norm: true}}}"""
 ARMS = {  # name -> what differs from configs/run/table2.yaml
     "infini-linear": [],
     "infini-delta": ["model.attention.update=delta"],
+    "infini-gated": [f"model.attention.{setting}" for setting in GATED],
+    "mixed": [f"model.attention={' '.join(MIXED.split())}"],
     "transformer_xl": XL,
     "memorizing": [*MEMORIZING, "model.attention.stored_tokens=2048"],
     "rmt": [*RMT, "model.attention.memory_tokens=8"],
     "local": ["model.attention.kind=local"],
     "full": ["model.attention.kind=full"],
 }
-SIZES = {  # other sizes of an arm's memory, trained with its rate and the first seed: arm -> name -> what differs
-    "transformer_xl": {"cache 16": [*XL[:1], "model.attention.cache_tokens=16"]},
-    "memorizing": {
-        "store 512": [*MEMORIZING, "model.attention.stored_tokens=512"],
-        "store 8192": [*MEMORIZING, "model.attention.stored_tokens=8192"],
-    },
-    "rmt": {"2 tokens": [*RMT, "model.attention.memory_tokens=2"]},
-}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `size` is "" for the arm's own memory."""
+    """One training."""
 
     arm: str
     rate: str
     seed: int
-    size: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join([self.arm, *([self.size.replace(" ", "_")] if self.size else []), self.rate, str(self.seed)])
+        return f"{self.arm}-{self.rate}-{self.seed}"
 
     @property
     def settings(self) -> list[str]:
-        own = SIZES[self.arm][self.size] if self.size else ARMS[self.arm]
-        return [*own, f"optim.lr={self.rate}", f"seed={self.seed}"]
+        return [*ARMS[self.arm], f"optim.lr={self.rate}", f"seed={self.seed}"]
 
 
 def main() -> None:
@@ -80,11 +76,8 @@ def main() -> None:
         for run in plan(options.arms):
             make(options, run)
         for arm in options.arms:
-            rate = best_rate(arm)
-            for run in [Run(arm, rate, seed) for seed in SEEDS[1:]] + [
-                Run(arm, rate, SEEDS[0], size) for size in SIZES.get(arm, ())
-            ]:
-                make(options, run)
+            for seed in SEEDS[1:]:
+                make(options, Run(arm, best_rate(arm), seed))
     from table2_report import write_report  # matplotlib is not needed before
 
     write_report()
@@ -133,16 +126,16 @@ def prepare(options: argparse.Namespace) -> None:
     for split in missing:
         source = Path(sources[split])
         if split != "train":
-            source = cut_books(source, options.out / f"{split}.jsonl", {"validation": VALIDATION_BOOKS}.get(split))
+            source = cut_books(source, options.out / f"{split}.jsonl", BOOKS[split])
         words = ["--tokenizer", str(model), "--out", str(data / split), "--overwrite"]
         subprocess.run([*tool, "encode", str(source), *words], check=True)
 
 
-def cut_books(source: Path, target: Path, count: int | None) -> Path:
-    """A file of the first books."""
+def cut_books(source: Path, target: Path, count: int) -> Path:
+    """A file of the first books' beginnings."""
     with target.open("w", encoding="utf-8") as file:
-        for document in islice(documents([str(source)]), count or TEST_BOOKS):
-            file.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
+        for document in islice(documents([str(source)]), count):
+            file.write(json.dumps({"id": document.id, "text": document.text[:BOOK_CHARACTERS]}) + "\n")
     return target
 
 
@@ -165,7 +158,6 @@ def make(options: argparse.Namespace, run: Run) -> None:
     tokens = max(line.get("tokens", 0) for line in metrics)
     found = {
         "arm": run.arm,
-        "size": run.size,
         "rate": run.rate,
         "seed": run.seed,
         "settings": run.settings,
@@ -179,15 +171,27 @@ def make(options: argparse.Namespace, run: Run) -> None:
         ).stdout.strip(),
         "machine": f"{platform.machine()}, one thread, shared",
     }
-    for split, books in (("validation", VALIDATION_BOOKS), ("test", TEST_BOOKS)):
-        command = [*tool, "eval", "perplexity", str(run_dir), "--data", str(options.out / "data" / split)]
-        command += ["--lanes", str(books), "--json"]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one_thread())
-        values = json.loads(result.stdout)
-        found[split] = {name: values[name] for name in ("loss", "perplexity", "bits_per_byte", "tokens", "documents")}
+    for split in BOOKS:
+        found[split] = evaluate(options.out / "data" / split, run_dir, run_dir / "eval" / split)
     FILES.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: validation {found['validation']['loss']:.4f}, test {found['test']['loss']:.4f}", flush=True)
+
+
+def evaluate(data: Path, run_dir: Path, folder: Path) -> dict[str, Any]:
+    """Losses of books, each read from its beginning with its memory carried along."""
+    command = [sys.executable, "-m", "infini_train.cli", "eval", "context", str(run_dir), "--data", str(data)]
+    command += ["--contexts", "64", "--targets", "1", "--out", str(folder), "--quiet"]  # by position alone
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    books = [record for record in records if "bucket_losses" in record]
+    return {
+        "loss": results["whole"]["loss"],
+        "perplexity": results["whole"]["perplexity"],
+        "positions": results["positions"],
+        "books": {book["name"]: [sum(book["bucket_losses"]), sum(book["bucket_tokens"])] for book in books},
+    }
 
 
 def one_thread() -> dict[str, str]:

@@ -25,6 +25,7 @@ from infini_train.data.shards import CorruptDocumentError, Dataset
 if TYPE_CHECKING:
     from infini_train.model.transformer import ModelState, Transformer
 
+FORWARD_TOKENS = 1024  # at least so many in a forward, however short the segment: a single lane fills no machine
 FIRST_BUCKET_TOKENS = 64  # positions below this one; every later bucket is as long as all before it together
 
 
@@ -102,7 +103,7 @@ def measure_document(
         dataset: of the model's tokenizer.
         document: its number.
         plan: which contexts and targets.
-        window_tokens: of a forward, a multiple of the segment; default: a few segments.
+        window_tokens: of a forward, a multiple of the segment; default: a few segments, at least some 1,000 tokens.
         on_progress: called with the tokens read.
     """
     from infini_train.inference.reading import FORWARD_SEGMENTS, segment_of
@@ -111,7 +112,7 @@ def measure_document(
     tokens, name = int(dataset.lengths_tokens[document]), dataset.name(document)
     text = _Text(dataset, document, tokens)
     segment = segment_of(model)
-    chunk = window_tokens or FORWARD_SEGMENTS * segment
+    chunk = window_tokens or max(FORWARD_SEGMENTS, FORWARD_TOKENS // segment) * segment
     targets = plan.place_targets(document, tokens)
     whole = np.zeros(len(targets))
     edges = np.array(bucket_edges(tokens))
