@@ -191,18 +191,18 @@ def check_kernels(out: Path, rehearsed: bool) -> Iterator[Row]:
             "flash_linear_attention": fla_kernels.find_kernel(k, memory) is not None,
         }
     tokens, segment = (256, 64) if rehearsed else (16384, 2048)
-    for as_runs in (False, True):
-        if as_runs and varlen.find_kernel(where, torch.bfloat16, 128, 128) is None:
-            continue
-        yield {"what": "local attention", "runs": as_runs, **time_local(where, tokens, segment, as_runs=as_runs)}
+    found = varlen.find_kernel(where, torch.bfloat16, 128, 128)
+    for kernel in (None, found) if found else (None,):
+        row = {"what": "local attention", "runs": kernel is not None}
+        yield {**row, **time_local(where, tokens, segment, kernel)}
 
 
-def time_local(where: torch.device, tokens: int, segment: int, *, as_runs: bool) -> Row:
+def time_local(where: torch.device, tokens: int, segment: int, kernel: varlen.Kernel | None) -> Row:
     """Forward and backward of the local attention of one layer of 1b, documents of 1,500 tokens."""
     heads, kv_heads, size = 16, 8, 128
     starts = torch.zeros(1, tokens, dtype=torch.bool)
     starts[:, 100::1500] = True
-    grid = make_grid(starts, torch.ones(1, tokens), None, segment, as_runs=as_runs).to(where)
+    grid = make_grid(starts, torch.ones(1, tokens), None, segment, kernel=kernel).to(where)
     drawn = [
         torch.randn(1, count, tokens, size, dtype=torch.bfloat16, device=where).requires_grad_()
         for count in (heads, kv_heads, kv_heads)

@@ -4,9 +4,10 @@
 
 Any long documents will do. Encodes them; trains configs/run/table2.yaml with every arm and learning rate; chooses each
 arm's rate by the validation books, and trains it with more seeds. A seed sets the initial weights and the order of the
-books, the same order for every arm. The beginnings of the held-out books are read one by one, streamed. Each run becomes
-a file in benchmarks/results/table2/; a run whose file is there is not made again, so that an interrupted benchmark
-resumes. The tables and the plot of docs/results/table2.md are made from the files; with --report nothing else is done.
+books, the same order for every arm. The beginnings of the held-out books are read one by one, streamed. Each run
+becomes a file in benchmarks/results/table2/; a run whose file is there is not made again, so that an interrupted
+benchmark resumes. The tables and the plot of docs/results/table2.md are made from the files; with --report nothing else
+is done.
 """
 
 import argparse

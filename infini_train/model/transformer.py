@@ -20,7 +20,7 @@ from infini_train.model.variants import build_mixer, mixer_class
 from infini_train.ops.grid import Grid, Grids, Layout, make_grid
 from infini_train.ops.ranks import Ranks
 from infini_train.ops.state import name_leaves
-from infini_train.ops.varlen import find_kernel
+from infini_train.ops.varlen import Kernel, find_kernel
 
 IGNORED = -100  # label of a position without a target
 ModelState = tuple[State | None, ...]  # of each layer; None for one that carries nothing
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         stage for the same call are reused if `known`. `segment_tokens` takes the place of the length of all layers that
         have segments; the state must then lie at a segment's edge.
         """
-        as_runs = self._attends_by_runs()
+        kernel = self._find_kernel()
         found: dict[Layout, Grid] = {} if known is None else dict(zip(*known, strict=True))
         for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
             if mixer.layout not in found:
@@ -112,13 +112,15 @@ class Transformer(nn.Module):
                 segment, overlap, sinks = mixer.layout
                 segment = segment_tokens if segment and segment_tokens else segment
                 layout = segment, overlap, shard, sinks
-                found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, *layout, as_runs=as_runs)
+                found[mixer.layout] = make_grid(starts_BT, weights_BT, recent, *layout, kernel=kernel)
         return Grids(tuple(found), tuple(found.values()))
 
-    def _attends_by_runs(self) -> bool:
-        """Whether grids tell runs: where a kernel serves them, and nothing around the stack asks for a mask."""
-        weight, sizes = next(self.parameters()), (self.config.key_dim, self.config.value_dim)
-        return self.memory_tokens is None and find_kernel(weight.device, weight.dtype, *sizes) is not None
+    def _find_kernel(self) -> Kernel | None:
+        """What attends to runs, if there is something for these heads, and nothing around the stack asks for a mask."""
+        weight = next(self.parameters())
+        if self.memory_tokens is not None:
+            return None
+        return find_kernel(weight.device, weight.dtype, self.config.key_dim, self.config.value_dim)
 
     def forward(
         self,

@@ -21,7 +21,6 @@ from infini_train.ops.rope import Rope, rotate
 from infini_train.ops.sinks import take_sinks
 from infini_train.ops.state import Stored
 from infini_train.ops.varlen import attend_runs
-from infini_train.ops.varlen import find_kernel as find_varlen
 
 ROPE = Rope()
 
@@ -302,9 +301,7 @@ def _attend_segments(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, grid: Gr
     q_rotated = rotate(q_BSHQD, grid.sink_tokens + grid.overlap_tokens + first_query, rope)
     k_rotated = rotate(k_BSKJD, 0, rope)
     if grid.runs is not None:
-        kernel = find_varlen(q_rotated.device, q_rotated.dtype, q_rotated.shape[-1], v_BSKJE.shape[-1])
-        assert kernel is not None
-        return attend_runs(kernel, q_rotated, k_rotated, v_BSKJE, grid.runs)
+        return attend_runs(q_rotated, k_rotated, v_BSKJE, grid.runs)
     group = q_BSHQD.shape[2] // k_BSKJD.shape[2]
     if group > 1:
         k_rotated, v_BSKJE = (x.repeat_interleave(group, 2) for x in (k_rotated, v_BSKJE))

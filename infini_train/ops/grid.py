@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from infini_train.ops.sinks import Cuts, SinkGrid, Sinks, find_sinks, no_sinks
 from infini_train.ops.state import Stored
-from infini_train.ops.varlen import Runs, find_runs, serves
+from infini_train.ops.varlen import Kernel, Runs, find_runs
 
 NOTHING = -(2**30)
 LONG = 2**30
@@ -152,7 +152,7 @@ def make_grid(
     shard: tuple[int, int] = (0, 1),
     sink_tokens: int = 0,
     *,
-    as_runs: bool = False,
+    kernel: Kernel | None = None,
 ) -> Grid:
     """The grid of a call.
 
@@ -165,7 +165,7 @@ def make_grid(
         shard: (rank, ranks), of equal contiguous shards of the window. With more than one rank each shard is a whole
             number of segments and the window begins at a segment's edge; full attention then has no carried tokens.
         sink_tokens: Z.
-        as_runs: tell who sees whom by runs, not by a mask.
+        kernel: of attention to runs (varlen.py), where runs are to tell who sees whom, not a mask.
     """
     lanes, tokens = starts_BT.shape
     recent = recent or no_recent((lanes, 1, 1), 1, overlap_tokens, torch.empty(0, device=starts_BT.device))
@@ -184,7 +184,7 @@ def make_grid(
     sinks = find_sinks(starts_BT, recent.sinks, cuts) if sink_tokens else None
     return Grid(
         **found,
-        **_find_sight(query_BSQ, key_BSJ, sinks, as_runs=as_runs)._asdict(),
+        **_find_sight(query_BSQ, key_BSJ, sinks, kernel)._asdict(),
         overlap_tokens=overlap_tokens,
         segment_tokens=marks.segment_tokens,
         open_tokens=marks.open_tokens,
@@ -320,19 +320,19 @@ class _Sight(NamedTuple):
     runs: Runs | None
 
 
-def _find_sight(query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, *, as_runs: bool) -> _Sight:
+def _find_sight(query_BSQ: Tensor, key_BSJ: Tensor, sinks: SinkGrid | None, kernel: Kernel | None) -> _Sight:
     """Mask or runs by which a query sees what is not later and of the same document, and sinks.
 
     Neither where a mask would be plain causal attention. Runs are told even then, but not where there are very many.
     """
     queries, keys = query_BSQ.shape[2], key_BSJ.shape[2]
-    if as_runs:
+    if kernel is not None:
         seen_BSJ = key_BSJ
         if sinks is not None:  # those seen lie right before the keys of their document
             is_seen_BSZ = sinks.seen_BSQZ.any(2)
             seen_BSJ = torch.cat((torch.where(is_seen_BSZ, key_BSJ[..., :1], NOTHING - 1), key_BSJ), -1)
-        runs = find_runs(seen_BSJ, seen_BSJ.shape[2] - queries)
-        if seen_BSJ.is_meta or serves(runs, query_BSQ[..., 0].numel()):
+        runs = find_runs(seen_BSJ, seen_BSJ.shape[2] - queries, kernel)
+        if runs is not None:
             return _Sight(None, runs)
     if sinks is None and queries == keys and not _has_inner_start(query_BSQ):
         return _Sight(None, None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from infini_train.ops.kernels import admit, largest_error
 
 Kernel = Callable[..., Tensor]
-DTYPES = (torch.bfloat16, torch.float16)
+DEVICE, DTYPES = "cuda", (torch.bfloat16, torch.float16)
 MAX_DIM, DIM_MULTIPLE = 256, 8  # head sizes of flash attention
 RUN_ROWS = 128  # of padding, of fp32 gradients of queries, for each run
 TOLERANCE = 0.02  # bf16 has steps of 0.4 to 0.8 %
@@ -30,36 +30,52 @@ TOLERANCE = 0.02  # bf16 has steps of 0.4 to 0.8 %
 class Runs(NamedTuple):
     """Where each run begins among the queries and among the keys of a call, and where the last one ends; int32.
 
-    most_queries and most_keys are those of the longest run.
+    And what attends to them, since a compiler can't look it up. Empty runs at the end fill their number up to one of a
+    few, and most_queries and most_keys are what a run can have at most: these numbers are constants to a compiler,
+    which would compile a layer again for others.
     """
 
     queries_N: Tensor
     keys_N: Tensor
     most_queries: int
     most_keys: int
+    kernel: Kernel
 
 
-def find_runs(document_BSJ: Tensor, first_query: int) -> Runs:
-    """The runs of a call.
+def find_runs(document_BSJ: Tensor, first_query: int, kernel: Kernel) -> Runs | None:
+    """The runs of a call; None where there are so many that a mask is better.
 
     Args:
         document_BSJ: document of each key that a segment sees; it only matters which neighbours are the same.
             On the meta device, where there are no values, one document fills each segment.
         first_query: place of the first query among a segment's keys; the last is at the end.
+        kernel: takes the arguments of torch's `varlen_attn`.
     """
     keys = document_BSJ.shape[-1]
     is_first_BSJ = F.pad(document_BSJ[..., 1:] != document_BSJ[..., :-1], (1, 0), value=True)
+    segments, queries = is_first_BSJ[..., 0].numel(), keys - first_query
     if is_first_BSJ.is_meta:
-        start_N = torch.empty(is_first_BSJ[..., 0].numel(), dtype=torch.int64, device=is_first_BSJ.device)
+        start_N = torch.empty(segments, dtype=torch.int64, device=is_first_BSJ.device)
     else:
         start_N = _join_unseen(is_first_BSJ, first_query).flatten().nonzero()[:, 0]
-    start_N = F.pad(start_N, (0, 1), value=is_first_BSJ.numel())
+    room = make_room(len(start_N), segments, queries)
+    if room is None:
+        return None
+    start_N = F.pad(start_N, (0, room + 1 - len(start_N)), value=is_first_BSJ.numel())
     segment_N, place_N = start_N // keys, start_N % keys
-    query_N = segment_N * (keys - first_query) + (place_N - first_query).clamp_min(0)
-    most = [keys - first_query, keys]
-    if not start_N.is_meta:
-        most = [int(x_N.diff().max()) for x_N in (query_N, start_N)]
-    return Runs(query_N.int(), start_N.int(), *most)
+    query_N = segment_N * queries + (place_N - first_query).clamp_min(0)
+    return Runs(query_N.int(), start_N.int(), queries, keys, kernel)
+
+
+def make_room(runs: int, segments: int, queries: int) -> int | None:
+    """How many runs are told of a call that has so many, the rest of them empty; None: a mask is better.
+
+    A kernel's backward takes `RUN_ROWS` rows of memory for each. That may double the rows of the call beside those of
+    two runs a segment, more than which there seldom are. So calls of one size have four or five numbers.
+    """
+    usual = 2 * segments
+    most = usual + segments * queries // RUN_ROWS
+    return None if runs > most else min(usual << max(0, -(-runs // usual) - 1).bit_length(), most)
 
 
 def _join_unseen(is_first_BSJ: Tensor, first_query: int) -> Tensor:
@@ -70,26 +86,18 @@ def _join_unseen(is_first_BSJ: Tensor, first_query: int) -> Tensor:
     return is_first_BSJ & ((place_J > first_query) | (place_J == last_BS1) | (place_J == 0))
 
 
-def serves(runs: Runs, segments: int) -> bool:
-    """Whether runs are few enough for a kernel: backward takes `RUN_ROWS` rows more of memory for each.
-
-    That may double the rows of the call beside those of two runs a segment, which there nearly always are.
-    """
-    return (len(runs.keys_N) - 1 - 2 * segments) * RUN_ROWS <= int(runs.queries_N[-1])
-
-
-def attend_runs(kernel: Kernel, q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, runs: Runs) -> Tensor:
-    """out_BSHQE: each query attends to its run. The kernel takes the arguments of torch's `varlen_attn`."""
+def attend_runs(q_BSHQD: Tensor, k_BSKJD: Tensor, v_BSKJE: Tensor, runs: Runs) -> Tensor:
+    """out_BSHQE: each query attends to its run."""
     lanes, segments, _, queries, _ = q_BSHQD.shape
     q_MHD, k_XKD, v_XKE = (x.transpose(2, 3).flatten(0, 2) for x in (q_BSHQD, k_BSKJD, v_BSKJE))
     groups = q_MHD.shape[1] != k_XKD.shape[1]
-    out_MHE = kernel(q_MHD, k_XKD, v_XKE, *runs, window_size=(-1, 0), enable_gqa=groups)
+    out_MHE = runs.kernel(q_MHD, k_XKD, v_XKE, *runs[:4], window_size=(-1, 0), enable_gqa=groups)
     return out_MHE.unflatten(0, (lanes, segments, queries)).transpose(2, 3)
 
 
 def find_kernel(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> Kernel | None:
     """The kernel for heads of these sizes; None: local attention needs a mask."""
-    if device.type != "cuda" or dtype not in DTYPES:
+    if device.type != DEVICE or dtype not in DTYPES:
         return None
     if key_dim != value_dim or key_dim > MAX_DIM or key_dim % DIM_MULTIPLE:
         return None
@@ -121,8 +129,9 @@ def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, 
     drawn = [torch.randn(1, 2, *shape, head_dim, generator=random).to(device, dtype) for shape in shapes]
     document_BSJ = torch.zeros(1, 2, keys, dtype=torch.int64)
     document_BSJ[:, 0, 60:], document_BSJ[:, 1, 170:] = 1, 2
-    found_runs = find_runs(document_BSJ, keys - queries)
-    runs = found_runs._replace(queries_N=found_runs.queries_N.to(device), keys_N=found_runs.keys_N.to(device))
+    on_host = find_runs(document_BSJ, keys - queries, kernel)
+    assert on_host is not None
+    runs = on_host._replace(queries_N=on_host.queries_N.to(device), keys_N=on_host.keys_N.to(device))
     is_same = document_BSJ[..., keys - queries :, None] == document_BSJ[..., None, :]
     mask = (is_same & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)).to(device)[:, :, None]
 
@@ -135,6 +144,6 @@ def compare_with_mask(kernel: Kernel, device: torch.device, dtype: torch.dtype, 
         return out.float().square().sum(), [out]
 
     def by_runs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend_runs(kernel, q, k, v, runs)
+        return attend_runs(q, k, v, runs)
 
     return largest_error(functools.partial(run, by_mask), functools.partial(run, by_runs), drawn)

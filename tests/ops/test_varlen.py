@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infini_train.model import transformer
 from infini_train.ops import attention, varlen
 from infini_train.ops.grid import make_grid, no_recent
-from infini_train.ops.varlen import Runs, compare_with_mask, find_kernel, find_runs
+from infini_train.ops.varlen import Runs, compare_with_mask, find_kernel, find_runs, make_room
 from tests.ops.gated_draws import draw as draw_gated
 from tests.ops.gated_draws import gradients as gated_gradients
 from tests.ops.gated_draws import results, without_entering
@@ -26,7 +25,7 @@ def documented_kernel(q, k, v, cu_queries, cu_keys, *longest, window_size, enabl
     runs = zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True)
     for (first, stop), (first_key, stop_key) in runs:
         queries, keys = stop - first, stop_key - first_key
-        assert 0 <= queries <= min(keys, max_q) and 0 < keys <= max_k
+        assert 0 <= queries <= min(keys, max_q) and keys <= max_k
         causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)  # aligned at the end
         parts = [x.transpose(0, 1) for x in (q[first:stop], k[first_key:stop_key], v[first_key:stop_key])]
         outs.append(F.scaled_dot_product_attention(*parts, attn_mask=causal, enable_gqa=enable_gqa).transpose(0, 1))
@@ -37,11 +36,8 @@ def documented_kernel(q, k, v, cu_queries, cu_keys, *longest, window_size, enabl
 @pytest.fixture
 def with_runs(monkeypatch):
     """Every grid tells runs, however many, and the loop above takes the kernel's place."""
-    monkeypatch.setattr(varlen, "RUN_ROWS", 0)
-    for module in (attention, transformer):
-        name = "find_varlen" if module is attention else "find_kernel"
-        monkeypatch.setattr(module, name, lambda *_: documented_kernel)
-    as_runs = functools.partial(make_grid, as_runs=True)
+    monkeypatch.setattr(varlen, "RUN_ROWS", 1)
+    as_runs = functools.partial(make_grid, kernel=documented_kernel)
     for path in ("tests.ops.conftest", "tests.ops.gated_draws", "tests.ops.test_sinks"):
         monkeypatch.setattr(f"{path}.make_grid", as_runs)
 
@@ -60,7 +56,7 @@ def seen(runs, queries, keys):
 @pytest.mark.parametrize("carried", [0, 1, 5, 8, 13])
 def test_runs_see_what_the_mask_sees(overlap, carried, sinks, monkeypatch):
     """Of documents anywhere, in calls that go on in an open segment, over several segments or inside one."""
-    monkeypatch.setattr(varlen, "RUN_ROWS", 0)
+    monkeypatch.setattr(varlen, "RUN_ROWS", 1)
     for seed, tokens in enumerate((1, 2, 3, 6, 8, 11, 16, 30, 40, 63)):
         source = torch.Generator().manual_seed(seed)
         starts = torch.rand(2, carried + tokens, generator=source) < 0.15
@@ -70,8 +66,8 @@ def test_runs_see_what_the_mask_sees(overlap, carried, sinks, monkeypatch):
                 continue
             values = torch.ones(2, 1, piece.shape[1], 2)
             both = [
-                make_grid(piece, torch.ones(piece.shape), recent, 8, overlap, sink_tokens=sinks, as_runs=as_runs)
-                for as_runs in (False, True)
+                make_grid(piece, torch.ones(piece.shape), recent, 8, overlap, sink_tokens=sinks, kernel=kernel)
+                for kernel in (None, documented_kernel)
             ]
             _, recent = attention.local_attention(values, values, values, recent, both[0])
         masked, told = both
@@ -131,23 +127,41 @@ def test_sinks_carried_equal_plain_loops(places):
     assert_equal(inputs, torch.cat(outs, 2), by_loops(*inputs, starts, 4, 3, 2))
 
 
-def test_runs_that_no_query_sees_are_one():
+def test_runs_that_no_query_sees_are_one(monkeypatch):
     document_BSJ = torch.tensor([[[5, 6, 7, 7, 7, 8, 8, 9]]])
-    assert find_runs(document_BSJ, 4).keys_N.tolist() == [0, 2, 5, 7, 8]
-    assert find_runs(document_BSJ, 5).keys_N.tolist() == [0, 5, 7, 8]
+    monkeypatch.setattr(varlen, "RUN_ROWS", 1)
+    assert find_runs(document_BSJ, 4, documented_kernel).keys_N.unique().tolist() == [0, 2, 5, 7, 8]
+    assert find_runs(document_BSJ, 5, documented_kernel).keys_N.unique().tolist() == [0, 5, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("runs", "room"), [(8, 16), (16, 16), (17, 32), (33, 64), (65, 128), (129, 144), (144, 144), (145, None)]
+)
+def test_few_numbers_of_runs_are_told(runs, room):
+    """Of eight segments of 2048 queries: what is compiled for one call serves nearly all others."""
+    assert make_room(runs, 8, 2048) == room
+
+
+@pytest.mark.parametrize("starts", [(), (5,), (5, 20), (64, 96)])
+def test_what_a_compiler_sees_of_the_runs_is_the_same_for_most_calls(starts):
+    starts_BT = torch.zeros(1, 128, dtype=torch.bool)
+    starts_BT[0, list(starts)] = True
+    runs = make_grid(starts_BT, torch.ones(1, 128), None, 32, 8, kernel=documented_kernel).runs
+    assert (len(runs.queries_N), len(runs.keys_N), *runs[2:4]) == (9, 9, 32, 40)
+    assert runs.queries_N[-1] == 128 and runs.keys_N[-1] == 4 * 40
 
 
 @pytest.mark.parametrize(("tokens", "has_mask"), [(7, True), (500, False)])
 def test_very_short_documents_keep_the_mask(tokens, has_mask):
     starts = torch.arange(4096)[None] % tokens == 0
-    grid = make_grid(starts, torch.ones(starts.shape), None, 1024, 64, as_runs=True)
+    grid = make_grid(starts, torch.ones(starts.shape), None, 1024, 64, kernel=documented_kernel)
     assert (grid.runs is None, grid.mask_BSQJ is not None) == (has_mask, has_mask)
 
 
 def test_values_are_not_asked_for_on_the_meta_device():
     """A plan has none: a document fills each segment."""
-    runs = find_runs(torch.empty(2, 3, 10, dtype=torch.int64, device="meta"), 2)
-    assert [x.shape for x in runs[:2]] == [(7,), (7,)] and runs.keys_N.is_meta and runs[2:] == (8, 10)
+    runs = find_runs(torch.empty(2, 3, 10, dtype=torch.int64, device="meta"), 2, documented_kernel)
+    assert [x.shape for x in runs[:2]] == [(13,), (13,)] and runs.keys_N.is_meta and runs[2:4] == (8, 10)
 
 
 def test_the_kernel_is_for_equal_heads_in_half_precision_on_cuda(monkeypatch):
@@ -212,6 +226,6 @@ def test_torchs_kernel_equals_a_mask(dtype, head_dim):
 
 
 def test_runs_move_with_their_grid():
-    grid = make_grid(torch.zeros(1, 8, dtype=torch.bool), torch.ones(1, 8), None, 4, as_runs=True)
+    grid = make_grid(torch.zeros(1, 8, dtype=torch.bool), torch.ones(1, 8), None, 4, kernel=documented_kernel)
     moved = grid.to(torch.device("meta"))
     assert isinstance(moved.runs, Runs) and moved.runs.keys_N.is_meta and moved.reads_BSQ.is_meta
