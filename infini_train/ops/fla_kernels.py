@@ -51,6 +51,7 @@ def find_kernel(k_BSKRD: Tensor, initial: GatedMemory) -> Kernel | None:
     return _load(k_BSKRD.device, key_dim, initial.memory_BKDE.shape[-1])
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @functools.cache
 def _load(device: torch.device, key_dim: int, value_dim: int) -> Kernel | None:
     """The installed kernel, if it does what it is used for at these sizes; one that does not is told, once."""
@@ -95,6 +96,7 @@ def compare_with_chunks(
     return largest_error(functools.partial(run, begin_gated), fused, drawn)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # neither the kernel nor the number of sequences is known
 def begin_fused(
     kernel: Kernel,
     q_BSHRD: Tensor | None,

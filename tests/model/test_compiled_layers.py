@@ -6,7 +6,8 @@ import torch
 from infini_train.model.init import initialise
 from infini_train.model.transformer import Transformer
 from infini_train.model.write_cost import charge_writing
-from infini_train.ops import varlen
+from infini_train.ops import attention, varlen
+from tests.ops import test_fla_kernels
 from tests.ops.test_varlen import seen
 
 LANES, TOKENS = 2, 40
@@ -141,5 +142,24 @@ def test_local_attention_by_a_kernel_is_compiled_once_for_windows_of_any_documen
         for found, wanted in zip(run(model, starts_BT), expected[number], strict=True):
             torch.testing.assert_close(found, wanted)
         if number == 0:
+            torch._dynamo.utils.counters.clear()
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")
+
+
+def test_a_fused_memory_is_left_to_its_kernel(tiny, monkeypatch) -> None:
+    """As with flash-linear-attention: it is called between two graphs, and no window compiles them again."""
+    config = tiny("gated-token")
+    model = Transformer(config).double()
+    initialise(model, config, seed=0)
+    monkeypatch.setattr(attention, "find_kernel", lambda k_BSKRD, initial: test_fla_kernels.documented_kernel)
+    windows = torch.zeros(3, LANES, TOKENS, dtype=torch.bool)
+    windows[1, 0, 13] = windows[2, 1, [3, 30]] = True
+    expected = [run(model, starts_BT) for starts_BT in windows]
+    for layer in model.layers.values():
+        layer.compile(dynamic=False, backend="aot_eager")
+    for number, starts_BT in enumerate(windows):
+        for found, wanted in zip(run(model, starts_BT), expected[number], strict=True):
+            torch.testing.assert_close(found, wanted)
+        if number == 1:  # with and without a mask
             torch._dynamo.utils.counters.clear()
     assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")

@@ -1,6 +1,7 @@
 """The memory through a kernel of flash-linear-attention's meaning against plain loops; the kernel itself needs CUDA."""
 
 import functools
+import inspect
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -100,7 +101,7 @@ def install(monkeypatch, kernel):
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(fla_kernels, "_load", functools.cache(fla_kernels._load.__wrapped__))
+    monkeypatch.setattr(fla_kernels, "_load", functools.cache(inspect.unwrap(fla_kernels._load)))
 
 
 def in_half_precision(q, k, v, **given):
