@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-slow test-slurm test-layouts gpu-check check wheel clean
+.PHONY: help install demo test test-slow test-slurm test-layouts gpu-check bench bench-check check wheel clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ test-layouts: install ## the parallel layouts that make test leaves out, against
 
 gpu-check: ## what the GPUs of this machine compute, how fast, and whether as planned; at most 15 minutes (after make install CONSTRAINTS=constraints-cuda.txt)
 	$(BIN)/python benchmarks/gpu_check.py
+
+bench: install ## how fast layers and steps are on this machine's CPU: docs/results/performance.md, some 15 minutes on 2 idle cores
+	$(BIN)/python benchmarks/performance.py
+
+bench-check: install ## whether what must be faster still is, in a minute
+	$(BIN)/python benchmarks/performance.py --check
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .
