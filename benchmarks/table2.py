@@ -36,7 +36,7 @@ XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=64"]
 MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=64", "model.attention.top_k=32"]
 RMT = ["model.attention.kind=rmt"]
 GATED = ["update=gated_delta", "read=token", "read_norm=true"]
-MIXED = """{kind: mixed, pattern: [near, memory], variants: {
+MIXED = """{kind: mixed, pattern: [memory, near], variants: {
   near: {kind: transformer_xl, segment_tokens: 64, cache_tokens: 64},
   memory: {kind: infini, segment_tokens: 64, update: gated_delta, read: token, read_norm: true}}}"""
 ARMS = {  # name -> what differs from configs/run/table2.yaml

@@ -76,6 +76,16 @@ class RunConfig:
             "train.compile",
             "with parallel.zero_stage 3 a layer's weights are there only while it computes; set it to false",
         )
+        require(
+            self.train.teacher is None or (self.parallel.zero_stage < 3 and self.parallel.pipeline_size == 1),
+            "train.teacher",
+            "needs all layers and their whole weights on each rank: parallel.pipeline_size 1, zero_stage below 3",
+        )
+        require(
+            self.parallel.zero_stage < 3 or all(rule.train for rule in self.optim.rules),
+            "optim.rules",
+            "with parallel.zero_stage 3 all parameters are trained; choose a lower stage, or no train: false",
+        )
         _check_model_layout(self)
         _check_batch_layout(self)
         _check_segment_lengths(self)

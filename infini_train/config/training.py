@@ -1,10 +1,25 @@
 """How a run goes: `train`, `optim`, `guard`, `eval`, `log` and `checkpoint`."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from infini_train.config.errors import require
 from infini_train.config.values import Epsilon, FilePath, Lanes, Many, Norm, Rate, Step, Tokens, Total
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model as its own teacher: the same weights with full attention over the window and no memory.
+
+    What the teacher says of each next token is part of the loss, so that the memory learns to bring back what full
+    attention would have seen. It means most where the weights that both share stay as they are (optim.rules).
+    """
+
+    share: Rate = 1.0  # of KL(teacher || model) in the loss; the rest is that of the text
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, "train.teacher.share", "must lie above 0 and be at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,7 @@ class TrainConfig:
     # (padding too), layers with such a memory and heads is added to the loss that is minimised, not to the one reported
     write_cost: Norm = 0.0
     write_cost_steps: Total = 1000  # steps in which it rises to that, linearly from 0
+    teacher: TeacherConfig | None = None  # learn from the same weights with full attention; null: from the text alone
     activation_checkpointing: Literal["none", "layer"] = "none"  # layer: keep each layer's input, recompute the rest
     # compile each layer with torch.compile; on a CPU the gain is too small for most runs (docs/training.md)
     compile: bool = False
@@ -64,6 +80,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterRule:
+    """How some parameters are trained; the first rule that a parameter's name matches holds for it."""
+
+    match: str  # names of parameters; * is any part of a name, as in layers.*.attention.*
+    train: bool = True  # false: they stay as they are
+    lr: Rate | None = None  # peak learning rate; null: optim.lr, for gates optim.gate_lr
+    from_step: Step = 0  # step from which on they are trained; before it they stay as they are
+
+    def __post_init__(self) -> None:
+        require(bool(self.match), "optim.rules.match", "must not be empty; * matches every name")
+        require(self.lr is None or self.lr > 0, "optim.rules.lr", "must be positive, or null")
+        require(self.from_step >= 0, "optim.rules.from_step", "must not be negative")
+        for name, none in (("lr", None), ("from_step", 0)):
+            is_set = getattr(self, name) != none
+            require(self.train or not is_set, f"optim.rules.{name}", "has no meaning where train is false")
+
+    def holds_for(self, name: str) -> bool:
+        """Whether it is about the parameter with this name."""
+        return fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW. The gates have their own learning rate: at the common one they hardly move (docs/architecture.md)."""
 
@@ -78,6 +116,9 @@ class OptimConfig:
     beta2: Rate = 0.95  # decay rate of the second moment
     eps: Epsilon = 1e-8  # epsilon, added to the square root of the second moment
     clip_norm: Norm = 1.0  # gradients are clipped to this global norm
+    rules: tuple[
+        ParameterRule, ...
+    ] = ()  # parameters that stay as they are, or have a rate or a first step of their own
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "eps", "clip_norm"):
@@ -91,6 +132,10 @@ class OptimConfig:
             self.decay_steps is None or self.schedule == "wsd", "optim.decay_steps", "is used by schedule: wsd only"
         )
         require(self.decay_steps is None or self.decay_steps > 0, "optim.decay_steps", "must be positive")
+
+    def rule_of(self, name: str) -> int | None:
+        """Number of the rule that holds for the parameter with this name; None: no rule does."""
+        return next((number for number, rule in enumerate(self.rules) if rule.holds_for(name)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Legend: T tokens, B lanes, D hidden size, V vocabulary.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from infini_train.model.parameters import Initial, constant, declare
 from infini_train.ops.chunked_loss import Rows, token_losses, weighted_loss
+from infini_train.ops.distillation import taught_loss
 
 EMBEDDING = Initial(std=0.02)
 MATRIX = Initial()
@@ -171,6 +173,13 @@ class Embedding(VocabParallelEmbedding):
         return super().forward(tokens_BT if self.reduce_scatter_embeddings else tokens_BT.t().contiguous())
 
 
+class Lesson(NamedTuple):
+    """A teacher's hidden states before the output projection, as `Head` takes them, and its share of the loss."""
+
+    hidden_TBD: Tensor
+    share: float
+
+
 class Head(nn.Module):
     """The projection to logits, its rows divided over the tensor-parallel ranks, and the loss.
 
@@ -187,14 +196,25 @@ class Head(nn.Module):
             declare(self.weight, EMBEDDING)
 
     def forward(
-        self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None, tied: Tensor | None = None
+        self,
+        hidden_TBD: Tensor,
+        labels_BT: Tensor,
+        factors_BT: Tensor | None,
+        tied: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
-        """loss_BT in nats without gradient; with `factors_BT` the sum of all losses times these, with gradient."""
+        """loss_BT in nats without gradient; with `factors_BT` the sum of all losses times these, with gradient.
+
+        With a lesson the three sums of `taught_loss`.
+        """
         rows = Rows(self._weight(tied), self.first_row, gather_from_tensor_model_parallel_region)
         hidden_ND, labels_N = hidden_TBD.flatten(0, 1), labels_BT.t().flatten()
         if factors_BT is None:
             return token_losses(hidden_ND, rows, labels_N).view(labels_BT.t().shape).t()
-        return weighted_loss(hidden_ND, rows, labels_N, factors_BT.t().flatten())
+        if lesson is None:
+            return weighted_loss(hidden_ND, rows, labels_N, factors_BT.t().flatten())
+        taught_ND = lesson.hidden_TBD.flatten(0, 1)
+        return taught_loss(hidden_ND, taught_ND, rows, labels_N, factors_BT.t().flatten(), lesson.share)
 
     def logits(self, hidden_TBD: Tensor, tied: Tensor | None = None) -> Tensor:
         """logits_TBV in fp32 of this rank's rows."""

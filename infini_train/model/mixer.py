@@ -21,6 +21,7 @@ from infini_train.config.model import ModelConfig
 from infini_train.config.variant import AttentionVariant
 from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
 from infini_train.model.parameters import constant, declare
+from infini_train.ops.attention import local_attention
 from infini_train.ops.grid import Grid, Layout, Recent
 from infini_train.ops.ranks import Ranks
 from infini_train.ops.rope import Rope
@@ -116,6 +117,12 @@ class SequenceMixer(nn.Module, ABC):
     def prefill(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
         """The state that `forward` leaves, for whoever needs no output, such as a prompt's last layer."""
         return self(hidden_TBD, state, grid)[1]
+
+    def attend_fully(self, hidden_TBD: Tensor, grid: Grid) -> Tensor:
+        """What full causal attention with this layer's projections gives; `grid` is of one endless segment."""
+        q_BHTD, k_BKTD, v_BKTE = self.projections.split(hidden_TBD)
+        out_BHTE, _ = local_attention(q_BHTD, k_BKTD, v_BKTE, None, grid, rope=self.rope, ranks=self.ranks)
+        return self.projections.join(out_BHTE)
 
     def carry_over(self, state: State) -> State | None:
         """What is carried from one training window to the next, detached and of bounded size."""

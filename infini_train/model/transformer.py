@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infini_train.config.model import ModelConfig
-from infini_train.model.layers import Embedding, FeedForward, Head, Norm, enter_parallel, parallel_config
+from infini_train.model.layers import Embedding, FeedForward, Head, Lesson, Norm, enter_parallel, parallel_config
 from infini_train.model.mixer import SequenceMixer, State
 from infini_train.model.stages import Stage
 from infini_train.model.variants import build_mixer, mixer_class
@@ -41,6 +41,11 @@ class DecoderLayer(nn.Module):
         mixed_TBD, state = self.attention(self.norm_attention(hidden_TBD), state, grid)
         hidden_TBD = hidden_TBD + mixed_TBD
         return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD)), state
+
+    def attend_fully(self, hidden_TBD: Tensor, grid: Grid) -> Tensor:
+        """Hidden after the layer with full attention; see `SequenceMixer.attend_fully`."""
+        hidden_TBD = hidden_TBD + self.attention.attend_fully(self.norm_attention(hidden_TBD), grid)
+        return hidden_TBD + self.feed_forward(self.norm_feed_forward(hidden_TBD))
 
     def prefill(self, hidden_TBD: Tensor, state: State | None, grid: Grid) -> State:
         """The state after the layer, without its output."""
@@ -129,6 +134,7 @@ class Transformer(nn.Module):
         state: ModelState | None,
         labels_BT: Tensor | None,
         factors_BT: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Losses of the tokens of one call; a stage that doesn't predict gives its hidden states instead.
 
@@ -138,16 +144,36 @@ class Transformer(nn.Module):
             state: what earlier calls left, or None before the first token.
             labels_BT: int64 targets, `IGNORED` where there is none.
             factors_BT: of the losses in the sum whose gradient is wanted, fp32; None: no gradient is.
+            lesson: what a teacher says of these tokens, if it has a part in the loss; with `factors_BT`.
 
         Returns:
             Cross-entropy in nats, and the state after the call. Without `factors_BT` that of each token, loss_BT (fp32,
-            0 where ignored), and it has no gradient; with them the sum of all losses times these.
+            0 where ignored), and it has no gradient; with them the sum of all losses times these. With a lesson three
+            sums: what has a gradient, the losses, and the divergence from the teacher (`distillation.taught_loss`).
         """
         hidden_TBD, state = self.decode(inputs, grids, state)
         if not self.stage.predicts:
             return hidden_TBD, state
         assert labels_BT is not None
-        return self.losses(hidden_TBD, labels_BT, factors_BT), state
+        return self.losses(hidden_TBD, labels_BT, factors_BT, lesson), state
+
+    @torch.no_grad()
+    def teach(self, tokens_BT: Tensor, grid: Grid, share: float) -> Lesson:
+        """What these weights with full attention over a window make of it, for a whole model.
+
+        Args:
+            tokens_BT: as of `forward`.
+            grid: of the window, one endless segment; `make_full_grid` makes it.
+            share: of the loss.
+        """
+        hidden_TBD = self._enter(tokens_BT)
+        for layer in self._layers():
+            hidden_TBD = layer.attend_fully(hidden_TBD, grid)
+        return Lesson(self._finish(hidden_TBD), share)
+
+    def make_full_grid(self, starts_BT: Tensor, shard: tuple[int, int] = (0, 1)) -> Grid:
+        """The grid of `teach`: each token sees all before it of its document and window."""
+        return make_grid(starts_BT, torch.ones(starts_BT.shape), None, None, 0, shard, kernel=self._find_kernel())
 
     def decode(self, inputs: Tensor, grids: Grids, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""
@@ -192,9 +218,11 @@ class Transformer(nn.Module):
             states.append(layer_state)
         return hidden_TBD, tuple(states)
 
-    def losses(self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None = None) -> Tensor:
+    def losses(
+        self, hidden_TBD: Tensor, labels_BT: Tensor, factors_BT: Tensor | None = None, lesson: Lesson | None = None
+    ) -> Tensor:
         """The losses that `forward` gives, of what `decode` gave."""
-        return self.head(self._finish(hidden_TBD), labels_BT, factors_BT, self._tied())
+        return self.head(self._finish(hidden_TBD), labels_BT, factors_BT, self._tied(), lesson)
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """logits_TBV in fp32 (this rank's part of the vocabulary), of all these tokens at once: for few of them."""

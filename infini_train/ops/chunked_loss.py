@@ -48,8 +48,8 @@ def token_losses(hidden_ND: Tensor, rows: Rows, labels_N: Tensor) -> Tensor:
     Returns:
         loss_N in fp32 or wider.
     """
-    losses = [torch.empty(0, dtype=_wide(hidden_ND), device=hidden_ND.device)]
-    losses += [_score(hidden_ND[piece], rows, labels_N[piece]).loss_C for piece in _pieces(hidden_ND, rows)]
+    losses = [torch.empty(0, dtype=wide(hidden_ND), device=hidden_ND.device)]
+    losses += [_score(hidden_ND[piece], rows, labels_N[piece]).loss_C for piece in pieces(hidden_ND, rows)]
     return torch.cat(losses)
 
 
@@ -67,7 +67,7 @@ def weighted_loss(hidden_ND: Tensor, rows: Rows, labels_N: Tensor, factors_N: Te
     Returns:
         A scalar in fp32 or wider.
     """
-    factors_N = factors_N.to(_wide(hidden_ND)).masked_fill(labels_N < 0, 0.0)
+    factors_N = factors_N.to(wide(hidden_ND)).masked_fill(labels_N < 0, 0.0)
     return _WeightedLoss.apply(hidden_ND, rows.weight_VD, rows, labels_N, factors_N)  # type: ignore[no-untyped-call]
 
 
@@ -77,21 +77,24 @@ class _WeightedLoss(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, rows: Rows, labels_N: Tensor, factors_N: Tensor
     ) -> Tensor:
         losses, grad_hidden_ND, grad_weight_VD = [], torch.empty_like(hidden_ND), None
-        for piece in _pieces(hidden_ND, rows):
+        is_trained = ctx.needs_input_grad[1]
+        for piece in pieces(hidden_ND, rows):
             scored = _score(hidden_ND[piece], rows, labels_N[piece])
             losses.append(scored.loss_C)
             grad_CV = _find_gradient(scored, factors_N[piece], hidden_ND.dtype)
             del scored  # a chunk's logits are gone before the next one's are there
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
+            if not is_trained:
+                continue
             product_VD = grad_CV.t() @ hidden_ND[piece]
             del grad_CV
             if grad_weight_VD is None:
-                grad_weight_VD = product_VD.to(_wide(product_VD))  # a 16-bit sum would be rounded with every chunk
+                grad_weight_VD = product_VD.to(wide(product_VD))  # a 16-bit sum would be rounded with every chunk
             else:
                 grad_weight_VD += product_VD
             del product_VD
-        assert grad_weight_VD is not None, "no tokens"
-        ctx.gradients = grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype)
+        assert losses, "no tokens"
+        ctx.gradients = grad_hidden_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return (torch.cat(losses) * factors_N).sum()
 
     @staticmethod
@@ -100,7 +103,13 @@ class _WeightedLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "backward runs once"
         grad_hidden_ND, grad_weight_VD = ctx.gradients
         ctx.gradients = None  # autograd takes a gradient without a copy if nobody else holds it
-        return grad_hidden_ND.mul_(grad), grad_weight_VD.mul_(grad), None, None, None
+        return (
+            grad_hidden_ND.mul_(grad),
+            None if grad_weight_VD is None else grad_weight_VD.mul_(grad),
+            None,
+            None,
+            None,
+        )
 
 
 class _Scored(NamedTuple):
@@ -115,14 +124,14 @@ class _Scored(NamedTuple):
 
 def _score(hidden_CD: Tensor, rows: Rows, labels_C: Tensor) -> _Scored:
     logits_CV = hidden_CD @ rows.weight_VD.t()
-    wide = _wide(logits_CV)
+    precise = wide(logits_CV)
     row_C = labels_C - rows.first
     is_here_C = (labels_C >= 0) & (row_C >= 0) & (row_C < logits_CV.shape[1])
     row_C1 = row_C.where(is_here_C, 0)[:, None]
-    label_C = logits_CV.gather(1, row_C1)[:, 0].to(wide).masked_fill(~is_here_C, -torch.inf)
-    largest_C = logits_CV.amax(-1).to(wide)
+    label_C = logits_CV.gather(1, row_C1)[:, 0].to(precise).masked_fill(~is_here_C, -torch.inf)
+    largest_C = logits_CV.amax(-1).to(precise)
     # In place where it is wide already; else widened by the subtraction, not in a pass of its own.
-    exp_CV = torch.sub(logits_CV, largest_C[:, None], out=logits_CV if logits_CV.dtype == wide else None).exp_()
+    exp_CV = torch.sub(logits_CV, largest_C[:, None], out=logits_CV if logits_CV.dtype == precise else None).exp_()
     numbers_C3 = torch.stack((largest_C, exp_CV.sum(-1), label_C), -1)
     largest_CP, sum_CP, label_CP = rows.gather(numbers_C3).unflatten(-1, (-1, 3)).unbind(-1)
     most_C = largest_CP.amax(-1)
@@ -142,10 +151,12 @@ def _find_gradient(scored: _Scored, factors_C: Tensor, dtype: torch.dtype) -> Te
     return grad_CV.scatter_(1, scored.row_C1, at_label_C.where(scored.is_here_C, elsewhere_C)[:, None])
 
 
-def _pieces(hidden_ND: Tensor, rows: Rows) -> Iterator[slice]:
+def pieces(hidden_ND: Tensor, rows: Rows) -> Iterator[slice]:
+    """The chunks of these tokens."""
     tokens, size = len(hidden_ND), chunk_tokens(len(rows.weight_VD))
     return (slice(first, first + size) for first in range(0, tokens, size))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """In which losses and sums are computed: fp32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -53,6 +53,16 @@ def cut_micro_batches(batch: Batch, count: int) -> list[MicroBatch]:
     return [MicroBatch(*part) for part in zip(*parts, strict=True)]
 
 
+class Losses(NamedTuple):
+    """Weighted sums over the tokens of this rank's micro-batches, in nats; 0 on stages without the output layer.
+
+    `divergence` is that from the teacher, 0 without one.
+    """
+
+    text: float
+    divergence: float
+
+
 class Stages(nn.Module):
     """This rank's stages of the model.
 
@@ -159,8 +169,9 @@ def run_window(
     *,
     loss_scale: float | None = None,
     segment_tokens: int | None = None,
+    teacher_share: float = 0.0,
     on_phase: Callable[[str, str], None] = lambda phase, detail: None,
-) -> tuple[float, Carried]:
+) -> tuple[Losses, Carried]:
     """Forward, and backward if `loss_scale` is given, over one window of every lane.
 
     Args:
@@ -170,11 +181,11 @@ def run_window(
         carried: memory before this window.
         loss_scale: factor on the sum of losses whose gradients are taken; None: no gradients.
         segment_tokens: length of this window's segments; None: the model's.
+        teacher_share: of the loss, see `TeacherConfig`; on a single pipeline stage, with `loss_scale`.
         on_phase: called at the start of "forward" and of "backward" (which includes waiting for other stages).
 
     Returns:
-        Weighted sum of the losses (nats) that this rank computed itself (0 on stages without the output layer), and the
-        memory after the window, detached.
+        What this rank computed itself, and the memory after the window, detached.
     """
     rank, ranks = stages.place.context
     tokens = micro_batches[0].tokens_BT.shape[1] // ranks
@@ -194,7 +205,12 @@ def run_window(
         here = grids[index].to(device.current())
         weights_Bt = batch.loss_weights_BT[:, mine].to(device.current()) if stage.stage.predicts else None
         factors_Bt = None if weights_Bt is None or loss_scale is None else weights_Bt * loss_scale
-        output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels, factors_Bt)
+        taught = []
+        if teacher_share:
+            full = stage.make_full_grid(batch.starts_BT, stages.place.context).to(device.current())
+            taught = [stage.teach(inputs, full, teacher_share)]
+        given = inputs, here, carried[slot.number][index], labels, factors_Bt, *taught
+        output, state = forward(slot.number, *given)
         after[slot.number][index] = stage.carry_over(state)
         on_phase("backward", which)
         return output, lambda loss: _summed(loss, weights_Bt, loss_scale)
@@ -209,7 +225,8 @@ def run_window(
         micro_batch_size=micro_batches[0].tokens_BT.shape[0],
         forward_only=loss_scale is None,
     )
-    return sum(value.item() for value in sums), tuple(map(tuple, after))
+    total_2 = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0)
+    return Losses(*total_2), tuple(map(tuple, after))
 
 
 def _make_grids(
@@ -225,10 +242,12 @@ def _make_grids(
 
 
 def _summed(loss: Tensor, weights_Bt: Tensor | None, loss_scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(what backward begins with, an unused count, the weighted sum) of a forward's losses, or of their scaled sum."""
+    """(what backward begins with, an unused count, the weighted sums) of a forward's losses, or of their scaled sum."""
     assert weights_Bt is not None
     count = torch.zeros((), dtype=torch.int, device=loss.device)  # the scale contains it
-    if loss_scale is not None:
-        return loss, count, loss.detach() / loss_scale
-    total = (loss * weights_Bt).sum()
-    return total, count, total
+    if loss_scale is None:
+        total = (loss * weights_Bt).sum()
+        return total, count, torch.stack((total, torch.zeros_like(total)))
+    if loss.dim() == 0:
+        return loss, count, torch.stack((loss.detach(), torch.zeros_like(loss))) / loss_scale
+    return loss[0], count, loss.detach()[1:] / loss_scale

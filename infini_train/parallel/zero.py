@@ -4,6 +4,7 @@ The only importer of deepspeed.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ class Engine:
         model: this rank's part of the model, in fp32 on the device; cast to bf16 here if `precision` says so. Its
             attribute `before_backward`, if any, is set to the function to call when a micro-batch's backward begins.
         named: its parameters by their global names.
-        groups: AdamW parameter groups.
+        groups: AdamW parameter groups; one that `sleeps` may have the rate 0 at first, see `begin`.
         optim: AdamW's settings, and the global gradient norm above which gradients are scaled down.
         parallel: ZeRO stage, offload.
         precision: "fp32" or "bf16".
@@ -90,6 +91,10 @@ class Engine:
             "data_types": {"grad_accum_dtype": "fp32"},
             "timers": {"throughput": {"enabled": False}},  # they wait for the device in each forward
         }
+        self._asleep: set[str] = set()
+        for group in groups:
+            for parameter in group["params"] if group["sleeps"] else ():
+                parameter.register_hook(functools.partial(self._hide_if_asleep, group["name"]))
         # DeepSpeed copies its masters after the cast to bf16; they have to start from the fp32 weights, bit for bit.
         given = {p: p.detach().to("cpu", copy=True) for p in self.names} if precision == "bf16" else {}
         adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
@@ -108,6 +113,16 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward, through DeepSpeed. Gradients of its result add up until `step`."""
         return self._engine(*inputs)
+
+    def begin(self, lr_of_group: dict[str, float]) -> None:
+        """Before the first backward of a step with these rates: a group that `sleeps` has no gradients at rate 0.
+
+        Its moments then stay zeros, and the norm by which gradients are clipped does not know it.
+        """
+        self._asleep = {group for group, rate in lr_of_group.items() if rate == 0}
+
+    def _hide_if_asleep(self, group: str, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if group in self._asleep else gradient
 
     def step(self, lr_of_group: dict[str, float]) -> float:
         """Clips, applies AdamW with these rates (by group name), clears gradients; returns the norm before clipping."""

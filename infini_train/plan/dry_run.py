@@ -201,10 +201,13 @@ def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], 
     zero_stage, groups = effective_stage(config), parameter_groups(stages.named_globally(), config.optim)
     data_rank, data_ranks = ModelParallelUnit.get_data_parallel_rank(), ModelParallelUnit.get_data_parallel_world_size()
     members = [parameter for group in groups for parameter in group["params"]]
+    trained = {id(parameter) for parameter in members}
+    frozen = [parameter for parameter in stages.parameters() if id(parameter) not in trained]
     partition = divide_states(
         [[parameter.numel() for parameter in group["params"]] for group in groups], zero_stage, data_rank, data_ranks
     )
-    device, host = count_bytes(config, zero_stage, partition, numels)
+    frozen_numel = sum(parameter.numel() for parameter in frozen)
+    device, host = count_bytes(config, zero_stage, partition, [p.numel() for p in members], frozen_numel)
     held = zip(members, partition.held, strict=True)
     written = sum(numel for parameter, numel in held if find_slice(parameter).owned)
     fragments = carry_fragments(stages, carried, lanes)

@@ -68,8 +68,8 @@ class Part:
 class _Sizes:
     """One rank's part of a whole model: (AdamW group, elements) of each parameter, in the order of the modules.
 
-    `before` and `after` are the parameters before and after the layers. `groups` are the groups in their order;
-    `carried` has the bytes of each layer's state for one lane.
+    A parameter that is not trained has the group "". `before` and `after` are the parameters before and after the
+    layers. `groups` are the groups in their order; `carried` has the bytes of each layer's state for one lane.
     """
 
     groups: tuple[str, ...]
@@ -78,16 +78,16 @@ class _Sizes:
     after: tuple[tuple[str, int], ...]
     carried: tuple[int, ...]
 
-    def of_stages(self, stages: Iterable[Stage]) -> list[list[int]]:
-        """Elements of each parameter of these stages, by group."""
+    def of_stages(self, stages: Iterable[Stage]) -> tuple[list[list[int]], list[int]]:
+        """Elements of each parameter of these stages: by group, and of those that are not trained."""
         found: list[tuple[str, int]] = []
         for stage in stages:
             found += self.before if stage.embeds else ()
             for number in range(stage.first_layer, stage.last_layer):
                 found += self.layers[number]
             found += self.after if stage.predicts else ()
-        by_group = [[numel for name, numel in found if name == group] for group in self.groups]
-        return [group for group in by_group if group]
+        *by_group, frozen = [[numel for name, numel in found if name == group] for group in (*self.groups, "")]
+        return [group for group in by_group if group], frozen
 
 
 @functools.lru_cache(maxsize=64)
@@ -106,7 +106,7 @@ def _find_sizes(model: ModelConfig, tensor_size: int, precision: str, optim: Opt
         where = after if layers[-1] else before
         if name.startswith("layers."):
             where = layers[int(name.split(".")[1])]
-        where.append((names[id(parameter)], parameter.numel()))
+        where.append((names.get(id(parameter), ""), parameter.numel()))
     return _Sizes(
         groups=tuple(group["name"] for group in groups),
         before=tuple(before),
@@ -130,23 +130,23 @@ def find_parts(config: RunConfig) -> list[Part]:
     parts = []
     for rank in range(parallel.pipeline_size):
         stages = tuple(find_stages(config.model.num_layers, parallel, rank))
-        groups = sizes.of_stages(stages)
+        groups, frozen = sizes.of_stages(stages)
         partition = divide_states(groups, zero_stage, 0, replicas)
         numels = [numel for group in groups for numel in group]
-        device, host = count_bytes(config, zero_stage, partition, numels)
+        device, host = count_bytes(config, zero_stage, partition, numels, sum(frozen))
         carried = sum(sum(sizes.carried[stage.first_layer : stage.last_layer]) for stage in stages)
         parts.append(
             Part(
                 pipeline_rank=rank,
                 stages=stages,
-                parameters=sum(numels),
-                tensors=len(numels),
+                parameters=sum(numels) + sum(frozen),
+                tensors=len(numels) + len(frozen),
                 groups=len(groups),
                 device=device,
                 host=host,
                 partition=partition.buffer,
-                largest_group=max(divide_states([group], zero_stage, 0, replicas).buffer for group in groups),
-                largest_parameter=max(numels),
+                largest_group=max((divide_states([g], zero_stage, 0, replicas).buffer for g in groups), default=0),
+                largest_parameter=max(numels + frozen),
                 carried_bytes=carried * config.lanes_per_rank if config.train.carry_memory else 0,
             )
         )

@@ -80,7 +80,7 @@ def divide_states(groups: Sequence[Sequence[int]], stage: int, rank: int, ranks:
 
 
 def count_bytes(
-    config: RunConfig, stage: int, partition: Partition, numels: Sequence[int]
+    config: RunConfig, stage: int, partition: Partition, numels: Sequence[int], frozen: int = 0
 ) -> tuple[StateBytes, StateBytes]:
     """Bytes in the device's memory, and in the host's (`parallel.offload_optimizer`).
 
@@ -88,7 +88,8 @@ def count_bytes(
         config: precision and offload.
         stage: of ZeRO.
         partition: of this rank.
-        numels: elements of this rank's parameters.
+        numels: elements of this rank's parameters that are trained.
+        frozen: elements of those that are not, which have no states.
     """
     weight_bytes = NUMBER_BYTES[config.train.precision]
     offload = config.parallel.offload_optimizer
@@ -102,7 +103,7 @@ def count_bytes(
     else:
         gradients = partition.buffer
     masters, moments = FP32_BYTES * partition.buffer, 2 * FP32_BYTES * partition.buffer
-    on_device = StateBytes(weights=weight_bytes * weights, gradients=FP32_BYTES * gradients)
+    on_device = StateBytes(weights=weight_bytes * (weights + frozen), gradients=FP32_BYTES * gradients)
     if not offload:
         both = StateBytes(weights=on_device.weights, gradients=on_device.gradients, masters=masters, moments=moments)
         return both, StateBytes()

@@ -26,7 +26,7 @@ from infini_train.config.errors import ConfigError
 from infini_train.config.model import ModelConfig
 from infini_train.config.parallel import ParallelConfig
 from infini_train.config.run import RunConfig
-from infini_train.config.training import CheckpointConfig, OptimConfig, TrainConfig
+from infini_train.config.training import CheckpointConfig, OptimConfig, ParameterRule, TeacherConfig, TrainConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -75,6 +75,11 @@ ATTENTIONS: dict[str, AttentionConfig] = {
 # moves its parameter by the whole learning rate, in a direction that rounding decides. The first step is not clipped,
 # so that its gradients can be read from the first moments; some of the others are.
 OPTIM = OptimConfig(lr=1e-2, gate_lr=5e-2, warmup_steps=2, eps=1e-2, clip_norm=1.2)
+RULES = (  # of cases that are taught
+    ParameterRule(match="layers.*.feed_forward.*", train=False),
+    ParameterRule(match="layers.*.attention.*", lr=2e-2),
+    ParameterRule(match="norm_final.*", from_step=1),
+)
 TIMEOUT_S = 120.0
 
 
@@ -89,6 +94,7 @@ class Case:
         recompute: activation checkpointing of layers.
         tied: embedding and head share a matrix.
         varied: steps draw the length of their segments, and some drop the local attention, the first among them.
+        taught: full attention with the same weights is the teacher, and some parameters stay as they are.
     """
 
     parallel: ParallelConfig
@@ -98,13 +104,14 @@ class Case:
     recompute: bool = False
     tied: bool = False
     varied: bool = False
+    taught: bool = False
 
     @property
     def name(self) -> str:
         parts = [describe_layout(self.parallel), self.attention]
         parts += [f"{self.layers}layers"] * (self.layers != 4)
         parts += ["recompute"] * self.recompute + ["tied"] * self.tied + ["bf16"] * (self.precision == "bf16")
-        parts += ["varied"] * self.varied
+        parts += ["varied"] * self.varied + ["taught"] * self.taught
         return "-".join(parts)
 
     @property
@@ -176,6 +183,9 @@ CASES: tuple[Case, ...] = (
     *_cases("cp2-zero3", "gated", layers=2, varied=True),
     *_cases("cp2", "delta-overlap-conv", layers=2, varied=True),
     *_cases("dp2-zero3", "linear-conv", layers=2, varied=True),
+    *_cases("tp2-sp", "delta-overlap", taught=True),
+    *_cases("cp2-zero2", "delta-overlap-conv", layers=2, taught=True),
+    *_cases("dp2", "linear-conv", layers=2, taught=True),
     *_cases("tp2", "linear", "linear-conv", "local", "full"),
     *_cases("tp2", "rmt", layers=2),  # a window passes them once a segment: rounding adds up over all of its depth
     *_cases("tp2-sp", "linear", "delta", "transformer_xl", "memorizing"),
@@ -208,6 +218,7 @@ CASES: tuple[Case, ...] = (
     *_cases("cp4", "linear", "delta", "delta-overlap"),
     *_cases("dp4-zero3", "linear"),
     *_cases("tp2-dp2-zero3", "linear"),
+    *_cases("tp2-sp-cp2", "linear-conv", layers=2, taught=True),
     *_cases("tp2-sp-cp2", "linear", "delta"),
     *_cases("tp2-sp-cp2", "delta-sharp", layers=2),  # steep features magnify rounding from layer to layer
     *_cases("tp2-sp-cp2", "delta", precision="bf16"),
@@ -280,6 +291,8 @@ def configure(case: Case, folder: Path) -> RunConfig:
     variation: dict[str, Any] = {}
     if case.varied:  # the share of steps without local attention is 1 in the first, whose gradients are compared
         variation = {"segment_tokens": SEGMENT_LENGTHS, "local_dropout": 1.0, "local_dropout_steps": STEPS}
+    if case.taught:
+        variation |= {"teacher": TeacherConfig(share=0.7)}
     train = TrainConfig(
         window_tokens=WINDOW_TOKENS,
         batch_lanes=lanes * (case.parallel.pipeline_size if lanes // data < case.parallel.pipeline_size else 1),
@@ -295,7 +308,7 @@ def configure(case: Case, folder: Path) -> RunConfig:
         data=DataConfig(train="-"),  # the batches are made: batches.py
         train=train,
         parallel=case.parallel,
-        optim=OPTIM,
+        optim=replace(OPTIM, rules=RULES) if case.taught else OPTIM,
         checkpoint=CheckpointConfig(keep_last=STEPS),
         run_dir=str(folder / case.name),
     )
@@ -305,6 +318,7 @@ def reference_of(config: RunConfig) -> RunConfig:
     """The same run in one process; cases that ask for the same one share it."""
     attention = next(name for name, value in ATTENTIONS.items() if value == config.model.attention)
     options = "-tied" * config.model.tied_embeddings + "-varied" * bool(config.train.segment_tokens)
+    options += "-taught" * (config.train.teacher is not None)
     lanes = config.train.batch_lanes
     name = f"one-{attention}-{config.model.num_layers}layers{options}-{lanes}lanes-{config.train.precision}"
     micro_lanes = MICRO_LANES if lanes % MICRO_LANES == 0 else 1

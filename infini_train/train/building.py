@@ -21,6 +21,7 @@ from infini_train.parallel.mesh import Place
 from infini_train.parallel.pipeline import Carried, Stages
 from infini_train.parallel.zero import Engine
 from infini_train.train.compiling import compile_layers
+from infini_train.train.freezing import check_rules, freeze
 from infini_train.train.memory_need import require_memory
 from infini_train.train.optim import parameter_groups
 
@@ -62,7 +63,7 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
         Stages, engine, and the number of parameters of the whole model.
 
     Raises:
-        ConfigError: they can't fit into this rank's memory.
+        ConfigError: they can't fit into this rank's memory, or a rule of `optim.rules` holds for nothing.
     """
     require_memory(config)
     train = config.train
@@ -74,6 +75,9 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
             initialise(stage, config.model, config.seed)
         else:
             initialise(stage, config.model, config.seed, added=load_weights(stage, origin))
+    named = list(stages.named_globally())
+    freeze(named, config.optim)
+    check_rules(named, config.optim)
     if train.compile:
         compile_layers(stages.transformers())
     parameters, declared = count_parameters(stages), flops.count_parameters(config.model)
@@ -81,8 +85,8 @@ def build(config: RunConfig, place: Place, origin: Checkpoint | None) -> tuple[S
     assert parameters == declared, f"the model has {parameters} parameters, and its config counts {declared}"
     engine = Engine(
         stages.to(device.current()),
-        stages.named_globally(),
-        parameter_groups(stages.named_globally(), config.optim),
+        named,
+        parameter_groups(named, config.optim),
         optim=config.optim,
         parallel=config.parallel,
         precision=train.precision,

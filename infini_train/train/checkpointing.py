@@ -5,6 +5,8 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from infini_train.checkpoint import rng, store
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
 from infini_train.checkpoint.reader import Checkpoint
@@ -52,7 +54,18 @@ def own_fragments(config: RunConfig, stages: Stages, engine: Engine, carried: Ca
         if piece.owned:
             place = (piece.global_shape, piece.start, piece.shape)
             yield Fragment(shard.name, shard.kind, *place, shard.flat_start, shard.values)
+    is_first_replica = stages.place.data[0] == stages.place.context[0] == 0
+    for name, parameter in find_frozen(stages) if is_first_replica else ():
+        piece = find_slice(parameter)
+        if piece.owned:
+            place = (piece.global_shape, piece.start, piece.shape)
+            yield Fragment(name, "master", *place, 0, parameter.detach().flatten())
     yield from carry_fragments(stages, carried, Lanes.of(config, stages.place.data[0]))
+
+
+def find_frozen(stages: Stages) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters that are not trained: each replica holds them whole, and its engine has no master."""
+    return ((name, parameter) for name, parameter in stages.named_globally() if not parameter.requires_grad)
 
 
 def restore_session(session: Session, checkpoint: Checkpoint) -> None:
@@ -67,6 +80,10 @@ def restore_session(session: Session, checkpoint: Checkpoint) -> None:
     with reading_state(checkpoint):
         optimizer_steps = state["optimizer_steps"]
     session.engine.restore(zip(shards, values, strict=True), optimizer_steps)
+    frozen = dict(find_frozen(session.stages))
+    wanted = [Wanted(name, "master", *find_slice(p)[:3], 0, p.numel()) for name, p in frozen.items()]
+    for piece, values_N in checkpoint.read(wanted):
+        frozen[piece.name].data.copy_(values_N.view_as(frozen[piece.name]))
     lanes = Lanes.of(session.config, session.place.data[0])
     session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
     with reading_state(checkpoint):

@@ -14,29 +14,56 @@ GATE_TRAVEL = 4.0
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay."""
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    for _, parameter in named:
+    """AdamW groups: matrices (with weight decay), vectors, and gates with a learning rate of their own and no decay.
+
+    Those for which a rule holds are groups of their own, ``matrices/2`` for rule 2; what is not trained is in none.
+    """
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in peak_rates(optim)}
+    for name, parameter in named:
         kind = "gates" if is_gate(parameter) else "matrices" if parameter.dim() > 1 else "vectors"
-        members[kind].append(parameter)
-    decay = {"matrices": optim.weight_decay, "vectors": 0.0, "gates": 0.0}
+        number = optim.rule_of(name)
+        if number is None or optim.rules[number].train:
+            members[_group(kind, number)].append(parameter)
     rates = peak_rates(optim)
     return [
-        {"name": kind, "params": parameters, "weight_decay": decay[kind], "lr": rates[kind]}
-        for kind, parameters in members.items()
+        {
+            "name": group,
+            "params": parameters,
+            "weight_decay": optim.weight_decay if group.startswith("matrices") else 0.0,
+            "lr": rates[group],
+            "sleeps": group.endswith(asleep_groups(0, optim)),
+        }
+        for group, parameters in members.items()
         if parameters
     ]
 
 
+def _group(kind: str, rule: int | None) -> str:
+    return kind if rule is None else f"{kind}/{rule}"
+
+
 def peak_rates(optim: OptimConfig) -> dict[str, float]:
     """The highest learning rate of each group."""
-    return {"matrices": optim.lr, "vectors": optim.lr, "gates": optim.gate_lr}
+    plain = {"matrices": optim.lr, "vectors": optim.lr, "gates": optim.gate_lr}
+    of_rules = {
+        _group(kind, number): rate if rule.lr is None else rule.lr
+        for number, rule in enumerate(optim.rules)
+        if rule.train
+        for kind, rate in plain.items()
+    }
+    return plain | of_rules
 
 
 def learning_rates(step: int, total_steps: int, optim: OptimConfig) -> dict[str, float]:
-    """Learning rate of each group at a step (0 is the first)."""
+    """Learning rate of each group at a step (0 is the first); 0 before the first step of its rule."""
     factor = schedule_factor(step, total_steps, optim)
-    return {kind: rate * factor for kind, rate in peak_rates(optim).items()}
+    asleep = asleep_groups(step, optim)
+    return {group: 0.0 if group.endswith(asleep) else rate * factor for group, rate in peak_rates(optim).items()}
+
+
+def asleep_groups(step: int, optim: OptimConfig) -> tuple[str, ...]:
+    """How the names of the groups end whose training begins after this step."""
+    return tuple(f"/{number}" for number, rule in enumerate(optim.rules) if step < rule.from_step)
 
 
 def schedule_factor(step: int, total_steps: int, optim: OptimConfig) -> float:

@@ -64,6 +64,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     values = {
         **describe_variation(config.train, result.variation),
         "loss/train": result.loss,
+        **({} if config.train.teacher is None else {"loss/from_teacher": result.divergence}),
         "perplexity/train": found.perplexity,
         "bits_per_byte/train": found.bits_per_byte,
         "grad_norm": result.grad_norm,

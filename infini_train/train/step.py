@@ -36,6 +36,7 @@ class StepResult(NamedTuple):
     seconds: dict[str, float]  # wait, forward, backward, optimizer
     problem: str = ""  # why the step was skipped
     variation: Variation = AS_EVALUATED
+    divergence: float = 0.0  # from the teacher, nats per label; 0 without one
 
     @property
     def comparable_loss(self) -> float:
@@ -120,9 +121,11 @@ def train_step(
         replicas, tokens = place.data[1] * place.context[1], batch.tokens_BT.size * place.data[1]
         loss_scale = replicas / weight  # the engine averages gradients over them
         charge_writing(stages.transformers(), variation.write_cost * replicas / tokens)
-        loss_sum, states = run_window(stages, engine, micro_batches, carried, loss_scale=loss_scale, **options)
+        engine.begin(lr_of_group)
+        options |= {"loss_scale": loss_scale, "teacher_share": variation.teacher_share}
+        losses, states = run_window(stages, engine, micro_batches, carried, **options)
     stopwatch.begin("backward", "(adding up the loss)")
-    loss = mesh.sum_over_world([loss_sum])[0] / parallel.tensor_size / weight
+    loss, divergence = (total / parallel.tensor_size / weight for total in mesh.sum_over_world(list(losses)))
     stopwatch.begin("optimizer")
     problem = (describe_non_finite if variation.without_local else find_problem)(loss)
     grad_norm = math.nan
@@ -132,4 +135,5 @@ def train_step(
         grad_norm = engine.step(lr_of_group)  # changes nothing if the norm is not finite
         problem = "" if math.isfinite(grad_norm) else "the gradients are not finite"
     stopwatch.end()
-    return StepResult(loss, round(labels), n_bytes, grad_norm, states, stopwatch.seconds, problem, variation)
+    seconds = stopwatch.seconds
+    return StepResult(loss, round(labels), n_bytes, grad_norm, states, seconds, problem, variation, divergence)

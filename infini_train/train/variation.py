@@ -16,12 +16,13 @@ STREAM = 2**31  # of these draws; texts that are made up draw from the same seed
 class Variation(NamedTuple):
     """segment_tokens: of all layers that have segments; None: the model's. without_local: memories are read alone.
 
-    write_cost: of this step, see `TrainConfig.write_cost`.
+    write_cost: of this step, see `TrainConfig.write_cost`. teacher_share: see `TeacherConfig`; 0: no teacher.
     """
 
     segment_tokens: int | None = None
     without_local: bool = False
     write_cost: float = 0.0
+    teacher_share: float = 0.0
 
 
 AS_EVALUATED = Variation()
@@ -34,4 +35,5 @@ def draw_variation(config: RunConfig, step: int) -> Variation:
     random = np.random.default_rng([config.seed, step, STREAM])
     without_local = random.random() < share  # drawn in any case, so that one option does not change the other's draws
     length = lengths[random.integers(len(lengths))] if lengths else None
-    return Variation(length, without_local, train.write_cost * min(1.0, step / train.write_cost_steps))
+    cost = train.write_cost * min(1.0, step / train.write_cost_steps)
+    return Variation(length, without_local, cost, 0.0 if train.teacher is None else train.teacher.share)

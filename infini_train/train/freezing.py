@@ -1,0 +1,43 @@
+"""Parameters that `optim.rules` keeps as they are for the whole run: they have no gradient and no optimizer state.
+
+What is trained from a later step on has both, see `parallel.zero.Engine.begin`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from infini_train.config.errors import ConfigError
+from infini_train.config.training import OptimConfig
+from infini_train.parallel import mesh
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def freeze(named: Named, optim: OptimConfig) -> None:
+    """Takes the gradients of what is not trained."""
+    for name, parameter in named:
+        number = optim.rule_of(name)
+        if number is not None and not optim.rules[number].train:
+            parameter.requires_grad_(False)
+
+
+def check_rules(named: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig) -> None:
+    """Whether each rule is about some parameter, and something is left to train; all ranks call it together.
+
+    Raises:
+        ConfigError: not so; on all ranks.
+    """
+    if not optim.rules:
+        return
+    found = [optim.rule_of(name) for name, _ in named]
+    counts = mesh.sum_over_world([float(found.count(number)) for number in range(len(optim.rules))])
+    for number, count in enumerate(counts):
+        if count == 0:
+            raise ConfigError(
+                f"optim.rules: {optim.rules[number].match}: no parameter has such a name that no rule before it holds"
+                " for; infini-train checkpoint inspect lists the names of a trained model's"
+            )
+    trains = any(parameter.requires_grad for _, parameter in named)
+    if mesh.max_over_world(float(not trains)):
+        raise ConfigError("optim.rules: nothing is left to train (on some pipeline stage); train something in each")
