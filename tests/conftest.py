@@ -58,6 +58,7 @@ VARIANTS = {
         update="gated_delta",
         read="token",
         read_norm=True,
+        maps=True,
         gate="query",
         overlap_tokens=3,
         sink_tokens=2,

@@ -39,6 +39,9 @@ class InfiniConfig(AttentionVariant):
     # before itself, also in its segment
     read: Literal["segment", "token"] = "segment"
     read_norm: bool = False  # RMS norm of what is read (false: the paper's form)
+    # the memory has its own maps of queries, keys and what is read, a matrix a head each that begins as the identity:
+    # it can be taught while local attention stays as it is (false: the paper's form)
+    maps: bool = False
     gate: Literal["head", "query"] = "head"  # a gate a head, as in the paper; query: each query also has a say
     gate_init: GateInit = 0.0  # initial beta of the gates; sigmoid(beta) is the share of the memory
     overlap_tokens: Tokens = 0  # local attention also sees the previous segment's last tokens (0: the paper's form)
@@ -61,7 +64,12 @@ class InfiniConfig(AttentionVariant):
         "segment_tokens": ANY_VIEW,
     }
     initial: ClassVar[Mapping[str, str]] = {"gate_init": INITIAL, "conv_std": INITIAL, "decay_init": INITIAL}
-    adds_parameters: ClassVar[Mapping[str, object]] = {"conv_tokens": 0, "gate": "head", "read_norm": False}
+    adds_parameters: ClassVar[Mapping[str, object]] = {
+        "conv_tokens": 0,
+        "gate": "head",
+        "read_norm": False,
+        "maps": False,
+    }
 
     def __post_init__(self) -> None:
         check_segment(self.segment_tokens, "overlap_tokens", self.overlap_tokens)
@@ -98,10 +106,12 @@ class InfiniConfig(AttentionVariant):
         return "has no memory: it attends to the whole text, not to segments, and the gates are left out"
 
     def extra_parameters(self, shape: LayerShape) -> int:
-        """The gates, a convolution's weights, a norm's, and those of write strength and decay."""
+        """The gates, a convolution's weights, a norm's, those of write strength and decay, and the maps."""
         gates = shape.num_heads * (1 + shape.key_dim * (self.gate == "query"))
         writing = 2 * shape.kv_heads * (shape.hidden_size + 1) * (self.update == "gated_delta")
-        return gates + writing + self.conv_tokens * shape.hidden_size + shape.value_dim * self.read_norm
+        of_queries = shape.num_heads * (shape.key_dim**2 + shape.value_dim**2)
+        maps = (of_queries + shape.kv_heads * shape.key_dim**2) * self.maps
+        return gates + writing + maps + self.conv_tokens * shape.hidden_size + shape.value_dim * self.read_norm
 
     def memory_numbers(self, shape: LayerShape) -> int:
         """d_k (d_v + 1) for each key-value head: M and z. A gated M has no z; read by segments there are two."""
@@ -116,20 +126,22 @@ class InfiniConfig(AttentionVariant):
     def mixing_flops(self, shape: LayerShape, window_tokens: int) -> TokenFlops:
         """Local attention, and the memory's reads and writes."""
         key, value = shape.key_dim, shape.value_dim
+        of_queries, of_keys = (2 * shape.num_heads * (key**2 + value**2), 2 * shape.kv_heads * key**2)
+        maps_read, maps_write = (of_queries, of_keys) if self.maps else (0, 0)
         if self.update == "gated_delta":
             seen = min(self.segment_tokens, GATED_CHUNK_TOKENS)  # half of a chunk's squares is useful
             inside = shape.num_heads * (self.read == "token")
             return TokenFlops(
                 attention=attention_flops(shape, self.segment_tokens),
-                memory_read=2 * shape.num_heads * key * value + inside * seen * (key + value),
-                memory_write=2 * shape.kv_heads * key * value,
+                memory_read=2 * shape.num_heads * key * value + inside * seen * (key + value) + maps_read,
+                memory_write=2 * shape.kv_heads * key * value + maps_write,
                 delta=shape.kv_heads * (2 * key * value + seen * (2 * key + value)),
             )
         delta = 2 * shape.kv_heads * key * key * (1 + value / self.segment_tokens)
         return TokenFlops(
             attention=attention_flops(shape, self.segment_tokens),
-            memory_read=2 * shape.num_heads * key * (value + 1),
-            memory_write=2 * shape.kv_heads * key * (value + 1),
+            memory_read=2 * shape.num_heads * key * (value + 1) + maps_read,
+            memory_write=2 * shape.kv_heads * key * (value + 1) + maps_write,
             delta=delta if self.update == "delta" else 0.0,
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from infini_train.config.attention import InfiniConfig
 from infini_train.config.variant import AttentionVariant
 from infini_train.model.layers import Norm, head_linear, sum_gradient_over_tensor_ranks
-from infini_train.model.mixer import Figure, LayerSpec, SequenceMixer, head_gates, query_gates
+from infini_train.model.mixer import Figure, LayerSpec, MemoryMaps, SequenceMixer, head_gates, query_gates
 from infini_train.model.parameters import Initial, constant, declare, owe_to_field
 from infini_train.ops.attention import Additions, InfiniState, infini_attention, write_memory
 from infini_train.ops.convolution import convolve
@@ -67,6 +67,7 @@ class InfiniAttention(SequenceMixer):
             sum_gradient_over_tensor_ranks(self.conv)  # each rank sees it through its own heads
         self.parts = ("memory", "local", *["convolution"] * (self.conv is not None))
         self.gate_query = query_gates(spec.model, spec.parallel) if attention.gate == "query" else None
+        self.maps = MemoryMaps(spec.model, spec.parallel) if attention.maps else None
         self.norm_read: Norm | None = None
         if attention.read_norm:
             self.norm_read = Norm(spec.model.value_dim, READ_NORM_EPS, dtype, divided=True)
@@ -104,6 +105,7 @@ class InfiniAttention(SequenceMixer):
                 self._choose_writing(near_TBD),
                 self.gate_query,
                 self.norm_read,
+                None if self.maps is None else self.maps(),
                 has_memory="memory" not in self.left_out,
                 has_local="local" not in self.left_out,
             ),
@@ -123,6 +125,7 @@ class InfiniAttention(SequenceMixer):
             form=self.form,
             ranks=self.ranks,
             writing=self._choose_writing(near_TBD),
+            maps=None if self.maps is None else self.maps(),
         )
         return _with_convolution(following, before_BJD)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
@@ -19,9 +20,16 @@ from torch.utils import _pytree as pytree
 
 from infini_train.config.model import ModelConfig
 from infini_train.config.variant import AttentionVariant
-from infini_train.model.layers import Norm, column_linear, enter_parallel, head_linear, row_linear
+from infini_train.model.layers import (
+    Norm,
+    column_linear,
+    enter_parallel,
+    head_linear,
+    row_linear,
+    sum_gradient_over_tensor_ranks,
+)
 from infini_train.model.parameters import constant, declare
-from infini_train.ops.attention import local_attention
+from infini_train.ops.attention import Maps, local_attention
 from infini_train.ops.grid import Grid, Layout, Recent
 from infini_train.ops.ranks import Ranks
 from infini_train.ops.rope import Rope
@@ -215,6 +223,39 @@ def head_gates(config: ModelConfig, parallel: ModelParallelConfig, initial: floa
     set_tensor_model_parallel_attributes(gates, True, 0, 1)
     declare(gates, constant(initial), is_gate=True, field="kind")
     return gates
+
+
+class MemoryMaps(nn.Module):
+    """The memory's maps of queries, keys and what is read, less the identity (`ops.attention.Maps`); zeros at first.
+
+    Divided like the heads; where there are fewer key-value heads than tensor-parallel ranks each rank holds all of
+    their maps, and uses its own.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
+        super().__init__()
+        ranks, rank = parallel.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+        is_divided = config.kv_heads % ranks == 0
+        kv_heads = config.kv_heads // ranks if is_divided else config.kv_heads
+        first = 0 if is_divided else rank // (ranks // config.kv_heads)
+        self.rows = slice(first, first + max(1, config.kv_heads // ranks))
+
+        def matrices(heads: int, size: int) -> nn.Parameter:
+            made = nn.Parameter(torch.empty(heads, size, size, dtype=parallel.params_dtype))
+            declare(made, constant(0.0), field="maps")
+            return made
+
+        self.query = matrices(config.num_heads // ranks, config.key_dim)
+        self.key = matrices(kv_heads, config.key_dim)
+        self.read = matrices(config.num_heads // ranks, config.value_dim)
+        for parameter in (self.query, self.read, *([self.key] if is_divided else [])):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        if not is_divided:
+            sum_gradient_over_tensor_ranks(self.key)
+
+    def forward(self) -> Maps:
+        """This rank's."""
+        return Maps(self.query, self.key[self.rows], self.read)
 
 
 def query_gates(config: ModelConfig, parallel: ModelParallelConfig) -> nn.Parameter:

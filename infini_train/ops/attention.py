@@ -32,10 +32,19 @@ class InfiniState(NamedTuple):
     recent: Annotated[Recent, Stored("recent")]
 
 
+class Maps(NamedTuple):
+    """What is added to the identity in the memory's own maps of queries, keys, and what is read (after its norm)."""
+
+    query_HDD: Tensor
+    key_KDD: Tensor
+    read_HEE: Tensor
+
+
 class Additions(NamedTuple):
     """What may be beside the paper's form, and what is left out of it.
 
-    How each token writes a gated delta memory, what each query says of its gate, and a norm of what is read. To see
+    How each token writes a gated delta memory, what each query says of its gate, a norm of what is read, and maps of
+    the memory's own. To see
     what a part is worth, it can be left out: without the memory, nothing is read, as if it were empty; without the
     local attention its result is zero, and the gates stay as they are.
     """
@@ -43,6 +52,7 @@ class Additions(NamedTuple):
     writing: Writing | None = None
     gate_HD: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    maps: Maps | None = None
     has_memory: bool = True
     has_local: bool = True
 
@@ -126,13 +136,16 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
         any more.
     """
     q_BSHQD = fold_queries(q_BHTD, grid)
-    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, additions.writing)
+    maps = additions.maps
+    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, additions.writing, maps)
     local_BSHQE = _attend_segments(q_BSHQD, windows.k_BSKJD, windows.v_BSKJE, grid, rope)  # while memories travel
     recalled = recall()
     read_BSHQE = recalled.read_BSHQE
     assert read_BSHQE is not None
     if additions.norm is not None:
         read_BSHQE = additions.norm(read_BSHQE)
+    if maps is not None:
+        read_BSHQE = read_BSHQE + read_BSHQE @ maps.read_HEE
     beta_HQ = beta_H[:, None]
     if additions.gate_HD is not None:
         beta_HQ = beta_HQ + (q_BSHQD * additions.gate_HD[:, None].to(q_BSHQD.dtype)).sum(-1)
@@ -152,9 +165,10 @@ def write_memory(
     form: Form = PAPER,
     ranks: Ranks | None = None,
     writing: Writing | None = None,
+    maps: Maps | None = None,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing)
+    windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing, maps)
     return InfiniState(recall().memory, windows.following())
 
 
@@ -167,9 +181,14 @@ def _begin_recall(  # noqa: PLR0913
     form: Form,
     ranks: Ranks | None,
     writing: Writing | None,
+    maps: Maps | None,
 ) -> tuple["_Windows", Callable[[], Recalled]]:
     """What local attention sees, and what is read of the memory once it is here."""
     windows = _open_windows(None if state is None else state.recent, k_BKTD, v_BKTE, grid, ranks)
+    k_BKLD = windows.k_BKLD
+    if maps is not None:
+        k_BKTD, k_BKLD = (k + k @ maps.key_KDD for k in (k_BKTD, k_BKLD))
+        q_BSHQD = None if q_BSHQD is None else q_BSHQD + q_BSHQD @ maps.query_HDD
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     sizes = (lanes, kv_heads, key_dim, v_BKTE.shape[-1])
     if form.update == "gated_delta":
@@ -184,7 +203,7 @@ def _begin_recall(  # noqa: PLR0913
 
     memory = empty_memory(*sizes, k_BKTD) if state is None else state.memory
     assert isinstance(memory, Memory)
-    closed = closed_segments(windows.k_BKLD, grid), closed_segments(windows.v_BKLE, grid)
+    closed = closed_segments(k_BKLD, grid), closed_segments(windows.v_BKLE, grid)
     scan = begin_scan(*closed, memory, grid, form, ranks)
 
     def read() -> Recalled:

@@ -52,6 +52,7 @@ ATTENTIONS: dict[str, AttentionConfig] = {
         update="gated_delta",
         read="token",
         read_norm=True,
+        maps=True,
         gate="query",
         overlap_tokens=3,
         conv_tokens=2,
