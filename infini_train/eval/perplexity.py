@@ -81,17 +81,11 @@ def evaluate_perplexity(
         batch, position = reader.next(position)
         if batch is None:
             break
-        losses_here, after = run_window(stages, stages, cut_micro_batches(batch, micro_batches), carried)
+        losses, after = run_window(stages, stages, cut_micro_batches(batch, micro_batches), carried)
         carried = after if carry_memory else carried
         valid, text_BT = batch.labels_BT[batch.labels_BT != IGNORED], batch.weights_BT > 0
         counts_V += np.bincount(valid, minlength=len(counts_V))
-        here = [
-            losses_here.text,
-            len(valid),
-            batch.n_bytes,
-            float((batch.starts_BT & text_BT).sum()),
-            float(text_BT.sum()),
-        ]
+        here = [losses.text, len(valid), batch.n_bytes, float((batch.starts_BT & text_BT).sum()), float(text_BT.sum())]
         *found, stop = mesh.sum_over_world([*here, float(gives_up())])
         if stop:
             return None

@@ -158,22 +158,22 @@ class Transformer(nn.Module):
         return self.losses(hidden_TBD, labels_BT, factors_BT, lesson), state
 
     @torch.no_grad()
-    def teach(self, tokens_BT: Tensor, grid: Grid, share: float) -> Lesson:
+    def teach(self, tokens_BT: Tensor, starts_BT: Tensor, shard: tuple[int, int], share: float) -> Lesson:
         """What these weights with full attention over a window make of it, for a whole model.
+
+        Each token sees all before it of its document and window.
 
         Args:
             tokens_BT: as of `forward`.
-            grid: of the window, one endless segment; `make_full_grid` makes it.
+            starts_BT: as of `make_grids`, and `shard` too.
+            shard: see there.
             share: of the loss.
         """
-        hidden_TBD = self._enter(tokens_BT)
+        grid = make_grid(starts_BT, torch.ones(starts_BT.shape), None, None, 0, shard, kernel=self._find_kernel())
+        grid, hidden_TBD = grid.to(tokens_BT.device), self._enter(tokens_BT)
         for layer in self._layers():
             hidden_TBD = layer.attend_fully(hidden_TBD, grid)
         return Lesson(self._finish(hidden_TBD), share)
-
-    def make_full_grid(self, starts_BT: Tensor, shard: tuple[int, int] = (0, 1)) -> Grid:
-        """The grid of `teach`: each token sees all before it of its document and window."""
-        return make_grid(starts_BT, torch.ones(starts_BT.shape), None, None, 0, shard, kernel=self._find_kernel())
 
     def decode(self, inputs: Tensor, grids: Grids, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """hidden_TBD after the last layer (before the final norm), and the state after the call."""

@@ -137,7 +137,7 @@ def infini_attention(  # noqa: PLR0913 (the inputs of the equations; a bag of th
     """
     q_BSHQD = fold_queries(q_BHTD, grid)
     maps = additions.maps
-    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, additions.writing, maps)
+    windows, recall = _begin_recall(q_BSHQD, k_BKTD, v_BKTE, state, grid, form, ranks, additions)
     local_BSHQE = _attend_segments(q_BSHQD, windows.k_BSKJD, windows.v_BSKJE, grid, rope)  # while memories travel
     recalled = recall()
     read_BSHQE = recalled.read_BSHQE
@@ -168,7 +168,8 @@ def write_memory(
     maps: Maps | None = None,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, writing, maps)
+    additions = Additions(writing, maps=maps)
+    windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, additions)
     return InfiniState(recall().memory, windows.following())
 
 
@@ -180,12 +181,11 @@ def _begin_recall(  # noqa: PLR0913
     grid: Grid,
     form: Form,
     ranks: Ranks | None,
-    writing: Writing | None,
-    maps: Maps | None,
+    additions: Additions,
 ) -> tuple["_Windows", Callable[[], Recalled]]:
     """What local attention sees, and what is read of the memory once it is here."""
     windows = _open_windows(None if state is None else state.recent, k_BKTD, v_BKTE, grid, ranks)
-    k_BKLD = windows.k_BKLD
+    k_BKLD, writing, maps = windows.k_BKLD, additions.writing, additions.maps
     if maps is not None:
         k_BKTD, k_BKLD = (k + k @ maps.key_KDD for k in (k_BKTD, k_BKLD))
         q_BSHQD = None if q_BSHQD is None else q_BSHQD + q_BSHQD @ maps.query_HDD

@@ -62,6 +62,11 @@ class Losses(NamedTuple):
     text: float
     divergence: float
 
+    @classmethod
+    def of(cls, sums: Sequence[Tensor]) -> "Losses":
+        """Of micro-batches, (2,) each; read from the device at once."""
+        return cls(*torch.stack(tuple(sums)).double().sum(0).tolist()) if sums else cls(0.0, 0.0)
+
 
 class Stages(nn.Module):
     """This rank's stages of the model.
@@ -181,7 +186,7 @@ def run_window(
         carried: memory before this window.
         loss_scale: factor on the sum of losses whose gradients are taken; None: no gradients.
         segment_tokens: length of this window's segments; None: the model's.
-        teacher_share: of the loss, see `TeacherConfig`; on a single pipeline stage, with `loss_scale`.
+        teacher_share: see `TeacherConfig`; for a single pipeline stage, with `loss_scale`.
         on_phase: called at the start of "forward" and of "backward" (which includes waiting for other stages).
 
     Returns:
@@ -198,19 +203,14 @@ def run_window(
         index = next(numbers)
         which = f"of micro-batch {index + 1} of {len(micro_batches)}"
         on_phase("forward", which)
-        stage = stages.transformers()[slot.number]
-        batch = micro_batches[index]
+        stage, batch = stages.transformers()[slot.number], micro_batches[index]
         inputs = batch.tokens_BT[:, mine].to(device.current()) if stage.stage.embeds else slot.hidden_TBD
         labels = batch.labels_BT[:, mine].to(device.current()) if stage.stage.predicts else None
-        here = grids[index].to(device.current())
         weights_Bt = batch.loss_weights_BT[:, mine].to(device.current()) if stage.stage.predicts else None
         factors_Bt = None if weights_Bt is None or loss_scale is None else weights_Bt * loss_scale
-        taught = []
-        if teacher_share:
-            full = stage.make_full_grid(batch.starts_BT, stages.place.context).to(device.current())
-            taught = [stage.teach(inputs, full, teacher_share)]
-        given = inputs, here, carried[slot.number][index], labels, factors_Bt, *taught
-        output, state = forward(slot.number, *given)
+        lesson = stage.teach(inputs, batch.starts_BT, stages.place.context, teacher_share) if teacher_share else None
+        here = grids[index].to(device.current())
+        output, state = forward(slot.number, inputs, here, carried[slot.number][index], labels, factors_Bt, lesson)
         after[slot.number][index] = stage.carry_over(state)
         on_phase("backward", which)
         return output, lambda loss: _summed(loss, weights_Bt, loss_scale)
@@ -225,8 +225,7 @@ def run_window(
         micro_batch_size=micro_batches[0].tokens_BT.shape[0],
         forward_only=loss_scale is None,
     )
-    total_2 = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0)
-    return Losses(*total_2), tuple(map(tuple, after))
+    return Losses.of(sums), tuple(map(tuple, after))
 
 
 def _make_grids(

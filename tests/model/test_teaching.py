@@ -26,7 +26,7 @@ def test_the_teacher_is_the_same_model_with_full_attention(variant, tools, optio
     weights = full.state_dict()
     full.load_state_dict({name: value for name, value in model.state_dict().items() if name in weights})
     tokens, labels, starts, weights_BT = draw()
-    taught_TBD = model.teach(tokens, model.make_full_grid(starts), 0.5).hidden_TBD
+    taught_TBD = model.teach(tokens, starts, (0, 1), 0.5).hidden_TBD
     with torch.no_grad():
         expected = full.decode(tokens, full.make_grids(starts, weights_BT, None), None)[0]
         torch.testing.assert_close(taught_TBD, full.norm_final(expected))
@@ -38,7 +38,7 @@ def test_within_its_first_segment_a_model_can_learn_nothing_of_its_teacher(tools
     longer = dataclasses.replace(config.attention, segment_tokens=TOKENS)
     model = tools.build(dataclasses.replace(config, attention=longer))
     tokens, labels, starts, weights_BT = draw()
-    lesson = model.teach(tokens, model.make_full_grid(starts), 1.0)
+    lesson = model.teach(tokens, starts, (0, 1), 1.0)
     grids = model.make_grids(starts, weights_BT, None)
     sums_3, _ = model(tokens, grids, None, labels, weights_BT, lesson)
     assert sums_3[2].abs() < 1e-4 and sums_3[1] > 1
@@ -47,7 +47,7 @@ def test_within_its_first_segment_a_model_can_learn_nothing_of_its_teacher(tools
 def test_the_divergence_is_that_of_the_two_distributions(tools):
     model = tools.build(tools.tiny("delta")).double()
     tokens, labels, starts, weights_BT = draw()
-    lesson = model.teach(tokens, model.make_full_grid(starts), 0.25)
+    lesson = model.teach(tokens, starts, (0, 1), 0.25)
     grids = model.make_grids(starts, weights_BT, None)
     sums_3, _ = model(tokens, grids, None, labels, weights_BT, lesson)
     with torch.no_grad():
