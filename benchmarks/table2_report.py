@@ -1,4 +1,8 @@
-"""The tables and the plot of docs/results/table2.md from the files of benchmarks/table2.py."""
+"""The tables and the plot of docs/results/table2.md from the files of benchmarks/table2.py.
+
+Those of benchmarks/results/table2_short/ are of an earlier, shorter training (commit e6ac4cb), which also tried other
+sizes of the memories; nothing makes them any more.
+"""
 
 import argparse
 import statistics
@@ -12,8 +16,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend must be chosen first)
 from page import IMAGES, ROOT, ResultPage, as_table, load_results  # noqa: E402
 
-ORDER = ("infini-linear", "infini-delta", "transformer_xl", "memorizing", "rmt", "local", "full")
+from infini_train.statistics import bootstrap_ratio  # noqa: E402
+
+ORDER = ("infini-linear", "infini-delta", "infini-gated", "mixed", "transformer_xl", "memorizing", "rmt", "local", "full")
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+BASELINES = ("transformer_xl", "memorizing", "local")  # what the others are compared with, book by book
 REFERENCE = "memorizing"  # whose memory the others are compared with, as in the paper
 
 Found = dict[str, Any]
@@ -21,16 +28,16 @@ Found = dict[str, Any]
 
 def write_report() -> None:
     """Writes the tables into the page, and the plot."""
-    if found := load():
+    if found := load("table2_short"):
         image = IMAGES / "table2_memory.png"
         draw(found, image)
         print(f"written: {image.relative_to(ROOT)}")
     PAGE.write()
 
 
-def load() -> list[Found]:
+def load(folder: str = "table2") -> list[Found]:
     """All runs, in the order of the arms."""
-    found = load_results("table2").values()
+    found = [{"size": "", **run} for run in load_results(folder).values()]
     return sorted(found, key=lambda run: (ORDER.index(run["arm"]), run["size"], run["rate"], run["seed"]))
 
 
@@ -83,6 +90,30 @@ def tabulate_arms(found: list[Found]) -> str:
             ]
         )
     return as_table(head, rows)
+
+
+def tabulate_differences(found: list[Found]) -> str:
+    """A row per arm and seed: how much lower its loss is than the baselines' with the same seed, by books."""
+    rows = []
+    for arm in arms_of(found):
+        for run in chosen(found, arm):
+            cells = [compare_books(run, found, baseline) for baseline in BASELINES if baseline != arm]
+            if arm not in BASELINES and any(cells):
+                rows.append([arm, run["rate"], str(run["seed"]), *cells])
+    return as_table(["arm", "rate", "seed", *(f"minus {baseline}" for baseline in BASELINES)], rows)
+
+
+def compare_books(run: Found, found: list[Found], baseline: str) -> str:
+    """The difference of losses over all books, its interval by bootstrap over books, and in how many it is negative."""
+    others = [other for other in chosen(found, baseline) if other["seed"] == run["seed"]]
+    if not others:
+        return ""
+    books, other_books = run["test"]["books"], others[0]["test"]["books"]
+    sums = [books[name][0] - other_books[name][0] for name in books]
+    sizes = [books[name][1] for name in books]
+    low, high = bootstrap_ratio(sums, sizes)
+    lower = sum(each < 0 for each in sums)
+    return f"{sum(sums) / sum(sizes):+.3f} ({low:+.3f} to {high:+.3f}), lower in {lower} of {len(books)}"
 
 
 def tabulate_sizes(found: list[Found]) -> str:
@@ -149,9 +180,12 @@ PAGE = ResultPage(
     "table2",
     "benchmarks/table2.py",
     {
-        "the arms": lambda: tabulate_arms(load()),
-        "sizes of the memory": lambda: tabulate_sizes(load()),
-        "learning rates": lambda: tabulate_rates(load()),
+        "the arms, trained longer": lambda: tabulate_arms(load()),
+        "book by book": lambda: tabulate_differences(load()),
+        "learning rates, trained longer": lambda: tabulate_rates(load()),
+        "the arms": lambda: tabulate_arms(load("table2_short")),
+        "sizes of the memory": lambda: tabulate_sizes(load("table2_short")),
+        "learning rates": lambda: tabulate_rates(load("table2_short")),
     },
 )
 
