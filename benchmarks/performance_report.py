@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -15,7 +16,7 @@ NAMES = (
     *("linear", "linear, documents", "delta", "gated delta"),
     *("plain loop", "infini-transformer-pytorch", "full attention"),
 )
-FILE = RESULTS / "performance.json"
+FILE, NOT_RUN = RESULTS / "performance.json", "Not run yet."
 Row = dict[str, Any]
 
 
@@ -45,10 +46,10 @@ def name_shape(row: Row) -> list[str]:
     return [f"{row['tokens'] // 1024}K", str(row["segment_tokens"]), str(row["head_size"]), row["precision"]]
 
 
-def tabulate_times() -> str:
+def tabulate_times(found: Row) -> str:
     """Milliseconds of a forward and backward, and the linear layer's share of the matmul peak."""
     rows = []
-    for row in load()["layers"]:
+    for row in found["layers"]:
         medians = {name: statistics.median(of) for name, of in row["seconds"].items()}
         share = row["product_flops"] / medians["linear"] / row["peak_flops"]
         cells = [f"{1e3 * medians[name]:,.0f}" if name in medians else "" for name in NAMES]
@@ -56,7 +57,7 @@ def tabulate_times() -> str:
     return as_table(["tokens", "segment", "head", "precision", *NAMES, "linear, of the matmul peak"], rows)
 
 
-def tabulate_ratios() -> str:
+def tabulate_ratios(found: Row) -> str:
     """How many times as fast as others."""
     pairs = (
         ("plain loop", "linear"),
@@ -67,7 +68,7 @@ def tabulate_ratios() -> str:
         ("linear, documents", "linear"),
     )
     rows = []
-    for row in load()["layers"]:
+    for row in found["layers"]:
         cells = []
         for slow, fast in pairs:
             middle, spread = ratio(row["seconds"], slow, fast) if slow in row["seconds"] else (None, None)
@@ -76,22 +77,22 @@ def tabulate_ratios() -> str:
     return as_table(["tokens", "segment", "head", "precision", *(slow for slow, _ in pairs)], rows)
 
 
-def tabulate_memory() -> str:
+def tabulate_memory(found: Row) -> str:
     """Peak memory of a forward and backward."""
-    found: dict[str, dict[int, int]] = {}
-    for row in load()["memory"]:
-        found.setdefault(row["layer"], {})[row["tokens"]] = row["bytes"]
-    lengths = sorted({tokens for by_length in found.values() for tokens in by_length})
+    peaks: dict[str, dict[int, int]] = {}
+    for row in found["memory"]:
+        peaks.setdefault(row["layer"], {})[row["tokens"]] = row["bytes"]
+    lengths = sorted({tokens for by_length in peaks.values() for tokens in by_length})
     rows = [
         [layer, *(f"{of[n] / 2**20:,.0f} MB, {of[n] / n / 1024:.1f} KB a token" if n in of else "" for n in lengths)]
-        for layer, of in found.items()
+        for layer, of in peaks.items()
     ]
     return as_table(["layer", *(f"{tokens // 1024}K tokens" for tokens in lengths)], rows)
 
 
-def tabulate_step() -> str:
+def tabulate_step(found: Row) -> str:
     """A training step beside a bare loop."""
-    step = load()["step"]
+    step = found["step"]
     middle, spread = ratio(step["seconds"], "framework", "bare loop")
     medians = {name: statistics.median(of) for name, of in step["seconds"].items()}
     row = [f"{step['tokens']:,}", *(f"{medians[name]:.2f} s" for name in ("framework", "bare loop"))]
@@ -118,13 +119,22 @@ def draw(layers: list[Row]) -> pyplot.Figure:
     return figure
 
 
+def render(tabulate: Callable[[Row], str]) -> Callable[[], str]:
+    """A block of the page."""
+    return lambda: tabulate(load()) if FILE.exists() else NOT_RUN
+
+
 PAGE = ResultPage(
     "performance",
     "benchmarks/performance.py",
     {
-        "times": tabulate_times,
-        "ratios": tabulate_ratios,
-        "memory": tabulate_memory,
-        "step": tabulate_step,
+        "times": render(tabulate_times),
+        "ratios": render(tabulate_ratios),
+        "memory": render(tabulate_memory),
+        "step": render(tabulate_step),
     },
 )
+
+
+if __name__ == "__main__":
+    PAGE.main(__doc__)

@@ -18,7 +18,17 @@ from page import IMAGES, ROOT, ResultPage, as_table, load_results  # noqa: E402
 
 from infini_train.statistics import bootstrap_ratio  # noqa: E402
 
-ORDER = ("infini-linear", "infini-delta", "infini-gated", "mixed", "transformer_xl", "memorizing", "rmt", "local", "full")
+ORDER = (
+    "infini-linear",
+    "infini-delta",
+    "infini-gated",
+    "mixed",
+    "transformer_xl",
+    "memorizing",
+    "rmt",
+    "local",
+    "full",
+)
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 BASELINES = ("transformer_xl", "memorizing", "local")  # what the others are compared with, book by book
 REFERENCE = "memorizing"  # whose memory the others are compared with, as in the paper

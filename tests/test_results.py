@@ -15,6 +15,7 @@ PAGES = ROOT / "docs" / "results"
 PROGRAMS = (
     *("passkey", "needles", "summaries", "table2_report", "context", "recall", "capacity", "streaming"),
     *("plan_report", "context_parallel", "data", "faults_report", "stability", "babilong", "loss", "gpu_report"),
+    "performance_report",
 )
 MARK = re.compile(r"^<!-- (.+): written by (benchmarks/\w+\.py) -->$", flags=re.MULTILINE)
 
@@ -43,8 +44,8 @@ def test_the_tables_are_those_of_the_files(programs, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted({*PROGRAMS} - {"plan_report", "gpu_report"}),
-        *("table2", "plan", "key_books", "needle_texts", "tar_writers", "gpu_check"),
+        *sorted({*PROGRAMS} - {"plan_report", "gpu_report", "performance_report"}),
+        *("table2", "plan", "key_books", "needle_texts", "tar_writers", "gpu_check", "performance"),
     ],
 )
 def test_help_writes_nothing(name, monkeypatch, capsys):
