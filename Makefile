@@ -52,7 +52,7 @@ test-layouts: install ## the parallel layouts that make test leaves out, against
 gpu-check: ## what the GPUs of this machine compute, how fast, and whether as planned; at most 15 minutes (after make install CONSTRAINTS=constraints-cuda.txt)
 	$(BIN)/python benchmarks/gpu_check.py
 
-bench: install ## how fast layers and steps are on this machine's CPU: docs/results/performance.md, some 15 minutes on 2 idle cores
+bench: install ## how fast layers and steps are on this machine's CPU: docs/results/performance.md, some 20 minutes on 2 idle cores
 	$(BIN)/python benchmarks/performance.py
 
 bench-check: install ## whether what must be faster still is, in a minute

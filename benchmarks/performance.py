@@ -1,6 +1,6 @@
 """How fast attention layers and training steps are, and what they need: docs/results/performance.md.
 
-    make bench                                      # everything, in some 15 minutes on 2 cores
+    make bench                                      # everything, in some 20 minutes on 2 cores
     make bench-check                                # two of the comparisons, against the ratios that must hold
     python benchmarks/performance.py --report       # the page only, from what was measured
 

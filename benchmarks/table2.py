@@ -114,11 +114,13 @@ def load(run: Run) -> dict[str, Any]:
 
 def prepare(options: argparse.Namespace) -> None:
     """A tokenizer of 1024 pieces and the shards, unless they are there."""
-    data, model = options.out / "data", options.out / "tokenizer.model"
+    model = options.out / "tokenizer.model"
     sources = {"train": options.train, "validation": options.validation, "test": options.test}
-    missing = [split for split in sources if not (data / split / "manifest.json").exists()]
+    missing = [split for split in sources if not (folder_of(options, split) / "manifest.json").exists()]
     if missing and not all(sources.values()):
-        sys.exit(f"error: {data} holds no shards for {missing[0]} yet; give --train, --validation and --test")
+        sys.exit(
+            f"error: {options.out / 'data'} holds no shards for {missing[0]} yet; give --train, --validation and --test"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     tool = [sys.executable, "-m", "data_tools"]
     if not model.exists():
@@ -128,8 +130,14 @@ def prepare(options: argparse.Namespace) -> None:
         source = Path(sources[split])
         if split != "train":
             source = cut_books(source, options.out / f"{split}.jsonl", BOOKS[split])
-        words = ["--tokenizer", str(model), "--out", str(data / split), "--overwrite"]
+        words = ["--tokenizer", str(model), "--out", str(folder_of(options, split)), "--overwrite"]
         subprocess.run([*tool, "encode", str(source), *words], check=True)
+
+
+def folder_of(options: argparse.Namespace, split: str) -> Path:
+    """Where a split's shards lie; its name says how held-out books were cut."""
+    name = split if split == "train" else f"{split}-{BOOKS[split]}x{BOOK_CHARACTERS}"
+    return Path(options.out) / "data" / name
 
 
 def cut_books(source: Path, target: Path, count: int) -> Path:
@@ -173,7 +181,7 @@ def make(options: argparse.Namespace, run: Run) -> None:
         "machine": f"{platform.machine()}, one thread, shared",
     }
     for split in BOOKS:
-        found[split] = evaluate(options.out / "data" / split, run_dir, run_dir / "eval" / split)
+        found[split] = evaluate(folder_of(options, split), run_dir, run_dir / "eval" / split)
     FILES.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: validation {found['validation']['loss']:.4f}, test {found['test']['loss']:.4f}", flush=True)

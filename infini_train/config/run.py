@@ -77,6 +77,11 @@ class RunConfig:
             "with parallel.zero_stage 3 a layer's weights are there only while it computes; set it to false",
         )
         require(
+            self.train.teacher is None or has_memory,
+            "train.teacher",
+            "no layer has a compressive memory that could learn from it (kind infini); set it to null",
+        )
+        require(
             self.train.teacher is None or (self.parallel.zero_stage < 3 and self.parallel.pipeline_size == 1),
             "train.teacher",
             "needs all layers and their whole weights on each rank: parallel.pipeline_size 1, zero_stage below 3",
@@ -86,6 +91,12 @@ class RunConfig:
             "optim.rules",
             "with parallel.zero_stage 3 all parameters are trained; choose a lower stage, or no train: false",
         )
+        for rule in self.optim.rules:
+            require(
+                rule.from_step < self.train.total_steps,
+                "optim.rules",
+                f"{rule.match}: from_step {rule.from_step} is not reached in a run of {self.train.total_steps} steps",
+            )
         _check_model_layout(self)
         _check_batch_layout(self)
         _check_segment_lengths(self)

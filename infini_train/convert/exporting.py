@@ -1,5 +1,6 @@
 """A checkpoint into a folder in Hugging Face's layout, as far as that can hold it."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +62,8 @@ def export_checkpoint(
     losses = {each.kind: loss for each in model.layers if (loss := each.check_export()) is not None}
     table = list_weights(model)
     stored = {entry.name: DTYPES[entry.dtype] for entry in checkpoint.index.fragments if entry.kind == "master"}
-    used = dtype or stored[next(iter(table))]
+    # Of a bf16 run what is trained is stored in fp32, and what is not in bf16.
+    used = dtype or functools.reduce(torch.promote_types, (stored[name] for name in table))
     sizes = {theirs: size_bytes(shape, used) for theirs, shape in table.values()}
     total = sum(size // used.itemsize for size in sizes.values())
 

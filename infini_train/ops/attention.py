@@ -185,17 +185,20 @@ def _begin_recall(  # noqa: PLR0913
 ) -> tuple["_Windows", Callable[[], Recalled]]:
     """What local attention sees, and what is read of the memory once it is here."""
     windows = _open_windows(None if state is None else state.recent, k_BKTD, v_BKTE, grid, ranks)
-    k_BKLD, writing, maps = windows.k_BKLD, additions.writing, additions.maps
-    if maps is not None:
-        k_BKTD, k_BKLD = (k + k @ maps.key_KDD for k in (k_BKTD, k_BKLD))
-        q_BSHQD = None if q_BSHQD is None else q_BSHQD + q_BSHQD @ maps.query_HDD
+    writing, maps = additions.writing, additions.maps
+
+    def mapped(k: Tensor) -> Tensor:
+        return k if maps is None else k + k @ maps.key_KDD
+
+    if maps is not None and q_BSHQD is not None:
+        q_BSHQD = q_BSHQD + q_BSHQD @ maps.query_HDD
     lanes, kv_heads, _, key_dim = k_BKTD.shape
     sizes = (lanes, kv_heads, key_dim, v_BKTE.shape[-1])
     if form.update == "gated_delta":
         assert writing is not None
         gated = empty_gated_memory(*sizes, k_BKTD, form.read) if state is None else state.memory
         assert isinstance(gated, GatedMemory)
-        k_BSKQD, v_BSKQE = fold_queries(k_BKTD, grid), fold_queries(v_BKTE, grid)
+        k_BSKQD, v_BSKQE = fold_queries(mapped(k_BKTD), grid), fold_queries(v_BKTE, grid)
         by_segment = tuple(fold_queries(part[..., None], grid)[..., 0] for part in writing)
         kernel = find_kernel(k_BSKQD, gated)
         begin = begin_gated if kernel is None else partial(begin_fused, kernel)
@@ -203,7 +206,7 @@ def _begin_recall(  # noqa: PLR0913
 
     memory = empty_memory(*sizes, k_BKTD) if state is None else state.memory
     assert isinstance(memory, Memory)
-    closed = closed_segments(k_BKLD, grid), closed_segments(windows.v_BKLE, grid)
+    closed = closed_segments(mapped(windows.k_BKLD), grid), closed_segments(windows.v_BKLE, grid)
     scan = begin_scan(*closed, memory, grid, form, ranks)
 
     def read() -> Recalled:

@@ -96,7 +96,8 @@ class Engine:
             for parameter in group["params"] if group["sleeps"] else ():
                 parameter.register_hook(functools.partial(self._hide_if_asleep, group["name"]))
         # DeepSpeed copies its masters after the cast to bf16; they have to start from the fp32 weights, bit for bit.
-        given = {p: p.detach().to("cpu", copy=True) for p in self.names} if precision == "bf16" else {}
+        trained = [parameter for parameter in self.names if parameter.requires_grad]
+        given = {p: p.detach().to("cpu", copy=True) for p in trained} if precision == "bf16" else {}
         adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=ModelParallelUnit())
         if hasattr(model, "before_backward"):
@@ -123,6 +124,10 @@ class Engine:
 
     def _hide_if_asleep(self, group: str, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient) if group in self._asleep else gradient
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each group of this rank, as of the last step."""
+        return {group["name"]: group["lr"] for group in self._zero.param_groups}
 
     def step(self, lr_of_group: dict[str, float]) -> float:
         """Clips, applies AdamW with these rates (by group name), clears gradients; returns the norm before clipping."""

@@ -155,6 +155,8 @@ def dry_run(
             whole = build_stages(config.model, ParallelConfig(), place, config.train.precision)
             lane_bytes = _carried_bytes(whole.initial_carried(1, 1))
             parameters = sum(parameter.numel() for parameter in whole.parameters())
+            groups = parameter_groups(whole.named_globally(), config.optim)
+            trained = sum(parameter.numel() for group in groups for parameter in group["params"])
         carried = lane_bytes * config.train.batch_lanes if config.train.carry_memory else 0
         flops = forward_flops_per_token(config.model, config.train.window_tokens)
         planned = tuple(plan_rank(config, rank, size, parts, hardware) for rank in chosen)
@@ -166,7 +168,9 @@ def dry_run(
             carried_lane_bytes=lane_bytes,
             caching_layers=caching_layers(config.model),
             cached_token_bytes={each: cached_bytes(config.model, each) for each in NUMBER_BYTES},
-            checkpoint_bytes=STATES * FP32_BYTES * parameters + carried,
+            checkpoint_bytes=STATES * FP32_BYTES * trained
+            + NUMBER_BYTES[config.train.precision] * (parameters - trained)
+            + carried,
             hardware=hardware,
             prediction=predict(config, hardware, parts),
             flops_per_token=flops._asdict(),
@@ -210,6 +214,7 @@ def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], 
     device, host = count_bytes(config, zero_stage, partition, [p.numel() for p in members], frozen_numel)
     held = zip(members, partition.held, strict=True)
     written = sum(numel for parameter, numel in held if find_slice(parameter).owned)
+    kept = sum(p.numel() for p in frozen if find_slice(p).owned) if place.data[0] == place.context[0] == 0 else 0
     fragments = carry_fragments(stages, carried, lanes)
     part, carried_bytes = parts[place.pipeline[0]], _carried_bytes(carried)
     return RankPlan(
@@ -227,7 +232,9 @@ def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], 
         carried_lane_bytes=_carried_bytes(stages.initial_carried(1, 1)),
         carried_bytes=carried_bytes,
         sent_bytes=_count_sent(config, place, stages.transformers()[0].stage),
-        checkpoint_bytes=STATES * FP32_BYTES * written + sum(fragment.tensor.nbytes for fragment in fragments),
+        checkpoint_bytes=STATES * FP32_BYTES * written
+        + NUMBER_BYTES[config.train.precision] * kept
+        + sum(fragment.tensor.nbytes for fragment in fragments),
         memory=find_peak(config, costs, part, device, carried_bytes),
         collectives=tuple(find_collectives(config, costs, part)),
     )
@@ -307,6 +314,10 @@ def find_notes(config: RunConfig) -> Iterable[str]:
             f"parallel.tensor_size {parallel.tensor_size} with {model.kv_heads} key-value heads: {copies} ranks hold"
             " and compute each memory, and every rank has all key and value projections"
         )
+    if config.train.teacher is not None:
+        yield "train.teacher: its forward pass and its logits are not counted, neither in time nor in memory"
+    if config.optim.rules:
+        yield "optim.rules: times and the peak count the gradients of all weights, also of those that are not trained"
     stages = parallel.pipeline_size * parallel.virtual_stages
     if model.num_layers % stages:
         yield f"model.num_layers {model.num_layers} over {stages} stages: the first ones have a layer more, others wait"

@@ -10,6 +10,7 @@ from torch import nn
 from infini_train.config.errors import ConfigError
 from infini_train.config.training import OptimConfig
 from infini_train.parallel import mesh
+from infini_train.train.optim import parameter_groups
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -38,6 +39,14 @@ def check_rules(named: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig) -
                 f"optim.rules: {optim.rules[number].match}: no parameter has such a name that no rule before it holds"
                 " for; infini-train checkpoint inspect lists the names of a trained model's"
             )
-    trains = any(parameter.requires_grad for _, parameter in named)
-    if mesh.max_over_world(float(not trains)):
+    groups = [group["name"] for group in parameter_groups(named, optim)]
+    if mesh.max_over_world(float(not groups)):
         raise ConfigError("optim.rules: nothing is left to train (on some pipeline stage); train something in each")
+    # DeepSpeed's ranks meet once for each group, so ranks with other groups would wait for each other for ever.
+    most, fewest = mesh.max_over_world(float(len(groups))), -mesh.max_over_world(-float(len(groups)))
+    if most != fewest:
+        raise ConfigError(
+            "optim.rules: pipeline stages must have parameters of equally many groups (matrices, vectors and gates, of"
+            f" each rule), and they have {fewest:.0f} to {most:.0f}; write rules that hold in every stage, or set"
+            " parallel.pipeline_size to 1"
+        )

@@ -21,7 +21,8 @@ def least_bytes(config: RunConfig) -> int:
     weights = parameters * weight_bytes
     if parallel.zero_stage == 3:
         weights //= replicas
-    moments = 0 if parallel.offload_optimizer else parameters * MOMENTS * FP32_BYTES // replicas
+    has_frozen = any(not rule.train for rule in config.optim.rules)  # how many is not known here
+    moments = 0 if parallel.offload_optimizer or has_frozen else parameters * MOMENTS * FP32_BYTES // replicas
     lane = sum(layer.least_carried_bytes(config.model.shape, weight_bytes) for layer in config.model.layers) // shards
     return weights + moments + (lane * config.lanes_per_rank if train.carry_memory else 0)
 

@@ -193,10 +193,11 @@ def step_line(step: int, total_steps: int, values: Mapping[str, Any], eta_s: flo
             f"loss {values['loss/train']:.4f}  ppl {values['perplexity/train']:.2f}"
             f"  bpb {values['bits_per_byte/train']:.3f}"
         )
+    rate = values.get("lr/matrices", max((x for name, x in values.items() if name.startswith("lr/")), default=0.0))
     norm = f"  |g| {values['grad_norm']:.2f}" if "grad_norm" in values else ""
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}  {learned}"
-        f"  lr {values['lr/matrices']:.2e}{norm}  {values['speed/tokens_per_s']:,.0f} tok/s"
+        f"  lr {rate:.2e}{norm}  {values['speed/tokens_per_s']:,.0f} tok/s"
         f"  mfu {values['speed/mfu']:.0%}{gates}  eta {format_duration(eta_s)}"
     )
 

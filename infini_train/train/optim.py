@@ -80,7 +80,12 @@ def schedule_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
 
 
 def gate_warning(optim: OptimConfig, total_steps: int) -> str | None:
-    """A warning if the gates can't become local or global: Adam moves a parameter by at most about lr a step."""
+    """A warning if the gates can't become local or global: Adam moves a parameter by at most about lr a step.
+
+    None where rules say how parameters are trained.
+    """
+    if optim.rules:
+        return None
     reach = optim.gate_lr * sum(schedule_factor(step, total_steps, optim) for step in range(total_steps))
     if reach >= GATE_TRAVEL:
         return None

@@ -60,6 +60,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
     config, step = session.config, session.step
     found = Perplexity(result.loss, math.nan, result.labels, result.n_bytes, 0)
     shared = config.parallel.model_size  # ranks that read the same lanes
+    groups = session.engine.rates() if config.optim.rules else rates
     corrupt_documents = round(mesh.sum_over_world([float(session.reader.corrupt_documents)])[0] / shared)
     values = {
         **describe_variation(config.train, result.variation),
@@ -72,7 +73,7 @@ def report_step(session: Session, metrics: Metrics, clock: Clock, result: StepRe
         "skipped_steps": session.guard.skipped,
         "data/corrupt_documents": corrupt_documents,
         **session.reader.mix(session.lanes),
-        **{f"lr/{group}": rate for group, rate in rates.items()},
+        **{f"lr/{group}": rate for group, rate in rates.items() if group in groups},
         **clock.values(),
     }
     gates_LH = gate_matrix(session.stages, session.engine)

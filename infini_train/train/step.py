@@ -36,7 +36,7 @@ class StepResult(NamedTuple):
     seconds: dict[str, float]  # wait, forward, backward, optimizer
     problem: str = ""  # why the step was skipped
     variation: Variation = AS_EVALUATED
-    divergence: float = 0.0  # from the teacher, nats per label; 0 without one
+    divergence: float = math.nan  # from the teacher, nats per label; 0 without one, NaN without labels
 
     @property
     def comparable_loss(self) -> float:

@@ -1,5 +1,7 @@
 """optim.rules: what is not trained stays as it is, has no states, and is saved; what sleeps begins at its step."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from infini_train.checkpoint import store
 from infini_train.config.errors import ConfigError
 from infini_train.config.training import OptimConfig, ParameterRule
 from infini_train.model.transformer import Transformer
+from infini_train.train.freezing import check_rules
+from infini_train.train.loop import train
+from infini_train.train.memory_need import least_bytes
 from infini_train.train.opening import open_session
 from infini_train.train.optim import learning_rates, parameter_groups
 from tests.train.conftest import assert_same, capture, drive
@@ -116,6 +121,43 @@ def test_what_sleeps_has_no_part_in_a_step_before_its_own(configure):
 def test_rules_that_mean_nothing_are_refused(configure, rules, message):
     with pytest.raises(ConfigError, match=message):
         open_session(configure(f"optim.rules={rules}"))
+
+
+def test_pipeline_stages_with_other_groups_are_refused(tiny, process_groups, monkeypatch):
+    """DeepSpeed's ranks meet once a group: they would wait for each other for ever."""
+    model = Transformer(tiny("linear"))
+    optim = OptimConfig(rules=(ParameterRule(match="norm_final.*", lr=1e-3),))
+    named, asked = list(model.named_parameters()), []
+
+    def other_rank_has_a_group_less(value):
+        asked.append(value)
+        return value if value >= 0 else value + 1
+
+    monkeypatch.setattr("infini_train.train.freezing.mesh.max_over_world", other_rank_has_a_group_less)
+    with pytest.raises(ConfigError, match="optim.rules: pipeline stages must have .* they have 3 to 4"):
+        check_rules(named, optim)
+    assert asked == [0.0, 4.0, -4.0]
+
+
+def test_a_step_beyond_the_run_is_refused(configure):
+    with pytest.raises(ConfigError, match=r"optim.rules: \*: from_step 1000000 is not reached in a run of"):
+        configure("optim.rules=[{match: '*', from_step: 1000000}]")
+
+
+def test_a_teacher_needs_a_memory_that_learns(configure):
+    with pytest.raises(ConfigError, match="train.teacher: no layer has a compressive memory"):
+        configure("train.teacher={share: 0.5}", "model.attention={kind: full}")
+
+
+def test_memory_is_not_asked_for_the_moments_of_what_is_frozen(configure):
+    assert least_bytes(configure(FROZEN)) < least_bytes(configure())
+
+
+def test_what_is_reported_are_the_rates_of_what_is_trained(configure, caplog):
+    config = configure("optim.rules=[{match: 'layers.*', lr: 5e-3}, {match: '*', train: false}]", "train.max_steps=4")
+    train(config)
+    (row, *_) = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
+    assert {name for name in row if name.startswith("lr/")} == {"lr/matrices/0", "lr/vectors/0", "lr/gates/0"}
 
 
 def test_zero_3_takes_no_frozen_parameters(configure):
