@@ -76,27 +76,7 @@ class RunConfig:
             "train.compile",
             "with parallel.zero_stage 3 a layer's weights are there only while it computes; set it to false",
         )
-        require(
-            self.train.teacher is None or has_memory,
-            "train.teacher",
-            "no layer has a compressive memory that could learn from it (kind infini); set it to null",
-        )
-        require(
-            self.train.teacher is None or (self.parallel.zero_stage < 3 and self.parallel.pipeline_size == 1),
-            "train.teacher",
-            "needs all layers and their whole weights on each rank: parallel.pipeline_size 1, zero_stage below 3",
-        )
-        require(
-            self.parallel.zero_stage < 3 or all(rule.train for rule in self.optim.rules),
-            "optim.rules",
-            "with parallel.zero_stage 3 all parameters are trained; choose a lower stage, or no train: false",
-        )
-        for rule in self.optim.rules:
-            require(
-                rule.from_step < self.train.total_steps,
-                "optim.rules",
-                f"{rule.match}: from_step {rule.from_step} is not reached in a run of {self.train.total_steps} steps",
-            )
+        _check_what_is_trained(self)
         _check_model_layout(self)
         _check_batch_layout(self)
         _check_segment_lengths(self)
@@ -114,6 +94,32 @@ class RunConfig:
     @property
     def directory(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+
+def _check_what_is_trained(run: RunConfig) -> None:
+    """A teacher has somebody to teach, and rules can be kept."""
+    teacher, parallel, rules = run.train.teacher, run.parallel, run.optim.rules
+    require(
+        teacher is None or any(isinstance(layer, InfiniConfig) for layer in run.model.layers),
+        "train.teacher",
+        "no layer has a compressive memory that could learn from it (kind infini); set it to null",
+    )
+    require(
+        teacher is None or (parallel.zero_stage < 3 and parallel.pipeline_size == 1),
+        "train.teacher",
+        "needs all layers and their whole weights on each rank: parallel.pipeline_size 1, zero_stage below 3",
+    )
+    require(
+        parallel.zero_stage < 3 or all(rule.train for rule in rules),
+        "optim.rules",
+        "with parallel.zero_stage 3 all parameters are trained; choose a lower stage, or no train: false",
+    )
+    for rule in rules:
+        require(
+            rule.from_step < run.train.total_steps,
+            "optim.rules",
+            f"{rule.match}: from_step {rule.from_step} is not reached in a run of {run.train.total_steps} steps",
+        )
 
 
 def _check_model_layout(run: RunConfig) -> None:
