@@ -55,7 +55,7 @@ gpu-check: ## what the GPUs of this machine compute, how fast, and whether as pl
 bench: install ## how fast layers and steps are on this machine's CPU: docs/results/performance.md, some 20 minutes on 2 idle cores
 	$(BIN)/python benchmarks/performance.py
 
-bench-check: install ## whether what must be faster still is, in a minute
+bench-check: install ## whether what must be faster still is, in some three minutes
 	$(BIN)/python benchmarks/performance.py --check
 
 check: install ## lint, format and types

@@ -1,7 +1,7 @@
 """How fast attention layers and training steps are, and what they need: docs/results/performance.md.
 
     make bench                                      # everything, in some 20 minutes on 2 cores
-    make bench-check                                # two of the comparisons, against the ratios that must hold
+    make bench-check                                # three of the comparisons, against the ratios that must hold
     python benchmarks/performance.py --report       # the page only, from what was measured
 
 What is compared is timed in turn, round after round, in one process; a ratio is the median of the rounds' ratios, so

@@ -116,9 +116,8 @@ class OptimConfig:
     beta2: Rate = 0.95  # decay rate of the second moment
     eps: Epsilon = 1e-8  # epsilon, added to the square root of the second moment
     clip_norm: Norm = 1.0  # gradients are clipped to this global norm
-    rules: tuple[
-        ParameterRule, ...
-    ] = ()  # parameters that stay as they are, or have a rate or a first step of their own
+    # parameters that stay as they are, or have a rate or a first step of their own
+    rules: tuple[ParameterRule, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lr", "gate_lr", "eps", "clip_norm"):
@@ -132,6 +131,11 @@ class OptimConfig:
             self.decay_steps is None or self.schedule == "wsd", "optim.decay_steps", "is used by schedule: wsd only"
         )
         require(self.decay_steps is None or self.decay_steps > 0, "optim.decay_steps", "must be positive")
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter with this name is trained, if only from some step on."""
+        number = self.rule_of(name)
+        return number is None or self.rules[number].train
 
     def rule_of(self, name: str) -> int | None:
         """Number of the rule that holds for the parameter with this name; None: no rule does."""

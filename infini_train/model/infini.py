@@ -101,14 +101,7 @@ class InfiniAttention(SequenceMixer):
             form=self.form,
             rope=self.rope,
             ranks=self.ranks,
-            additions=Additions(
-                self._choose_writing(near_TBD),
-                self.gate_query,
-                self.norm_read,
-                None if self.maps is None else self.maps(),
-                has_memory="memory" not in self.left_out,
-                has_local="local" not in self.left_out,
-            ),
+            additions=self._additions(near_TBD),
         )
         return self.projections.join(out_BHTE), _with_convolution(following, before_BJD)
 
@@ -124,10 +117,20 @@ class InfiniAttention(SequenceMixer):
             grid,
             form=self.form,
             ranks=self.ranks,
-            writing=self._choose_writing(near_TBD),
-            maps=None if self.maps is None else self.maps(),
+            additions=self._additions(near_TBD),
         )
         return _with_convolution(following, before_BJD)
+
+    def _additions(self, near_TBD: Tensor) -> Additions:
+        """What is beside the paper's form, for keys and queries that are made of this."""
+        return Additions(
+            self._choose_writing(near_TBD),
+            self.gate_query,
+            self.norm_read,
+            None if self.maps is None else self.maps(),
+            has_memory="memory" not in self.left_out,
+            has_local="local" not in self.left_out,
+        )
 
     def _empty_memory(self, kv_shape: tuple[int, int, int], value_dim: int, like: Tensor) -> Memory | GatedMemory:
         return empty_memory(*kv_shape, value_dim, like)

@@ -105,8 +105,7 @@ class HeadLinear(nn.Module):
 
     def __init__(self, inputs: int, heads: int, size: int, parallel: ModelParallelConfig, *, bias: bool) -> None:
         super().__init__()
-        ranks, rank = parallel.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
-        first = rank // (ranks // heads) * size
+        first = own_head(heads, parallel) * size
         self.rows = slice(first, first + size)
         self.weight = nn.Parameter(torch.empty(heads * size, inputs, dtype=parallel.params_dtype))
         self.bias = nn.Parameter(torch.empty(heads * size, dtype=parallel.params_dtype)) if bias else None
@@ -120,6 +119,11 @@ class HeadLinear(nn.Module):
         """This rank's head; in the form of megatron-core's layers."""
         bias = None if self.bias is None else self.bias[self.rows]
         return F.linear(x_TBD, self.weight[self.rows], bias), None
+
+
+def own_head(heads: int, parallel: ModelParallelConfig) -> int:
+    """The one that this tensor-parallel rank computes, where there are fewer heads than ranks."""
+    return parallel_state.get_tensor_model_parallel_rank() // (parallel.tensor_model_parallel_size // heads)
 
 
 def head_linear(

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from infini_train.model.layers import (
     column_linear,
     enter_parallel,
     head_linear,
+    own_head,
     row_linear,
     sum_gradient_over_tensor_ranks,
 )
@@ -234,10 +234,10 @@ class MemoryMaps(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: ModelParallelConfig) -> None:
         super().__init__()
-        ranks, rank = parallel.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+        ranks = parallel.tensor_model_parallel_size
         is_divided = config.kv_heads % ranks == 0
         kv_heads = config.kv_heads // ranks if is_divided else config.kv_heads
-        first = 0 if is_divided else rank // (ranks // config.kv_heads)
+        first = 0 if is_divided else own_head(config.kv_heads, parallel)
         self.rows = slice(first, first + max(1, config.kv_heads // ranks))
 
         def matrices(heads: int, size: int) -> nn.Parameter:

@@ -164,11 +164,9 @@ def write_memory(
     *,
     form: Form = PAPER,
     ranks: Ranks | None = None,
-    writing: Writing | None = None,
-    maps: Maps | None = None,
+    additions: Additions = PLAIN,
 ) -> InfiniState:
     """The state that `infini_attention` leaves, where no output is needed; arguments as there."""
-    additions = Additions(writing, maps=maps)
     windows, recall = _begin_recall(None, k_BKTD, v_BKTE, state, grid, form, ranks, additions)
     return InfiniState(recall().memory, windows.following())
 

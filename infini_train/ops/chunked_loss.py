@@ -125,17 +125,14 @@ class _Scored(NamedTuple):
 def _score(hidden_CD: Tensor, rows: Rows, labels_C: Tensor) -> _Scored:
     logits_CV = hidden_CD @ rows.weight_VD.t()
     precise = wide(logits_CV)
-    row_C = labels_C - rows.first
-    is_here_C = (labels_C >= 0) & (row_C >= 0) & (row_C < logits_CV.shape[1])
-    row_C1 = row_C.where(is_here_C, 0)[:, None]
+    is_here_C, row_C1 = find_rows(labels_C, rows)
     label_C = logits_CV.gather(1, row_C1)[:, 0].to(precise).masked_fill(~is_here_C, -torch.inf)
     largest_C = logits_CV.amax(-1).to(precise)
     # In place where it is wide already; else widened by the subtraction, not in a pass of its own.
     exp_CV = torch.sub(logits_CV, largest_C[:, None], out=logits_CV if logits_CV.dtype == precise else None).exp_()
     numbers_C3 = torch.stack((largest_C, exp_CV.sum(-1), label_C), -1)
     largest_CP, sum_CP, label_CP = rows.gather(numbers_C3).unflatten(-1, (-1, 3)).unbind(-1)
-    most_C = largest_CP.amax(-1)
-    total_C = (sum_CP * (largest_CP - most_C[:, None]).exp()).sum(-1)
+    most_C, total_C = join_sums(largest_CP, sum_CP)
     loss_C = total_C.log() - (label_CP.amax(-1) - most_C)  # in this order a small loss keeps its digits
     share_C = (largest_C - most_C).exp() / total_C
     return _Scored(loss_C.masked_fill(labels_C < 0, 0.0), exp_CV, share_C, is_here_C, row_C1)
@@ -149,6 +146,19 @@ def _find_gradient(scored: _Scored, factors_C: Tensor, dtype: torch.dtype) -> Te
     at_label_C = (torch.expm1(-scored.loss_C) * factors_C).to(dtype)  # not p - 1, where p is narrow already
     elsewhere_C = grad_CV.gather(1, scored.row_C1)[:, 0]
     return grad_CV.scatter_(1, scored.row_C1, at_label_C.where(scored.is_here_C, elsewhere_C)[:, None])
+
+
+def find_rows(labels_C: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Whether each label's row is on this rank, and which it is there (C, 1); 0 where it is not."""
+    row_C = labels_C - rows.first
+    is_here_C = (labels_C >= 0) & (row_C >= 0) & (row_C < len(rows.weight_VD))
+    return is_here_C, row_C.where(is_here_C, 0)[:, None]
+
+
+def join_sums(largest_CP: Tensor, sum_CP: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of all ranks, and the sum of all exponentials beside it, of those of each rank."""
+    most_C = largest_CP.amax(-1)
+    return most_C, (sum_CP * (largest_CP - most_C[:, None]).exp()).sum(-1)
 
 
 def pieces(hidden_ND: Tensor, rows: Rows) -> Iterator[slice]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_train.ops.chunked_loss import Rows, pieces, wide
+from infini_train.ops.chunked_loss import Rows, find_rows, join_sums, pieces, wide
 
 
 def taught_loss(
@@ -57,9 +57,7 @@ class _TaughtLoss(torch.autograd.Function):
         for piece in pieces(hidden_ND, rows):
             mine, taught = (_score(x_ND[piece], rows) for x_ND in (hidden_ND, teacher_ND))
             factors_C = factors_N[piece]
-            row_C = labels_N[piece] - rows.first
-            is_here_C = (labels_N[piece] >= 0) & (row_C >= 0) & (row_C < weight_VD.shape[0])
-            row_C1 = row_C.where(is_here_C, 0)[:, None]
+            is_here_C, row_C1 = find_rows(labels_N[piece], rows)
             label_C = mine.log_p_CV.gather(1, row_C1)[:, 0].masked_fill(~is_here_C, 0.0)
             divergence_C = (taught.p_CV * (taught.log_p_CV - mine.log_p_CV)).sum(-1)
             by_rank_C2P = rows.gather(torch.stack((-label_C, divergence_C), -1)).unflatten(-1, (-1, 2)).transpose(1, 2)
@@ -96,7 +94,6 @@ def _score(hidden_CD: Tensor, rows: Rows) -> _Distribution:
     largest_C = logits_CV.amax(-1)
     numbers_C2 = torch.stack((largest_C, (logits_CV - largest_C[:, None]).exp().sum(-1)), -1)
     largest_CP, sum_CP = rows.gather(numbers_C2).unflatten(-1, (-1, 2)).unbind(-1)
-    most_C = largest_CP.amax(-1)
-    total_C = (sum_CP * (largest_CP - most_C[:, None]).exp()).sum(-1)
+    most_C, total_C = join_sums(largest_CP, sum_CP)
     log_p_CV = logits_CV.sub_((most_C + total_C.log())[:, None])
     return _Distribution(log_p_CV.exp(), log_p_CV)

@@ -168,9 +168,7 @@ def dry_run(
             carried_lane_bytes=lane_bytes,
             caching_layers=caching_layers(config.model),
             cached_token_bytes={each: cached_bytes(config.model, each) for each in NUMBER_BYTES},
-            checkpoint_bytes=STATES * FP32_BYTES * trained
-            + NUMBER_BYTES[config.train.precision] * (parameters - trained)
-            + carried,
+            checkpoint_bytes=_stored_bytes(config, trained, parameters - trained) + carried,
             hardware=hardware,
             prediction=predict(config, hardware, parts),
             flops_per_token=flops._asdict(),
@@ -232,12 +230,15 @@ def plan_rank(config: RunConfig, rank: int, world_size: int, parts: list[Part], 
         carried_lane_bytes=_carried_bytes(stages.initial_carried(1, 1)),
         carried_bytes=carried_bytes,
         sent_bytes=_count_sent(config, place, stages.transformers()[0].stage),
-        checkpoint_bytes=STATES * FP32_BYTES * written
-        + NUMBER_BYTES[config.train.precision] * kept
-        + sum(fragment.tensor.nbytes for fragment in fragments),
+        checkpoint_bytes=_stored_bytes(config, written, kept) + sum(each.tensor.nbytes for each in fragments),
         memory=find_peak(config, costs, part, device, carried_bytes),
         collectives=tuple(find_collectives(config, costs, part)),
     )
+
+
+def _stored_bytes(config: RunConfig, trained: int, frozen: int) -> int:
+    """What a checkpoint holds of so many elements: all states in fp32, or the weights alone as they are."""
+    return STATES * FP32_BYTES * trained + NUMBER_BYTES[config.train.precision] * frozen
 
 
 def _carried_bytes(carried: Carried) -> int:

@@ -1,11 +1,10 @@
 """A session saved to checkpoints, restored from them, and rolled back to one."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-
-from torch import nn
 
 from infini_train.checkpoint import rng, store
 from infini_train.checkpoint.fragments import CheckpointError, Fragment, Wanted
@@ -49,23 +48,20 @@ def save_session(session: Session) -> None:
 
 def own_fragments(config: RunConfig, stages: Stages, engine: Engine, carried: Carried) -> Iterator[Fragment]:
     """The part of a run's state that this rank writes."""
-    for shard in engine.shards():
+    is_first_replica = stages.place.data[0] == stages.place.context[0] == 0
+    for shard in itertools.chain(engine.shards(), frozen_shards(stages) if is_first_replica else ()):
         piece = find_slice(shard.parameter)
         if piece.owned:
             place = (piece.global_shape, piece.start, piece.shape)
             yield Fragment(shard.name, shard.kind, *place, shard.flat_start, shard.values)
-    is_first_replica = stages.place.data[0] == stages.place.context[0] == 0
-    for name, parameter in find_frozen(stages) if is_first_replica else ():
-        piece = find_slice(parameter)
-        if piece.owned:
-            place = (piece.global_shape, piece.start, piece.shape)
-            yield Fragment(name, "master", *place, 0, parameter.detach().flatten())
     yield from carry_fragments(stages, carried, Lanes.of(config, stages.place.data[0]))
 
 
-def find_frozen(stages: Stages) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters that are not trained: each replica holds them whole, and its engine has no master."""
-    return ((name, parameter) for name, parameter in stages.named_globally() if not parameter.requires_grad)
+def frozen_shards(stages: Stages) -> Iterator[Shard]:
+    """This rank's parameters that are not trained, as their own masters: each replica holds them whole."""
+    for name, parameter in stages.named_globally():
+        if not parameter.requires_grad:
+            yield Shard(name, parameter, "master", 0, parameter.detach().view(-1))
 
 
 def restore_session(session: Session, checkpoint: Checkpoint) -> None:
@@ -80,10 +76,9 @@ def restore_session(session: Session, checkpoint: Checkpoint) -> None:
     with reading_state(checkpoint):
         optimizer_steps = state["optimizer_steps"]
     session.engine.restore(zip(shards, values, strict=True), optimizer_steps)
-    frozen = dict(find_frozen(session.stages))
-    wanted = [Wanted(name, "master", *find_slice(p)[:3], 0, p.numel()) for name, p in frozen.items()]
-    for piece, values_N in checkpoint.read(wanted):
-        frozen[piece.name].data.copy_(values_N.view_as(frozen[piece.name]))
+    frozen = list(frozen_shards(session.stages))
+    for shard, (_, found) in zip(frozen, checkpoint.read(_wanted(shard) for shard in frozen), strict=True):
+        shard.values.copy_(found)
     lanes = Lanes.of(session.config, session.place.data[0])
     session.carried = read_carried(session.stages, session.carried, lanes, checkpoint)
     with reading_state(checkpoint):

@@ -18,8 +18,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 def freeze(named: Named, optim: OptimConfig) -> None:
     """Takes the gradients of what is not trained."""
     for name, parameter in named:
-        number = optim.rule_of(name)
-        if number is not None and not optim.rules[number].train:
+        if not optim.trains(name):
             parameter.requires_grad_(False)
 
 

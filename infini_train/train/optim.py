@@ -18,13 +18,12 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConf
 
     Those for which a rule holds are groups of their own, ``matrices/2`` for rule 2; what is not trained is in none.
     """
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in peak_rates(optim)}
+    rates = peak_rates(optim)
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
     for name, parameter in named:
         kind = "gates" if is_gate(parameter) else "matrices" if parameter.dim() > 1 else "vectors"
-        number = optim.rule_of(name)
-        if number is None or optim.rules[number].train:
-            members[_group(kind, number)].append(parameter)
-    rates = peak_rates(optim)
+        if optim.trains(name):
+            members[_group(kind, optim.rule_of(name))].append(parameter)
     return [
         {
             "name": group,

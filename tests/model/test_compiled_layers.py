@@ -125,7 +125,7 @@ def kernel(q, k, v, queries, keys, *longest, window_size, enable_gqa):
 
 
 def test_local_attention_by_a_kernel_is_compiled_once_for_windows_of_any_documents(tiny, monkeypatch) -> None:
-    """As on CUDA: the kernel is looked up inside the layer, and each window has other runs."""
+    """As on CUDA: the kernel comes with the runs, and each window has others."""
     config = tiny("linear-overlap", head_dim=8)
     model = Transformer(config).double()
     initialise(model, config, seed=0)

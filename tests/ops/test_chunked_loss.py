@@ -3,8 +3,6 @@
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +50,11 @@ def in_chunks(hidden_ND, weight_VD, labels_N, factors_N, first=0, gather=lambda 
     return (loss_N, *torch.autograd.grad(total * scale, (hidden_ND, weight_VD)))
 
 
+def side_by_side(crossing):
+    """How a rank's (C, K) become all ranks' (C, P K)."""
+    return lambda x_CK: torch.cat(crossing.gather(x_CK)().unbind(), -1)
+
+
 def assert_all_close(found, expected, **tolerances):
     for name, one, other in zip(("losses", "grad_hidden", "grad_weight"), found, expected, strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
@@ -83,26 +86,16 @@ def test_a_small_loss_of_large_logits_keeps_its_digits():
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_divided_vocabulary_changes_nothing(chunks, ranks):
+def test_a_divided_vocabulary_changes_nothing(chunks, ranks, ops):
     """Ranks as threads: each has its rows, and meets the others to gather."""
     hidden_ND, weight_VD, labels_N, factors_N = draw()
-    meeting, given, found = threading.Barrier(ranks, timeout=60), [None] * ranks, [None] * ranks
+    parts = weight_VD.chunk(ranks)
 
-    def run(rank, weight_RD):
-        def gather(x_CK):
-            given[rank] = x_CK
-            meeting.wait()
-            gathered = torch.cat(given, -1)
-            meeting.wait()
-            return gathered
+    def run(rank, crossing):
+        first = rank * len(parts[rank])
+        return in_chunks(hidden_ND, parts[rank], labels_N, factors_N, first, side_by_side(crossing))
 
-        found[rank] = in_chunks(hidden_ND, weight_RD, labels_N, factors_N, rank * len(weight_RD), gather)
-
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(weight_VD.chunk(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = ops.on_ranks(ranks, run)
     losses, of_hidden, of_weight = zip(*found, strict=True)
     together = (losses[0], sum(of_hidden), torch.cat(of_weight))
     assert all(torch.equal(loss_N, losses[0]) for loss_N in losses)

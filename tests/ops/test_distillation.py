@@ -3,15 +3,13 @@
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from infini_train.ops.chunked_loss import Rows, weighted_loss
 from infini_train.ops.distillation import taught_loss
-from tests.ops.test_chunked_loss import V, chunks, draw  # noqa: F401 (chunks is a fixture)
+from tests.ops.test_chunked_loss import V, chunks, draw, side_by_side  # noqa: F401 (chunks is a fixture)
 
 
 def draw_taught(**options):
@@ -49,27 +47,15 @@ def test_sums_and_gradients_are_those_of_all_logits(chunks, share):  # noqa: F81
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_a_vocabulary_divided_over_ranks_gives_the_same(chunks):  # noqa: F811
+def test_a_vocabulary_divided_over_ranks_gives_the_same(chunks, ops):  # noqa: F811
     hidden_ND, teacher_ND, weight_VD, labels_N, factors_N = drawn = draw_taught()
-    barrier, told, found = threading.Barrier(2, timeout=60), [None, None], [None, None]
 
-    def run(rank):
-        def gather(x_CK):
-            told[rank] = x_CK
-            barrier.wait()
-            joined = torch.cat(told, -1)
-            barrier.wait()
-            return joined
-
+    def run(rank, crossing):
         rows = slice(rank * V // 2, (rank + 1) * V // 2)
         parts = hidden_ND, teacher_ND, weight_VD[rows], labels_N, factors_N
-        found[rank] = in_chunks(*parts, 0.3, first=rows.start, gather=gather)
+        return in_chunks(*parts, 0.3, first=rows.start, gather=side_by_side(crossing))
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = ops.on_ranks(2, run)
     sums_3, grad_hidden_ND, grad_weight_VD = plain(*drawn, 0.3)
     torch.testing.assert_close(found[0][0], sums_3)
     torch.testing.assert_close(found[1][0], sums_3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_train.ops import gated_delta
-from infini_train.ops.attention import write_memory
+from infini_train.ops.attention import Additions, write_memory
 from infini_train.ops.gated_delta import GatedMemory, Writing, unit
 from infini_train.ops.grid import make_grid
 from infini_train.ops.memory import Form
@@ -60,7 +60,7 @@ def test_writing_alone_leaves_the_same_state(ops, read, places):
     for pair in zip(edges[:-1], edges[1:], strict=True):
         piece = given.take(slice(*pair))
         grid = make_grid(*piece.marks, state.recent, 4)
-        state = write_memory(*piece.inputs[1:3], state, grid, form=given.form, writing=piece.writing)
+        state = write_memory(*piece.inputs[1:3], state, grid, form=given.form, additions=Additions(piece.writing))
     ops.assert_same(results(torch.zeros(1), state), results(torch.zeros(1), whole))
 
 
@@ -115,7 +115,7 @@ def test_weights_are_repetitions_of_a_token(read):
         k, v = (x.expand(-1, -1, tokens, -1) for x in given.inputs[1:3])
         writing = Writing(*(x.expand(-1, -1, tokens) for x in kept))
         grid = make_grid(*marks, given.first.recent, 8)
-        return write_memory(k, v, given.first, grid, form=given.form, writing=writing).memory.memory_BKDE
+        return write_memory(k, v, given.first, grid, form=given.form, additions=Additions(writing)).memory.memory_BKDE
 
     torch.testing.assert_close(write(3.0, 1), write(1.0, 3), rtol=1e-6, atol=1e-6)  # weights are fp32; keys not quite 1
 
@@ -167,6 +167,6 @@ def test_what_is_read_never_outgrows_what_was_written():
         writing = Writing(torch.full((1, 1, 4096), -0.7), torch.zeros(1, 1, 4096))
         marks = torch.zeros(1, 4096, dtype=torch.bool), torch.ones(1, 4096)
         grid = make_grid(*marks, None if state is None else state.recent, 64)
-        state = write_memory(k, v, state, grid, form=form, writing=writing)
+        state = write_memory(k, v, state, grid, form=form, additions=Additions(writing))
         probes = unit(torch.randn(1, 1, 1000, 16, generator=source))
         assert (probes @ state.memory.memory_BKDE).norm(dim=-1).max() < 4 * 16**0.5

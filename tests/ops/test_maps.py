@@ -51,7 +51,7 @@ def test_the_memory_sees_mapped_keys_and_queries_and_local_attention_does_not(na
     torch.testing.assert_close(out[:, :, :first], local[:, :, :first])
     torch.testing.assert_close(state.memory, expected_state.memory)
     torch.testing.assert_close(state.recent.k_BKRD, attend(q, k, shut)[1].recent.k_BKRD)
-    written = write_memory(k, v, None, grid, form=form, writing=writing, maps=maps)
+    written = write_memory(k, v, None, grid, form=form, additions=Additions(writing, maps=maps))
     torch.testing.assert_close(written.memory, expected_state.memory)
 
 
