@@ -1,6 +1,7 @@
 """Keeps context tests, and makes the tables and the picture of docs/results/context.md.
 
-    infini-train eval context runs/table2/local-6e-3-0 --data runs/table2/data/test --contexts 64 256 1K 4K --out local
+    infini-train eval context runs/table2/local-6e-3-0 --data runs/table2/data/test-10x100000 \\
+        --contexts 64 256 1K 4K --out local
     python benchmarks/context.py local
 
 Each folder's results become a file in benchmarks/results/context/, named after the folder. Without folders, only the
