@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from page import RESULTS, ResultPage, as_table, keep_result
 from torch import Tensor
 
-from infini_train.ops.attention import InfiniState, write_memory
+from infini_train.ops.attention import Additions, InfiniState, write_memory
 from infini_train.ops.gated_delta import GatedMemory, Writing, empty_gated_memory
 from infini_train.ops.grid import make_grid, no_recent
 from infini_train.ops.memory import Form
@@ -131,7 +131,7 @@ def write(tokens: Tokens, memory: GatedMemory, dtype: torch.dtype) -> GatedMemor
     k_BKTD, v_BKTE = tokens.k_BKTD.to(dtype), tokens.v_BKTE.to(dtype)
     state = InfiniState(memory, no_recent((1, HEADS, KEY_DIM), VALUE_DIM, 0, k_BKTD))
     grid = make_grid(torch.zeros(1, WINDOW, dtype=torch.bool), torch.ones(1, WINDOW), state.recent, WINDOW)
-    after = write_memory(k_BKTD, v_BKTE, state, grid, form=FORM, writing=tokens.writing).memory
+    after = write_memory(k_BKTD, v_BKTE, state, grid, form=FORM, additions=Additions(tokens.writing)).memory
     assert isinstance(after, GatedMemory) and after.memory_BKDE.dtype == memory.memory_BKDE.dtype
     return after
 
