@@ -36,6 +36,8 @@ XL = ["model.attention.kind=transformer_xl", "model.attention.cache_tokens=64"]
 MEMORIZING = ["model.attention.kind=memorizing", "model.attention.cache_tokens=64", "model.attention.top_k=32"]
 RMT = ["model.attention.kind=rmt"]
 GATED = ["update=gated_delta", "read=token", "read_norm=true"]
+CONVOLVED = ["model.attention.conv_tokens=4"]
+NO_MEMORY = ["model.attention.gate_init=-30", "optim.rules=[{match: layers.*.attention.gate, train: false}]"]  # closed
 MIXED = """{kind: mixed, pattern: [memory, near], variants: {
   near: {kind: transformer_xl, segment_tokens: 64, cache_tokens: 64},
   memory: {kind: infini, segment_tokens: 64, update: gated_delta, read: token, read_norm: true}}}"""
@@ -49,6 +51,11 @@ ARMS = {  # name -> what differs from configs/run/table2.yaml
     "rmt": [*RMT, "model.attention.memory_tokens=8"],
     "local": ["model.attention.kind=local"],
     "full": ["model.attention.kind=full"],
+    # What a convolution of queries and keys gives without a memory, and a memory beside it.
+    "local-conv": [*CONVOLVED, *NO_MEMORY],
+    "window-conv": [*CONVOLVED, *NO_MEMORY, "model.attention.overlap_tokens=64"],
+    "infini-linear-conv": CONVOLVED,
+    "infini-gated-conv": [*CONVOLVED, *(f"model.attention.{setting}" for setting in GATED)],
 }
 
 

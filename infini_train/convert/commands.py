@@ -15,15 +15,18 @@ examples:
   infini-train train runs/llama3/continue.yaml                               continues with Infini-attention
   infini-train train continue_8b --set train.init_from=runs/llama3           the same on 8 GPUs
 
-Llama, Mistral, Qwen2 and Qwen3 as safetensors; what can't be represented is refused by its field's name.
+Llama, Mistral, Qwen2 and Qwen3 as safetensors, and what infini-train export hf wrote; what can't be represented is
+refused by its field's name.
 """
 EXPORT_EXAMPLES = """\
 examples:
   infini-train export hf runs/demo demo_hf
   infini-train export hf runs/llama3-infini/checkpoints/step-00030000 llama3_hf --dtype bf16
+  infini-train export hf runs/llama3-infini llama3_plain --plain             without its memory
 
-A model with full attention is exported without loss. With any other attention, only the weights carry over, and the
-command says what is lost.
+A model with full attention becomes a Llama, Qwen2 or Qwen3. Any other one leaves with its memory, and with the code
+that transformers needs for it (trust_remote_code=True); import hf takes it back. With --plain only the weights carry
+over, and the command says what is lost.
 """
 
 
@@ -48,8 +51,8 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of `infini-train export` its options."""
     description = (
-        "Write a model in Hugging Face's layout: config.json, safetensors, tokenizer. Gates and memory have no place"
-        " there."
+        "Write a model in Hugging Face's layout: config.json, safetensors, tokenizer; of a model with a memory also the"
+        " code that runs it, and a card."
     )
     describe(parser, description, EXPORT_EXAMPLES)
     _add_format(parser)
@@ -58,6 +61,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("folder", type=path, metavar="FOLDER", help="the new folder; it must not exist")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--plain", action="store_true", help="a plain model in any case, without gates and memory")
     parser.set_defaults(command=_export)
 
 
@@ -95,13 +99,15 @@ def _export(options: argparse.Namespace) -> None:
 
         def export() -> tuple[int, Exported]:
             checkpoint = open_checkpoint(resolve(options.model))
-            return checkpoint.step, export_checkpoint(checkpoint, options.folder, dtype=dtype, on_tensor=show)
+            written = export_checkpoint(checkpoint, options.folder, plain=options.plain, dtype=dtype, on_tensor=show)
+            return checkpoint.step, written
 
         step, found = look_again(export)
     for note in found.notes:
         print(f"note: {note}")
     size = f"{found.parameters:,} parameters of step {step}"
-    print(f"{options.folder}: {size} ({name_dtype(found.dtype)})")
+    kept = "; with its memory: load it with trust_remote_code=True" if found.keeps_memory else ""
+    print(f"{options.folder}: {size} ({name_dtype(found.dtype)}){kept}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from infini_train.config.attention import FullConfig
 from infini_train.config.errors import ConfigError, naming
 from infini_train.config.model import ModelConfig, RopeScaling
 from infini_train.convert.fields import check_fields, show
+from infini_train.convert.names import SIZES, Weight
 
 Tree = Mapping[str, Any]
 
@@ -29,13 +30,6 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults={"num_key_value_heads": 32}),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}),
 }
-SIZES = {  # theirs -> ours
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "ffn_size",
-}
 ORIGINAL = "original_max_position_embeddings"
 SCALING = {  # of rope_type llama3: theirs -> ours
     "factor": "factor",
@@ -45,13 +39,6 @@ SCALING = {  # of rope_type llama3: theirs -> ours
 }
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 SLIDING_WINDOW = 4096  # of Mistral's and Qwen's types, where sliding_window is left out
-
-
-class Weight(NamedTuple):
-    """A tensor that both sides have, in the same layout."""
-
-    theirs: str
-    shape: tuple[int, ...]
 
 
 def parse_model(tree: Tree, source: str) -> ModelConfig:
@@ -228,16 +215,18 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def list_weights(model: ModelConfig) -> dict[str, Weight]:
-    """Our names of the weights that both sides have, in the order of the layers; gates and memory tokens are ours."""
+    """Our names of the weights that a plain model has too, in the order of the layers; gates and the like are ours."""
     hidden, ffn = model.hidden_size, model.ffn_size
-    q, kv = model.num_heads * model.key_dim, model.kv_heads * model.key_dim
-    outputs = {"q": q, "k": kv, "v": kv}
+    outputs = {"q": model.num_heads * model.key_dim, "k": model.kv_heads * model.key_dim}
+    outputs["v"] = model.kv_heads * model.value_dim
     layer = {"norm_attention.weight": Weight("input_layernorm.weight", (hidden,))}
     for name, size in outputs.items():
         layer[f"attention.projections.linear_{name}.weight"] = Weight(f"self_attn.{name}_proj.weight", (size, hidden))
         if model.qkv_bias:
             layer[f"attention.projections.linear_{name}.bias"] = Weight(f"self_attn.{name}_proj.bias", (size,))
-    layer["attention.projections.linear_o.weight"] = Weight("self_attn.o_proj.weight", (hidden, q))
+    layer["attention.projections.linear_o.weight"] = Weight(
+        "self_attn.o_proj.weight", (hidden, model.num_heads * model.value_dim)
+    )
     if model.qk_norm:
         for name in ("q", "k"):
             weight = Weight(f"self_attn.{name}_norm.weight", (model.key_dim,))

@@ -14,15 +14,16 @@ from infini_train.checkpoint.fragments import Fragment, whole_fragment
 from infini_train.checkpoint.resharding import write_whole
 from infini_train.checkpoint.store import FOLDER, open_checkpoint
 from infini_train.checkpoint.sync import check_new
-from infini_train.config.attention import InfiniConfig
+from infini_train.config.attention import FullConfig, InfiniConfig
 from infini_train.config.errors import ConfigError
 from infini_train.config.files import dump, load_run, to_tree, validate
 from infini_train.config.model import ModelConfig
 from infini_train.config.run import RunConfig
 from infini_train.config.yaml_text import dump_tree
-from infini_train.convert.family import list_weights, parse_model
+from infini_train.convert.family import parse_model
 from infini_train.convert.fields import note_fields, show
 from infini_train.convert.folder import CONFIG, INDEX, MAX_FILE_BYTES, WeightsFolder, new_folder
+from infini_train.convert.with_memory import CODE, MODEL_TYPE, list_all_weights, parse_with_memory, whole_segments
 from infini_train.data.model_files import (
     GENERATION_CONFIG,
     find_tokenizer_files,
@@ -87,22 +88,24 @@ def import_folder(
     """
     check_new(run_dir)
     described = read_json(folder / CONFIG)
-    model = parse_model(described, str(folder / CONFIG))
+    has_memory = described.get("model_type") == MODEL_TYPE
+    model = (parse_with_memory if has_memory else parse_model)(described, str(folder / CONFIG))
     weights = WeightsFolder(folder)
     dtype = _check_weights(weights, model)
     file, used = _find_tokenizer(folder, tokenizer, model.vocab_size)
     small = _small_files(folder, file, described, used)
-    notes = [f"{folder / CONFIG}: {note}" for note in note_fields(described)]
-    notes += _left_behind(folder, {file, *(str(folder / name) for name in small)})
-    total = sum(math.prod(weight.shape) for weight in list_weights(model).values())
+    notes = [] if has_memory else [f"{folder / CONFIG}: {note}" for note in note_fields(described)]
+    notes += _left_behind(folder, {file, *(str(folder / name) for name in (*small, *[CODE] * has_memory))})
+    total = sum(math.prod(weight.shape) for weight in list_all_weights(model).values())
     with new_folder(run_dir) as aside:
         fragments = _fragments(weights, model, lambda done: on_tensor(done, total))
         positions = described.get("max_position_embeddings")
         known = positions if isinstance(positions, int) and positions > 0 else FULL_TOKENS
-        config = _own_config(model, run_dir, min(known, FULL_TOKENS))
+        unit = whole_segments(model)  # of a model that comes with its memory
+        config = _own_config(model, run_dir, unit or min(known, FULL_TOKENS))
         write_whole(aside / FOLDER / STEP, 0, fragments, _state(used, described), to_tree(config), max_file_bytes)
         (aside / "config.yaml").write_text(dump(config), encoding="utf-8")
-        text = _continuing_config(model, run_dir, min(known, SEGMENT_TOKENS))
+        text = _continuing_config(model, run_dir, unit or min(known, SEGMENT_TOKENS))
         (aside / CONTINUE).write_text(text, encoding="utf-8")
         for name, content in small.items():
             write_small(aside / name, content)
@@ -162,7 +165,7 @@ def _check_readable(written: Path, run_dir: Path, tokenizer: Tokenizer) -> None:
 
 def _check_weights(weights: WeightsFolder, model: ModelConfig) -> torch.dtype:
     """Whether the tensors are those of the model, of one dtype, which is returned."""
-    table = list_weights(model)
+    table = list_all_weights(model)
     dtypes = set()
     for theirs, shape in table.values():
         if theirs not in weights.files:
@@ -203,7 +206,7 @@ def _find_tokenizer(folder: Path, given: str | None, vocab_size: int) -> tuple[s
 
 def _fragments(weights: WeightsFolder, model: ModelConfig, on_tensor: Callable[[int], object]) -> Iterator[Fragment]:
     done = 0
-    for ours, (theirs, _) in list_weights(model).items():
+    for ours, (theirs, _) in list_all_weights(model).items():
         fragment = whole_fragment(ours, "master", weights.read(theirs))
         done += fragment.numel
         on_tensor(done)
@@ -226,10 +229,12 @@ def _own_config(model: ModelConfig, run_dir: Path, window_tokens: int) -> RunCon
 
 def _continuing_config(model: ModelConfig, run_dir: Path, segment_tokens: int) -> str:
     """The text of a config that goes on with Infini-attention; batch and length are a beginning, to be edited."""
-    attention = InfiniConfig(segment_tokens=segment_tokens, gate_init=GATE_INIT)
+    if isinstance(model.attention, FullConfig):
+        attention = InfiniConfig(segment_tokens=segment_tokens, gate_init=GATE_INIT)
+        model = dataclasses.replace(model, attention=attention)
     tree: dict[str, Any] = {
         "name": f"{run_dir.name}-infini",
-        "model": to_tree(dataclasses.replace(model, attention=attention)),
+        "model": to_tree(model),
         "data": {"train": "data/train", "validation": "data/validation"},
         "train": {
             "init_from": str(run_dir),

@@ -1,10 +1,16 @@
 """Tiny random models in Hugging Face's layout, saved by transformers itself."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from infini_train.config.model import ModelConfig
+    from infini_train.model.transformer import Transformer
 
 SHAPE = {
     "vocab_size": 263,
@@ -61,6 +67,39 @@ def save_text_files() -> Callable[[Path], None]:
 @pytest.fixture
 def save() -> Callable[..., object]:
     return save_model
+
+
+def write_random_checkpoint(folder: Path, model: "ModelConfig") -> "Transformer":
+    """A run's folder with a random model of this config, in which every part matters; returns the model."""
+    import torch
+
+    from infini_train.checkpoint.fragments import whole_fragment
+    from infini_train.checkpoint.resharding import write_whole
+    from infini_train.config.files import to_tree, validate
+    from infini_train.model.init import initialise
+    from infini_train.model.transformer import Transformer
+
+    run = validate({
+        "model": to_tree(model),
+        "data": {"train": "-"},
+        "train": {"window_tokens": 32, "batch_lanes": 1, "max_steps": 1},
+        "optim": {"warmup_steps": 0},
+    })  # fmt: skip
+    built = Transformer(model)
+    initialise(built, dataclasses.replace(model, init_std=0.3), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # gates that differ, maps that are none, norms that are not ones
+        for name, parameter in built.named_parameters():
+            if parameter.dim() != 2 or any(part in name for part in ("gate_query", "strength", "decay")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    fragments = [whole_fragment(name, "master", weight) for name, weight in built.named_parameters()]
+    write_whole(folder / "checkpoints" / "step-00000007", 7, fragments, {"tokenizer": "another"}, to_tree(run))
+    return built.eval()
+
+
+@pytest.fixture
+def write_checkpoint() -> "Callable[[Path, ModelConfig], Transformer]":
+    return write_random_checkpoint
 
 
 @pytest.fixture

@@ -32,11 +32,17 @@ def test_import_goes_on_and_comes_back(save, call, tmp_path, capsys, monkeypatch
     said = capsys.readouterr().out
     assert f"new run with the weights of {run / 'checkpoints' / 'step-00000000'}; model.attention.kind: full" in said
     assert "gates 0.0" in said
-    assert call("export", "hf", tmp_path / "on", tmp_path / "again", "--dtype", "bf16") == 0
+    assert call("export", "hf", tmp_path / "on", tmp_path / "plain", "--plain", "--dtype", "bf16") == 0
     said = capsys.readouterr().out
     assert "note: the weights are those of attention infini" in said and "bos 256, eos 257" in said
-    described = json.loads((tmp_path / "again" / "config.json").read_text())
+    described = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert described["model_type"] == "llama" and described["tie_word_embeddings"] and described["eos_token_id"] == 257
+    assert call("export", "hf", tmp_path / "on", tmp_path / "again") == 0
+    assert "with its memory: load it with trust_remote_code=True" in capsys.readouterr().out
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "512 tokens in 2 steps" in card and "infini, segments of 64 tokens" in card
+    assert call("import", "hf", tmp_path / "again", tmp_path / "back", "--tokenizer", "byte") == 0
+    assert "note:" not in capsys.readouterr().out
     assert call("train", run / "continue.yaml", *changes, "--set", f"run_dir={run}") == 2
     assert "start a new run with train.init_from" in capsys.readouterr().err
     assert call("import", "hf", tmp_path / "hf", run) == 2

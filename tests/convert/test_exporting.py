@@ -1,41 +1,20 @@
 """The way back: bit for bit what was imported, what transformers computes with it, and what is said to be lost."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from infini_train.checkpoint.fragments import whole_fragment
-from infini_train.checkpoint.resharding import write_whole
 from infini_train.checkpoint.store import open_checkpoint, resolve
 from infini_train.config.errors import ConfigError
-from infini_train.config.files import to_tree, validate
 from infini_train.config.model import RopeScaling
 from infini_train.convert.exporting import export_checkpoint
 from infini_train.convert.importing import import_folder
-from infini_train.model.init import initialise
-from infini_train.model.transformer import Transformer
 
 
 def weights_of(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def write_checkpoint(folder, model):
-    """A run's folder with a random model of this config; returns the model."""
-    run = validate({
-        "model": to_tree(model),
-        "data": {"train": "-"},
-        "train": {"window_tokens": 32, "batch_lanes": 1, "max_steps": 1},
-        "optim": {"warmup_steps": 0},
-    })  # fmt: skip
-    built = Transformer(model)
-    initialise(built, dataclasses.replace(model, init_std=0.3), 0)
-    fragments = [whole_fragment(name, "master", weight) for name, weight in built.named_parameters()]
-    write_whole(folder / "checkpoints" / "step-00000007", 7, fragments, {"tokenizer": "another"}, to_tree(run))
-    return built.eval()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +53,7 @@ def test_there_and_back_is_the_same_model(kind, changes, save, tmp_path):
         {"rope_scaling": RopeScaling(factor=4.0, original_tokens=40)},
     ],
 )
-def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups):
+def test_transformers_computes_the_same(changes, tiny, write_checkpoint, tmp_path, process_groups):
     transformers = pytest.importorskip("transformers")
     model = write_checkpoint(tmp_path / "run", tiny("full", **changes))
     checkpoint = open_checkpoint(resolve(tmp_path / "run"))
@@ -91,20 +70,20 @@ def test_transformers_computes_the_same(changes, tiny, tmp_path, process_groups)
     assert theirs.config.max_position_embeddings == 32
 
 
-def test_a_model_with_a_convolution_is_refused(tiny, tmp_path, process_groups):
+def test_a_model_with_a_convolution_is_refused(tiny, write_checkpoint, tmp_path, process_groups):
     write_checkpoint(tmp_path / "run", tiny("linear-conv"))
     checkpoint = open_checkpoint(resolve(tmp_path / "run"))
     with pytest.raises(
         ConfigError, match="model.attention.conv_tokens: 3: queries and keys are made of several tokens"
     ):
-        export_checkpoint(checkpoint, tmp_path / "hf")
+        export_checkpoint(checkpoint, tmp_path / "hf", plain=True)
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_is_lost_is_told(tiny, tmp_path, process_groups):
+def test_what_is_lost_is_told(tiny, write_checkpoint, tmp_path, process_groups):
     write_checkpoint(tmp_path / "run", tiny("linear-overlap"))
     checkpoint = open_checkpoint(resolve(tmp_path / "run"))
-    found = export_checkpoint(checkpoint, tmp_path / "hf", dtype=torch.bfloat16)
+    found = export_checkpoint(checkpoint, tmp_path / "hf", plain=True, dtype=torch.bfloat16)
     assert found.notes[0] == (
         "the weights are those of attention infini; the model there has no memory: it attends to the whole text, not to"
         " segments, and the gates are left out"
@@ -118,10 +97,10 @@ def test_what_is_lost_is_told(tiny, tmp_path, process_groups):
         export_checkpoint(checkpoint, tmp_path / "hf")
 
 
-def test_memory_tokens_can_not_be_left_out(tiny, tmp_path, process_groups):
+def test_memory_tokens_can_not_be_left_out(tiny, write_checkpoint, tmp_path, process_groups):
     write_checkpoint(tmp_path / "run", tiny("rmt"))
     with pytest.raises(ConfigError, match=r"^model\.attention\.kind: rmt reads memory tokens between segments"):
-        export_checkpoint(open_checkpoint(resolve(tmp_path / "run")), tmp_path / "hf")
+        export_checkpoint(open_checkpoint(resolve(tmp_path / "run")), tmp_path / "hf", plain=True)
     assert not (tmp_path / "hf").exists()
 
 
