@@ -30,7 +30,7 @@ print(tokenizer.decode(model.generate(**text, max_new_tokens=100)[0]))
 ```
 
 A text of any length is read in windows. To read once and ask often, keep the state:
-`model(ids, use_cache=True, logits_to_keep=1)` gives it, and a copy of it (`copy.deepcopy`) can be handed to `generate`.
+`model(ids, use_cache=True, logits_to_keep=1).past_key_values`, and a copy of it (`copy.deepcopy`) can be handed to `generate`.
 
 | | |
 |---|---|

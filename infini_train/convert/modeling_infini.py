@@ -147,6 +147,13 @@ class InfiniCache(Cache):
         """Bytes of all states."""
         return sum(part.nbytes for state in self.states or () for part in state if part is not None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InfiniCache":
+        """The same values, cut from any graph."""
+        other = InfiniCache()
+        other.columns, other.tokens_B, other.states = self.columns, self.tokens_B, self.states
+        other._map(lambda part: part.detach().clone())
+        return other
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far."""
         return self.columns
@@ -758,13 +765,23 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """What `forward` is given in a step: the columns that were not read yet."""
         state = cache if cache is not None else past_key_values
-        mask = kwargs.get("attention_mask")
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
         prepared = {"attention_mask": mask, "use_cache": kwargs.get("use_cache", True), CACHE: state}
         if "logits_to_keep" in kwargs:
             prepared["logits_to_keep"] = kwargs["logits_to_keep"]
         seen = 0 if state is None else state.get_seq_length()
-        embeds = kwargs.get("inputs_embeds")
         if embeds is not None and seen == 0:
             return {**prepared, "inputs_embeds": embeds}
-        whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else only the new ones were given
-        return {**prepared, "input_ids": input_ids[:, seen:] if whole and seen else input_ids}
+        # The ids may be those of the whole text or only the new ones; a mask is of the whole. Without one, transformers
+        # 5 says how many are new, or nothing if all are.
+        new = kwargs.get("next_sequence_length")
+        if mask is not None:
+            new = mask.shape[1] - seen
+        elif new is None:
+            new = input_ids.shape[1]
+        if not 0 < new <= input_ids.shape[1]:
+            raise ValueError(
+                f"the state has read {seen} columns: give the ids of the whole text, or the new ones with an"
+                " attention_mask of the whole"
+            )
+        return {**prepared, "input_ids": input_ids[:, -new:]}

@@ -20,7 +20,7 @@ from infini_train.data.tokenizer import SentencePieceTokenizer, find_tokenizer
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 ADDING_BOS = {"add_bos_token": True, "add_eos_token": False}
 KEEPS_TEXT = "ByteLevel"  # the one post-processor that adds no tokens
-LLAMA_TYPES = ("llama", "mistral")  # the model types whose tokenizer there may be a SentencePiece model
+SENTENCEPIECE_TYPES = ("llama", "mistral", "infini")  # model types whose tokenizer there may be a SentencePiece model
 
 
 def export_tokenizer(checkpoint: Checkpoint, folder: Path, described: dict[str, Any]) -> list[str]:
@@ -116,7 +116,7 @@ def _export_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, model
     names = {f"{name}_token": token for name, token in tokenizer.special_tokens().items()}
     _write_config(folder, {"tokenizer_class": GENERIC_CLASS, **names, **(_read_config(folder) or {}), **ADDING_BOS})
     note = f"{tokenizer.file_name}: each document of the training began with bos"
-    if model_type not in LLAMA_TYPES:
+    if model_type not in SENTENCEPIECE_TYPES:
         note += f"; transformers can't read a SentencePiece model for {model_type}: encode with sentencepiece itself"
     return [note]
 

@@ -167,12 +167,16 @@ def test_generation_is_that_of_the_whole_text(variant, pair):
     torch.manual_seed(0)
     assert theirs.generate(prompts[0], **{**settings, "do_sample": True}, num_return_sequences=2).shape == (2, 35)
 
-    with torch.no_grad():
-        state = theirs(prompts[0], use_cache=True).to_tuple()[-1]
+    state = theirs(prompts[0], use_cache=True).to_tuple()[-1]
     for _ in range(2):  # one text, read once, asked twice
         longer = torch.cat((prompts[0], prompts[1]), 1)
         asked = theirs.generate(longer, past_key_values=copy.deepcopy(state), **settings)
         assert torch.equal(asked, theirs.generate(longer, **settings))
+        whole = torch.ones_like(longer)  # the new ids alone
+        more = theirs.generate(prompts[1], past_key_values=copy.deepcopy(state), attention_mask=whole, **settings)
+        assert torch.equal(more[:, 9:], asked[:, 32:])
+    with pytest.raises(ValueError, match="the state has read 23 columns: give the ids of the whole text"):
+        theirs.generate(prompts[1], past_key_values=state, **settings)
 
 
 def test_a_stream_has_a_state_of_fixed_size(pair):

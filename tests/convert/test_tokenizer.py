@@ -112,7 +112,8 @@ def test_the_tokenizer_of_an_imported_model_stays_as_it_is(name, tmp_path):
     assert (tmp_path / "x" / "tokenizer.json").read_bytes() == own.model_bytes and told == []
 
 
-def test_a_sentencepiece_model_adds_bos(tmp_path):
+@pytest.mark.parametrize("model_type", ["llama", "infini"])
+def test_a_sentencepiece_model_adds_bos(model_type, tmp_path):
     with (tmp_path / "t.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["you and you"] * 9), model_writer=file, vocab_size=300, model_type="bpe",
@@ -120,7 +121,7 @@ def test_a_sentencepiece_model_adds_bos(tmp_path):
             remove_extra_whitespaces=False, minloglevel=2,
         )  # fmt: skip
     own = load_tokenizer(tmp_path / "t.model")
-    theirs, told = export(tmp_path / "run", own, tmp_path / "x")
+    theirs, told = export(tmp_path / "run", own, tmp_path / "x", model_type)
     for text in TEXTS:
         assert theirs(text).input_ids == [own.bos_id, *own.encode(text).tolist()], text
     assert told == ["tokenizer.model: each document of the training began with bos"]
