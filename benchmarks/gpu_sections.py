@@ -203,15 +203,15 @@ def time_local(where: torch.device, tokens: int, segment: int, kernel: varlen.Ke
     starts = torch.zeros(1, tokens, dtype=torch.bool)
     starts[:, 100::1500] = True
     grid = make_grid(starts, torch.ones(1, tokens), None, segment, kernel=kernel).to(where)
-    drawn = [
+    q_BHTD, k_BKTD, v_BKTD = (
         torch.randn(1, count, tokens, size, dtype=torch.bfloat16, device=where).requires_grad_()
         for count in (heads, kv_heads, kv_heads)
-    ]
+    )
     seconds = []
     for _ in range(5):
         device.synchronise()
         begin = time.perf_counter()
-        result = local_attention(*drawn, None, grid)[0]
+        result = local_attention(q_BHTD, k_BKTD, v_BKTD, None, grid)[0]
         result.backward(torch.ones_like(result))
         device.synchronise()
         seconds.append(time.perf_counter() - begin)

@@ -74,6 +74,8 @@ examples:
   infini-train generate runs/demo --prompt "def main("
   infini-train generate runs/demo --prompt-file book.txt --max-new-tokens 500 --temperature 0.7 --top-k 50
   infini-train generate runs/demo --temperature 0        always the most likely token
+  infini-train generate runs/demo --prompt-file book.txt --max-new-tokens 0 --no-echo --save-memory book.memory
+  infini-train generate runs/demo --memory book.memory --prompt "What did he find? "
 """
 DEMO_EXAMPLES = """\
 examples:
@@ -236,7 +238,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompt-file", type=path, metavar="FILE", help="read the prompt from a UTF-8 file, - for standard input"
     )
-    add_sampling(parser, max_new_tokens=200, temperature=0.8, top_p=0.95)
+    parser.add_argument(
+        "--memory",
+        type=path,
+        metavar="FILE",
+        help="go on after the text whose memory this is (default: a new document)",
+    )
+    parser.add_argument(
+        "--save-memory", type=path, metavar="FILE", help="keep the memory of all that was read and written"
+    )
+    add_sampling(parser, max_new_tokens=200, temperature=0.8, top_p=0.95, may_be_silent=True)
     parser.add_argument(
         "--ignore-end", action="store_true", help="keep writing after a document's end (default: stop there)"
     )
@@ -253,19 +264,26 @@ def _generate(options: argparse.Namespace) -> None:
     with Spinner(f"loading {options.model}"):
         _prepare(options.device)
         from infini_train.data.tokenizer import CONTEXT_TOKENS, decode_stream
-        from infini_train.inference.generation import generate
+        from infini_train.inference.generation import Conversation
         from infini_train.inference.growth import warn_of_growth
         from infini_train.inference.loading import open_trained
+        from infini_train.inference.memory_files import Remembered, load_memory, save_memory
 
         trained = open_trained(options.model)
+        before = load_memory(options.memory, trained) if options.memory else Remembered(None, 0)
     warn_of_growth(trained.config.model, trained.precision)
     tokenizer = trained.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    ids = [*[tokenizer.bos_id] * (options.memory is None), *tokenizer.encode(prompt).tolist()]
+    if not ids:
+        raise ConfigError("--prompt: give a text that follows what --memory remembers")
     stop = None if options.ignore_end else trained.end_ids
-    stream = generate(trained.model, ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
+    talk = Conversation(trained.model, *before)
+    stream = talk.reply(ids, max_new_tokens=options.max_new_tokens, stop_id=stop, sampling=sampling)
     pieces = decode_stream(tokenizer, stream, before=ids)
     with Spinner("reading the prompt"):
         first = next(pieces, "")
+        if not options.max_new_tokens:
+            talk.remember()
     if prompt[-1:].isspace() and not tokenizer.decode(ids[-CONTEXT_TOKENS:])[-1:].isspace():
         first = first.lstrip(" ")  # of a tokenizer that drops the prompt's last space, and begins a word with one
     if not options.no_echo:
@@ -273,7 +291,11 @@ def _generate(options: argparse.Namespace) -> None:
     for piece in itertools.chain((first,), pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    sys.stdout.write("\n" if options.max_new_tokens or not options.no_echo else "")
+    if options.save_memory:
+        remembered = Remembered(*talk.remember())
+        size = save_memory(options.save_memory, trained, remembered)
+        sys.stderr.write(f"{options.save_memory}: memory of {remembered.tokens:,} tokens, {size:,} bytes\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

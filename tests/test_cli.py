@@ -219,6 +219,11 @@ def test_prompts_and_sampling(refused, home, tmp_path):
         "is not UTF-8 (byte 1); convert it"
     )
     assert "No such file" in refused("generate", run, "--prompt-file", tmp_path / "none.txt")
+    assert refused("generate", run, "--memory", tmp_path / "none").endswith(
+        "none can't be read: No such file or directory"
+    )
+    assert refused("generate", run, "--memory", tmp_path / "latin1.txt").startswith("--memory: ")
+    assert refused("generate", run, "--max-new-tokens=-1").startswith("--max-new-tokens: must not be negative")
     assert refused("generate", run, "--top-p", 0).startswith("--top-p: ")
     assert refused("generate", run, "--temperature=-1").startswith("--temperature: ")
     assert refused("generate", run, "--temperature", "nan").startswith("--temperature: ")
@@ -227,6 +232,22 @@ def test_prompts_and_sampling(refused, home, tmp_path):
     assert refused("generate", run, "--prompt", os.fsdecode(b"caf\xe9")) == (
         "--prompt: is not UTF-8 (byte 3); convert it"
     )
+
+
+def test_a_memory_goes_on(home, call, capsys, tmp_path):
+    """Read, asked, and asked again of the memory of both; an empty prompt has nothing to go on with."""
+    run, settings = home / "run", ("--temperature", 0, "--max-new-tokens", 5, "--ignore-end", "--no-echo")
+    assert call("generate", run, "--prompt", "The grass is green. The ", *settings) == 0
+    whole = capsys.readouterr().out
+    kept = ("--save-memory", tmp_path / "a.memory")
+    assert call("generate", run, "--prompt", "The grass is green. ", "--no-echo", "--max-new-tokens", 0, *kept) == 0
+    said = capsys.readouterr()
+    assert said.out == "" and "a.memory: memory of 21 tokens, " in said.err
+    for _ in range(2):
+        assert call("generate", run, "--memory", tmp_path / "a.memory", "--prompt", "The ", *settings) == 0
+        assert capsys.readouterr().out == whole
+    assert call("generate", run, "--memory", tmp_path / "a.memory") == 2
+    assert "--prompt: give a text that follows what --memory remembers" in capsys.readouterr().err
 
 
 def test_a_demo_of_no_text(refused, tmp_path):

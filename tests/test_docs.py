@@ -101,6 +101,8 @@ RUNNABLE = [name for name in PAGE_NAMES if any(block.marked for block in read_pa
 def test_the_marked_commands_run(name: str, tmp_path: Path) -> None:
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": scripts, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    (tmp_path / "models").symlink_to(ROOT / "models")  # as where this repository was cloned
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")  # code of exported models
     for block in read_page(name)[1]:
         if not block.marked:
             continue

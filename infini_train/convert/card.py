@@ -29,8 +29,8 @@ text = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**text, max_new_tokens=100)[0]))
 ```
 
-A text of any length is read in windows. To read once and ask often, keep the state:
-`model(ids, use_cache=True, logits_to_keep=1).past_key_values`, and a copy of it (`copy.deepcopy`) can be handed to `generate`.
+A text of any length is read in windows. To read once and ask often, keep the state,
+`model(ids, use_cache=True, logits_to_keep=1).past_key_values`, and hand a copy of it (`copy.deepcopy`) to `generate`.
 
 | | |
 |---|---|

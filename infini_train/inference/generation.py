@@ -88,14 +88,48 @@ def continue_from(
     sampling: Sampling,
 ) -> Iterator[int]:
     """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
-    stops = {stop_id} if isinstance(stop_id, int) else set(stop_id or ())
-    generator = torch.Generator().manual_seed(sampling.seed)
-    chunk = FORWARD_SEGMENTS * segment_of(model)
-    logits_V, state = feed(model, prompt, state, chunk_tokens=chunk)
-    for written in range(1, max_new_tokens + 1):
-        token = choose_token(logits_V, sampling, generator)
-        if token in stops:
-            return
-        yield token
-        if written < max_new_tokens:
-            logits_V, state = feed(model, [token], state, chunk_tokens=chunk)
+    yield from Conversation(model, state).reply(
+        prompt, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling
+    )
+
+
+class Conversation:
+    """A text that a user and the model write by turns; what was said is kept in the state.
+
+    Args:
+        model: any variant.
+        state: what was read before; None: nothing, the first token begins a document.
+        tokens: how many tokens that were.
+    """
+
+    def __init__(self, model: Transformer, state: ModelState | None = None, tokens: int = 0) -> None:
+        self.model = model
+        self.chunk_tokens = FORWARD_SEGMENTS * segment_of(model)
+        self._state, self._tokens = state, tokens
+        self._unread: list[int] = []  # the last token written: no next one was asked for yet
+
+    def reply(self, said: list[int], *, max_new_tokens: int, stop_id: StopId, sampling: Sampling) -> Iterator[int]:
+        """Reads what is said, and yields the answer as `generate` does; 0 new tokens are none, and all is read."""
+        stops = {stop_id} if isinstance(stop_id, int) else set(stop_id or ())
+        generator = torch.Generator().manual_seed(sampling.seed)
+        self._unread += said
+        for _ in range(max_new_tokens):
+            logits_V = self._read()
+            token = choose_token(logits_V, sampling, generator)
+            if token in stops:
+                return
+            self._unread.append(token)
+            yield token
+
+    def remember(self) -> tuple[ModelState, int]:
+        """The state after all that was said and written, and the tokens of it."""
+        if self._unread:
+            self._read()
+        assert self._state is not None
+        return self._state, self._tokens
+
+    def _read(self) -> Tensor:
+        logits_V, self._state = feed(self.model, self._unread, self._state, chunk_tokens=self.chunk_tokens)
+        self._tokens += len(self._unread)
+        self._unread = []
+        return logits_V

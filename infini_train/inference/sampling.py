@@ -7,7 +7,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from infini_train.command_line import MAX_SEED, positive
+from infini_train.command_line import MAX_SEED, non_negative, positive
 from infini_train.config.errors import ConfigError
 
 
@@ -35,11 +35,18 @@ class Sampling:
             raise ConfigError(f"seed: must lie between 0 and {MAX_SEED}")
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def add_sampling(
+    parser: argparse.ArgumentParser,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    may_be_silent: bool = False,
+) -> None:
     """Gives a parser the options of generation, with these defaults; see `read_sampling`."""
     parser.add_argument(
         "--max-new-tokens",
-        type=positive,
+        type=non_negative if may_be_silent else positive,
         default=max_new_tokens,
         metavar="N",
         help="write at most N tokens (default: %(default)s)",

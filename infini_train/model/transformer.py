@@ -89,7 +89,7 @@ class Transformer(nn.Module):
     def initial_state(self, lanes: int) -> ModelState | None:
         """The state before the first token of these lanes; None if no layer carries anything between windows."""
         like = next(self.parameters())
-        state = tuple(mixer.initial_state(lanes, like) for mixer in self._mixers())
+        state = tuple(mixer.initial_state(lanes, like) for mixer in self.mixers())
         for layer_state in state:  # what it declares is checked now, not at the first checkpoint
             list(name_leaves(layer_state, "state"))
         return _whole(state)
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         """
         kernel = self._find_kernel()
         found: dict[Layout, Grid] = {} if known is None else dict(zip(*known, strict=True))
-        for mixer, layer_state in zip(self._mixers(), state or (None,) * len(self.layers), strict=True):
+        for mixer, layer_state in zip(self.mixers(), state or (None,) * len(self.layers), strict=True):
             if mixer.layout not in found:
                 recent = None if layer_state is None else mixer.recent(layer_state)
                 segment, overlap, sinks = mixer.layout
@@ -237,13 +237,14 @@ class Transformer(nn.Module):
     def carry_over(self, state: ModelState) -> ModelState | None:
         """What is carried from one window of training to the next, detached; None if no layer carries anything."""
         return _whole(
-            tuple(mixer.carry_over(layer_state) for mixer, layer_state in zip(self._mixers(), state, strict=True))
+            tuple(mixer.carry_over(layer_state) for mixer, layer_state in zip(self.mixers(), state, strict=True))
         )
 
     def _layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], list(self.layers.values()))
 
-    def _mixers(self) -> list[SequenceMixer]:
+    def mixers(self) -> list[SequenceMixer]:
+        """The attention of each layer."""
         return [layer.attention for layer in self._layers()]
 
 
