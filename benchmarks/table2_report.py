@@ -28,6 +28,10 @@ ORDER = (
     "rmt",
     "local",
     "full",
+    "local-conv",
+    "window-conv",
+    "infini-linear-conv",
+    "infini-gated-conv",
 )
 COLOURS = dict(zip(ORDER, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 BASELINES = ("transformer_xl", "memorizing", "local")  # what the others are compared with, book by book
