@@ -60,7 +60,7 @@ DEVICE_SHIM = "infini_train/parallel/device.py"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 ALLOWED_SIZES = {  # (file or file:function, unit) -> (limit, reason)
     ("infini_train/ops/attention.py:infini_attention", "parameters"): (10, "the inputs of the equations, each named"),
-    ("infini_train/convert/modeling_infini.py", "lines"): (800, "leaves the project with a model, as one file"),
+    ("infini_train/convert/modeling_infini.py", "lines"): (850, "leaves the project with a model, as one file"),
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 

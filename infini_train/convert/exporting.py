@@ -102,6 +102,8 @@ def _describe(config: RunConfig, checkpoint: Checkpoint, keeps_memory: bool) -> 
     described = describe_with_memory(config.model) if keeps_memory else describe_model(config.model)
     original = checkpoint.state.get("imported")
     if original is not None and (original["model_type"] == MODEL_TYPE) == keeps_memory:
+        if keeps_memory:  # ours first: the code that a folder names is run by whoever trusts it
+            original = {**original, **described}
         return {name: value for name, value in original.items() if name != "dtype"}
     if keeps_memory:
         return described

@@ -42,11 +42,11 @@ FULL_TOKENS = 8192  # window of a full model that is evaluated; its cost grows w
 SEGMENT_TOKENS, SEGMENTS = 2048, 16  # of the training that goes on: the paper's segment and training length
 GATE_INIT = -3.0  # new gates read 5 % from the memory, and can still open
 CONTINUE_HEAD = """\
-# Goes on with the imported model, with Infini-attention in place of full attention:
+# Goes on with the imported model, {attention}:
 #   infini-data encode TEXT --tokenizer {run}/TOKENIZER --out data --holdout 0.01
 #   infini-train train {run}/continue.yaml
 # The model's shape must stay; all else is a beginning, to be edited (docs/continual.md). Rate, lanes and steps are the
-# paper's for 1B, but its texts were of 4K; not tuned here. New gates begin nearly closed (gate_init).
+# paper's for 1B, but its texts were of 4K; not tuned here.{gates}
 """
 
 
@@ -229,7 +229,12 @@ def _own_config(model: ModelConfig, run_dir: Path, window_tokens: int) -> RunCon
 
 def _continuing_config(model: ModelConfig, run_dir: Path, segment_tokens: int) -> str:
     """The text of a config that goes on with Infini-attention; batch and length are a beginning, to be edited."""
+    told = {"attention": "with the attention that it has", "gates": ""}
     if isinstance(model.attention, FullConfig):
+        told = {
+            "attention": "with Infini-attention in place of full attention",
+            "gates": " New gates begin nearly closed (gate_init).",
+        }
         attention = InfiniConfig(segment_tokens=segment_tokens, gate_init=GATE_INIT)
         model = dataclasses.replace(model, attention=attention)
     tree: dict[str, Any] = {
@@ -251,4 +256,4 @@ def _continuing_config(model: ModelConfig, run_dir: Path, segment_tokens: int) -
     }
     validate(tree)
     name = str(run_dir) if str(run_dir).isprintable() else ascii(str(run_dir))  # a comment must stay on its line
-    return CONTINUE_HEAD.format(run=name) + dump_tree(tree)
+    return CONTINUE_HEAD.format(run=name, **told) + dump_tree(tree)

@@ -55,6 +55,7 @@ USUAL: dict[str, Any] = {  # fields of a config, and what they are where config.
     "window_tokens": 4096,
     "initializer_range": 0.02,
     "use_cache": True,
+    "tie_word_embeddings": False,
 }
 
 
@@ -78,7 +79,7 @@ class InfiniConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.value_head_dim = self.value_head_dim or self.head_dim
         self.pattern = self.pattern or list(self.attentions)
-        super().__init__(**values)
+        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **values)
 
     def attention_of(self, layer: int) -> dict[str, Any]:
         """The fields of a layer's attention; the first layer is 0."""
@@ -153,6 +154,9 @@ class InfiniCache(Cache):
         other.columns, other.tokens_B, other.states = self.columns, self.tokens_B, self.states
         other._map(lambda part: part.detach().clone())
         return other
+
+    def __bool__(self) -> bool:
+        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far."""
@@ -339,7 +343,7 @@ def write_and_read_gated(
     for c in range(k.shape[2]):
         if c % each == 0:
             opened = memory
-            if c == 0:
+            if c == 0 and not read_tokens:
                 opened = torch.where((places.phase_B > 0)[:, None, None, None], state.entering_BKDE, memory)
             entering.append(opened)
         written = u[:, :, c] - w[:, :, c] @ memory
@@ -351,9 +355,12 @@ def write_and_read_gated(
             read.append(q[:, :, :, c] @ opened[:, :, None])
         memory = decay[:, :, c, -1:] * memory + lasting[:, :, c] @ written
     read_BHGRE = torch.stack(read, 3).flatten(1, 2).unflatten(2, (places.segments, each)).flatten(3, 4)
-    later = torch.stack([*entering, memory], 1)
-    opened = later[torch.arange(len(later), device=later.device), places.closed_B]
-    return read_BHGRE[:, :, :, :rows], state._replace(memory_BKDE=memory, entering_BKDE=opened)
+    state = state._replace(memory_BKDE=memory)
+    if not read_tokens:
+        later = torch.stack([*entering, memory], 1)
+        opened = later[torch.arange(len(later), device=later.device), places.closed_B]
+        state = state._replace(entering_BKDE=opened)
+    return read_BHGRE[:, :, :, :rows], state
 
 
 class InfiniNorm(nn.Module):
@@ -368,6 +375,14 @@ class InfiniNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class InfiniWriting(nn.Linear):
+    """What a token says of how it writes: zeros at first, and a bias."""
+
+    def __init__(self, inputs: int, outputs: int, bias_at_first: float) -> None:
+        super().__init__(inputs, outputs)
+        self.bias_at_first = bias_at_first
+
+
 class InfiniMaps(nn.Module):
     """The memory's own maps of queries, keys and what is read, less the identity."""
 
@@ -377,6 +392,10 @@ class InfiniMaps(nn.Module):
         self.query = nn.Parameter(torch.zeros(heads, size, size))
         self.key = nn.Parameter(torch.zeros(config.num_key_value_heads, size, size))
         self.read = nn.Parameter(torch.zeros(heads, value_size, value_size))
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries, keys and reads; called, so that weights that were moved away are brought back."""
+        return self.query, self.key, self.read
 
 
 class InfiniAttention(nn.Module):
@@ -408,8 +427,8 @@ class InfiniAttention(nn.Module):
             if self.taps:
                 self.conv = nn.Parameter(torch.zeros(self.taps, hidden))
             if self.is_gated_delta:
-                self.linear_strength = nn.Linear(hidden, kv_heads)
-                self.linear_decay = nn.Linear(hidden, kv_heads)
+                self.linear_strength = InfiniWriting(hidden, kv_heads, 0.0)
+                self.linear_decay = InfiniWriting(hidden, kv_heads, 8.0)
 
     def initial_state(self, rows: int, x: Tensor) -> State:
         """Nothing read yet."""
@@ -421,8 +440,11 @@ class InfiniAttention(nn.Module):
         state = State(*(x.new_zeros(rows, heads, n, of) for n in (kept, sinks) for of in (size, value_size)))
         if self.has_memory:
             memory = x.new_zeros(rows, heads, size, value_size, dtype=torch.float32)
-            more = {"entering_BKDE": memory} if self.is_gated_delta else {"normaliser_BKD": memory[..., 0]}
-            state = state._replace(memory_BKDE=memory, **more)
+            state = state._replace(memory_BKDE=memory)
+            if not self.is_gated_delta:
+                state = state._replace(normaliser_BKD=memory[..., 0])
+            elif self.attention.get("read") != "token":
+                state = state._replace(entering_BKDE=memory)
         if self.taps:
             state = state._replace(before_BJX=x.new_zeros(rows, self.taps, self.config.hidden_size))
         return state
@@ -508,8 +530,9 @@ class InfiniAttention(nn.Module):
         """What is read, and the memory after the call. new: keys and values of the call; seen: the same in places."""
         has_maps, before = hasattr(self, "maps"), overlap_of(self.attention)
         if has_maps:
-            q_BHGRD = q_BHGRD + q_BHGRD @ self.maps.query[:, None]
-            new, seen = ((k + k @ self.maps.key, v) for k, v in (new, seen))
+            query_HDD, key_KDD, read_HEE = self.maps()
+            q_BHGRD = q_BHGRD + q_BHGRD @ query_HDD[:, None]
+            new, seen = ((k + k @ key_KDD, v) for k, v in (new, seen))
         if self.is_gated_delta:
             k_BKGRD, v_BKGRE = (to_segments(x, places) for x in new)
             strength, decay = (
@@ -521,14 +544,16 @@ class InfiniAttention(nn.Module):
                 -(F.softplus(-decay) - SLOWEST_DECAY).clamp(min=0),
             )
             read_tokens = self.attention.get("read") == "token"
-            read, state = write_and_read_gated(q_BHGRD, k_BKGRD, v_BKGRE, logs, state, places, read_tokens)
+            with torch.autocast(q_BHGRD.device.type, enabled=False):
+                read, state = write_and_read_gated(q_BHGRD, k_BKGRD, v_BKGRE, logs, state, places, read_tokens)
         else:
             k_BKLD, v_BKLE = (x[:, :, before:] for x in seen)
-            read, state = write_and_read(q_BHGRD, k_BKLD, v_BKLE, state, places, self.attention)
+            with torch.autocast(q_BHGRD.device.type, enabled=False):
+                read, state = write_and_read(q_BHGRD, k_BKLD, v_BKLE, state, places, self.attention)
         read = read.to(q_BHGRD.dtype)
         if self.attention.get("read_norm"):
             read = self.norm_read(read)
-        return (read + read @ self.maps.read[:, None] if has_maps else read), state
+        return (read + read @ read_HEE[:, None] if has_maps else read), state
 
     def _share(self, q_BHGRD: Tensor, places: Places) -> Tensor:
         """The gate: how much comes from the memory (B, H, G, R, 1); nothing where nothing was written."""
@@ -546,8 +571,12 @@ class InfiniAttention(nn.Module):
             return state._replace(k_BKLD=k_BKLD, v_BKLE=v_BKLE)
         kept = torch.arange(state.k_BKLD.shape[2], device=k_BKLD.device)
         index_BL = (places.closed_B * places.segment_tokens)[:, None] + kept
-        index = index_BL[:, None, :, None].expand(-1, k_BKLD.shape[1], -1, k_BKLD.shape[3])
-        k, v = (F.pad(x, (0, 0, 0, places.segment_tokens)).gather(2, index) for x in (k_BKLD, v_BKLE))
+        k, v = (
+            F.pad(x, (0, 0, 0, places.segment_tokens)).gather(
+                2, index_BL[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            )
+            for x in (k_BKLD, v_BKLE)
+        )
         return state._replace(k_BKLD=k, v_BKLE=v)
 
 
@@ -589,6 +618,7 @@ class InfiniPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["InfiniDecoderLayer"]
     _supports_sdpa = True
     _supports_cache_class = True  # asked by transformers 4
+    _is_stateful = True  # what was read can't be taken back, as some kinds of generation would
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -601,9 +631,12 @@ class InfiniPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, InfiniNorm):
             nn.init.ones_(module.weight)
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, InfiniAttention | InfiniMaps):
+        if isinstance(module, InfiniAttention | InfiniMaps):
+            for parameter in module.parameters(recurse=False):
                 nn.init.zeros_(parameter)
+        if isinstance(module, InfiniWriting):
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, module.bias_at_first)
 
 
 class InfiniModel(InfiniPreTrainedModel):
@@ -640,14 +673,11 @@ class InfiniModel(InfiniPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("attention_mask must be (rows, columns): 1 for tokens, 0 for padding")
         given = cache if cache is not None else past_key_values
-        if given is not None and not isinstance(given, InfiniCache):
-            raise ValueError(f"this model's state is an InfiniCache, not a {type(given).__name__}")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         rows, columns = inputs.shape[:2]
-        keep, device = columns_to_keep or columns, inputs.device
+        _check_inputs(inputs, attention_mask, given, kwargs)
+        keep, device = min(columns_to_keep, columns) or columns, inputs.device
         source_BT, new_B = _compact(attention_mask, rows, columns, device)
         use_cache = use_cache if use_cache is not None else self.config.use_cache and not self.training
         following = given if given is not None else InfiniCache()
@@ -665,7 +695,9 @@ class InfiniModel(InfiniPreTrainedModel):
                 kept = x_BTX.new_zeros(rows, keep + 1, x_BTX.shape[2])
             is_new_BT = (torch.arange(part_BT.shape[1]) < size_B[:, None]).to(device)
             target_BT = torch.where(is_new_BT, part_BT - (columns - keep), -1)
-            target_BT = torch.where(target_BT < 0, keep, target_BT)  # the last row takes what is not asked for
+            target_BT = torch.where(target_BT < 0, keep, target_BT).to(
+                x_BTX.device
+            )  # the last row takes what is not asked for
             kept = kept.scatter(1, target_BT[..., None].expand_as(x_BTX), x_BTX)
         if use_cache:
             following.columns += columns
@@ -691,6 +723,28 @@ class InfiniModel(InfiniPreTrainedModel):
                 x_BTX, state = layer(x_BTX, state, found[name])
             after.append(state)
         return x_BTX, after
+
+
+def _check_inputs(inputs: Tensor, mask: Tensor | None, state: Any, others: dict[str, Any]) -> None:
+    """Raises ValueError for what can't be read, or would be read as something else."""
+    rows, columns = inputs.shape[:2]
+    if columns == 0:
+        raise ValueError("give at least one column of tokens")
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < columns):
+        raise ValueError(
+            "attention_mask must be (rows, columns), 1 for tokens and 0 for padding,"
+            f" of at least the {rows} x {columns} given, not {tuple(mask.shape)}"
+        )
+    if state is not None and not isinstance(state, InfiniCache):
+        raise ValueError(f"this model's state is an InfiniCache, not a {type(state).__name__}")
+    known = rows if state is None or state.tokens_B is None else len(state.tokens_B)
+    if known != rows:
+        raise ValueError(f"the state has {known} rows and the input {rows}; see batch_repeat_interleave of the state")
+    position_ids = others.get("position_ids")
+    if position_ids is not None and mask is None and bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError("position_ids begin anew inside a row: a row is one document here; pad instead of packing")
+    if others.get("output_hidden_states") or others.get("output_attentions"):
+        raise ValueError("hidden values and attention weights of the layers are not kept; leave the option out")
 
 
 def _compact(mask: Tensor | None, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -747,12 +801,13 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         """Logits of the last `logits_to_keep` columns (0: of all), and with labels the mean loss of the next tokens."""
         as_tuple = kwargs.pop("return_dict", None) is False
         found = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cache, columns_to_keep=logits_to_keep
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cache, logits_to_keep, **kwargs
         )
         logits = self.lm_head(found.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(found, CACHE)})
         return out.to_tuple() if as_tuple else out
 
@@ -761,17 +816,18 @@ class InfiniForCausalLM(InfiniPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         past_key_values: InfiniCache | None = None,
         cache: InfiniCache | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `forward` is given in a step: the columns that were not read yet."""
         state = cache if cache is not None else past_key_values
-        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask")
         prepared = {"attention_mask": mask, "use_cache": kwargs.get("use_cache", True), CACHE: state}
         if "logits_to_keep" in kwargs:
             prepared["logits_to_keep"] = kwargs["logits_to_keep"]
         seen = 0 if state is None else state.get_seq_length()
-        if embeds is not None and seen == 0:
-            return {**prepared, "inputs_embeds": embeds}
+        if inputs_embeds is not None and seen == 0:
+            return {**prepared, "inputs_embeds": inputs_embeds}
         # The ids may be those of the whole text or only the new ones; a mask is of the whole. Without one, transformers
         # 5 says how many are new, or nothing if all are.
         new = kwargs.get("next_sequence_length")

@@ -19,6 +19,7 @@ from infini_train.data.tokenizer import SentencePieceTokenizer, find_tokenizer
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 ADDING_BOS = {"add_bos_token": True, "add_eos_token": False}
+INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}  # generic classes of transformers 4 would give more
 KEEPS_TEXT = "ByteLevel"  # the one post-processor that adds no tokens
 SENTENCEPIECE_TYPES = ("llama", "mistral", "infini")  # model types whose tokenizer there may be a SentencePiece model
 
@@ -70,7 +71,7 @@ def _add_end(path: Path, end: int) -> None:
 
 def _export_json(tokenizer: HuggingFaceTokenizer, folder: Path, is_original: bool) -> list[str]:
     bos, eos = tokenizer.token(tokenizer.bos_id), tokenizer.token(tokenizer.eos_id)
-    names = {"tokenizer_class": GENERIC_CLASS, "bos_token": bos, "eos_token": eos}
+    names = {"tokenizer_class": GENERIC_CLASS, "bos_token": bos, "eos_token": eos, **INPUTS}
     config = _read_config(folder)
     if is_original:
         if config is None:
@@ -114,7 +115,9 @@ def _adding_bos(bos: str, bos_id: int, earlier: Mapping[str, Any] | None) -> dic
 
 def _export_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, model_type: str) -> list[str]:
     names = {f"{name}_token": token for name, token in tokenizer.special_tokens().items()}
-    _write_config(folder, {"tokenizer_class": GENERIC_CLASS, **names, **(_read_config(folder) or {}), **ADDING_BOS})
+    _write_config(
+        folder, {"tokenizer_class": GENERIC_CLASS, **INPUTS, **names, **(_read_config(folder) or {}), **ADDING_BOS}
+    )
     note = f"{tokenizer.file_name}: each document of the training began with bos"
     if model_type not in SENTENCEPIECE_TYPES:
         note += f"; transformers can't read a SentencePiece model for {model_type}: encode with sentencepiece itself"

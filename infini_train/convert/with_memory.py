@@ -86,6 +86,14 @@ def parse_with_memory(tree: Mapping[str, Any], source: str) -> ModelConfig:
         rope, attentions, pattern = tree["rope"], tree["attentions"], tree["pattern"]
         if not isinstance(rope, Mapping) or not isinstance(attentions, Mapping) or not isinstance(pattern, list):
             raise ConfigError("rope and attentions must be objects, pattern a list")
+        if not pattern or not all(isinstance(name, str) and name in attentions for name in pattern):
+            raise ConfigError("pattern: must name attentions, at least one")
+        for name, each in attentions.items():
+            kind = each.get("kind") if isinstance(each, Mapping) else None
+            if kind not in KINDS:
+                raise ConfigError(f"attentions: {name!r} must have a kind of {', '.join(KINDS)}, not {kind!r}")
+        if "theta" not in rope:
+            raise ConfigError("rope: theta is missing")
         scaling = {name: value for name, value in rope.items() if name != "theta"}
         if len(attentions) == 1:
             attention = next(iter(attentions.values()))
@@ -96,7 +104,7 @@ def parse_with_memory(tree: Mapping[str, Any], source: str) -> ModelConfig:
             "num_kv_heads": tree["num_key_value_heads"],
             **{name: tree[name] for name in SAME_NAMES},
             "attention": attention,
-            "rope_theta": rope.get("theta"),
+            "rope_theta": rope["theta"],
             "rope_scaling": scaling or None,
             "norm_eps": tree["rms_norm_eps"],
             "tied_embeddings": tree.get("tie_word_embeddings", False),

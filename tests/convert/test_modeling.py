@@ -24,6 +24,7 @@ SHAPES = {
     "llama3": {"rope_scaling": RopeScaling(factor=4.0, original_tokens=40), "tied_embeddings": True},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "head_dim": 12},
+    "values": {"value_head_dim": 6},
 }
 
 
@@ -83,7 +84,9 @@ def test_logits_and_gradients_are_ours(variant, pair):
 def test_every_shape_of_model(shape, pair):
     ours, theirs = pair("gated-token", **SHAPES[shape])
     tokens_BT = tokens_of(2, 45)
-    torch.testing.assert_close(theirs(tokens_BT).logits, logits_of(ours, tokens_BT), **CLOSE)
+    first = theirs(tokens_BT[:, :19], use_cache=True)
+    rest = theirs(tokens_BT[:, 19:], past_key_values=first.to_tuple()[-1])
+    torch.testing.assert_close(torch.cat((first.logits, rest.logits), 1), logits_of(ours, tokens_BT), **CLOSE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:-1])
@@ -194,8 +197,10 @@ def test_a_stream_has_a_state_of_fixed_size(pair):
 
 def test_saved_trained_and_loaded_again(pair, tmp_path):
     """save_pretrained keeps the code; the loss is transformers'; recomputed layers have the same gradients."""
-    ours, theirs = pair("gated-token", tied_embeddings=True)
+    ours, theirs = pair("gated-token", tied_embeddings=True, vocab_size=260)
     theirs.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    import_folder(tmp_path / "saved", tmp_path / "back", tokenizer="byte")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "infini"
     tokens_BT = tokens_of(2, 45)
@@ -269,6 +274,71 @@ def test_the_evaluation_harness_reads_it(pair, save_text_files, tmp_path):
             logits = theirs(ids).logits.log_softmax(-1)
         places = torch.arange(len(context_ids), ids.shape[1])
         assert total == pytest.approx(logits[0, places - 1, ids[0, places]].sum().item(), abs=1e-3)
+
+
+def test_what_can_not_be_read_is_refused(pair):
+    _, theirs = pair("gated-token")
+    tokens_BT = tokens_of(2, 9)
+    state = theirs(tokens_BT, use_cache=True).to_tuple()[-1]
+    assert state
+    for problem, given in {
+        "at least one column": {"input_ids": tokens_BT[:, :0]},
+        r"of at least the 2 x 9 given, not \(2, 5\)": {"attention_mask": torch.ones(2, 5)},
+        r"not \(1, 9\)": {"attention_mask": torch.ones(1, 9)},
+        "the state has 2 rows and the input 1": {"input_ids": tokens_BT[:1], "past_key_values": state},
+        "is an InfiniCache, not a tuple": {"past_key_values": (1,)},
+        "a row is one document here": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])},
+        "are not kept": {"output_hidden_states": True},
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            theirs(**{"input_ids": tokens_BT, **given})
+    assert theirs(tokens_BT, logits_to_keep=20).logits.shape == (2, 9, 40)
+    embeds = theirs.get_input_embeddings()(tokens_BT)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(theirs.generate(inputs_embeds=embeds, **settings), theirs.generate(tokens_BT, **settings)[:, 9:])
+
+
+def test_a_new_model_forgets_nothing_at_first(pair):
+    _, theirs = pair("gated")
+    fresh = transformers.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True)
+    for layer in fresh.model.layers:
+        attention = layer.self_attn
+        assert attention.linear_decay.bias.eq(8).all() and attention.linear_decay.weight.eq(0).all()
+        assert attention.linear_strength.bias.eq(0).all() and attention.q_proj.weight.std() > 0.01
+    tokens_BT = tokens_of(1, 40)
+    kept = fresh(tokens_BT, use_cache=True).to_tuple()[-1].states[0].memory_BKDE
+    assert kept.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"pattern": ["zzz"]}, "pattern: must name attentions"),
+        (
+            {"attentions": {"a": {"kind": "memorizing"}}, "pattern": ["a"]},
+            "attentions: 'a' must have a kind of infini, ",
+        ),
+        ({"rope": {"factor": 2.0}}, "rope: theta is missing"),
+        ({"rope": 3}, "rope and attentions must be objects"),
+        ({"head_dim": "x"}, "head_dim"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_strange_config_is_refused(fields, problem, pair, edit, tmp_path):
+    pair("gated-token", vocab_size=260)
+    edit(tmp_path / "hf", **fields)
+    with pytest.raises(ConfigError, match=problem):
+        import_folder(tmp_path / "hf", tmp_path / "run2", tokenizer="byte")
+    assert not (tmp_path / "run2").exists()
+
+
+def test_the_code_that_a_folder_names_is_not_passed_on(pair, edit, tmp_path):
+    pair("gated-token", vocab_size=260)
+    edit(tmp_path / "hf", auto_map={"AutoModelForCausalLM": "another/place--code.Model"})
+    import_folder(tmp_path / "hf", tmp_path / "run2", tokenizer="byte")
+    export_checkpoint(open_checkpoint(resolve(tmp_path / "run2")), tmp_path / "hf2")
+    described = json.loads((tmp_path / "hf2" / "config.json").read_text())
+    assert described["auto_map"]["AutoModelForCausalLM"] == "modeling_infini.InfiniForCausalLM"
 
 
 def test_what_the_code_lacks_is_refused(tiny, write_checkpoint, tmp_path, process_groups):
