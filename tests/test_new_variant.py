@@ -187,8 +187,11 @@ def test_it_trains_evaluates_and_generates(run_file: Path, tmp_path: Path, call:
     assert call("generate", tmp_path / "whole", "--prompt", "abc", "--max-new-tokens", "20", "--temperature", "0") == 0
     assert call("checkpoint", "verify", tmp_path / "whole") == 0
     capsys.readouterr()
+    kind = config.model.attention.kind
     assert call("export", "hf", tmp_path / "whole", tmp_path / "hf") == 2
-    field = "kind: average" if config.model.attention.kind == "average" else "conv_tokens: 2"
+    assert capsys.readouterr().err.startswith(f"error: model.attention.kind: {kind} is no attention that the exported")
+    assert call("export", "hf", tmp_path / "whole", tmp_path / "hf", "--plain") == 2
+    field = "kind: average" if kind == "average" else "conv_tokens: 2"
     assert capsys.readouterr().err.startswith(f"error: model.attention.{field}")
 
 

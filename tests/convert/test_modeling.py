@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,13 @@ SHAPES = {
     "qwen3": {"qk_norm": True, "head_dim": 12},
     "values": {"value_head_dim": 6},
 }
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was: accelerate says in it which rank this process is."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
