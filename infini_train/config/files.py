@@ -325,9 +325,18 @@ def load_model(name: str) -> ModelConfig:
     attention = model.get("attention") if isinstance(model, dict) else None
     segment = attention.get("segment_tokens") if isinstance(attention, dict) else None
     window = segment if isinstance(segment, int) and segment > 0 else InfiniConfig().segment_tokens
+    return validate_model(tree, window)
+
+
+def validate_model(tree: Mapping[str, Any], window_tokens: int) -> ModelConfig:
+    """The model of a tree that says no more than `model`, read in windows of this many tokens.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
     rest = {
         "data": {"train": "-"},
-        "train": {"window_tokens": window, "batch_lanes": 1, "max_steps": 1},
+        "train": {"window_tokens": window_tokens, "batch_lanes": 1, "max_steps": 1},
         "optim": {"warmup_steps": 0},
     }
     return validate({**rest, **tree}).model

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from infini_train.config.run import RunConfig
+from infini_train.config.segment_attention import FP32_BYTES
 
 CARD = "README.md"
-FP32_BYTES = 4
 _PAGE = """\
 ---
 library_name: transformers

@@ -68,9 +68,11 @@ def export_checkpoint(
     config = validate(checkpoint.config)
     model = config.model
     keeps_memory = not plain and any(layer.kind != "full" for layer in model.layers)
-    table, losses = list_all_weights(model) if keeps_memory else list_weights(model), {}
-    if not keeps_memory:
+    if keeps_memory:
+        table, losses = list_all_weights(model), {}
+    else:
         losses = {each.kind: loss for each in model.layers if (loss := each.check_export()) is not None}
+        table = list_weights(model)
     stored = {entry.name: DTYPES[entry.dtype] for entry in checkpoint.index.fragments if entry.kind == "master"}
     # Of a bf16 run what is trained is stored in fp32, and what is not in bf16.
     used = dtype or functools.reduce(torch.promote_types, (stored[name] for name in table))

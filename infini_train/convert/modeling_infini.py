@@ -695,9 +695,8 @@ class InfiniModel(InfiniPreTrainedModel):
                 kept = x_BTX.new_zeros(rows, keep + 1, x_BTX.shape[2])
             is_new_BT = (torch.arange(part_BT.shape[1]) < size_B[:, None]).to(device)
             target_BT = torch.where(is_new_BT, part_BT - (columns - keep), -1)
-            target_BT = torch.where(target_BT < 0, keep, target_BT).to(
-                x_BTX.device
-            )  # the last row takes what is not asked for
+            # The last row takes what is not asked for.
+            target_BT = torch.where(target_BT < 0, keep, target_BT).to(x_BTX.device)
             kept = kept.scatter(1, target_BT[..., None].expand_as(x_BTX), x_BTX)
         if use_cache:
             following.columns += columns

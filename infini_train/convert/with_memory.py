@@ -6,13 +6,13 @@ modeling_infini.py reads.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from infini_train.config.attention import InfiniConfig, MixedConfig
 from infini_train.config.errors import ConfigError, naming
-from infini_train.config.files import to_tree, validate
+from infini_train.config.files import to_tree, validate_model
 from infini_train.config.model import ModelConfig
 from infini_train.config.variant import AttentionVariant
 from infini_train.convert.family import list_weights
@@ -109,23 +109,15 @@ def parse_with_memory(tree: Mapping[str, Any], source: str) -> ModelConfig:
             "norm_eps": tree["rms_norm_eps"],
             "tied_embeddings": tree.get("tie_word_embeddings", False),
         }
-        return _validate(model, math.lcm(*_segments(attentions.values())))
-
-
-def _segments(attentions: Iterable[Any]) -> list[int]:
-    sizes = (each.get("segment_tokens") for each in attentions if isinstance(each, Mapping))
-    return [size for size in sizes if isinstance(size, int) and size > 0]
+        sizes = [each.get("segment_tokens") for each in attentions.values()]
+        window = math.lcm(*(size for size in sizes if isinstance(size, int) and size > 0))
+        return validate_model({"model": model}, window)
 
 
 def whole_segments(model: ModelConfig) -> int:
     """The shortest window that all layers cut into whole segments; 0 where none has segments."""
     sizes = {layer.segment_tokens for layer in model.layers} - {None}
     return math.lcm(*sizes) if sizes else 0
-
-
-def _validate(model: Mapping[str, Any], window_tokens: int) -> ModelConfig:
-    train = {"window_tokens": window_tokens, "batch_lanes": 1, "max_steps": 1}
-    return validate({"model": model, "data": {"train": "-"}, "train": train, "optim": {"warmup_steps": 0}}).model
 
 
 def list_all_weights(model: ModelConfig) -> dict[str, Weight]:
