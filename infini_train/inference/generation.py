@@ -60,24 +60,6 @@ def feed(
     return model.logits(hidden_TBD[-1:])[0, 0], state
 
 
-def generate(
-    model: Transformer, prompt: list[int], *, max_new_tokens: int, stop_id: StopId, sampling: Sampling
-) -> Iterator[int]:
-    """Yields token ids until one that ends the text (not yielded), or `max_new_tokens`.
-
-    Args:
-        model: any variant; memory stays constant where its state does (growth.py).
-        prompt: token ids; the first one begins a document.
-        max_new_tokens: at most this many.
-        stop_id: the id that ends a text, several of them, or None.
-        sampling: how to choose.
-
-    Raises:
-        ConfigError: the weights are damaged.
-    """
-    yield from continue_from(model, prompt, None, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling)
-
-
 def continue_from(
     model: Transformer,
     prompt: list[int],
@@ -87,7 +69,19 @@ def continue_from(
     stop_id: StopId,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """`generate` from a state: `prompt` is what follows it; a state of None begins a document."""
+    """Yields token ids until one that ends the text (not yielded), or `max_new_tokens`.
+
+    Args:
+        model: any variant; memory stays constant where its state does (growth.py).
+        prompt: token ids that follow what was read before.
+        state: what was read before; None: the first of them begins a document.
+        max_new_tokens: at most this many.
+        stop_id: the id that ends a text, several of them, or None.
+        sampling: how to choose.
+
+    Raises:
+        ConfigError: the weights are damaged.
+    """
     yield from Conversation(model, state).reply(
         prompt, max_new_tokens=max_new_tokens, stop_id=stop_id, sampling=sampling
     )
@@ -109,7 +103,7 @@ class Conversation:
         self._unread: list[int] = []  # the last token written: no next one was asked for yet
 
     def reply(self, said: list[int], *, max_new_tokens: int, stop_id: StopId, sampling: Sampling) -> Iterator[int]:
-        """Reads what is said, and yields the answer as `generate` does; 0 new tokens are none, and all is read."""
+        """Reads what is said, and yields the answer as `continue_from` does; 0 new tokens are none, and all is read."""
         stops = {stop_id} if isinstance(stop_id, int) else set(stop_id or ())
         generator = torch.Generator().manual_seed(sampling.seed)
         self._unread += said

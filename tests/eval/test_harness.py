@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infini_train.data.tokenizer import ByteTokenizer
-from infini_train.inference.generation import generate
+from infini_train.inference.generation import continue_from
 from infini_train.inference.sampling import Sampling
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -49,9 +49,10 @@ def score_alone(model, context: str, continuation: str) -> tuple[float, bool]:
 
 def write_alone(model, prompt: str, **options) -> str:
     """What the model writes greedily."""
-    ids = generate(
+    ids = continue_from(
         model,
         [TOKENIZER.bos_id, *prompt.encode()],
+        None,
         stop_id=TOKENIZER.eos_id,
         sampling=Sampling(temperature=0.0),
         **options,

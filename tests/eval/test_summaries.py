@@ -15,7 +15,7 @@ from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.eval.rouge import MEASURES, lead, make_scorer
 from infini_train.eval.summaries import score, summarise_scores
 from infini_train.eval.summary_writing import PAPER, Book, SummaryTask, Written, _own_stream, write_summaries
-from infini_train.inference.generation import generate
+from infini_train.inference.generation import continue_from
 from infini_train.inference.sampling import Sampling
 
 pytest.importorskip("rouge_score")
@@ -47,9 +47,10 @@ def test_summaries_are_those_of_each_book_alone(variant, lanes, tools, data):
     for record in written:
         prompt = [BYTE.bos_id, *form.encode_book(BYTE, BOOKS[record.number]["book"], 120).tolist()]
         ids = list(
-            generate(
+            continue_from(
                 model,
                 prompt,
+                None,
                 max_new_tokens=9,
                 stop_id=BYTE.eos_id,
                 sampling=_own_stream(PAPER, record.number, record.sample),

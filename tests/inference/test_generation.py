@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infini_train.config.errors import ConfigError
-from infini_train.inference.generation import choose_token, feed, generate
+from infini_train.inference.generation import choose_token, continue_from, feed
 from infini_train.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -27,7 +27,7 @@ def logits_by_reading_all(model, tokens):
 def test_greedy_text_is_that_of_a_full_forward(variant, prompt_tokens, tools):
     model = tools.build(variant)
     prompt = PROMPT[:prompt_tokens]
-    found = list(generate(model, prompt, max_new_tokens=26, stop_id=None, sampling=GREEDY))
+    found = list(continue_from(model, prompt, None, max_new_tokens=26, stop_id=None, sampling=GREEDY))
     expected: list[int] = []
     for _ in range(26):
         expected.append(int(logits_by_reading_all(model, prompt + expected).argmax()))
@@ -67,20 +67,25 @@ def test_the_state_stays_constant(variant, tools):
 
 def test_generation_stops_at_the_end_of_a_document(tools):
     model = tools.build("linear")
-    free = list(generate(model, PROMPT, max_new_tokens=12, stop_id=None, sampling=GREEDY))
+    free = list(continue_from(model, PROMPT, None, max_new_tokens=12, stop_id=None, sampling=GREEDY))
     stop = free[7]
-    assert list(generate(model, PROMPT, max_new_tokens=12, stop_id=stop, sampling=GREEDY)) == free[: free.index(stop)]
+    assert (
+        list(continue_from(model, PROMPT, None, max_new_tokens=12, stop_id=stop, sampling=GREEDY))
+        == free[: free.index(stop)]
+    )
     assert len(free) == 12
 
 
 def test_any_of_several_ids_ends_a_text(tools):
     model = tools.build("linear")
-    free = list(generate(model, PROMPT, max_new_tokens=12, stop_id=None, sampling=GREEDY))
+    free = list(continue_from(model, PROMPT, None, max_new_tokens=12, stop_id=None, sampling=GREEDY))
     stops = {free[7], free[3]}
     first = min(free.index(stop) for stop in stops)
     for given in (stops, tuple(stops), [258, *stops]):
-        assert list(generate(model, PROMPT, max_new_tokens=12, stop_id=given, sampling=GREEDY)) == free[:first]
-    assert list(generate(model, PROMPT, max_new_tokens=12, stop_id=(), sampling=GREEDY)) == free
+        assert (
+            list(continue_from(model, PROMPT, None, max_new_tokens=12, stop_id=given, sampling=GREEDY)) == free[:first]
+        )
+    assert list(continue_from(model, PROMPT, None, max_new_tokens=12, stop_id=(), sampling=GREEDY)) == free
 
 
 def test_a_seed_gives_one_text(tools):
@@ -88,7 +93,7 @@ def test_a_seed_gives_one_text(tools):
 
     def text(seed: int) -> list[int]:
         sampling = Sampling(temperature=1.0, seed=seed)
-        return list(generate(model, PROMPT, max_new_tokens=20, stop_id=None, sampling=sampling))
+        return list(continue_from(model, PROMPT, None, max_new_tokens=20, stop_id=None, sampling=sampling))
 
     assert text(1) == text(1) != text(2)
 

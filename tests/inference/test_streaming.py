@@ -9,7 +9,7 @@ from infini_train.data.synthetic.passkey import PasskeyWriter
 from infini_train.data.synthetic.wordings import find_wording
 from infini_train.data.tokenizer import ByteTokenizer
 from infini_train.inference import streaming
-from infini_train.inference.generation import generate
+from infini_train.inference.generation import continue_from
 from infini_train.inference.reading import prefill
 from infini_train.inference.sampling import Sampling
 from infini_train.inference.streaming import read_prompts
@@ -28,7 +28,7 @@ def test_streaming_side_by_side_equals_a_prompt_alone(variant, lengths, tools):
     found = read_prompts(model, texts, BOS, seen.append).predicted
     prompts = [[BOS, *text.ids[: text.spans.answer.start].tolist()] for text in texts]
     greedy = Sampling(temperature=0.0)
-    expected = [list(generate(model, p, max_new_tokens=5, stop_id=None, sampling=greedy)) for p in prompts]
+    expected = [list(continue_from(model, p, None, max_new_tokens=5, stop_id=None, sampling=greedy)) for p in prompts]
     assert found == expected
     assert sum(seen) == sum(map(len, prompts))
     assert len(set(found[0])) > 1, "a model that repeats itself would show nothing"
